@@ -1,0 +1,105 @@
+"""Atomic checkpoints of everything a run needs to go on bit for bit: every trained role, its optimizer, the EMA, and the step.
+
+Random numbers and data positions are functions of the step (rng.py), so there is nothing else to save. Tensors are safetensors;
+nothing is pickled. A checkpoint appears under its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgen.errors import UserError
+from fastgen.trainer import Trainer
+
+FORMAT = 1
+
+
+def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -> Path:
+    """Write `folder`/step_NNNNNN and delete all but the newest `keep`; returns its path."""
+    target = folder / f"step_{trainer.step:06d}"
+    partial = folder / f".partial_{target.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, tensors in _tensors(trainer).items():
+        _save_synced({key: value.contiguous().cpu() for key, value in tensors.items()}, partial / f"{name}.safetensors")
+    state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "recipe": recipe}
+    _write_synced(partial / "state.json", json.dumps(state, indent=1))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
+
+
+def latest(run_dir: Path) -> Path:
+    """The newest checkpoint of a run folder; UserError when there is none."""
+    found = checkpoints(run_dir / "checkpoints")
+    if not found:
+        raise UserError(f"{str(run_dir)!r} holds no checkpoint")
+    return found[-1]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's step and resolved recipe."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise UserError(f"{str(checkpoint)!r} has format {state.get('format')!r}; this version reads {FORMAT}")
+    return state
+
+
+def load(checkpoint: Path, trainer: Trainer) -> None:
+    """Restore everything, strictly: a missing or misshapen tensor is an error."""
+    state = read_state(checkpoint)
+    for name, role in trainer.roles.trained.items():
+        role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
+        _load_optimizer(trainer.optimizers[name], load_file(checkpoint / f"optimizer_{name}.safetensors"))
+    trainer.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+    trainer.step, trainer.seconds = state["step"], state["seconds"]
+
+
+def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    files = {"ema": trainer.ema.state_dict()}
+    for name, role in trainer.roles.trained.items():
+        files[f"role_{name}"] = role.state_dict()
+        files[f"optimizer_{name}"] = _optimizer_tensors(trainer.optimizers[name])
+    return files
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flat names `parameter index/state name`; parameter order is the role's own."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}/{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items() if value is not None}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split("/")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _save_synced(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,211 @@
+"""The command line. Exit status 0; 2 and one `error:` line for a user's mistake; 1 for training that failed; 128 + n for signal n."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import click
+import typer
+
+from fastgen.errors import TrainingFailed, UserError
+
+app = typer.Typer(
+    name="fastgen",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil diffusion and flow models into students that generate in one to four network evaluations.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="List or show the recipes that come with fastgen.")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key=value]...", help="Overrides, such as train.steps=50.")]  # noqa: UP045
+StudentDir = Annotated[Path, typer.Argument(metavar="STUDENT_DIR", help="An exported student.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[Optional[Path], typer.Option(help="Run folder (default: runs/RECIPE).")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the run folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print roles, parameters, memory and grid; write nothing.")] = False,
+    only: Annotated[Optional[str], typer.Option(metavar="train", help="Stop after training: no export, evaluation or report.")] = None,  # noqa: UP045
+) -> None:
+    """Train, export, verify, evaluate and report, as the recipe says."""
+    from fastgen import run, terminal
+    from fastgen.config import Recipe
+
+    stop_after = _only(only)
+    loaded = Recipe.load(recipe, overrides or [])
+    if dry_run:
+        terminal.print_plan(run.dry_run(loaded, only=stop_after))
+        return
+    folder = output or Path("runs") / Path(recipe).stem
+    try:
+        run.train(loaded, folder, resume=resume, overwrite=overwrite, only=stop_after, progress=terminal.Bars())
+    except run.Interrupted as interrupted:
+        words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else []), "--resume"]
+        terminal.note(f"{interrupted}; checkpoint saved. To go on:\n  {' '.join(words)}")
+        raise typer.Exit(128 + interrupted.number) from None
+    terminal.print_run(folder)
+
+
+def _only(value: str | None) -> Literal["train"] | None:
+    if value not in (None, "train"):
+        raise UserError(f"--only: {value!r} is not a stage to stop after; allowed: train")
+    return "train" if value else None
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder with a checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Folder of the exported student.")],
+    lora: Annotated[bool, typer.Option("--lora", help="Write the LoRA adapter alone.")] = False,
+) -> None:
+    """Write the averaged student of a run's newest checkpoint as a diffusers pipeline."""
+    from fastgen import run, terminal
+
+    terminal.note(f"student: {run.export(run_dir, output, as_lora=lora)}")
+
+
+@app.command()
+def verify(student_dir: StudentDir) -> None:
+    """Reload the student in plain diffusers, without fastgen, and compare its grid and pictures with ours."""
+    from fastgen import export as exports
+    from fastgen import run, terminal
+
+    result = exports.verify(student_dir)
+    run.require_verified(result, student_dir)
+    terminal.note(f"verified: {result.pictures} pictures differ by at most {result.picture_error:.1e}, the grid by {result.grid_error:.1e}")
+
+
+@app.command()
+def sample(
+    student_dir: StudentDir,
+    prompt: Annotated[list[str], typer.Option(help="Prompt; give it several times for a row of pictures.")],
+    output: Annotated[Path, typer.Option(help="PNG file.")],
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Network evaluations (default: the student's).")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+) -> None:
+    """Draw pictures with an exported student."""
+    from fastgen import pictures, terminal
+    from fastgen.generator import load_student
+
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output: {str(output)!r} must end in .png")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: no folder {str(output.parent)!r}")
+    student = load_student(student_dir)
+    images = student(prompt, [seed + i for i in range(len(prompt))], steps)
+    pictures.save_png(pictures.picture_row(images), output)
+    terminal.note(f"picture: {output}")
+
+
+@app.command()
+def evaluate(
+    student_dir: StudentDir,
+    protocol: Annotated[str, typer.Option(help="How to measure.")] = "digits",
+    steps: Annotated[Optional[str], typer.Option(help="Step counts of the student, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option(help="Results file (default: results.json beside the student).")] = None,  # noqa: UP045
+    teacher: Annotated[bool, typer.Option("--teacher/--no-teacher", help="Also measure the teacher (cached).")] = True,
+    teacher_steps: Annotated[Optional[str], typer.Option(help="Step counts of the teacher (default: its own).")] = None,  # noqa: UP045
+) -> None:
+    """Measure an exported student beside its teacher and write results.json."""
+    from fastgen import run, terminal
+
+    counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output: no folder {str(output.parent)!r}")
+    results = run.evaluate(
+        student_dir, protocol=protocol, steps=counts, output=output, teacher=teacher, teacher_steps=teacher_counts, progress=terminal.Bars()
+    )
+    terminal.print_results(results["metrics"])
+    terminal.note(f"results: {output or student_dir / 'results.json'}")
+
+
+def _counts(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"{option}: {text!r} is not a list of step counts such as 1,2,4")
+    return [int(part) for part in parts]
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="One run, or several to compare.")],
+    output: Annotated[Optional[Path], typer.Option(help="HTML file (default: report.html in the run, comparison.html here).")] = None,  # noqa: UP045
+) -> None:
+    """Write a run's report, or one page that compares several runs."""
+    from fastgen import report as reports
+    from fastgen import terminal
+
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output: no folder {str(output.parent)!r}")
+    if len(run_dirs) == 1:
+        written = reports.write_report(run_dirs[0], output)
+    else:
+        written = reports.write_comparison(run_dirs, output or Path("comparison.html"))
+    terminal.note(f"report: {written}")
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Names of the shipped recipes, each with its first comment."""
+    from fastgen import terminal
+    from fastgen.config import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        terminal.echo(f"{name:28s} {path.read_text().splitlines()[0].lstrip('# ')}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
+    """Print a recipe."""
+    from fastgen import terminal
+    from fastgen.config import find_recipe
+
+    terminal.echo(find_recipe(name).read_text().rstrip())
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and which kernels and paths are active."""
+    from fastgen.doctor import print_doctor
+
+    print_doctor()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    command = typer.main.get_command(app)
+    try:
+        status: Any = command.main(args=arguments, prog_name="fastgen", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2)
+    except TrainingFailed as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, status: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def run_main() -> None:
+    """Entry point of the `fastgen` program."""
+    sys.exit(main())

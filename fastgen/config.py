@@ -1,0 +1,271 @@
+"""Recipes: the pydantic schema of a YAML recipe, strict about keys and types, with dotted `key=value` overrides.
+
+Every mistake is a UserError that names the recipe key, what was given and what is allowed. Defaults live here and in the
+methods' own Config; a recipe states only what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fastgen.errors import UserError, nearest
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not a boolean")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[int, BeforeValidator(_no_bool)]
+
+
+class Block(BaseModel):
+    """Base of every recipe block: unknown keys, infinities and NaN are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TeacherBlock(Block):
+    """guidance: classifier-free guidance n + w (c - n); 1 is none. None for length and resolution: the pipeline's own."""
+
+    pretrained: str
+    family: str = "auto"
+    guidance: Number = Field(1.0, ge=0)
+    negative_prompt: str = ""
+    max_sequence_length: Count | None = Field(None, ge=1)
+    resolution: Count | None = Field(None, ge=1)
+
+
+class LoraBlock(Block):
+    rank: Count = Field(ge=1)
+    alpha: Number | None = Field(None, gt=0)  # None: equal to the rank
+    targets: Literal["auto"] | list[str] = "auto"
+
+
+class Tuning(Block):
+    lora: LoraBlock
+
+
+class StudentBlock(Block):
+    """steps: network evaluations at inference. grid: the export scheduler's own times, or explicit ones in (0, 1], descending."""
+
+    init: Literal["teacher"] = "teacher"
+    tune: Literal["full"] | Tuning = "full"
+    steps: Count = Field(ge=1, le=1000)
+    grid: Literal["auto"] | list[Number] = "auto"
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> StudentBlock:
+        if isinstance(self.grid, list):
+            if len(self.grid) != self.steps:
+                raise ValueError(f"grid has {len(self.grid)} times for steps = {self.steps}")
+            if any(not 0 < t <= 1 for t in self.grid) or any(a <= b for a, b in zip(self.grid, self.grid[1:], strict=False)):
+                raise ValueError(f"grid must descend within (0, 1], got {self.grid}")
+        return self
+
+
+class MethodBlock(BaseModel):
+    """The method's name; its other keys are checked by the method's own Config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+
+class DataBlock(Block):
+    prompts: str | None = None
+    images: str | None = None
+
+
+class OptimizerBlock(Block):
+    """One role's optimizer; warmup in student steps; clip: largest gradient norm."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Number = Field(gt=0)
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    eps: Number = Field(1e-8, gt=0)
+    weight_decay: Number = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Count = Field(0, ge=0)
+    clip: Number = Field(10.0, gt=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if any(not 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {list(betas)}")
+        return betas
+
+
+class TrainBlock(Block):
+    """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all."""
+
+    steps: Count = Field(ge=1)
+    batch_size: Count = Field(ge=1)
+    micro_batch: Count | None = Field(None, ge=1)
+    seed: Count = Field(0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: Number = Field(0.999, ge=0, lt=1)
+    shard: Literal["none"] = "none"
+    device: str = "auto"
+    checkpoint_every: Count = Field(500, ge=0)
+    keep: Count = Field(2, ge=1)
+    sample_every: Count = Field(500, ge=0)
+
+    @field_validator("precision")
+    @classmethod
+    def _no_fp16(cls, precision: str) -> str:
+        if precision == "fp16":
+            raise ValueError("fp16 training overflows in score differences; use bf16 or fp32")
+        return precision
+
+
+class EvaluateBlock(Block):
+    """protocol: how the student is measured, null for not at all. every: also measure each so many training steps; 0 is never."""
+
+    protocol: str | None = None
+    every: Count = Field(0, ge=0)
+
+
+class ExportBlock(Block):
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
+class Recipe(Block):
+    """A whole run."""
+
+    teacher: TeacherBlock
+    student: StudentBlock
+    distiller: MethodBlock
+    data: DataBlock
+    optimizer: dict[str, OptimizerBlock]
+    train: TrainBlock
+    evaluate: EvaluateBlock = EvaluateBlock()
+    export: ExportBlock = ExportBlock()
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """A recipe from a YAML file or the bare name of a shipped one, with `a.b=value` overrides. UserError for any mistake."""
+        data = read_yaml(find_recipe(source))
+        for override in overrides:
+            apply_override(data, override)
+        return validate(cls, data)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data that `validate(Recipe, ...)` reads back to an equal recipe."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.dump(), sort_keys=False, width=120)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], data: Any, prefix: str = "") -> M:
+    """`data` as a `model`; the first mistake becomes a UserError naming its key under `prefix`."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(model, error, prefix)) from error
+
+
+def _explain(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
+    # An unknown key explains the missing one beside it, and the most deeply nested message of a union is the specific one.
+    found = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))[0]
+    loc = [str(part) for part in found["loc"]]
+    key = ".".join(([prefix] if prefix else []) + [part for part in loc if not _is_union_tag(part)]) or "(top level)"
+    if found["type"] == "extra_forbidden":
+        return f"recipe key {key}: unknown key; {nearest(loc[-1], _fields_at(model, loc[:-1]))}"
+    if found["type"] == "missing":
+        return f"recipe key {key}: missing, and it has no default"
+    message = found["msg"].removeprefix("Value error, ")
+    return f"recipe key {key}: {message} (given: {found['input']!r})"[:600].replace("\n", " ")
+
+
+def _is_union_tag(part: str) -> bool:
+    return part.startswith(("literal[", "list[", "tuple[")) or part in {"Tuning", "constrained-float", "constrained-int"} or "function-before" in part
+
+
+def _fields_at(model: Any, loc: list[str]) -> list[str]:
+    """Field names of the block at `loc` below `model`."""
+    for part in loc:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        blocks = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if blocks:
+            model = blocks[-1]
+    return list(model.model_fields)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML would silently resolve to the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError with the line of a syntax error."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{str(path)!r} is not a recipe: a mapping of {', '.join(Recipe.model_fields)} is needed")
+    return data
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in nested data; the value is read as YAML and typed by the schema afterwards."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r} is not of the form key=value, such as train.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    for depth, part in enumerate(parts[:-1]):
+        below = data.setdefault(part, {})
+        if not isinstance(below, dict):
+            if parts[:depth + 1] == ["student", "tune"]:
+                below = data[part] = {}  # `full` gives way to `student.tune.lora.rank=8`
+            else:
+                raise UserError(f"override {override!r}: recipe key {'.'.join(parts[: depth + 1])} is {below!r}, which has no keys below it")
+        data = below
+    data[parts[-1]] = value
+
+
+def recipe_folder() -> Path:
+    """Where shipped recipes live: inside the wheel, or beside the package in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> Mapping[str, Path]:
+    """Shipped recipes by bare name."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file behind a path or a shipped recipe's bare name; a shipped recipe is also found as `recipes/NAME.yaml` anywhere."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    bare = path.name.removesuffix(".yaml")
+    if bare in shipped and str(path.parent) in (".", "recipes"):
+        return shipped[bare]
+    if path.is_dir():
+        raise UserError(f"{str(source)!r} is a folder, not a recipe")
+    raise UserError(f"no recipe {str(source)!r}; {nearest(bare, shipped)}")

@@ -1,0 +1,1 @@
+"""What a run trains on: prompts, and images with captions where a method needs them, encoded once before training."""

@@ -1,0 +1,79 @@
+"""Images with captions: a folder in the Hugging Face `imagefolder` layout, or the embedded digits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.data import digits
+from fastgen.errors import UserError
+
+KEY = "recipe key data.images"
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """captions[i]: every caption of image i with its probability. `pixels(i)`: (3, H, W) fp32 in [-1, 1]."""
+
+    captions: list[dict[str, float]]
+    sources: list[Any]  # image files, or tensors
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def batches(self, resolution: int, size: int = 64) -> Iterator[Tensor]:
+        """Pixels (B, 3, resolution, resolution): the largest centre square, resized with antialiasing."""
+        for start in range(0, len(self), size):
+            yield torch.stack([_pixels(source, resolution) for source in self.sources[start : start + size]])
+
+
+def load_images(source: str) -> CaptionedImages:
+    """`fastgen:digits`, or a folder with metadata.jsonl rows {"file_name": ..., "text": caption or list of captions}."""
+    if source == "fastgen:digits":
+        images, labels = digits.load_images()
+        return CaptionedImages([digits.captions(label) for label in labels.tolist()], list(images))
+    folder = Path(source).expanduser()
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise UserError(f"{KEY}: {source!r} is neither fastgen:digits nor a folder with metadata.jsonl")
+    rows = [_row(folder, line, number) for number, line in enumerate(metadata.read_text().splitlines(), 1) if line.strip()]
+    if not rows:
+        raise UserError(f"{KEY}: {str(metadata)!r} is empty")
+    return CaptionedImages([captions for captions, _ in rows], [file for _, file in rows])
+
+
+def _row(folder: Path, line: str, number: int) -> tuple[dict[str, float], Path]:
+    where = f"{str(folder / 'metadata.jsonl')!r} line {number}"
+    try:
+        row = json.loads(line)
+        file, text = folder / row["file_name"], row["text"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{KEY}: {where} is not a JSON object with 'file_name' and 'text'") from error
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list) or not texts or not all(isinstance(item, str) for item in texts):
+        raise UserError(f"{KEY}: {where}: 'text' must be a caption or a list of captions")
+    if not file.is_file():
+        raise UserError(f"{KEY}: {where}: no file {str(file)!r}")
+    captions: dict[str, float] = {}
+    for item in texts:
+        captions[item] = captions.get(item, 0.0) + 1 / len(texts)
+    return captions, file
+
+
+def _pixels(source: Any, resolution: int) -> Tensor:
+    if isinstance(source, Tensor):
+        if source.shape[-1] != resolution:
+            raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {resolution}")
+        return source
+    from PIL import Image
+    from torchvision.transforms.v2 import functional
+
+    with Image.open(source) as image:
+        square = functional.center_crop(functional.pil_to_tensor(image.convert("RGB")), [min(image.size)] * 2)
+    return functional.resize(square, [resolution, resolution], antialias=True).float() / 127.5 - 1

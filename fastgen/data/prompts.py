@@ -1,0 +1,69 @@
+"""Prompt sets: text, with the probability each is drawn with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastgen.data import digits
+from fastgen.errors import UserError
+
+KEY = "recipe key data.prompts"
+
+
+def load_prompts(source: str) -> dict[str, float]:
+    """Prompts and probabilities (they sum to 1) from `fastgen:digits`, .txt (one a line), .jsonl or .parquet (`prompt`, and
+    optionally `weight`). Repeated prompts add up. UserError names the key, the file and the line."""
+    if source == "fastgen:digits":
+        return digits.prompts()
+    path = Path(source).expanduser()
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise UserError(f"{KEY}: {source!r} is none of fastgen:digits, *.txt, *.jsonl, *.parquet")
+    if not path.is_file():
+        raise UserError(f"{KEY}: no file {source!r}")
+    table: dict[str, float] = {}
+    for prompt, weight in readers[path.suffix](path):
+        table[prompt] = table.get(prompt, 0.0) + weight
+    total = sum(table.values())
+    if not total > 0:
+        raise UserError(f"{KEY}: {source!r} holds no prompts with a positive weight")
+    return {prompt: weight / total for prompt, weight in table.items() if weight > 0}
+
+
+def _read_text(path: Path) -> Iterable[tuple[str, float]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{KEY}: {str(path)!r} is not UTF-8 text") from error
+    return ((line.strip(), 1.0) for line in lines if line.strip())
+
+
+def _read_jsonl(path: Path) -> Iterable[tuple[str, float]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{KEY}: {str(path)!r} line {number} is not JSON ({error.msg})") from error
+            yield _row(row, f"{str(path)!r} line {number}")
+
+
+def _read_parquet(path: Path) -> Iterable[tuple[str, float]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise UserError(f"{KEY}: reading {str(path)!r} needs pyarrow: pip install 'fastgen-distill[data]'") from error
+    for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
+        yield _row(row, f"{str(path)!r} row {number}")
+
+
+def _row(row: Any, where: str) -> tuple[str, float]:
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f"{KEY}: {where} has no text field 'prompt'")
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise UserError(f"{KEY}: {where} has weight {weight!r}, not a number >= 0")
+    return row["prompt"], float(weight)

@@ -1,0 +1,87 @@
+"""What a distillation method is: roles it needs, and updates made of terms. It owns no network and no optimizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fastgen import timesteps
+from fastgen.conditioning import Conditioning
+from fastgen.denoiser import Predictor
+from fastgen.path import Path
+from fastgen.rng import SampleRng
+from fastgen.roles import RoleSpec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one micro-batch: conditioning (B, ...), and clean latents (B, *shape) where the method asks for them."""
+
+    size: int
+    cond: Conditioning
+    latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar fp32 loss, and detached scalars to log."""
+
+    value: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Models = Mapping[str, Predictor]
+Term = Callable[[Models, Batch, SampleRng, int], Loss]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step of the roles `trains`, on the sum of `terms`; each term's graph is freed before the next is built."""
+
+    trains: tuple[str, ...]
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may know of the run, all of it independent of the pipeline family."""
+
+    path: Path
+    shape: tuple[int, ...]  # of one latent sample
+    grid: Tensor  # (N,) fp64 path times the student is sampled at
+    guidance: float  # classifier-free guidance of the teacher, diffusers' convention
+    negative: Conditioning  # one sample
+    shift: float  # the teacher's time shift
+
+    def draw_times(self, sampling: timesteps.TimeSampling, uniform: Tensor) -> Tensor:
+        """Path times (B,) fp32 from uniform numbers (B,)."""
+        return sampling.quantile(uniform, teacher_shift=self.shift) * self.path.t_max
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's Config: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+
+
+class Distiller(ABC):
+    """A method. Its `Config` holds the keys of the recipe's `distiller:` block."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    needs_latents: ClassVar[bool] = False
+    student_is_guided: ClassVar[bool] = False  # whether the trained network is sampled with the teacher's guidance
+    roles: ClassVar[dict[str, RoleSpec]]
+
+    def __init__(self, config: Any, setting: Setting) -> None:
+        self.config = config
+        self.setting = setting
+
+    @abstractmethod
+    def updates(self, step: int) -> list[Update]:
+        """The updates of student step `step`, in order."""

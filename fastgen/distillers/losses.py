@@ -1,0 +1,40 @@
+"""Losses that several methods share, in fp32 or wider."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastgen.path import Path, expand_time
+
+
+def per_sample_mean(x: Tensor) -> Tensor:
+    """Mean over everything but the batch: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Scalar MSE over all elements, fp32 or wider."""
+    return (prediction - target).square().mean()
+
+
+def kl_weight(path: Path, t: Tensor, x: Tensor) -> Tensor:
+    """alpha^2 / sigma^2, shaped to broadcast against x: with it, and no normaliser, the surrogate's gradient is that of
+    KL(q_t || p_t) (Yin et al. 2024a, eq. 7, written for mean predictions); t: (B,) with sigma > 0."""
+    alpha, sigma = path.coeffs(t)
+    return expand_time(alpha**2 / sigma**2, x)
+
+
+def normaliser(x: Tensor, real: Tensor) -> Tensor:
+    """Per-sample mean |x - mu_real| over all other dimensions (Yin et al. 2024a, eq. 8, without its alpha factor, as DMD2's
+    released code), shaped to broadcast. Floored at 1e-6: an exact match has a zero numerator too."""
+    return expand_time(per_sample_mean((x - real).abs()).clamp(min=1e-6), x)
+
+
+def distribution_matching_gradient(fake: Tensor, real: Tensor, weight: Tensor) -> Tensor:
+    """g = weight (mu_fake - mu_real): the direction in x that raises KL(student || teacher); descend it. All (B, ...)."""
+    return weight * (fake - real)
+
+
+def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
+    """A loss whose gradient in x is gradient / numel: 1/2 mean (x - sg(x - g))^2 (Yin et al. 2024a, alg. 1)."""
+    return 0.5 * mean_squared_error(x, (x - gradient).detach())

@@ -1,0 +1,52 @@
+"""Exponential moving average of a role's parameters, in fp32 whatever the parameters' dtype (a bf16 average never moves)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """shadow <- d shadow + (1 - d) parameter, with d = min(decay, (1 + n)/(10 + n)) after n updates; decay in [0, 1)."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.updates = 0
+        self._parameters = dict(parameters)
+        # clone, not deepcopy: a sharded parameter gives its own shard
+        self.shadow = {name: parameter.detach().clone().float() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the current parameters."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in self._parameters.items():
+            self.shadow[name].lerp_(parameter.detach().float(), 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """Run with the averaged weights in place of the parameters; the parameters come back, bit for bit, also after an error."""
+        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self.shadow[name])
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.copy_(kept[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**self.shadow, "updates": torch.tensor(self.updates)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.updates = int(state["updates"])
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state[name])

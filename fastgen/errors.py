@@ -1,0 +1,21 @@
+"""Errors whose message is written for the person who runs fastgen; the command line prints them as one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the message says what was given, what is allowed, and which recipe key (exit status 2)."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on (a loss or gradient is not finite): the message names step, role and term (exit status 1)."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Tail of an error message: the allowed name closest to `given` if there is one, then all of them."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]!r}? " if close else "") + "allowed: " + ", ".join(names)

@@ -1,0 +1,1 @@
+"""Measuring generated images: Fréchet distances, prompt accuracy, diversity and speed, under named protocols."""

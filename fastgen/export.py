@@ -1,0 +1,229 @@
+"""A student as an ordinary diffusers folder (or LoRA folder), and the proof that plain diffusers draws what we draw.
+
+The folder holds native classes only: the teacher's pipeline with the student's network and the scheduler whose grid the student
+was trained on. What a stock call must be passed stands in fastgen.json["call"] and in the model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastgen
+from fastgen.errors import UserError
+from fastgen.families import resolve_source
+from fastgen.families.base import Family
+from fastgen.generator import ImageGenerator, load_student, read_manifest
+from fastgen.roles import Role
+from fastgen.surgery import lora
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class StudentInfo:
+    """What an export records beside the weights."""
+
+    method: str
+    steps: int
+    grid: Sequence[float] | None  # explicit times; None for the scheduler's own
+    guidance: float  # of the student's own sampling; 1 is none
+    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt
+    prompts: Sequence[str]  # examples, for the card and for verification
+    recipe: dict[str, Any]
+
+
+def export_student(role: Role, family: Family, info: StudentInfo, output: Path, *, dtype: str = "fp32") -> Path:
+    """Write the student's whole pipeline to `output`, which appears only when complete; LoRA students are merged."""
+    if role.denoiser.adapter is not None:
+        lora.merge(role.denoiser.backbone, role.denoiser.adapter)
+    scheduler = family.export_scheduler(info.grid)
+    pipeline = family.load_pipeline(role.denoiser.backbone, scheduler).to(dtype=DTYPES[dtype])
+    return _publish(output, lambda folder: pipeline.save_pretrained(folder, safe_serialization=True), info, family, "full", dtype)
+
+
+def export_lora(role: Role, family: Family, info: StudentInfo, output: Path) -> Path:
+    """Write the student's adapter alone, with the scheduler that goes with it; it loads on the plain teacher pipeline."""
+    if role.denoiser.adapter is None:
+        raise UserError("--lora: this student was trained with student.tune: full, so it has no adapter; export it without --lora")
+    backbone, adapter = role.denoiser.backbone, role.denoiser.adapter
+    layers = {key: value.contiguous() for key, value in lora.state_dict(backbone, adapter).items()}
+    config = backbone.peft_config[adapter].to_dict()
+    pipeline_class = type(family.load_pipeline(backbone, family.export_scheduler(info.grid)))
+
+    def write(folder: Path) -> None:
+        pipeline_class.save_lora_weights(
+            folder, **{f"{family.component}_lora_layers": layers, f"{family.component}_lora_adapter_metadata": _plain(config)}
+        )
+        family.export_scheduler(info.grid).save_pretrained(folder / "scheduler")
+
+    return _publish(output, write, info, family, "lora", "fp32")
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items() if _is_json(value)}
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool, list, set, dict, type(None)))
+
+
+def _publish(output: Path, write: Any, info: StudentInfo, family: Family, weights: str, dtype: str) -> Path:
+    """Write into a sibling folder and rename it over `output`."""
+    partial = output.with_name(f".partial_{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    manifest = _manifest(info, family, weights, dtype)
+    (partial / "fastgen.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (partial / "README.md").write_text(model_card(manifest))
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(partial, output)
+    return output
+
+
+def _manifest(info: StudentInfo, family: Family, weights: str, dtype: str) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "weights": weights,
+        "dtype": dtype,
+        "method": info.method,
+        "steps": info.steps,
+        "grid": family.grid(info.steps, info.grid).tolist(),
+        "call": family.call_arguments(info.steps, info.guidance, info.grid),
+        "pipeline": family.pipeline_classes[0],
+        "teacher": info.teacher,
+        "prompts": list(info.prompts)[:8],
+        "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},
+        "recipe": info.recipe,
+    }
+
+
+def call_snippet(manifest: dict[str, Any], folder: str = "STUDENT_DIR") -> str:
+    """Python that draws a picture with plain diffusers."""
+    arguments = "".join(f"    {key}={value!r},\n" for key, value in manifest["call"].items())
+    if manifest["weights"] == "lora":
+        base = manifest["teacher"]["pretrained"]
+        load = (
+            f"import torch\nfrom diffusers import {manifest['pipeline']}, FlowMapEulerDiscreteScheduler\n\n"
+            f'pipe = {manifest["pipeline"]}.from_pretrained("{base}")\npipe.load_lora_weights("{folder}")\n'
+            f'pipe.scheduler = FlowMapEulerDiscreteScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'
+        )
+    else:
+        load = f'import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{folder}")\n'
+    return f"{load}image = pipe(\n    {manifest['prompts'][0]!r},\n{arguments}    generator=torch.Generator().manual_seed(0),\n).images[0]\n"
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """README.md of an export: hub metadata, what it is, how it must be called."""
+    teacher, call = manifest["teacher"], manifest["call"]
+    relation = "adapter" if manifest["weights"] == "lora" else "finetune"
+    on_hub = teacher["pretrained"].count("/") == 1  # local and bundled teachers have no page to link to
+    header = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        *([f"base_model: {teacher['pretrained']}", f"base_model_relation: {relation}"] if on_hub else []),
+        "tags: [distillation, few-step, fastgen]" if call["guidance_scale"] == 1 else "tags: [fastgen]",
+        "---",
+    ]
+    guided = "without classifier-free guidance" if call["guidance_scale"] == 1 else f"with guidance {call['guidance_scale']}"
+    what = f"Made by fastgen {manifest['versions']['fastgen']} with `{manifest['method']}` from `{teacher['pretrained']}` (guidance {teacher['guidance']})."
+    how = (
+        f"It samples in {manifest['steps']} network evaluation{'s' if manifest['steps'] > 1 else ''}, {guided}, at times "
+        f"{[round(t, 4) for t in manifest['grid']]}. A stock pipeline call has its own defaults for steps, guidance and text length, "
+        "so these arguments must be passed:"
+    )
+    return "\n".join([*header, f"# {manifest['method']}, {manifest['steps']}-step", "", what, "", how, "", f"```python\n{call_snippet(manifest)}```", ""])
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Largest absolute differences between plain diffusers and our sampler."""
+
+    grid_error: float
+    picture_error: float
+    pictures: int
+
+    @property
+    def passed(self) -> bool:
+        return self.grid_error <= TOLERANCE and self.picture_error <= TOLERANCE
+
+
+# Runs in its own interpreter, in which importing fastgen fails: what users of plain diffusers get.
+_PLAIN_DIFFUSERS = """
+import json, sys
+sys.modules["fastgen"] = None
+import numpy, torch
+job = json.load(sys.stdin)
+import diffusers
+diffusers.utils.logging.set_verbosity_error()
+if job["base"]:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(job["base"])
+    pipe.load_lora_weights(job["folder"])
+    name = json.load(open(job["folder"] + "/scheduler/scheduler_config.json"))["_class_name"]
+    pipe.scheduler = getattr(diffusers, name).from_pretrained(job["folder"], subfolder="scheduler")
+else:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"])
+pipe.to(dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+generators = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
+if job["negative_prompt"]:
+    job["call"]["negative_prompt"] = [job["negative_prompt"]] * len(job["prompts"])
+images = pipe(job["prompts"], generator=generators, output_type="np", **job["call"]).images
+numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().numpy())
+"""
+
+
+def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3)) -> Verification:
+    """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours in fp32."""
+    manifest = read_manifest(folder)
+    student = load_student(folder)
+    prompts = [manifest["prompts"][i % len(manifest["prompts"])] for i in range(len(seeds))]
+    ours = student(prompts, seeds).permute(0, 2, 3, 1).numpy()
+    images, sigmas = _plain_diffusers(folder, manifest, prompts, seeds)
+    if images.shape != ours.shape or sigmas.shape != (manifest["steps"] + 1,):
+        raise UserError(f"{str(folder)!r}: plain diffusers gives pictures {images.shape} on {len(sigmas) - 1} steps, ours are {ours.shape} on {manifest['steps']}")
+    grid = np.array([*manifest["grid"], 0.0])
+    grid_error = max(np.abs(sigmas - grid).max(), np.abs(student.times().numpy() - grid[:-1]).max())
+    return Verification(float(grid_error), float(np.abs(images - ours).max()), len(ours))
+
+
+def _plain_diffusers(folder: Path, manifest: dict[str, Any], prompts: list[str], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    is_lora = manifest["weights"] == "lora"
+    with tempfile.TemporaryDirectory() as scratch:
+        job = {
+            "folder": str(folder.resolve()),
+            "base": str(resolve_source(manifest["teacher"]["pretrained"]).resolve()) if is_lora else None,
+            "prompts": prompts,
+            "seeds": list(seeds),
+            "negative_prompt": manifest["teacher"]["negative_prompt"] if manifest["call"]["guidance_scale"] > 1 else "",
+            "call": manifest["call"],
+            "output": f"{scratch}/plain.npz",
+        }
+        # `-P` keeps the current folder off the path; the child needs nothing of ours.
+        done = subprocess.run([sys.executable, "-P", "-c", _PLAIN_DIFFUSERS], input=json.dumps(job), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{str(folder)!r} does not load and run in plain diffusers: {reason}")
+        with np.load(job["output"]) as arrays:
+            return arrays["images"], arrays["sigmas"]
+
+
+def generate_pictures(generator: ImageGenerator, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, batch: int = 256) -> torch.Tensor:
+    """Pictures (N, 3, H, W) in batches of `batch`."""
+    parts = [generator(prompts[i : i + batch], seeds[i : i + batch], steps) for i in range(0, len(prompts), batch)]
+    return torch.cat(parts)

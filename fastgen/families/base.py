@@ -1,0 +1,104 @@
+"""What fastgen asks of a diffusers pipeline family. Every oddity of a family stays inside its one file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fastgen.conditioning import Conditioning
+from fastgen.path import Kind, Path
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Shape of one sample that the network sees: channels, then (H, W) or (T, H, W), or nothing for vectors."""
+
+    channels: int
+    size: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.channels, *self.size)
+
+
+class Family(ABC):
+    """A teacher's or student's pipeline: where its weights are, how its network is called, how prompts and latents are coded.
+
+    `path` and `kind` are the network's own. Construction reads configurations only; networks load on request.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]] = ()
+    component: ClassVar[str] = "transformer"  # the pipeline's attribute that is distilled
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    pixels_per_latent: int = 1  # spatial stride of the VAE
+    exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
+
+    path: Path
+    kind: Kind
+    latent: LatentSpec
+
+    @abstractmethod
+    def __init__(self, source: Any, **options: Any) -> None:
+        """options: `max_sequence_length` (text tokens) and `resolution` (pixels), None for the pipeline's own."""
+
+    @property
+    @abstractmethod
+    def shift(self) -> float:
+        """Time shift of the teacher's own schedule (1 = none), for training-time distributions."""
+
+    @property
+    @abstractmethod
+    def own_call(self) -> dict[str, Any]:
+        """`num_inference_steps` and `guidance_scale` the pipeline is meant to be called with: its fastgen.json, else its signature."""
+
+    @abstractmethod
+    def load_backbone(self, *, meta: bool = False) -> nn.Module:
+        """The network alone, fp32, in eval mode, on the CPU; with `meta` its shapes only, without reading weights."""
+
+    @abstractmethod
+    def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The network's prediction, of `kind`, at x (B, *latent.shape), t (B,) path time, fp32 or wider."""
+
+    @abstractmethod
+    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
+        """The repeated blocks in order: for sharding, checkpointing, feature taps and surgery."""
+
+    def block_feature(self, output: Any) -> Tensor:
+        """The image stream in a block's output."""
+        return output[-1] if isinstance(output, tuple) else output
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning (P, ...) of prompts, on the CPU, without gradients. Encoders load on first use: see `free_encoders`."""
+
+    @abstractmethod
+    def free_encoders(self) -> None:
+        """Drop text encoders and VAE from memory; a later call loads them again."""
+
+    @abstractmethod
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        """Normalised latents (B, *latent.shape) of pixels (B, 3, H, W) in [-1, 1]; the posterior's mode, no sampling."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1], as the pipeline itself decodes."""
+
+    @abstractmethod
+    def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
+        """The diffusers scheduler with which a stock pipeline reproduces our Euler sampler; grid: explicit times, or None."""
+
+    @abstractmethod
+    def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        """Path times (N,) fp64 that `export_scheduler` steps on when the stock pipeline is called with `call_arguments`."""
+
+    @abstractmethod
+    def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
+        """What a stock pipeline call must be passed, JSON-serialisable."""
+
+    @abstractmethod
+    def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
+        """The whole diffusers pipeline around `backbone` (None: its own) and `scheduler`, for export."""

@@ -1,0 +1,157 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024): flow matching, time passed as 1000 sigma, two CLIP encoders and T5."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.conditioning import Conditioning
+from fastgen.families.base import Family, LatentSpec
+from fastgen.path import Flow
+
+
+class SD3(Family):
+    """StableDiffusion3Pipeline: SD3-medium, SD3.5 medium and large, and the bundled digits teacher."""
+
+    pipeline_classes = ("StableDiffusion3Pipeline",)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    path = Flow()
+    kind = "velocity"
+
+    def __init__(self, source: Any, *, max_sequence_length: int | None = None, resolution: int | None = None) -> None:
+        from fastgen.families import resolve_source
+
+        self._live = None if isinstance(source, (str, FilePath)) else source
+        self.folder = resolve_source(source) if self._live is None else None
+        self._encoder_pipeline: Any = None
+        self._vae: Any = None
+        backbone, vae = self._config("transformer"), self._config("vae")
+        self.pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+        side = backbone["sample_size"] if resolution is None else resolution // self.pixels_per_latent
+        self.latent = LatentSpec(backbone["in_channels"], (side, side))
+        self._patch = backbone["patch_size"]
+        self.max_sequence_length = max_sequence_length or self.own_call.get("max_sequence_length", 256)
+        self.resolution = side * self.pixels_per_latent
+
+    def _config(self, component: str) -> dict[str, Any]:
+        if self._live is not None:
+            return dict(getattr(self._live, component).config)
+        assert self.folder is not None
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return json.loads((self.folder / component / name).read_text())
+
+    @property
+    def own_call(self) -> dict[str, Any]:
+        path = self.folder / "fastgen.json" if self.folder else None
+        stored = json.loads(path.read_text()).get("call", {}) if path and path.is_file() else {}
+        return {"num_inference_steps": 28, "guidance_scale": 7.0, **stored}
+
+    @property
+    def shift(self) -> float:
+        scheduler = self._config("scheduler")
+        if not scheduler.get("use_dynamic_shifting"):
+            return float(scheduler.get("shift", 1.0))
+        tokens = math.prod(self.latent.size) // self._patch**2
+        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.16)
+        return math.exp(base + (tokens - low) * (top - base) / (high - low))
+
+    def load_backbone(self, *, meta: bool = False) -> nn.Module:
+        from diffusers import SD3Transformer2DModel
+
+        if meta:
+            with torch.device("meta"):
+                return SD3Transformer2DModel.from_config(self._config("transformer")).eval()
+        if self._live is not None:
+            return copy.deepcopy(self._live.transformer).float().eval()
+        assert self.folder is not None
+        return SD3Transformer2DModel.from_pretrained(self.folder, subfolder="transformer").float().eval()
+
+    def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return backbone(hidden_states=x, timestep=1000 * t, **cond, return_dict=False)[0]
+
+    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
+        return list(backbone.transformer_blocks)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        if self._encoder_pipeline is None:
+            self._encoder_pipeline = self._live or self._pipeline(transformer=None, vae=None)
+        chunks = [list(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
+        encoded = [
+            self._encoder_pipeline.encode_prompt(
+                prompt=chunk, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            )
+            for chunk in chunks
+        ]
+        return {
+            "encoder_hidden_states": torch.cat([embeds for embeds, _, _, _ in encoded]).float(),
+            "pooled_projections": torch.cat([pooled for _, _, pooled, _ in encoded]).float(),
+        }
+
+    def free_encoders(self) -> None:
+        self._encoder_pipeline = self._vae = None
+
+    @property
+    def vae(self) -> Any:
+        if self._vae is None and self._live is not None:
+            self._vae = self._live.vae
+        elif self._vae is None:
+            from diffusers import AutoencoderKL
+
+            assert self.folder is not None
+            self._vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae").float().eval()
+        return self._vae
+
+    @torch.no_grad()
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        config = self.vae.config
+        return (self.vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        pixels = self.vae.decode(latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
+        # FlowMatchEuler would shift its grid twice: this pipeline passes no sigmas (diffusers#13243).
+        from diffusers import FlowMapEulerDiscreteScheduler
+
+        return FlowMapEulerDiscreteScheduler(shift=self.shift if grid is None else 1.0)
+
+    def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        scheduler = self.export_scheduler(grid)
+        scheduler.set_timesteps(**({"num_inference_steps": steps} if grid is None else {"sigmas": list(grid)}))
+        return scheduler.sigmas[:-1].double()
+
+    def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "max_sequence_length": self.max_sequence_length,
+            "height": self.resolution,
+            "width": self.resolution,
+        }
+        return arguments if grid is None else arguments | {"sigmas": list(grid)}
+
+    def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
+        if self._live is not None:
+            from diffusers import StableDiffusion3Pipeline
+
+            components = {key: value for key, value in self._live.components.items() if key not in ("transformer", "scheduler")}
+            return StableDiffusion3Pipeline(transformer=backbone or self._live.transformer, scheduler=scheduler, **components)
+        return self._pipeline(scheduler=scheduler, **({} if backbone is None else {"transformer": backbone}))
+
+    def _pipeline(self, **components: Any) -> Any:
+        from diffusers import StableDiffusion3Pipeline
+
+        assert self.folder is not None
+        return StableDiffusion3Pipeline.from_pretrained(self.folder, **components).to(dtype=torch.float32)

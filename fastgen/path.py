@@ -1,0 +1,225 @@
+"""Noising paths x_t = alpha(t) x0 + sigma(t) eps, and the one conversion that serves every prediction kind.
+
+A prediction kind is a row (a, b) with pred = a x0 + b eps; together with (alpha, sigma) it is a 2x2 system that gives x0 and
+eps, hence every other kind. x0 and eps themselves do not depend on the path, so kinds convert across paths through them.
+
+Kinds: `x0`; `eps`; `v` = alpha eps - sigma x0 (Salimans & Ho 2022, eq. 10); `velocity` = dx_t/dt (flow matching: eps - x0);
+`score` = -eps / sigma (as conditional means: grad log p_t, Song et al. 2021).
+Times and coefficients are fp32 or wider; a conversion returns the wider of the coefficients' and the inputs' dtypes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["x0", "eps", "v", "velocity", "score"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def expand_time(value: Tensor, x: Tensor) -> Tensor:
+    """Shape per-sample (B,) or per-frame (B, T) values so that they broadcast against x: (B, ...) or (B, C, T, H, W)."""
+    if value.ndim == 2 and x.ndim == 5:
+        return value[:, None, :, None, None]
+    if value.ndim > 1:
+        raise ValueError(f"times must be (B,), or (B, T) for 5-D samples; got {tuple(value.shape)} for samples {tuple(x.shape)}")
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _refuse_zero(value: Tensor, message: str) -> None:
+    if bool((value == 0).any()):
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Path(ABC):
+    """A noising path; `t` is path time, fp32 or wider, (B,) or (B, T) per frame, and decreases towards data. No state."""
+
+    t_max: ClassVar[float]
+
+    @abstractmethod
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha(t), sigma(t), each shaped like t."""
+
+    @abstractmethod
+    def velocity_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """d alpha/dt, d sigma/dt in closed form, each shaped like t."""
+
+    @abstractmethod
+    def time(self, ratio: Tensor) -> Tensor:
+        """Path time at which sigma/alpha equals `ratio` (0 = data; inf = pure noise where the path reaches it)."""
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """Noise-to-signal ratio sigma/alpha; inf where alpha = 0."""
+        alpha, sigma = self.coeffs(t)
+        return sigma / alpha
+
+    def prior_scale(self, t: Tensor) -> Tensor:
+        """Standard deviation of the pure noise that sampling starts from at time t (1 on every path but VE)."""
+        return torch.ones_like(_wide(t))
+
+    def mix(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma eps."""
+        alpha, sigma = (expand_time(c, x0) for c in self.coeffs(t))
+        return alpha * x0 + sigma * eps
+
+    def predict(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Kind) -> Tensor:
+        """The prediction of `kind` that corresponds to (x0, eps) at time t. `score` at sigma = 0 raises ValueError."""
+        if kind == "score":
+            return -eps / expand_time(self._sigma_nonzero(t), eps)
+        a, b = (expand_time(c, x0) for c in self._row(kind, t))
+        return a * x0 + b * eps
+
+    def solve(self, pred: Tensor, x: Tensor, t: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+        """(x0, eps) from a prediction of `kind` at x_t. Raises where that kind does not determine both: see `convert`."""
+        alpha, sigma = (expand_time(c, x) for c in self.coeffs(t))
+        if kind == "score":
+            pred, kind = -sigma * pred, "eps"
+        a, b = (expand_time(c, x) for c in self._row(kind, t))
+        det = alpha * b - sigma * a
+        _refuse_zero(det, f"{kind!r} does not determine x0 and eps at a singular end of {self} (t = {_span(t)})")
+        return (b * x - sigma * pred) / det, (alpha * pred - a * x) / det
+
+    def convert(self, pred: Tensor, x: Tensor, t: Tensor, src: Kind, dst: Kind) -> Tensor:
+        """Turn a prediction of kind `src` at x_t into kind `dst`; x: (B, ...), t: (B,) or (B, T).
+
+        Singular ends, all ValueError: eps or score -> others at alpha = 0 (x0 is not determined); x0 -> eps, velocity, v at
+        sigma = 0 (eps is not determined); anything -> score at sigma = 0. Kinds convert to themselves everywhere. The one
+        limit taken: score -> eps at sigma = 0 gives 0 = -sigma score, which is E[eps | x] for any smooth density.
+        """
+        for kind in (src, dst):
+            if kind not in KINDS:
+                raise ValueError(f"unknown prediction kind {kind!r}; allowed: {', '.join(KINDS)}")
+        if src == dst:
+            return pred.to(torch.promote_types(pred.dtype, _wide(t).dtype))
+        if {src, dst} == {"eps", "score"}:
+            sigma = self.coeffs(t)[1] if src == "score" else 1 / self._sigma_nonzero(t)
+            return -expand_time(sigma, x) * pred
+        if dst == "score":
+            self._sigma_nonzero(t)
+        x0, eps = self.solve(pred, x, t, src)
+        return self.predict(x0, eps, t, dst)
+
+    def retime(self, x: Tensor, t: Tensor, other: Path) -> tuple[Tensor, Tensor]:
+        """The same noisy sample seen on `other`: (x', t') at equal sigma/alpha. ValueError where `other` does not reach it."""
+        t_other = other.time(self.ratio(t))
+        if not bool(torch.isfinite(t_other).all()):
+            raise ValueError(f"{other} does not reach the noise level of {self} at t = {_span(t)}")
+        scale = torch.hypot(*other.coeffs(t_other)) / torch.hypot(*self.coeffs(t))
+        return expand_time(scale, x) * x, t_other
+
+    def _row(self, kind: Kind, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) with pred = a x0 + b eps, for every kind but `score`."""
+        alpha, sigma = self.coeffs(t)
+        if kind == "x0":
+            return torch.ones_like(alpha), torch.zeros_like(alpha)
+        if kind == "eps":
+            return torch.zeros_like(alpha), torch.ones_like(alpha)
+        return (-sigma, alpha) if kind == "v" else self.velocity_coeffs(t)
+
+    def _sigma_nonzero(self, t: Tensor) -> Tensor:
+        sigma = self.coeffs(t)[1]
+        _refuse_zero(sigma, f"the score is singular at sigma = 0 on {self} (t = {_span(t)})")
+        return sigma
+
+
+def _span(t: Tensor) -> str:
+    return f"{t.min().item():.4g} to {t.max().item():.4g}"
+
+
+@dataclass(frozen=True)
+class Flow(Path):
+    """Rectified flow / flow matching (Liu et al. 2022; Lipman et al. 2022): alpha = 1 - t, sigma = t, t in [0, 1]."""
+
+    t_max: ClassVar[float] = 1.0
+
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = _wide(t)
+        return 1 - t, t
+
+    def velocity_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(_wide(t)), torch.ones_like(_wide(t))
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return 1 / (1 + 1 / _wide(ratio))
+
+
+@dataclass(frozen=True)
+class TrigFlow(Path):
+    """TrigFlow (Lu & Song 2025, eq. 3) for unit-variance data: alpha = cos t, sigma = sin t, t in [0, pi/2]."""
+
+    t_max: ClassVar[float] = math.pi / 2
+
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = _wide(t)
+        return torch.cos(t), torch.sin(t)
+
+    def velocity_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = _wide(t)
+        return -torch.sin(t), torch.cos(t)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return torch.atan(_wide(ratio))
+
+
+@dataclass(frozen=True)
+class VariancePreserving(Path):
+    """Continuous VP path with linear beta (Song et al. 2021, eq. 33): log alpha = -t^2 (b1 - b0)/4 - t b0/2, t in [0, 1].
+
+    alpha > 0 everywhere; d sigma/dt is infinite at t = 0, where `velocity` is therefore singular (ValueError).
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_max: ClassVar[float] = 1.0
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = self._log_alpha(_wide(t))
+        return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
+
+    def velocity_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = _wide(t)
+        _refuse_zero(t, "the velocity of a variance-preserving path is infinite at t = 0")
+        alpha, sigma = self.coeffs(t)
+        beta = self.beta_min + t * (self.beta_max - self.beta_min)
+        return -0.5 * beta * alpha, 0.5 * beta * alpha**2 / sigma
+
+    def time(self, ratio: Tensor) -> Tensor:
+        loss = 0.5 * torch.log1p(_wide(ratio) ** 2)  # = -log alpha
+        half_beta = 0.5 * self.beta_min
+        t = 2 * loss / (half_beta + torch.sqrt(half_beta**2 + (self.beta_max - self.beta_min) * loss))
+        # Past t = 1 the path ends: it never reaches pure noise. Rounding at the end itself is forgiven.
+        return torch.where(t <= 1 + 1e-5, t.clamp(max=1.0), torch.full_like(t, math.inf))
+
+
+@dataclass(frozen=True)
+class VarianceExploding(Path):
+    """VE / EDM (Karras et al. 2022): alpha = 1, sigma = t, t in [0, sigma_max]; pure noise is at infinite time."""
+
+    t_max: ClassVar[float] = 80.0
+
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = _wide(t)
+        return torch.ones_like(t), t
+
+    def velocity_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = _wide(t)
+        return torch.zeros_like(t), torch.ones_like(t)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return _wide(ratio)
+
+    def prior_scale(self, t: Tensor) -> Tensor:
+        return _wide(t)

@@ -1,0 +1,149 @@
+"""Roles: the networks of one run (student, teacher, fake score, ...), how each is initialised and which parameters it trains.
+
+Full fine-tuning copies the teacher for each trainable role. With LoRA all roles share one frozen base: a trainable role is an
+adapter, the teacher is the base with every adapter off.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.denoiser import Denoiser, Predictor
+from fastgen.families.base import Family
+from fastgen.surgery import lora
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """What a distiller asks for. init: where the weights come from."""
+
+    trainable: bool
+    init: Literal["teacher"] = "teacher"
+
+
+def trainable(*, init: Literal["teacher"] = "teacher") -> RoleSpec:
+    return RoleSpec(True, init)
+
+
+def frozen() -> RoleSpec:
+    return RoleSpec(False)
+
+
+@dataclass(frozen=True)
+class LoraTuning:
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass
+class Role:
+    """One network of the run. `module` is what is called (the prepared Denoiser); `denoiser` owns the parameters."""
+
+    name: str
+    spec: RoleSpec
+    denoiser: Denoiser
+    module: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.module = self.denoiser
+
+    @property
+    def predictor(self) -> Predictor:
+        return Predictor(self.module, self.denoiser.family)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters this role trains, by name within the backbone; empty for a frozen role."""
+        if not self.spec.trainable:
+            return {}
+        if self.denoiser.adapter:
+            return lora.parameters(self.denoiser.backbone, self.denoiser.adapter)
+        return dict(self.denoiser.backbone.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Strict: exactly this role's parameters, with equal shapes."""
+        own = self.parameters()
+        if own.keys() != state.keys():
+            raise ValueError(f"weights of role {self.name!r} do not match: {sorted(own.keys() ^ state.keys())[:4]} …")
+        for name, parameter in own.items():
+            if parameter.shape != state[name].shape:
+                raise ValueError(f"weights of role {self.name!r}: {name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(state[name])
+
+
+class Roles(dict[str, Role]):
+    """The roles of a run by name."""
+
+    @property
+    def trained(self) -> dict[str, Role]:
+        return {name: role for name, role in self.items() if role.spec.trainable}
+
+    @contextmanager
+    def training(self, names: Iterable[str]) -> Iterator[None]:
+        """Only the named roles' parameters require gradients inside, so a turn cannot leak gradients into another role."""
+        names = set(names)
+        parameters = [(p, name in names) for name, role in self.trained.items() for p in role.parameters().values()]
+        before = [parameter.requires_grad for parameter, _ in parameters]
+        try:
+            for parameter, train in parameters:
+                parameter.requires_grad_(train)
+            yield
+        finally:
+            for (parameter, _), required in zip(parameters, before, strict=True):
+                parameter.requires_grad_(required)
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Hold the role's adapter active: a backward pass that recomputes activations must see the adapter of its forward."""
+        lora.activate(self[name].denoiser.backbone, self[name].denoiser.adapter)
+        yield
+
+    def predictors(self) -> dict[str, Predictor]:
+        return {name: role.predictor for name, role in self.items()}
+
+
+def build_roles(
+    specs: Mapping[str, RoleSpec],
+    family: Family,
+    base: nn.Module,
+    *,
+    tuning: LoraTuning | None = None,
+    autocast: torch.dtype | None = None,
+) -> Roles:
+    """Every role from the teacher's network `base`, which is used up; frozen weights are kept in the compute dtype, trained ones in fp32."""
+    base.requires_grad_(False)
+    if tuning is not None:
+        return _shared_roles(specs, family, base, tuning, autocast)
+    roles = Roles()
+    for name, spec in specs.items():
+        backbone = copy.deepcopy(base) if spec.trainable else base
+        roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trainable), family, autocast=autocast))
+    if autocast is not None:
+        base.to(autocast)
+    return roles
+
+
+def _shared_roles(
+    specs: Mapping[str, RoleSpec], family: Family, base: nn.Module, tuning: LoraTuning, autocast: torch.dtype | None
+) -> Roles:
+    roles = Roles()
+    for name, spec in specs.items():
+        if spec.trainable:
+            lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets)
+        roles[name] = Role(name, spec, Denoiser(base, family, adapter=name if spec.trainable else None, autocast=autocast))
+    base.requires_grad_(False)
+    for role in roles.trained.values():
+        for parameter in role.parameters().values():
+            parameter.requires_grad_(True)
+    return roles

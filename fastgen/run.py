@@ -1,0 +1,498 @@
+"""One run from recipe to report: train, export, verify, evaluate, report. Home of `fastgen.train` and `fastgen.evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from fastgen import checkpoint, pictures, report
+from fastgen.config import Recipe, Tuning, validate
+from fastgen.data import training
+from fastgen.data.images import load_images
+from fastgen.data.prompts import load_prompts
+from fastgen.distillers import distiller_class
+from fastgen.distillers.base import Distiller, MethodConfig, Setting
+from fastgen.errors import UserError, nearest
+from fastgen.evaluation import runner
+from fastgen.evaluation.protocols import load_protocol
+from fastgen.export import StudentInfo, Verification, export_lora, export_student, verify
+from fastgen.families import find_family, resolve_source
+from fastgen.families.base import Family
+from fastgen.generator import ImageGenerator, load_student, load_teacher, read_manifest
+from fastgen.parallel import SingleProcess, launch
+from fastgen.roles import LoraTuning, Roles, build_roles
+from fastgen.trainer import Metrics, Trainer
+
+# What may differ between a run and its continuation: nothing that changes a number.
+_RESUMABLE = ("train.checkpoint_every", "train.keep", "train.sample_every", "train.device", "evaluate", "export")
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+_SAMPLE_PROMPTS = 16
+
+
+class Interrupted(Exception):
+    """Training stopped on a signal after saving; `number` is the signal's."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step} by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Progress:
+    """What a run says while it works; this one says nothing. The command line shows bars."""
+
+    def stage(self, message: str) -> None:
+        """A new stage begins."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """A counted piece of work begins."""
+
+    def update(self, done: int, numbers: Mapping[str, float]) -> None:
+        """`done` of the total, with the numbers that matter now."""
+
+    def finish(self) -> None:
+        """The counted work is over."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe whose every name has been resolved and checked, before anything is loaded."""
+
+    recipe: Recipe
+    method: type[Distiller]
+    method_config: MethodConfig
+    family: Family
+
+    @property
+    def grid(self) -> list[float] | None:
+        """Explicit sampling times, or None for the scheduler's own."""
+        return None if self.recipe.student.grid == "auto" else list(self.recipe.student.grid)
+
+    @property
+    def guidance(self) -> float:
+        """Guidance the trained network is sampled with."""
+        return self.recipe.teacher.guidance if self.method.student_is_guided else 1.0
+
+    @property
+    def tuning(self) -> LoraTuning | None:
+        tune = self.recipe.student.tune
+        if not isinstance(tune, Tuning):
+            return None
+        targets = self.family.lora_targets if tune.lora.targets == "auto" else tuple(tune.lora.targets)
+        return LoraTuning(tune.lora.rank, tune.lora.alpha or tune.lora.rank, targets)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return _AUTOCAST[self.recipe.train.precision]
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with the method's defaults filled in."""
+        return {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json")}
+
+
+def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
+    """Check everything a recipe names. UserError for the first mistake."""
+    method = distiller_class(recipe.distiller.name)
+    config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
+    _check_optimizers(recipe, method)
+    _check_data(recipe, method)
+    if recipe.evaluate.protocol is not None:
+        load_protocol(recipe.evaluate.protocol)
+    elif recipe.evaluate.every:
+        raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
+    teacher = recipe.teacher
+    family = find_family(teacher.pretrained, teacher.family, max_sequence_length=teacher.max_sequence_length, resolution=teacher.resolution)
+    if not family.exportable and only != "train":
+        raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
+    return Plan(recipe, method, config, family)
+
+
+def _check_optimizers(recipe: Recipe, method: type[Distiller]) -> None:
+    trained = [name for name, spec in method.roles.items() if spec.trainable]
+    for name in recipe.optimizer:
+        if name not in trained:
+            raise UserError(f"recipe key optimizer.{name}: {recipe.distiller.name} trains no such role; {nearest(name, trained)}")
+    for name in trained:
+        if name not in recipe.optimizer:
+            raise UserError(f"recipe key optimizer.{name}: missing; {recipe.distiller.name} trains {', '.join(trained)}")
+    if recipe.train.micro_batch and recipe.train.batch_size % recipe.train.micro_batch:
+        raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
+
+
+def _check_data(recipe: Recipe, method: type[Distiller]) -> None:
+    if method.needs_latents and recipe.data.images is None:
+        raise UserError(f"recipe key data.images: missing; {recipe.distiller.name} trains on images")
+    if not method.needs_latents and recipe.data.prompts is None:
+        raise UserError(f"recipe key data.prompts: missing; {recipe.distiller.name} trains on prompts")
+    unused = "prompts" if method.needs_latents else "images"
+    if getattr(recipe.data, unused) is not None:
+        raise UserError(f"recipe key data.{unused}: {recipe.distiller.name} does not use it; remove it")
+
+
+@dataclass
+class Run:
+    """A plan with its networks, data and trainer."""
+
+    plan: Plan
+    roles: Roles
+    data: training.TrainingData
+    trainer: Trainer
+    parallel: SingleProcess
+
+    def info(self) -> StudentInfo:
+        recipe = self.plan.recipe
+        teacher = {key: getattr(recipe.teacher, key) for key in ("pretrained", "guidance", "negative_prompt")}
+        if Path(teacher["pretrained"]).expanduser().is_dir():
+            teacher["pretrained"] = str(Path(teacher["pretrained"]).expanduser().resolve())
+        return StudentInfo(
+            method=recipe.distiller.name,
+            steps=recipe.student.steps,
+            grid=self.plan.grid,
+            guidance=self.plan.guidance,
+            teacher=teacher,
+            prompts=_spread(self.data.prompts, 8),
+            recipe=self.plan.resolved(),
+        )
+
+    def generator(self, role: str) -> ImageGenerator:
+        """Pictures from a role's current weights: the student on its grid, the teacher at its own steps."""
+        recipe, family = self.plan.recipe, self.plan.family
+        student = role == "student"
+        return ImageGenerator(
+            family,
+            self.roles[role].predictor,
+            steps=recipe.student.steps if student else family.own_call["num_inference_steps"],
+            guidance=self.plan.guidance if student else recipe.teacher.guidance,
+            negative_prompt=recipe.teacher.negative_prompt,
+            grid=self.plan.grid if student else None,
+            device=self.parallel.device,
+        )
+
+
+def build(plan: Plan, progress: Progress) -> Run:
+    """Load the teacher, make the roles, encode the data."""
+    recipe, family = plan.recipe, plan.family
+    prompts = load_prompts(recipe.data.prompts) if recipe.data.prompts is not None else None
+    images = load_images(recipe.data.images) if recipe.data.images is not None else None
+    parallel = launch(recipe.train.shard, recipe.train.device)
+    data = training.prepare(family, prompts, images, parallel.device, progress.stage)
+    progress.stage(f"loading {recipe.teacher.pretrained}")
+    backbone = family.load_backbone().to(parallel.device)
+    roles = build_roles(plan.method.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast)
+    negative = family.encode_prompts([recipe.teacher.negative_prompt])
+    setting = Setting(
+        path=family.path,
+        shape=family.latent.shape,
+        grid=family.grid(recipe.student.steps, plan.grid),
+        guidance=recipe.teacher.guidance,
+        negative={key: value.to(parallel.device) for key, value in negative.items()},
+        shift=family.shift,
+    )
+    distiller = plan.method(plan.method_config, setting)
+    trainer = Trainer(distiller, roles, data, recipe.optimizer, recipe.train, parallel)
+    return Run(plan, roles, data, trainer, parallel)
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    """`count` items at even distances, all of them when there are fewer."""
+    if len(items) <= count:
+        return list(items)
+    return [items[int(i * len(items) / count)] for i in range(count)]
+
+
+def train(
+    recipe: Recipe | str | Path,
+    output: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    only: Literal["train"] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Run a recipe into the run folder `output` and return it; `only="train"` stops after training.
+
+    UserError for mistakes (nothing has been written then), TrainingFailed when a number stops being finite, Interrupted after
+    SIGINT or SIGTERM; in the last two cases the run can be resumed from its last checkpoint.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
+    progress, run_dir = progress or Progress(), Path(output)
+    planned = plan(recipe, only=only)
+    _check_folder(run_dir, planned, resume=resume, overwrite=overwrite)
+    run = build(planned, progress)
+    if overwrite:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(planned.resolved(), sort_keys=False, width=120))
+    if resume and checkpoint.checkpoints(run_dir / "checkpoints"):
+        newest = checkpoint.latest(run_dir)
+        progress.stage(f"resuming from {newest}")
+        checkpoint.load(newest, run.trainer)
+        _truncate_metrics(run_dir / "metrics.jsonl", run.trainer.step)
+    _train(run, run_dir, progress)
+    if only != "train":
+        _finish(run, run_dir, progress)
+    return run_dir
+
+
+def _check_folder(run_dir: Path, planned: Plan, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if run_dir.is_file():
+        raise UserError(f"--output: {str(run_dir)!r} is a file, a folder is needed")
+    holds_run = (run_dir / "recipe.yaml").is_file()
+    if resume and not holds_run:
+        raise UserError(f"--resume: {str(run_dir)!r} holds no run to resume")
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not holds_run:
+        raise UserError(f"--output: {str(run_dir)!r} holds other files and no run; choose an empty or new folder")
+    if holds_run and not (resume or overwrite):
+        raise UserError(f"--output: {str(run_dir)!r} already holds a run; pass --resume to go on with it or --overwrite to replace it")
+    if resume:
+        _check_same(yaml.safe_load((run_dir / "recipe.yaml").read_text()), planned.resolved(), run_dir)
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    old, new = _flatten(before), _flatten(now)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(_RESUMABLE)]
+    if changed:
+        raise UserError(
+            f"--resume: recipe key {changed[0]} is {new.get(changed[0])!r}, the run in {str(run_dir)!r} has {old.get(changed[0])!r}; "
+            "resume with the same recipe"
+        )
+
+
+def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix: data}
+    return {key: value for name, below in data.items() for key, value in _flatten(below, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps that the interrupted run had logged past its last checkpoint."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def _train(run: Run, run_dir: Path, progress: Progress) -> None:
+    settings, trainer = run.plan.recipe.train, run.trainer
+    resolved = run.plan.resolved()
+    save = lambda: checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep)  # noqa: E731
+    samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
+    evaluations = _evaluations(run)
+    with _signals() as caught, (run_dir / "metrics.jsonl").open("a", buffering=1) as log:
+
+        def after_step(step: int, metrics: Metrics) -> None:
+            done = step == settings.steps
+            if run.plan.recipe.evaluate.every and (done or step % run.plan.recipe.evaluate.every == 0):
+                metrics = {**metrics, **evaluations()}
+            log.write(json.dumps({"step": step, **{key: float(f"{value:.6g}") for key, value in metrics.items()}}) + "\n")
+            if done or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+                save()
+            if samples and (done or step % settings.sample_every == 0):
+                samples.draw(step)
+            progress.update(step, metrics)
+
+        progress.start("training", settings.steps, trainer.step)
+        trainer.run([after_step], should_stop=lambda: bool(caught))
+        progress.finish()
+        if caught and trainer.step < settings.steps:
+            save()
+            raise Interrupted(caught[0], trainer.step)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one interrupts at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where Python allows no handlers
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Samples:
+    """Picture grids during training: the teacher's row, then the student's, from the same noise."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        self.prompts = _spread(run.data.prompts, _SAMPLE_PROMPTS)
+        self.seeds = list(range(len(self.prompts)))
+        self.student = run.generator("student")
+        self.teacher_row: tuple[str, torch.Tensor] | None = None
+
+    def draw(self, step: int) -> None:
+        """Write `step_NNNNNN.png` from the averaged weights."""
+        rows = [] if "teacher" not in self.run.roles else [self._teacher()]
+        with self.run.trainer.ema.applied():
+            rows.append((f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", self.student(self.prompts, self.seeds)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pictures.save_png(pictures.picture_grid(rows, self.prompts), self.folder / f"step_{step:06d}.png")
+
+    def _teacher(self) -> tuple[str, torch.Tensor]:
+        if self.teacher_row is None:
+            teacher = self.run.generator("teacher")
+            self.teacher_row = (f"teacher, {teacher.steps} steps", teacher(self.prompts, self.seeds))
+        return self.teacher_row
+
+
+def _evaluations(run: Run) -> Callable[[], Metrics]:
+    """Measure the averaged student during training, as scalars `eval/<metric>`."""
+    name = run.plan.recipe.evaluate.protocol
+    if name is None or not run.plan.recipe.evaluate.every:
+        return dict
+    protocol, student = load_protocol(name), run.generator("student")
+
+    def measure() -> Metrics:
+        with run.trainer.ema.applied():
+            rows = runner.run_protocol(protocol, student, model="student", steps=[student.steps], guidance=student.guidance)
+        return {f"eval/{row['name']}": row["value"] for row in rows}
+
+    return measure
+
+
+def _finish(run: Run, run_dir: Path, progress: Progress) -> None:
+    student_dir = run_dir / "student"
+    progress.stage(f"exporting to {student_dir}")
+    export_student(_averaged(run), run.plan.family, run.info(), student_dir, dtype=run.plan.recipe.export.dtype)
+    progress.stage("verifying in plain diffusers")
+    require_verified(verify(student_dir), student_dir)
+    protocol = run.plan.recipe.evaluate.protocol
+    if protocol is not None:
+        evaluate(student_dir, protocol=protocol, output=run_dir / "results.json", teacher="teacher" in run.roles, progress=progress)
+    progress.stage("writing the report")
+    report.write_report(run_dir)
+
+
+def _averaged(run: Run) -> Any:
+    """The student's role with its averaged weights, for good."""
+    role = run.roles["student"]
+    role.load_state_dict(run.trainer.ema.shadow)
+    return role
+
+
+def require_verified(result: Verification, folder: Path) -> None:
+    """UserError when plain diffusers does not draw what we draw."""
+    if not result.passed:
+        raise UserError(
+            f"{str(folder)!r}: plain diffusers differs from our sampler: grid by {result.grid_error:.2g}, pictures by {result.picture_error:.2g}"
+        )
+
+
+def export(run_dir: Path, output: Path, *, as_lora: bool = False) -> Path:
+    """Export the averaged student of a run's newest checkpoint."""
+    if not (run_dir / "recipe.yaml").is_file():
+        raise UserError(f"{str(run_dir)!r} holds no run (no recipe.yaml)")
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "fastgen.json").is_file())):
+        raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
+    state = checkpoint.read_state(checkpoint.latest(run_dir))
+    planned = plan(validate(Recipe, state["recipe"]))
+    if as_lora and planned.tuning is None:
+        raise UserError("--lora: this run trained with student.tune: full, so it has no adapter; export it without --lora")
+    run = build(planned, Progress())
+    checkpoint.load(checkpoint.latest(run_dir), run.trainer)
+    role = _averaged(run)
+    if as_lora:
+        return export_lora(role, planned.family, run.info(), output)
+    return export_student(role, planned.family, run.info(), output, dtype=planned.recipe.export.dtype)
+
+
+def evaluate(
+    student_dir: str | Path,
+    *,
+    protocol: str = "digits",
+    steps: Sequence[int] | None = None,
+    output: str | Path | None = None,
+    teacher: bool = True,
+    teacher_steps: Sequence[int] | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure an exported student and, unless `teacher=False`, its teacher (cached), and write results.json; returns its content.
+
+    steps: step counts of the student (default: its own); teacher_steps: of the teacher (default: its own).
+    """
+    progress, folder = progress or Progress(), Path(student_dir)
+    manifest = read_manifest(folder)
+    measured, student = load_protocol(protocol), load_student(folder, device=device)
+    progress.stage(f"measuring {folder} with protocol {protocol}")
+    rows = _measure(measured, student, "student", steps or [student.steps], progress)
+    if teacher:
+        source = manifest["teacher"]
+        base = load_teacher(source["pretrained"], guidance=source["guidance"], negative_prompt=source["negative_prompt"], device=device)
+        rows += _teacher_rows(measured, base, source, teacher_steps or [base.steps], progress)
+    rows += runner.cached(f"floors/{measured.hash()}/{measured.extractor_hash()}", measured.floors)
+    provenance = runner.provenance(measured, device=device, model_hash=runner.hash_folder(folder))
+    runner.write_results(output or folder / "results.json", protocol, rows, provenance)
+    return {"protocol": protocol, "metrics": rows, "provenance": provenance}
+
+
+def _teacher_rows(protocol: Any, teacher: ImageGenerator, source: dict[str, Any], steps: Sequence[int], progress: Progress) -> list[Any]:
+    """The teacher's rows, measured once for each weights, protocol, guidance and step count."""
+    weights = runner.hash_folder(resolve_source(source["pretrained"]))
+    rows = []
+    for count in steps:
+        key = json.dumps([weights, protocol.hash(), protocol.extractor_hash(), teacher.guidance, source["negative_prompt"], count, str(teacher.device)])
+        rows += runner.cached(key, lambda count=count: _measure(protocol, teacher, "teacher", [count], progress))
+    return rows
+
+
+def _measure(protocol: Any, generator: ImageGenerator, model: str, steps: Sequence[int], progress: Progress) -> list[Any]:
+    total = len(steps) * sum(len(subset.prompts) for subset in protocol.subsets.values())
+    progress.start(f"measuring the {model}", total)
+    rows = runner.run_protocol(
+        protocol, generator, model=model, steps=steps, guidance=generator.guidance, progress=lambda done, total, what: progress.update(done, {})
+    )
+    progress.finish()
+    return rows
+
+
+def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
+    """What a run would do, from shapes alone: roles, parameters, memory of weights and optimizer states, grid, batch."""
+    planned = plan(recipe, only=only)
+    roles = build_roles(planned.method.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
+    trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
+    backbones = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
+    total = sum(p.numel() for backbone in backbones.values() for p in backbone.parameters())
+    frozen = total - sum(trained.values())
+    frozen_bytes = frozen * (2 if planned.autocast else 4)
+    # weights, gradients and two Adam moments in fp32 for what trains, and the student's average
+    trained_bytes = 16 * sum(trained.values()) + 4 * trained["student"]
+    return {
+        "method": recipe.distiller.name,
+        "teacher": recipe.teacher.pretrained,
+        "family": type(planned.family).__name__,
+        "roles": {name: {"trains": trained[name], "tuning": _tuning_name(planned, name)} for name in roles},
+        "parameters": total,
+        "bytes": frozen_bytes + trained_bytes,
+        "grid": [round(t, 6) for t in planned.family.grid(recipe.student.steps, planned.grid).tolist()],
+        "batch": recipe.train.batch_size,
+        "micro_batches": math.ceil(recipe.train.batch_size / (recipe.train.micro_batch or recipe.train.batch_size)),
+        "steps": recipe.train.steps,
+    }
+
+
+def _tuning_name(planned: Plan, role: str) -> str:
+    if not planned.method.roles[role].trainable:
+        return "frozen"
+    return "full" if planned.tuning is None else f"LoRA rank {planned.tuning.rank}"

@@ -1,0 +1,1 @@
+"""Changes to a network's structure: adapters, experts, extra inputs."""

@@ -1,0 +1,62 @@
+"""LoRA adapters (Hu et al. 2022) on one shared, frozen backbone, through peft.
+
+Switching an adapter must not touch `requires_grad`: peft's own `set_adapter` freezes the adapters it deactivates, and a graph
+that still has to run backward then drops their gradients without an error. Here every trained adapter keeps `requires_grad`
+and only the activation changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Add adapter `name` (B = 0, so it starts as the identity) to every linear layer whose name ends in one of `targets`."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+    inject_adapter_in_model(config, backbone, adapter_name=name)
+
+
+def activate(backbone: nn.Module, name: str | None) -> None:
+    """Run with adapter `name`, or with the bare base weights for None; does nothing to a backbone without adapters."""
+    for layer in _lora_layers(backbone):
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+
+
+def parameters(backbone: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters by their full names."""
+    return {key: value for key, value in backbone.named_parameters() if f".{name}." in key and "lora_" in key}
+
+
+def state_dict(backbone: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter in peft's key format, which diffusers' `save_lora_weights` takes."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(backbone, adapter_name=name)
+
+
+def merge(backbone: nn.Module, name: str) -> None:
+    """Fold adapter `name` into the base weights and remove every adapter, leaving the plain architecture."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in _lora_layers(backbone):
+        layer.merge(adapter_names=[name])
+    for key, module in list(backbone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent = backbone.get_submodule(key.rpartition(".")[0])
+            setattr(parent, key.rpartition(".")[2], module.get_base_layer())
+    if hasattr(backbone, "peft_config"):  # peft leaves its mark on the module; without adapters it is no longer true
+        del backbone.peft_config
+
+
+def _lora_layers(backbone: nn.Module) -> list:
+    if not hasattr(backbone, "peft_config"):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,63 @@
+"""Training-time distributions as quantile functions on (0, 1), and inference grids.
+
+A distribution maps u ~ U(0, 1) to a fraction of the path's time range, so that one uniform number per sample, drawn from that
+sample's own stream, fixes its time on any number of processes. 1 = noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+def uniform(u: Tensor) -> Tensor:
+    """U(0, 1)."""
+    return u
+
+
+def logit_normal(u: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """sigmoid(N(mean, std^2)) (Esser et al. 2024, eq. 19)."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7)))
+
+
+def u_shaped(u: Tensor, *, a: float = 4.0) -> Tensor:
+    """Density proportional to cosh(a (t - 1/2)): both ends weighted up (Lee et al. 2024; the printed density is not U-shaped)."""
+    return 0.5 + torch.asinh((2 * u - 1) * torch.sinh(torch.tensor(a / 2, dtype=u.dtype))) / a
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Resolution shift t' = s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 23): s > 1 moves times towards noise; s = 1 is the identity."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def grid(num_steps: int, *, shift: float = 1.0) -> Tensor:
+    """Flow times of a few-step sampler: shifted(1 - i/N), i = 0..N-1, fp64 (N,); the final 0 is implied."""
+    if num_steps < 1:
+        raise ValueError(f"a sampling grid needs at least one step, got {num_steps}")
+    return shifted(1 - torch.arange(num_steps, dtype=torch.float64) / num_steps, shift)
+
+
+class TimeSampling(BaseModel):
+    """Recipe block for a training-time distribution: draw, then shift, then squeeze into [lo, hi]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Literal["uniform", "logit_normal", "u_shaped"] = "uniform"
+    lo: float = Field(0.0, ge=0, le=1)
+    hi: float = Field(1.0, ge=0, le=1)
+    mean: float = 0.0
+    std: float = Field(1.0, gt=0)
+    shift: float | Literal["teacher"] = "teacher"
+
+    def quantile(self, u: Tensor, *, teacher_shift: float) -> Tensor:
+        """Fractions of the time range for uniform numbers u: (B,) fp32 or wider."""
+        draws: dict[str, Callable[[Tensor], Tensor]] = {
+            "uniform": uniform,
+            "logit_normal": lambda v: logit_normal(v, mean=self.mean, std=self.std),
+            "u_shaped": u_shaped,
+        }
+        shift = teacher_shift if self.shift == "teacher" else float(self.shift)
+        return self.lo + (self.hi - self.lo) * shifted(draws[self.name](u), shift)

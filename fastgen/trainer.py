@@ -1,0 +1,133 @@
+"""The training loop: for each update a method asks for, for each micro-batch, for each term: compute, backward, free; then step.
+
+It names no method and no pipeline family. Everything it does iterates over `roles` and over the method's updates.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen.config import OptimizerBlock, TrainBlock
+from fastgen.data.training import TrainingData
+from fastgen.distillers.base import Batch, Distiller, Update
+from fastgen.ema import EMA
+from fastgen.errors import TrainingFailed
+from fastgen.parallel import SingleProcess
+from fastgen.rng import SampleRng
+from fastgen.roles import Roles
+
+Metrics = dict[str, float]
+
+
+def make_optimizer(block: OptimizerBlock, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of one role."""
+    if block.name == "sgd":
+        return torch.optim.SGD(parameters, lr=block.lr, momentum=block.betas[0], weight_decay=block.weight_decay)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[block.name]
+    return kind(parameters, lr=block.lr, betas=block.betas, eps=block.eps, weight_decay=block.weight_decay, fused=True)
+
+
+def lr_factor(block: OptimizerBlock, step: int, steps: int) -> float:
+    """Share of the learning rate at `step` of `steps`: linear warm-up, then constant, linear or cosine decay to 0."""
+    if step < block.warmup:
+        return (step + 1) / block.warmup
+    progress = (step - block.warmup) / max(1, steps - block.warmup)
+    decays = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return decays[block.schedule]
+
+
+@dataclass
+class Trainer:
+    """A run's moving parts. `step` counts finished student steps; `events` are called after each one with (step, metrics)."""
+
+    distiller: Distiller
+    roles: Roles
+    data: TrainingData
+    optimizer_blocks: Mapping[str, OptimizerBlock]
+    settings: TrainBlock
+    parallel: SingleProcess
+
+    def __post_init__(self) -> None:
+        self.step = 0
+        self.seconds = 0.0  # spent training, interruptions left out
+        for role in self.roles.values():
+            self.parallel.prepare(role)
+        self.models = self.roles.predictors()
+        self.parameters = {name: list(role.parameters().values()) for name, role in self.roles.trained.items()}
+        self.optimizers = {name: make_optimizer(self.optimizer_blocks[name], own) for name, own in self.parameters.items()}
+        self.ema = EMA(self.roles["student"].parameters(), self.settings.ema)
+
+    def run(self, events: Sequence[Callable[[int, Metrics], None]], should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Train up to `settings.steps`, or until `should_stop()` after a step. TrainingFailed at the first non-finite number."""
+        while self.step < self.settings.steps and not should_stop():
+            started = time.perf_counter()
+            metrics = self.train_step()
+            taken = time.perf_counter() - started
+            self.seconds += taken
+            metrics |= {"seconds": self.seconds, "samples_per_second": self.settings.batch_size / taken}
+            for event in events:
+                event(self.step, metrics)
+
+    def train_step(self) -> Metrics:
+        """All updates of one student step, then the EMA. Metrics average over the updates that log a name."""
+        sums: dict[str, list[float]] = {}
+        for index, update in enumerate(self.distiller.updates(self.step)):
+            for name, value in self._update(update, index).items():
+                sums.setdefault(name, []).append(value)
+        self.ema.update()
+        self.step += 1
+        return {name: sum(values) / len(values) for name, values in sums.items()}
+
+    def _update(self, update: Update, index: int) -> Metrics:
+        with self.roles.training(update.trains):
+            metrics = self._backward(update, index)
+            for name in update.trains:
+                metrics |= self._optimizer_step(name)
+        return metrics
+
+    def _backward(self, update: Update, index: int) -> Metrics:
+        """Accumulate gradients of all terms over all micro-batches; each term's graph is freed before the next is built."""
+        logs: dict[str, Tensor] = {}
+        ids = self.parallel.share(self.settings.batch_size)
+        size = self.settings.micro_batch or len(ids)
+        micro_batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+        modules = [self.roles[name].module for name in update.trains]
+        for m, micro in enumerate(micro_batches):
+            rng = SampleRng(self.settings.seed, (self.step, index), micro, self.parallel.device)
+            cond, latents = self.data.draw(rng.at("data"))
+            batch, share = Batch(len(micro), cond, latents), len(micro) / len(ids)
+            for k, term in enumerate(update.terms):
+                loss = term(self.models, batch, rng.at(term.__name__), self.step)
+                self._require_finite(loss.value, update, term.__name__)
+                last = m == len(micro_batches) - 1 and k == len(update.terms) - 1
+                with self.roles.held(update.trains[0]), self.parallel.gradients(modules, synchronise=last):
+                    (loss.value * share).backward()
+                for name, value in {f"loss/{term.__name__}": loss.value, **{f"{term.__name__}/{n}": v for n, v in loss.logs.items()}}.items():
+                    logs[name] = logs.get(name, torch.zeros((), device=value.device)) + value.detach() * share
+        return {name: self.parallel.mean(value).item() for name, value in logs.items()}
+
+    def _optimizer_step(self, name: str) -> Metrics:
+        block, optimizer = self.optimizer_blocks[name], self.optimizers[name]
+        norm = self.parallel.clip_gradients(self.parameters[name], block.clip).item()
+        if not math.isfinite(norm):
+            raise TrainingFailed(f"step {self.step}: the gradient norm of role {name!r} is {norm}; {_ADVICE}")
+        lr = block.lr * lr_factor(block, self.step, self.settings.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {f"grad_norm/{name}": norm, f"lr/{name}": lr}
+
+    def _require_finite(self, value: Tensor, update: Update, term: str) -> None:
+        if not bool(torch.isfinite(value)):
+            roles = " and ".join(repr(name) for name in update.trains)
+            raise TrainingFailed(f"step {self.step}: the loss of term {term!r}, which trains role {roles}, is {value.item()}; {_ADVICE}")
+
+
+_ADVICE = "the last checkpoint is intact: lower the learning rate and resume, or check the data"

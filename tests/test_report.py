@@ -1,0 +1,279 @@
+"""Reports show a run's numbers, pictures and settings, fetch nothing, and say what an unfinished run lacks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastgen.errors import UserError
+from fastgen.report import ABSENT, read_run, write_comparison, write_report
+
+RECIPE = """teacher: {pretrained: "fastgen:digits", guidance: 1.5}
+student: {init: teacher, steps: 1}
+distiller: {name: dmd2, critic_updates: 1}
+data: {prompts: "fastgen:digits"}
+optimizer: {student: {name: adamw, lr: LR}}
+train: {steps: 40, batch_size: 128}
+evaluate: {protocol: digits}
+export: {dtype: fp32}
+"""
+MARKUP = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows of cell texts, attributes that could fetch something, and all text outside styles."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self._cell = False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = self._cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] == ["style"]:
+            return
+        self.text += data
+        if self._cell:
+            self.tables[-1][-1][-1] += data
+
+
+def _write_run(folder: Path, *, lr: str = "5.0e-4", fd: float = 7.1234, steps: int = 40, complete: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("LR", lr))
+    rows = [
+        {
+            "step": i,
+            "seconds": 0.5 * i,
+            "loss/match": 1 / i,
+            "loss/critic": 0.5,
+            "grad_norm/student": 2.0,
+            "lr/student": 1e-3,
+            "custom/kept": (7 * i) % 11,
+        }
+        for i in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if complete:
+        for step in (20, 40):
+            (folder / "samples").mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (step, 0, 0)).save(folder / f"samples/step_{step:06d}.png")
+        (folder / "results.json").write_text(json.dumps(_results(fd)))
+        (folder / "student").mkdir()
+        call = {"num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 12}
+        (folder / "student/fastgen.json").write_text(json.dumps({"method": "dmd2", "steps": 1, "grid": [1.0], "call": call}))
+    return folder
+
+
+def _results(fd: float) -> dict[str, Any]:
+    student, teacher = {"model": "student", "steps": 1, "guidance": 1.0}, {"model": "teacher", "steps": 25, "guidance": 1.5}
+    metrics = [
+        {"name": "fd_digits", "value": fd, "n": 3594, "std": 0.211, "std_over": "bootstrap", **student},
+        {"name": "prompt_accuracy", "value": 0.98125, "n": 2000, **student},
+        {"name": "seconds_per_1000_images", "value": 2.0, "n": 5594, **student},
+        {"name": "peak_memory_bytes", "value": 3 * 2**20, "n": 5594, **student},
+        {"name": MARKUP, "value": 0.0123456, "n": 1, **student},
+        {"name": "fd_digits", "value": 2.344, "n": 3594, **teacher},
+        {"name": "fd_digits", "model": "real", "floor": "bootstrap", "value": 0.21, "std": 0.065, "n": 1797},
+        {"name": "fd_digits", "model": "real", "floor": "half", "value": 0.82, "n": 898},
+        {"name": "prompt_accuracy", "model": "real", "value": 0.9961, "n": 1797},
+    ]
+    return {"protocol": "digits", "metrics": metrics, "provenance": {"date": "2026-10-05T14:03:22+00:00", "versions": {"torch": "2.15.0"}}}
+
+
+def test_results_stand_in_their_tables_with_floors_apart(tmp_path: Path) -> None:
+    page = Page(write_report(_write_run(tmp_path / "run")))
+    results, floors = page.tables
+    assert results == [
+        ["model", "steps", "guidance", "FD-digits ↓", "prompt accuracy ↑", "images/s ↑", "peak memory, MiB ↓", MARKUP],
+        ["student", "1", "1", "7.12 ± 0.21", "0.981", "500", "3", "0.01235"],
+        ["teacher", "25", "1.5", "2.34", ABSENT, ABSENT, ABSENT, ABSENT],
+    ]
+    assert floors == [["model", "FD-digits ↓", "prompt accuracy ↑"], ["real", "0.21 ± 0.07", "0.996"], ["real, half", "0.82", ABSENT]]
+
+
+def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    path = write_report(_write_run(tmp_path / "run"))
+    page = Page(path)
+    html = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "run" / "report.html"
+    assert all(reference.startswith(("data:", "#")) for reference in page.references)
+    assert "http" not in html and "@import" not in html and not re.search(r"url\((?!#)", html)
+    assert "script" not in page.tags and "link" not in page.tags
+    assert sorted(item.name for item in path.parent.iterdir()) == [
+        "metrics.jsonl",
+        "recipe.yaml",
+        "report.html",
+        "results.json",
+        "samples",
+        "student",
+    ]
+
+
+def test_pictures_are_the_files_latest_first(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    page = Page(write_report(run))
+    pictures = [base64.b64decode(reference.split(",", 1)[1]) for reference in page.references if reference.startswith("data:image/png")]
+    assert pictures == [(run / f"samples/step_{step:06d}.png").read_bytes() for step in (40, 20)]
+    assert "Earlier samples (1)" in page.text
+
+
+def test_wide_pictures_are_reduced_and_many_are_thinned(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    for step in range(100, 140):
+        Image.new("RGB", (3000, 10)).save(run / f"samples/step_{step:06d}.png")
+    page = Page(write_report(run))
+    assert len([reference for reference in page.references if reference.startswith("data:image/jpeg")]) == 12
+    assert [step for step in re.findall(r"step (\d+)", page.text) if int(step) > 1][:2] == ["139", "138"]
+    assert "Earlier samples (12)" in page.text and "step 20" in page.text
+
+
+def test_title_usage_recipe_and_provenance(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    text = Page(write_report(run)).text
+    assert "dmd2 · fastgen:digits · 1 step\n" in text and "2026-10-05 14:03 UTC" in text
+    assert 'image = pipeline("a handwritten seven", num_inference_steps=1, guidance_scale=1.0, max_sequence_length=12).images[0]' in text
+    assert f'DiffusionPipeline.from_pretrained("{run}/student")' in text and f"fastgen sample {run}/student" in text
+    assert (run / "recipe.yaml").read_text().strip() in text
+    assert "versions.torch" in text and "2.15.0" in text
+    assert "Interrupted" not in text and "No student" not in text
+
+
+def test_half_precision_and_class_conditional_students_are_called_their_way(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text(RECIPE.replace("LR", "1.0e-3").replace("fp32", "bf16"))
+    (run / "student/model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    text = Page(write_report(run)).text
+    assert (
+        "import torch\n" in text and "torch_dtype=torch.bfloat16)" in text and "pipeline(class_labels=[207], num_inference_steps=1" in text
+    )
+
+
+def test_curves_have_a_panel_for_each_group_and_go_through_the_logged_values(tmp_path: Path) -> None:
+    html = write_report(_write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert re.findall(r'aria-label="([^"]*)"', html) == ["loss", "grad_norm", "lr", "custom"]
+    custom = html[html.index('aria-label="custom"') :]
+    raw = next(path for path in re.findall(r'<path d="([^"]*)"[^>]*stroke-opacity: 0.3', custom))
+    points = [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", raw)]
+    assert len(points) == 40
+    (x1, y1), (x2, y2) = points[:2]  # values 7 and 3
+    for step, (x, y) in enumerate(points, 1):
+        assert math.isclose(x, x1 + (step - 1) * (x2 - x1), abs_tol=0.01)
+        assert math.isclose(y, y1 + ((7 * step) % 11 - 7) * (y2 - y1) / (3 - 7), abs_tol=0.01)
+    assert x2 > x1 and y2 > y1
+
+
+def test_an_interrupted_run_is_reported_as_such(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", steps=7, complete=False)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "loss/ma')
+    page = Page(write_report(run, tmp_path / "elsewhere" / "page.html"))
+    assert "Interrupted or still running: training has reached step 7 of 40." in page.text
+    assert "No student has been exported." in page.text and "has not been evaluated" in page.text
+    assert "There are no samples yet." in page.text and "from_pretrained" not in page.text
+    assert page.tables == [] and "svg" in page.tags
+
+
+def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", steps=0, complete=False)
+    assert "No step was logged." in Page(write_report(run)).text
+
+
+def test_values_that_are_not_finite_or_not_numbers_do_not_break_the_curves(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    lines = [json.dumps({"step": i, "loss/match": float("nan") if i % 3 else 1e-3 * 2.0**i, "note": "x", "ok": True}) for i in range(1, 40)]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 40, "loss/match": Infinity}']))
+    assert re.findall(r'aria-label="([^"]*)"', write_report(run).read_text(encoding="utf-8")) == ["loss"]
+
+
+def test_of_a_step_logged_twice_the_later_counts(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", steps=3)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss/match": 9.0}\n{"step": 4, "loss/match": 8.0}\n')
+    assert [(row["step"], row["loss/match"]) for row in read_run(run).steps] == [(1, 1.0), (2, 0.5), (3, 9.0), (4, 8.0)]
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
+    run = _write_run(tmp_path / "run")
+    (run / name).unlink()
+    with pytest.raises(UserError, match=f"run is not a run folder with something to report: it has no {name}"):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", "a: [", "cannot read .*recipe.yaml"),
+        ("recipe.yaml", "just text", "must be a mapping"),
+        ("metrics.jsonl", '{"step": 1}\nbroken\n{"step": 2}\n', "line 2 of .*metrics.jsonl"),
+        ("results.json", "{", "cannot read .*results.json"),
+        ("results.json", "{}", "no list of metrics"),
+        ("student/fastgen.json", "[]", "JSON object"),
+        ("samples/step_000040.png", "not a picture", "is not an image"),
+    ],
+)
+def test_unreadable_files_are_named_in_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    run = _write_run(tmp_path / "run")
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+def test_comparison_has_one_table_the_differences_and_a_line_for_each_run(tmp_path: Path) -> None:
+    runs = [
+        _write_run(tmp_path / "a"),
+        _write_run(tmp_path / "b", lr="1.0e-3", fd=5.678),
+        _write_run(tmp_path / "c", steps=9, complete=False),
+    ]
+    path = tmp_path / "comparison.html"
+    write_comparison(runs, path)
+    page, html = Page(path), path.read_text(encoding="utf-8")
+    results, floors, differences = page.tables
+    assert [line[:5] for line in results[1:]] == [
+        ["a", "student", "1", "1", "7.12 ± 0.21"],
+        ["a", "teacher", "25", "1.5", "2.34"],
+        ["b", "student", "1", "1", "5.68 ± 0.21"],
+        ["b", "teacher", "25", "1.5", "2.34"],
+    ]
+    assert [line[:2] for line in floors[1:]] == [["a", "real"], ["a", "real, half"], ["b", "real"], ["b", "real, half"]]
+    assert differences == [["recipe key", "a", "b", "c"], ["optimizer.student.lr", "0.0005", "0.001", "0.0005"]]
+    assert re.findall(r'aria-label="([^"]*)"', html) == ["loss/match", "loss/critic", "grad_norm/student", "lr/student", "custom/kept"]
+    assert "c: Interrupted or still running: training has reached step 9 of 40." in page.text
+    assert len([reference for reference in page.references if reference.startswith("data:image")]) == 2 and "http" not in html
+
+
+def test_comparison_tells_runs_of_the_same_name_apart(tmp_path: Path) -> None:
+    runs = [_write_run(tmp_path / "first" / "run"), _write_run(tmp_path / "second" / "run")]
+    write_comparison(runs, tmp_path / "page.html")
+    assert [line[0] for line in Page(tmp_path / "page.html").tables[0][1:]] == ["first/run", "first/run", "second/run", "second/run"]
+    with pytest.raises(UserError, match="given twice"):
+        write_comparison([runs[0], runs[0]], tmp_path / "page.html")
+    with pytest.raises(UserError, match="at least one run folder"):
+        write_comparison([], tmp_path / "page.html")
