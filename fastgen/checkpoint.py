@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.errors import UserError
+from fastgen.files import write_atomically
 from fastgen.trainer import Trainer
 
 FORMAT = 1
@@ -31,7 +32,7 @@ def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -
     for name, tensors in _tensors(trainer).items():
         _save_synced({key: value.contiguous().cpu() for key, value in tensors.items()}, partial / f"{name}.safetensors")
     state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "recipe": recipe}
-    _write_synced(partial / "state.json", json.dumps(state, indent=1))
+    write_atomically(partial / "state.json", json.dumps(state, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     for old in checkpoints(folder)[:-keep]:
@@ -95,11 +96,4 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 def _save_synced(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path)
     with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
         os.fsync(file.fileno())

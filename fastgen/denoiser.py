@@ -44,16 +44,20 @@ class Denoiser(nn.Module):
         dtype = next(self.backbone.parameters()).dtype
         with self._tapped(taps) as features, self._autocast(x.device):
             prediction = self.family.call(self.backbone, x.to(dtype), t, conditioning.to(cond, dtype=dtype))
-        return Output(prediction.float() if prediction.dtype != torch.float64 else prediction, tuple(features))
+        return Output(prediction.float() if prediction.dtype != torch.float64 else prediction, tuple(features[i] for i in taps))
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
 
     @contextmanager
-    def _tapped(self, taps: Sequence[int]) -> Iterator[list[Tensor]]:
-        features: list[Tensor] = []
+    def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        features: dict[int, Tensor] = {}
         blocks = self.family.blocks(self.backbone) if taps else []
-        handles = [blocks[i].register_forward_hook(lambda _m, _i, out: features.append(self.family.block_feature(out))) for i in taps]
+
+        def keep(tap: int) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _module, _inputs, output: features.__setitem__(tap, self.family.block_feature(output))
+
+        handles = [blocks[tap].register_forward_hook(keep(tap)) for tap in taps]
         try:
             yield features
         finally:

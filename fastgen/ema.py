@@ -47,6 +47,11 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Strict: exactly these parameters, with equal shapes; ValueError otherwise."""
+        differing = state.keys() ^ {*self.shadow, "updates"}
+        differing |= {name for name in self.shadow.keys() & state.keys() if self.shadow[name].shape != state[name].shape}
+        if differing:
+            raise ValueError(f"averaged weights do not match: {sorted(differing)[:4]} …")
         self.updates = int(state["updates"])
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import fastgen
+from fastgen import card
 from fastgen.errors import UserError
 from fastgen.families import resolve_source
 from fastgen.families.base import Family
@@ -89,7 +90,7 @@ def _publish(output: Path, write: Any, info: StudentInfo, family: Family, weight
     write(partial)
     manifest = _manifest(info, family, weights, dtype)
     (partial / "fastgen.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    (partial / "README.md").write_text(model_card(manifest))
+    (partial / "README.md").write_text(card.model_card(manifest))
     shutil.rmtree(output, ignore_errors=True)
     os.replace(partial, output)
     return output
@@ -106,48 +107,17 @@ def _manifest(info: StudentInfo, family: Family, weights: str, dtype: str) -> di
         "call": family.call_arguments(info.steps, info.guidance, info.grid),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher,
+        "base": _base(info.teacher["pretrained"]),
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},
         "recipe": info.recipe,
     }
 
 
-def call_snippet(manifest: dict[str, Any], folder: str = "STUDENT_DIR") -> str:
-    """Python that draws a picture with plain diffusers."""
-    arguments = "".join(f"    {key}={value!r},\n" for key, value in manifest["call"].items())
-    if manifest["weights"] == "lora":
-        base = manifest["teacher"]["pretrained"]
-        load = (
-            f"import torch\nfrom diffusers import {manifest['pipeline']}, FlowMapEulerDiscreteScheduler\n\n"
-            f'pipe = {manifest["pipeline"]}.from_pretrained("{base}")\npipe.load_lora_weights("{folder}")\n'
-            f'pipe.scheduler = FlowMapEulerDiscreteScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'
-        )
-    else:
-        load = f'import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{folder}")\n'
-    return f"{load}image = pipe(\n    {manifest['prompts'][0]!r},\n{arguments}    generator=torch.Generator().manual_seed(0),\n).images[0]\n"
-
-
-def model_card(manifest: dict[str, Any]) -> str:
-    """README.md of an export: hub metadata, what it is, how it must be called."""
-    teacher, call = manifest["teacher"], manifest["call"]
-    relation = "adapter" if manifest["weights"] == "lora" else "finetune"
-    on_hub = teacher["pretrained"].count("/") == 1  # local and bundled teachers have no page to link to
-    header = [
-        "---",
-        "library_name: diffusers",
-        "pipeline_tag: text-to-image",
-        *([f"base_model: {teacher['pretrained']}", f"base_model_relation: {relation}"] if on_hub else []),
-        "tags: [distillation, few-step, fastgen]" if call["guidance_scale"] == 1 else "tags: [fastgen]",
-        "---",
-    ]
-    guided = "without classifier-free guidance" if call["guidance_scale"] == 1 else f"with guidance {call['guidance_scale']}"
-    what = f"Made by fastgen {manifest['versions']['fastgen']} with `{manifest['method']}` from `{teacher['pretrained']}` (guidance {teacher['guidance']})."
-    how = (
-        f"It samples in {manifest['steps']} network evaluation{'s' if manifest['steps'] > 1 else ''}, {guided}, at times "
-        f"{[round(t, 4) for t in manifest['grid']]}. A stock pipeline call has its own defaults for steps, guidance and text length, "
-        "so these arguments must be passed:"
-    )
-    return "\n".join([*header, f"# {manifest['method']}, {manifest['steps']}-step", "", what, "", how, "", f"```python\n{call_snippet(manifest)}```", ""])
+def _base(pretrained: str) -> str:
+    """What plain diffusers loads the teacher from: a hub id as it is, else its folder on this machine."""
+    is_hub_id = pretrained.count("/") == 1 and not Path(pretrained).is_dir()
+    return pretrained if is_hub_id else str(resolve_source(pretrained).resolve())
 
 
 @dataclass(frozen=True)
@@ -207,7 +177,7 @@ def _plain_diffusers(folder: Path, manifest: dict[str, Any], prompts: list[str],
     with tempfile.TemporaryDirectory() as scratch:
         job = {
             "folder": str(folder.resolve()),
-            "base": str(resolve_source(manifest["teacher"]["pretrained"]).resolve()) if is_lora else None,
+            "base": manifest["base"] if is_lora else None,
             "prompts": prompts,
             "seeds": list(seeds),
             "negative_prompt": manifest["teacher"]["negative_prompt"] if manifest["call"]["guidance_scale"] > 1 else "",

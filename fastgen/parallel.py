@@ -60,7 +60,8 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available.get(name.split(":")[0], False):
-        raise UserError(f"recipe key train.device: {name!r} is not available here; available: auto, {', '.join(k for k, v in available.items() if v)}")
+        names = ", ".join(["auto", *(key for key, there in available.items() if there)])
+        raise UserError(f"recipe key train.device: {name!r} is not available here; available: {names}")
     return torch.device(name)
 
 

@@ -28,7 +28,8 @@ def expand_time(value: Tensor, x: Tensor) -> Tensor:
         return value[:, None, :, None, None]
     if value.ndim > 1:
         raise ValueError(f"times must be (B,), or (B, T) for 5-D samples; got {tuple(value.shape)} for samples {tuple(x.shape)}")
-    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+    # Scalars too get x's dimensions: a 0-dim fp32 tensor would not widen an fp16 one.
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -161,11 +162,12 @@ class TrigFlow(Path):
 
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = _wide(t)
-        return torch.cos(t), torch.sin(t)
+        # cos t, but exactly 0 at t_max, where cos of the rounded pi/2 is -4e-8 in fp32
+        return torch.sin(math.pi / 2 - t), torch.sin(t)
 
     def velocity_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = _wide(t)
-        return -torch.sin(t), torch.cos(t)
+        alpha, sigma = self.coeffs(t)
+        return -sigma, alpha
 
     def time(self, ratio: Tensor) -> Tensor:
         return torch.atan(_wide(ratio))

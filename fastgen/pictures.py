@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
+
+from fastgen.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,14 +69,9 @@ def picture_row(images: Tensor) -> Image.Image:
 
 def save_png(image: Image.Image, path: str | Path) -> None:
     """Write a PNG in one step (readers see the old file or the whole new one), making its folder where there is none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    write_atomically(Path(path), content.getvalue())
 
 
 def _to_images(images: Tensor) -> list[Image.Image]:

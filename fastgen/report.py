@@ -5,30 +5,24 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from fastgen import card, curves
 from fastgen.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from fastgen.files import write_atomically
 
 Row = Mapping[str, Any]  # an entry of results.json["metrics"]
-Line = tuple[list[int], list[float]]  # steps, values
 
 NUM_EARLIER = 12  # sample grids besides the latest one
-COLOURS = ("#3b82c4", "#d9742b", "#2f9e77", "#c2508f", "#8a6fd1", "#b5952a", "#4aa5b8", "#9a6a4f")
-INK = "#7f7f7e"  # text and axes of the curves, replaced by the page's own colour
 ABSENT = "\N{EN DASH}"
 
 _WIDEST_LATEST, _WIDEST_EARLIER = 2400, 1600  # pixels; wider sample grids are reduced, or reports would take hundreds of megabytes
-_NOT_CURVES = ("step", "seconds")
 
 
 class Metric(NamedTuple):
@@ -113,7 +107,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         "floors": _table({"": _rows(run, floors=True)}, columns),
         "counts": _image_counts([run]),
         "differences": None,
-        "curves": _panels(_by_group(run)),
+        "curves": curves.panels(curves.by_group(run.steps)),
         "samples": _sample_pictures(run),
         "usage": _usage(run),
         "recipes": [("recipe.yaml", run.recipe_text)],
@@ -141,7 +135,7 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
         "floors": _table({name: _rows(run, floors=True) for name, run in runs.items()}, columns),
         "counts": _image_counts(runs.values()),
         "differences": _differences(runs),
-        "curves": _panels(_by_scalar(runs)),
+        "curves": curves.panels(curves.by_scalar({name: run.steps for name, run in runs.items()})),
         "samples": [picture for name, run in runs.items() for picture in _sample_pictures(run, prefix=f"{name}, ", num_earlier=0)],
         "usage": None,
         "recipes": [(f"{name}/recipe.yaml", run.recipe_text) for name, run in runs.items()],
@@ -341,140 +335,6 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
-def _lines(run: Run) -> dict[str, Line]:
-    """Every logged scalar that is a curve over steps."""
-    lines: dict[str, Line] = {}
-    for row in run.steps:
-        for name, value in row.items():
-            if name not in _NOT_CURVES and isinstance(value, int | float) and not isinstance(value, bool):
-                steps, values = lines.setdefault(name, ([], []))
-                steps.append(row["step"])
-                values.append(value)
-    return lines
-
-
-def _by_group(run: Run) -> dict[str, dict[str, Line]]:
-    """One panel for each group of scalars."""
-    panels: dict[str, dict[str, Line]] = {}
-    for name, line in _lines(run).items():
-        group, _, rest = name.partition("/")
-        panels.setdefault(group, {})[rest or name] = line
-    return _ordered(panels)
-
-
-def _by_scalar(runs: Mapping[str, Run]) -> dict[str, dict[str, Line]]:
-    """One panel for each scalar, in it one line for each run that logged it."""
-    panels: dict[str, dict[str, Line]] = {}
-    for name, run in runs.items():
-        for scalar, line in _lines(run).items():
-            panels.setdefault(scalar, {})[name] = line
-    return _ordered(panels)
-
-
-def _ordered(panels: Mapping[str, dict[str, Line]]) -> dict[str, dict[str, Line]]:
-    """Losses, gradient norms, learning rates, then what else there is, speed last."""
-    places = {"loss": 0, "grad_norm": 1, "lr": 2, "samples_per_second": 4}
-    return dict(sorted(panels.items(), key=lambda item: places.get(item[0].partition("/")[0], 3)))
-
-
-def _panels(panels: Mapping[str, Mapping[str, Line]]) -> list[str]:
-    """Inline SVG, one for each panel."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastgen", "text.parse_math": False, "font.size": 9}
-    spines: Any = {"axes.spines.top": False, "axes.spines.right": False}
-    fills: Any = dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")
-    inks: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
-    pictures = []
-    with rc_context({**style, **spines, **fills, **inks}):
-        for title, lines in panels.items():
-            figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-            _draw(figure.add_subplot(), title, lines)
-            file = io.StringIO()
-            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-            pictures.append(_inline(file.getvalue(), title))
-    return pictures
-
-
-def _draw(axes: Axes, title: str, lines: Mapping[str, Line]) -> None:
-    """One panel: each line as logged (faint) and smoothed; learning rates and short runs are not smoothed."""
-    for i, (name, (steps, values)) in enumerate(lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        smooth = title.partition("/")[0] != "lr" and len(values) >= 30
-        marker = "o" if len(values) == 1 else ""
-        axes.plot(
-            *_envelope(steps, values),
-            color=colour,
-            alpha=0.3 if smooth else 1.0,
-            linewidth=0.7 if smooth else 1.4,
-            marker=marker,
-            label="" if smooth else name,
-        )
-        if smooth:
-            axes.plot(*_thinned(steps, _smoothed(values)), color=colour, linewidth=1.5, label=name)
-    if _wide_range([value for _, values in lines.values() for value in values]):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-    axes.set_title(title.replace("_", " "), loc="left", fontsize=10)
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.15, color=INK)
-    if list(lines) != [title]:
-        axes.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 6)
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over a 25th of the run, started without bias; values that are not finite are passed over."""
-    decay, total, weight, averages = 1 - min(1.0, 25 / len(values)), 0.0, 0.0, []
-    for value in values:
-        if abs(value) < float("inf"):
-            total, weight = decay * total + (1 - decay) * value, decay * weight + 1 - decay
-        averages.append(total / weight if weight else float("nan"))
-    return averages
-
-
-def _envelope(steps: Sequence[int], values: Sequence[float], bins: int = 400) -> Line:
-    """A long line as the smallest and largest value of each of `bins` stretches, so that no spike is lost; a short one as it is."""
-    if len(values) <= 2 * bins:
-        return list(steps), list(values)
-    xs, ys = [], []
-    for i in range(bins):
-        start, stop = i * len(values) // bins, (i + 1) * len(values) // bins
-        xs += [steps[start], steps[stop - 1]]
-        ys += [min(values[start:stop]), max(values[start:stop])]
-    return xs, ys
-
-
-def _thinned(steps: Sequence[int], values: Sequence[float], most: int = 400) -> Line:
-    stride = -(-len(values) // most)
-    return list(steps[::stride]), list(values[::stride])
-
-
-def _wide_range(values: Sequence[float]) -> bool:
-    """Whether values are better read on a logarithmic axis: all positive, the largest percentile 50 times the smallest."""
-    finite = sorted(value for value in values if abs(value) < float("inf"))
-    return bool(finite) and finite[0] > 0 and finite[len(finite) * 99 // 100] > 50 * finite[len(finite) // 100]
-
-
-def _inline(svg: str, title: str) -> str:
-    """An SVG document as an element of an HTML page: no prologue, no namespaces (HTML has its own), no ids that repeat, the page's ink."""
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", body)
-    body = re.sub(r'\sid="[\w.]+_\d+"', "", body)
-    body = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", body, count=1)
-    body = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", body, count=1)
-    return body.replace("<svg", f'<svg role="img" aria-label="{_escaped(title)}"', 1).replace(INK, "currentColor")
-
-
-def _escaped(text: str) -> str:
-    from markupsafe import escape
-
-    return str(escape(text))
-
-
 def _sample_pictures(run: Run, *, prefix: str = "", num_earlier: int = NUM_EARLIER) -> list[dict[str, Any]]:
     """Sample grids, latest first and open; of many earlier ones, `num_earlier` spread over the run."""
     earlier, latest = run.samples[:-1], run.samples[-1:]
@@ -510,22 +370,9 @@ def _usage(run: Run) -> dict[str, str] | None:
     """Code that runs the student with diffusers alone, passing what its pipeline must be passed, and the same on the command line."""
     if run.student is None:
         return None
-    call, folder = run.student.get("call") or {}, str(run.folder / "student")
-    dtype = str(run.value("export", "dtype") or "fp32")
-    torch_dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}.get(dtype)
-    prompt = "a handwritten seven" if "digits" in str(run.value("teacher", "pretrained")) else "a red fox in deep snow"
-    class_name = (_read_json(run.folder / "student" / "model_index.json") or {}).get("_class_name")
-    first = "class_labels=[207]" if class_name == "DiTPipeline" else json.dumps(prompt)
-    arguments = ", ".join([first, *(f"{key}={value!r}" for key, value in call.items())])
-    python = [
-        *(["import torch"] if torch_dtype else []),
-        "from diffusers import DiffusionPipeline",
-        "",
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(folder)}{f', torch_dtype={torch_dtype}' if torch_dtype else ''})",
-        f"image = pipeline({arguments}).images[0]",
-        'image.save("image.png")',
-    ]
-    return {"python": "\n".join(python), "shell": f'fastgen sample {shlex.quote(folder)} --prompt "{prompt}" --output image.png'}
+    folder, prompts = str(run.folder / "student"), run.student.get("prompts") or ["a red fox in deep snow"]
+    shell = f"fastgen sample {shlex.quote(folder)} --prompt {shlex.quote(prompts[0])} --output image.png"
+    return {"python": card.call_snippet(run.student, folder), "shell": shell}
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
@@ -557,11 +404,4 @@ def _write(path: Path, page: Mapping[str, Any]) -> Path:
     loader = jinja2.PackageLoader("fastgen", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = environment.get_template("report.html.j2").render(page)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_atomically(path, html)

@@ -436,7 +436,7 @@ def evaluate(
     manifest = read_manifest(folder)
     measured, student = load_protocol(protocol), load_student(folder, device=device)
     progress.stage(f"measuring {folder} with protocol {protocol}")
-    rows = _measure(measured, student, "student", steps or [student.steps], progress)
+    rows = measure(measured, student, "student", steps or [student.steps], progress)
     if teacher:
         source = manifest["teacher"]
         base = load_teacher(source["pretrained"], guidance=source["guidance"], negative_prompt=source["negative_prompt"], device=device)
@@ -453,11 +453,12 @@ def _teacher_rows(protocol: Any, teacher: ImageGenerator, source: dict[str, Any]
     rows = []
     for count in steps:
         key = json.dumps([weights, protocol.hash(), protocol.extractor_hash(), teacher.guidance, source["negative_prompt"], count, str(teacher.device)])
-        rows += runner.cached(key, lambda count=count: _measure(protocol, teacher, "teacher", [count], progress))
+        rows += runner.cached(key, lambda count=count: measure(protocol, teacher, "teacher", [count], progress))
     return rows
 
 
-def _measure(protocol: Any, generator: ImageGenerator, model: str, steps: Sequence[int], progress: Progress) -> list[Any]:
+def measure(protocol: Any, generator: ImageGenerator, model: str, steps: Sequence[int], progress: Progress) -> list[Any]:
+    """Rows of one model at each step count, with a progress bar."""
     total = len(steps) * sum(len(subset.prompts) for subset in protocol.subsets.values())
     progress.start(f"measuring the {model}", total)
     rows = runner.run_protocol(

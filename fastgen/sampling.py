@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -53,6 +54,7 @@ def few_step(
     path = predict.path
     x = initial(path, noise, times)
     last = len(times) - 1 if grad_at is None else grad_at
+    assert 0 <= last < len(times), f"grad_at {grad_at} is none of the {len(times)} evaluations"
     for i in range(last):
         t = times[i].expand(len(x))
         with torch.no_grad() if grad_at is not None else nullcontext():
@@ -78,7 +80,7 @@ def ode(
     `euler` has order 1 and N evaluations, `heun` order 2 and 2N; both need the velocity to be finite at the times given, so on
     VP and VE end above 0. Not `few_step`, which jumps through x0 and ends at data.
     """
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         step = (t_next - t).to(x)
         slope = predict(x, t.expand(len(x)), cond, "velocity")
         ahead = x + step * slope

@@ -44,8 +44,8 @@ class Bars(run.Progress):
         self.console.print(message, style="dim", highlight=False)
 
     def start(self, what: str, total: int, done: int = 0) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
-        self.bar = Progress(*columns, console=self.console)
+        counts = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        self.bar = Progress(*counts, TextColumn("{task.fields[numbers]}"), console=self.console)
         self.task = self.bar.add_task(what, total=total, completed=done, numbers="")
         self.bar.start()
 

@@ -7,10 +7,10 @@ sample's own stream, fixes its time on any number of processes. 1 = noise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 
@@ -50,7 +50,13 @@ class TimeSampling(BaseModel):
     hi: float = Field(1.0, ge=0, le=1)
     mean: float = 0.0
     std: float = Field(1.0, gt=0)
-    shift: float | Literal["teacher"] = "teacher"
+    shift: Annotated[float, Field(gt=0)] | Literal["teacher"] = "teacher"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TimeSampling:
+        if self.lo > self.hi:
+            raise ValueError(f"lo must not exceed hi, got lo {self.lo} and hi {self.hi}")
+        return self
 
     def quantile(self, u: Tensor, *, teacher_shift: float) -> Tensor:
         """Fractions of the time range for uniform numbers u: (B,) fp32 or wider."""

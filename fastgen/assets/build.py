@@ -10,6 +10,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
+
 from fastgen import run
 from fastgen.assets import DIGITS_CLASSIFIER, DIGITS_TEACHER
 from fastgen.assets.classifier import train_classifier
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("stage", nargs="?", choices=STAGES, help="one stage; all of them when left out")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # sums in one order on any number of cores
     for name in [arguments.stage] if arguments.stage else STAGES:
         STAGES[name](arguments.seed)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +19,7 @@ from torch import Tensor
 from fastgen.errors import UserError
 from fastgen.evaluation.protocols import Protocol, Row, Subset
 from fastgen.evaluation.speed import peak_memory_bytes, reset_peak_memory, synchronise
+from fastgen.files import write_atomically
 
 Generate = Callable[[list[str], list[int], int], Tensor]  # prompts, seeds, steps -> images (B, 3, H, W), float in [0, 1]
 Progress = Callable[[int, int, str], None]  # images done, images in all, what is going on
@@ -178,17 +177,7 @@ def _read_entry(path: Path, key: str) -> list[Row]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -19,10 +19,13 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("prompt accuracy", "prompt_accuracy", 3),
+    Column("parity accuracy", "parity_accuracy", 3),
     Column("FD-digits", "fd_digits", 2),
     Column("FD named", "fd_digits_named", 2),
     Column("FD pixel", "fd_digits_pixel", 2),
     Column("diversity", "diversity", 2),
+    Column("training s", "training_seconds", 0),
+    Column("s/1000 images", "seconds_per_1000_images", 2),
     Column("images/s", "seconds_per_1000_images", 0, rate=True),
 )
 ABSENT = "–"
@@ -50,11 +53,13 @@ def _lines(rows: Sequence[Row], *, with_std: bool) -> list[list[str]]:
     groups: dict[tuple[str, int | None, float | None, str], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row.get("steps"), row.get("guidance"), _floor(row)), {})[row["name"]] = row
-    lines = [["model", "steps", *(column.heading for column in COLUMNS)]]
+    measured = {row["name"] for row in rows}
+    columns = [column for column in COLUMNS if column.metric in measured]
+    lines = [["model", "steps", *(column.heading for column in columns)]]
     for (model, steps, guidance, floor), metrics in groups.items():
         several = len({w for m, _, w, _ in groups if m == model}) > 1
         label = model + (f", {floor}" if floor else "") + (f", w {guidance:g}" if several and guidance is not None else "")
-        cells = [_cell(metrics.get(column.metric), column, with_std=with_std) for column in COLUMNS]
+        cells = [_cell(metrics.get(column.metric), column, with_std=with_std) for column in columns]
         lines.append([label, ABSENT if steps is None else str(steps), *cells])
     return lines
 

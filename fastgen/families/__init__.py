@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from pathlib import Path
 from typing import Any
 
+from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError, nearest
 from fastgen.families.base import Family
 
 
 def family_names() -> list[str]:
     """Names that `teacher.family` accepts beside `auto`."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return module_names(__name__, shared=("base",))
 
 
 def family_class(name: str) -> type[Family]:
     """The one Family that `fastgen.families.<name>` defines; UserError for an unknown name."""
-    if name not in family_names():
-        raise UserError(f"recipe key teacher.family: {name!r} is not a family; {nearest(name, ['auto', *family_names()])}")
-    module = importlib.import_module(f"fastgen.families.{name}")
-    found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Family) and v.__module__ == module.__name__]
-    assert len(found) == 1, f"{module.__name__} must define exactly one Family"
-    return found[0]
+    names = [*family_names(), "auto"]  # `auto` is resolved before, in find_family
+    return find_class(__name__, name, Family, names, f"recipe key teacher.family: {name!r} is not a family")
 
 
 def find_family(source: Any, name: str = "auto", **options: Any) -> Family:
@@ -44,8 +39,11 @@ def _family_of(pipeline_class: str) -> str:
 def _pipeline_class(source: Any) -> str:
     if not isinstance(source, (str, Path)):
         return type(source).__name__
-    index = json.loads((resolve_source(source) / "model_index.json").read_text())
-    name = index.get("_class_name")
+    path = resolve_source(source) / "model_index.json"
+    try:
+        name = json.loads(path.read_text())["_class_name"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"recipe key teacher.pretrained: {str(path)!r} is not JSON with a '_class_name'") from error
     return name[-1] if isinstance(name, list) else str(name)
 
 

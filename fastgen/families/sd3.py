@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
+from fastgen.errors import UserError
 from fastgen.families.base import Family, LatentSpec
 from fastgen.path import Flow
 
@@ -34,11 +35,17 @@ class SD3(Family):
         self._vae: Any = None
         backbone, vae = self._config("transformer"), self._config("vae")
         self.pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-        side = backbone["sample_size"] if resolution is None else resolution // self.pixels_per_latent
-        self.latent = LatentSpec(backbone["in_channels"], (side, side))
         self._patch = backbone["patch_size"]
+        side = backbone["sample_size"] if resolution is None else self._side(resolution, backbone["pos_embed_max_size"])
+        self.latent = LatentSpec(backbone["in_channels"], (side, side))
         self.max_sequence_length = max_sequence_length or self.own_call.get("max_sequence_length", 256)
         self.resolution = side * self.pixels_per_latent
+
+    def _side(self, resolution: int, max_patches: int) -> int:
+        unit = self.pixels_per_latent * self._patch
+        if resolution % unit or resolution > max_patches * unit:
+            raise UserError(f"recipe key teacher.resolution: {resolution} is not a multiple of {unit} pixels of at most {max_patches * unit}")
+        return resolution // self.pixels_per_latent
 
     def _config(self, component: str) -> dict[str, Any]:
         if self._live is not None:
@@ -61,7 +68,8 @@ class SD3(Family):
         tokens = math.prod(self.latent.size) // self._patch**2
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.16)
-        return math.exp(base + (tokens - low) * (top - base) / (high - low))
+        mu = base + (tokens - low) * (top - base) / (high - low)
+        return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
 
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
         from diffusers import SD3Transformer2DModel
@@ -113,7 +121,8 @@ class SD3(Family):
     @torch.no_grad()
     def encode_latents(self, pixels: Tensor) -> Tensor:
         config = self.vae.config
-        return (self.vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
+        return (latents - config.shift_factor) * config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""How good are the students, and what do they cost? Makes README's results table and its sample grid.
+
+    python benchmarks/quality.py                    # trains every listed recipe with three seeds, measures, writes
+    python benchmarks/quality.py --readme           # also puts table and grid into README.md
+
+Each recipe is trained and exported as a user would; students and teacher are measured with protocol `digits`. Rows go to
+benchmarks/results/quality_digits.jsonl, one measurement a line, with provenance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen import generator, pictures, run
+from fastgen.data import digits
+from fastgen.evaluation import runner
+from fastgen.evaluation.protocols import load_protocol
+from fastgen.evaluation.table import markdown_table
+from fastgen.terminal import Bars
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RECIPES = ("digits_dmd2_1step", "digits_dmd2_4step")
+TEACHER, TEACHER_GUIDANCE, TEACHER_STEPS = "fastgen:digits", 1.5, (25, 4, 2, 1)
+
+
+def train_and_measure(recipe: str, seed: int, work: Path, bars: Bars) -> list[dict[str, Any]]:
+    """Rows of one student: the protocol's metrics and the training seconds. A finished run of the same recipe is used again."""
+    folder = work / f"{recipe}_seed{seed}"
+    if not (folder / "results.json").is_file():
+        run.train(recipe, folder, overrides=[f"train.seed={seed}"], overwrite=folder.exists(), progress=bars)
+        run.evaluate(folder / "student", output=folder / "results.json", teacher=False, progress=bars)
+    rows = [row for row in runner.read_results(folder / "results.json")["metrics"] if row["model"] == "student"]
+    seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    return [*rows, {"name": "training_seconds", "model": "student", "steps": rows[0]["steps"], "value": seconds, "n": 1}]
+
+
+def over_seeds(recipe: str, runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of each metric of one recipe; `model` becomes the recipe's name."""
+    rows = []
+    for same in zip(*runs, strict=True):
+        values = [row["value"] for row in same]
+        rows.append({**same[0], "model": recipe, "value": statistics.mean(values), "std": statistics.stdev(values), "std_over": "seeds"})
+    return rows
+
+
+def teacher_rows(bars: Bars) -> list[dict[str, Any]]:
+    """The teacher at several step counts, and the floors of real data."""
+    protocol = load_protocol("digits")
+    teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
+    return [*run.measure(protocol, teacher, "teacher", TEACHER_STEPS, bars), *protocol.floors()]
+
+
+def sample_grid(students: dict[str, Path]) -> Any:
+    """Teacher at 25, 4, 2, 1 steps, then the students: the same noise down each column; named, generic and parity prompts."""
+    named = [digits.NAMED[i % 3].format(word) for i, word in enumerate(digits.WORDS)]
+    prompts = [*named, *digits.GENERIC * 2, *digits.PARITY[0] * 2, *digits.PARITY[1] * 2]
+    seeds = list(range(100, 100 + len(prompts)))
+    teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
+    rows = [(f"teacher, {count} step{'s' * (count > 1)}", teacher(prompts, seeds, count)) for count in TEACHER_STEPS]
+    rows += [(name, generator.load_student(folder)(prompts, seeds)) for name, folder in students.items()]
+    return pictures.picture_grid(rows, prompts)
+
+
+def write_readme(table: str, path: Path = ROOT / "README.md") -> None:
+    """Replace what stands between README's markers."""
+    begin, end = "<!-- quality:begin -->\n", "<!-- quality:end -->"
+    text = path.read_text()
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    path.write_text(f"{head}{begin}{table}\n{end}{tail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="run folders; finished ones are used again")
+    parser.add_argument("--readme", action="store_true", help="put the table and the grid into README.md")
+    arguments = parser.parse_args()
+    bars = Bars()
+    rows = teacher_rows(bars)
+    for recipe in arguments.recipes:
+        rows += over_seeds(recipe, [train_and_measure(recipe, seed, arguments.work, bars) for seed in arguments.seeds])
+    origin = runner.provenance(load_protocol("digits"), model_hash=runner.hash_folder(run.resolve_source(TEACHER)))
+    RESULTS.mkdir(exist_ok=True)
+    lines = [json.dumps({**row, "seeds": arguments.seeds, "provenance": origin}) for row in rows]
+    (RESULTS / "quality_digits.jsonl").write_text("\n".join(lines) + "\n")
+    students = {recipe.replace("_", " ", 1): arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in arguments.recipes}
+    pictures.save_png(sample_grid(students), RESULTS / "digits_grid.png")
+    table = markdown_table(rows)
+    print(table)
+    if arguments.readme:
+        write_readme(table)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()

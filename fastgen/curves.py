@@ -1,0 +1,152 @@
+"""Training curves as inline SVG that takes the page's own ink, in light and in dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Rows = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
+Line = tuple[list[int], list[float]]  # steps, values
+
+COLOURS = ("#3b82c4", "#d9742b", "#2f9e77", "#c2508f", "#8a6fd1", "#b5952a", "#4aa5b8", "#9a6a4f")
+INK = "#7f7f7e"  # text and axes, replaced by the page's own colour
+_NOT_CURVES = ("step", "seconds")
+
+
+def _lines(rows: Rows) -> dict[str, Line]:
+    """Every logged scalar that is a curve over steps."""
+    lines: dict[str, Line] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in _NOT_CURVES and isinstance(value, int | float) and not isinstance(value, bool):
+                steps, values = lines.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return lines
+
+
+def by_group(rows: Rows) -> dict[str, dict[str, Line]]:
+    """One panel for each group of scalars."""
+    panels: dict[str, dict[str, Line]] = {}
+    for name, line in _lines(rows).items():
+        group, _, rest = name.partition("/")
+        panels.setdefault(group, {})[rest or name] = line
+    return _ordered(panels)
+
+
+def by_scalar(runs: Mapping[str, Rows]) -> dict[str, dict[str, Line]]:
+    """One panel for each scalar, in it one line for each run that logged it."""
+    panels: dict[str, dict[str, Line]] = {}
+    for name, rows in runs.items():
+        for scalar, line in _lines(rows).items():
+            panels.setdefault(scalar, {})[name] = line
+    return _ordered(panels)
+
+
+def _ordered(panels: Mapping[str, dict[str, Line]]) -> dict[str, dict[str, Line]]:
+    """Losses, gradient norms, learning rates, then what else there is, speed last."""
+    places = {"loss": 0, "grad_norm": 1, "lr": 2, "samples_per_second": 4}
+    return dict(sorted(panels.items(), key=lambda item: places.get(item[0].partition("/")[0], 3)))
+
+
+def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[str]:
+    """Inline SVG, one for each panel."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastgen", "text.parse_math": False, "font.size": 9}
+    spines: Any = {"axes.spines.top": False, "axes.spines.right": False}
+    fills: Any = dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")
+    inks: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
+    pictures = []
+    with rc_context({**style, **spines, **fills, **inks}):
+        for title, lines in groups.items():
+            figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+            _draw(figure.add_subplot(), title, lines)
+            file = io.StringIO()
+            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+            pictures.append(_inline(file.getvalue(), title))
+    return pictures
+
+
+def _draw(axes: Axes, title: str, lines: Mapping[str, Line]) -> None:
+    """One panel: each line as logged (faint) and smoothed; learning rates and short runs are not smoothed."""
+    for i, (name, (steps, values)) in enumerate(lines.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        smooth = title.partition("/")[0] != "lr" and len(values) >= 30
+        marker = "o" if len(values) == 1 else ""
+        axes.plot(
+            *_envelope(steps, values),
+            color=colour,
+            alpha=0.3 if smooth else 1.0,
+            linewidth=0.7 if smooth else 1.4,
+            marker=marker,
+            label="" if smooth else name,
+        )
+        if smooth:
+            axes.plot(*_thinned(steps, _smoothed(values)), color=colour, linewidth=1.5, label=name)
+    if _wide_range([value for _, values in lines.values() for value in values]):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    axes.set_title(title.replace("_", " "), loc="left", fontsize=10)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.15, color=INK)
+    if list(lines) != [title]:
+        axes.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 6)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over a 25th of the run, started without bias; values that are not finite are passed over."""
+    decay, total, weight, averages = 1 - min(1.0, 25 / len(values)), 0.0, 0.0, []
+    for value in values:
+        if abs(value) < float("inf"):
+            total, weight = decay * total + (1 - decay) * value, decay * weight + 1 - decay
+        averages.append(total / weight if weight else float("nan"))
+    return averages
+
+
+def _envelope(steps: Sequence[int], values: Sequence[float], bins: int = 400) -> Line:
+    """A long line as the smallest and largest value of each of `bins` stretches, so that no spike is lost; a short one as it is."""
+    if len(values) <= 2 * bins:
+        return list(steps), list(values)
+    xs, ys = [], []
+    for i in range(bins):
+        start, stop = i * len(values) // bins, (i + 1) * len(values) // bins
+        xs += [steps[start], steps[stop - 1]]
+        ys += [min(values[start:stop]), max(values[start:stop])]
+    return xs, ys
+
+
+def _thinned(steps: Sequence[int], values: Sequence[float], most: int = 400) -> Line:
+    stride = -(-len(values) // most)
+    return list(steps[::stride]), list(values[::stride])
+
+
+def _wide_range(values: Sequence[float]) -> bool:
+    """Whether values are better read on a logarithmic axis: all positive, the largest percentile 50 times the smallest."""
+    finite = sorted(value for value in values if abs(value) < float("inf"))
+    return bool(finite) and finite[0] > 0 and finite[len(finite) * 99 // 100] > 50 * finite[len(finite) // 100]
+
+
+def _inline(svg: str, title: str) -> str:
+    """An SVG document as an element of an HTML page: no prologue, no namespaces (HTML has its own), no ids that repeat, the page's ink."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", body)
+    body = re.sub(r'\sid="[\w.]+_\d+"', "", body)
+    body = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", body, count=1)
+    body = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", body, count=1)
+    return body.replace("<svg", f'<svg role="img" aria-label="{_escaped(title)}"', 1).replace(INK, "currentColor")
+
+
+def _escaped(text: str) -> str:
+    from markupsafe import escape
+
+    return str(escape(text))

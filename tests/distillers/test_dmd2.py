@@ -1,0 +1,315 @@
+"""DMD2's mechanics one by one on closed-form teachers, and the distribution a student ends at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy_runs import Recorded, toy_method, toy_roles, toy_setting, toy_trainer
+
+from fastgen.config import OptimizerBlock, validate
+from fastgen.denoiser import guided
+from fastgen.distillers.base import Batch, Distiller, Setting, Update
+from fastgen.distillers.dmd2 import DMD2
+from fastgen.distillers.rollout import student_samples
+from fastgen.errors import UserError
+from fastgen.families.toy import Mixture, Toy
+from fastgen.path import Flow, Path, VarianceExploding
+from fastgen.rng import SampleRng
+from fastgen.roles import Roles
+from fastgen.sampling import few_step
+
+torch.set_num_threads(1)
+GRID = (0.9, 0.65, 0.4, 0.2)
+
+
+def two_gaussians() -> Mixture:
+    """Components of equal covariance: guidance between them is exactly a third such Gaussian."""
+    return Mixture([0.5, 0.5], [[1.0, -0.5], [0.2, 0.4]], [[0.3, 0.2], [0.3, 0.2]])
+
+
+def prompt(component: int, count: int) -> Batch:
+    return Batch(count, {"component": torch.full((count,), component)})
+
+
+def rng(ids: Sequence[int], scope: int = 0) -> SampleRng:
+    return SampleRng(0, (scope,), ids)
+
+
+@torch.no_grad()
+def disturb(roles: Roles, *names: str) -> None:
+    """Move the roles' residual networks off zero, each by numbers of its own."""
+    for name in names:
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        out: Any = roles[name].denoiser.backbone.out
+        out.bias.normal_(std=0.3, generator=generator)
+        out.weight.normal_(std=0.1, generator=generator)
+
+
+def gradients(roles: Roles, name: str) -> list[Tensor]:
+    return [p.grad for p in roles[name].denoiser.backbone.parameters() if p.grad is not None]
+
+
+def test_no_gradient_when_the_fake_score_is_the_teacher() -> None:
+    family = Toy("toy:mixture")
+    roles, method = toy_roles(DMD2, family), toy_method(DMD2, toy_setting(family, grid=[0.7]))
+    loss = method.updates(0)[-1].terms[0](roles.predictors(), prompt(-1, 16), rng(range(16)), 0)
+    loss.value.backward()
+    assert loss.value.item() == 0
+    assert gradients(roles, "student")
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in gradients(roles, "student"))
+    disturb(roles, "fake_score")
+    method.updates(0)[-1].terms[0](roles.predictors(), prompt(-1, 16), rng(range(16)), 0).value.backward()
+    assert max(grad.abs().max().item() for grad in gradients(roles, "student")) > 1e-3
+
+
+def test_terms_leave_gradients_in_the_role_they_train_alone() -> None:
+    """Even while every trained role requires gradients."""
+    family = Toy("toy:mixture")
+    roles, method = toy_roles(DMD2, family), toy_method(DMD2, toy_setting(family, grid=GRID))
+    for update, trains in zip(method.updates(0)[-2:], ("fake_score", "student"), strict=True):
+        disturb(roles, "student", "fake_score")
+        update.terms[0](roles.predictors(), prompt(-1, 8), rng(range(8)), 0).value.backward()
+        assert update.trains == (trains,)
+        assert gradients(roles, trains)
+        for other in roles.keys() - {trains}:
+            assert not gradients(roles, other), f"{other} has gradients after the update of {trains}"
+        roles[trains].denoiser.zero_grad(set_to_none=True)
+
+
+class OneTurn(DMD2):
+    """Only the first update of a step (the critic's), or only the last (the student's)."""
+
+    turn = 0
+
+    def updates(self, step: int) -> list[Update]:
+        return [super().updates(step)[self.turn]]
+
+
+@pytest.mark.parametrize(("turn", "moves"), [(0, "fake_score"), (-1, "student")])
+def test_an_update_changes_the_role_it_trains_alone(turn: int, moves: str) -> None:
+    family = Toy("toy:mixture")
+    method = toy_method(OneTurn, toy_setting(family, grid=GRID))
+    vars(method)["turn"] = turn
+    trainer = toy_trainer(method, family)
+    disturb(trainer.roles, "student", "fake_score")
+    before = {name: {k: v.clone() for k, v in role.denoiser.state_dict().items()} for name, role in trainer.roles.items()}
+    trainer.train_step()
+    for name, role in trainer.roles.items():
+        same = {key for key, value in role.denoiser.state_dict().items() if torch.equal(value, before[name][key])}
+        if name == moves:
+            assert {key for key in before[name] if ".mixture." not in key}.isdisjoint(same)
+        else:
+            assert same == before[name].keys()
+        assert not gradients(trainer.roles, name)
+
+
+def test_exactly_one_student_evaluation_is_in_the_graph() -> None:
+    family = Toy("toy:mixture")
+    roles, method = toy_roles(DMD2, family), toy_method(DMD2, toy_setting(family, grid=GRID))
+    exits = []
+    for step in range(16):
+        models = {name: Recorded(predictor) for name, predictor in roles.predictors().items()}
+        method.updates(step)[-1].terms[0](models, prompt(-1, 4), rng(range(4), step), step)
+        in_graph = models["student"].in_graph
+        assert in_graph == [False] * (len(in_graph) - 1) + [True]
+        assert models["teacher"].in_graph == models["fake_score"].in_graph == [False]
+        exits.append(len(in_graph) - 1)
+    assert set(exits) == {0, 1, 2, 3}
+
+
+def test_the_critic_rolls_out_without_a_graph() -> None:
+    family = Toy("toy:mixture")
+    roles, method = toy_roles(DMD2, family), toy_method(DMD2, toy_setting(family, grid=GRID))
+    for step in range(8):
+        models = {name: Recorded(predictor) for name, predictor in roles.predictors().items()}
+        method.updates(step)[0].terms[0](models, prompt(-1, 4), rng(range(4), step), step)
+        assert not any(models["student"].in_graph)
+        assert models["fake_score"].in_graph == [True]
+        assert not models["teacher"].inputs
+
+
+@pytest.mark.parametrize("renoise", ["euler", "stochastic", "fixed"])
+def test_exit_and_samples_do_not_depend_on_how_the_batch_is_split(renoise: Any) -> None:
+    family = Toy("toy:mixture")
+    setting, student = toy_setting(family, grid=GRID), toy_roles(DMD2, family)["student"].predictor
+    splits = [[range(6)], [range(2), range(2, 6)], [[i] for i in range(6)]]
+    for step in range(8):
+        counts, samples = set(), []
+        for split in splits:
+            parts = []
+            for ids in split:
+                recorded = Recorded(student)
+                parts.append(student_samples(recorded, setting, prompt(-1, len(ids)).cond, rng(ids, step), renoise=renoise, train=False))
+                counts.add(len(recorded.inputs))
+            samples.append(torch.cat(parts))
+        assert len(counts) == 1
+        for other in samples[1:]:
+            torch.testing.assert_close(other, samples[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", [Flow(), VarianceExploding()], ids=["Flow", "VarianceExploding"])
+def test_a_rollout_starts_at_pure_noise_and_walks_the_grid(path: Path) -> None:
+    """By hand on Flow: x <- x + (t' - t) velocity, then x0 = x - t velocity. On VE the first x is the noise times sigma."""
+    family = Toy("toy:mixture", path=path)
+    setting = toy_setting(family, grid=GRID)
+    roles = toy_roles(DMD2, family)
+    disturb(roles, "student")
+    times = [t * path.t_max for t in GRID]
+    seen = set()
+    for step in range(12):
+        student = Recorded(roles["student"].predictor)
+        cond = prompt(-1, 5).cond
+        sample = student_samples(student, setting, cond, rng(range(5), step), renoise="euler", train=False)
+        called = [t.unique().item() for _, t, _ in student.inputs]
+        assert called == pytest.approx(times[: len(called)])
+        x = rng(range(5), step).normal("noise", (2,)) * (times[0] if isinstance(path, VarianceExploding) else 1)
+        torch.testing.assert_close(student.inputs[0][0], x)
+        with torch.no_grad():
+            for t, t_next in zip(called, [*called[1:], 0.0], strict=True):
+                x = x + (t_next - t) * roles["student"].predictor(x, torch.full((5,), t), cond, "velocity")
+        torch.testing.assert_close(sample, x, rtol=1e-5, atol=2e-5)
+        seen.add(len(called))
+    assert seen == {1, 2, 3, 4}
+
+
+def test_a_one_step_student_sees_pure_noise_at_the_explicit_time() -> None:
+    family = Toy("toy:mixture")
+    student = Recorded(toy_roles(DMD2, family)["student"].predictor)
+    student_samples(student, toy_setting(family, grid=[0.6]), prompt(-1, 5).cond, rng(range(5)), renoise="euler", train=True)
+    ((x, t, _),) = student.inputs
+    torch.testing.assert_close(x, rng(range(5)).normal("noise", (2,)), rtol=0, atol=0)
+    torch.testing.assert_close(t.double(), torch.full((5,), 0.6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_critic_updates_come_before_the_one_student_update(count: int) -> None:
+    method = toy_method(DMD2, toy_setting(Toy("toy:mixture")), critic_updates=count)
+    for step in (0, 7):
+        updates = method.updates(step)
+        assert [update.trains for update in updates] == [("fake_score",)] * count + [("student",)]
+        assert [[term.__name__ for term in update.terms] for update in updates] == [["critic"]] * count + [["match"]]
+
+
+def test_every_critic_update_draws_its_own_samples() -> None:
+    family = Toy("toy:mixture")
+    trainer = toy_trainer(toy_method(DMD2, toy_setting(family), critic_updates=3), family)
+    student = Recorded(trainer.models["student"])
+    trainer.models["student"] = student
+    trainer.train_step()
+    noises = [x for x, _, _ in student.inputs]
+    assert len(noises) == 4
+    assert all(not torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
+
+
+def test_critic_loss_is_the_denoising_error_in_the_networks_own_kind() -> None:
+    family = Toy("toy:mixture")
+    roles, setting = toy_roles(DMD2, family), toy_setting(family, grid=[0.7])
+    disturb(roles, "student", "fake_score")
+    models, batch = roles.predictors(), prompt(-1, 6)
+    method = toy_method(DMD2, setting, critic_times={"lo": 0.2, "hi": 0.6})
+    got = method.updates(0)[0].terms[0](models, batch, rng(range(6)), 0).value
+    draws = rng(range(6))
+    with torch.no_grad():
+        x0 = few_step(models["student"], draws.normal("noise", (2,)), setting.grid, batch.cond, renoise="euler")
+        t, eps = 0.2 + 0.4 * draws.uniform("critic_time"), draws.normal("critic_noise", (2,))
+        velocity = models["fake_score"].denoiser((1 - t)[:, None] * x0 + t[:, None] * eps, t, batch.cond).prediction
+    torch.testing.assert_close(got, ((velocity - (eps - x0)) ** 2).mean())
+
+
+def match_by_hand(roles: Roles, setting: Setting, batch: Batch, *, weight: str, guidance: float, negative: int) -> tuple[Tensor, Tensor]:
+    """(loss, gradient in the student's output bias) of a one-step Flow student, from the definitions."""
+    models, draws = roles.predictors(), rng(range(batch.size))
+    noise, eps = draws.normal("noise", (2,)), draws.normal("match_noise", (2,))
+    t = (0.02 + 0.96 * draws.uniform("match_time"))[:, None]
+    with torch.no_grad():
+        start = setting.grid[0].float().expand(batch.size)
+        x = noise - start[:, None] * models["student"].denoiser(noise, start, batch.cond).prediction
+        noised = (1 - t) * x + t * eps
+
+        def mean(role: str, component: Tensor) -> Tensor:
+            return noised - t * models[role].denoiser(noised, t[:, 0], {"component": component}).prediction
+
+        conditional, fake = (mean(role, batch.cond["component"]) for role in ("teacher", "fake_score"))
+        unconditional = mean("teacher", torch.full((batch.size,), negative))
+        real = unconditional + guidance * (conditional - unconditional)
+        scale = ((1 - t) / t) ** 2 if weight == "kl" else 1 / (x - real).abs().mean(1, keepdim=True)
+        g = scale * (fake - real)
+    return 0.5 * (g**2).mean(), -start[0] * g.sum(0) / g.numel()  # x0 = x - t v
+
+
+@pytest.mark.parametrize("weight", ["normalised", "kl"])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_guidance_enters_the_real_score_alone(weight: str, guidance: float) -> None:
+    family = Toy("toy:mixture")
+    setting = toy_setting(family, grid=[0.7], guidance=guidance, negative="2")
+    roles, method, batch = toy_roles(DMD2, family), toy_method(DMD2, setting, weight=weight), prompt(0, 6)
+    disturb(roles, "student", "fake_score")
+    models = {name: Recorded(predictor) for name, predictor in roles.predictors().items()}
+    loss = method.updates(0)[-1].terms[0](models, batch, rng(range(6)), 0).value
+    loss.backward()
+    want, bias_gradient = match_by_hand(roles, setting, batch, weight=weight, guidance=guidance, negative=2)
+    torch.testing.assert_close(loss.detach(), want, rtol=1e-4, atol=1e-6)
+    bias: Any = roles["student"].denoiser.backbone.out
+    torch.testing.assert_close(bias.bias.grad, bias_gradient, rtol=1e-4, atol=1e-6)
+    calls = {name: [cond["component"].tolist() for _, _, cond in model.inputs] for name, model in models.items()}
+    both = [[2] * 6 + [0] * 6] if guidance != 1 else [[0] * 6]
+    assert calls == {"student": [[0] * 6], "teacher": both, "fake_score": [[0] * 6]}
+
+
+def test_guided_score_of_equal_covariances_is_that_of_a_shifted_gaussian() -> None:
+    """n + w (c - n) with w = 2: N(m_u + 2 (m_c - m_u), S) at every time; the other convention would be w = 3."""
+    mixture = two_gaussians()
+    shifted = Mixture([1.0], [[1.8, -1.4]], [[0.3, 0.2]])
+    family = Toy(mixture)
+    teacher = toy_roles(DMD2, family, dtype=torch.float64)["teacher"].predictor
+    target = toy_roles(DMD2, Toy(shifted), dtype=torch.float64)["teacher"].predictor
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.linspace(0.02, 0.98, 50, dtype=torch.float64)
+    with torch.no_grad():
+        got = guided(teacher, 2.0, family.encode_prompts(["1"]))(x, t, prompt(0, 50).cond)
+        torch.testing.assert_close(got, target(x, t, prompt(-1, 50).cond), rtol=1e-10, atol=1e-10)
+
+
+def test_the_shifted_gaussian_is_a_guided_students_optimum() -> None:
+    """With the fake score of N(m_u + 2 (m_c - m_u), S) the update vanishes; with that of N(m_c, S) it does not."""
+    family = Toy(two_gaussians())
+    setting = toy_setting(family, grid=[0.7], guidance=2.0, negative="1")
+    method, sizes = toy_method(DMD2, setting), []
+    for means in ([[1.8, -1.4]], [[1.0, -0.5]]):
+        models = toy_roles(DMD2, family).predictors()
+        models["fake_score"] = toy_roles(DMD2, Toy(Mixture([1.0, 1.0], means * 2, [[0.3, 0.2]] * 2)))["teacher"].predictor
+        sizes.append(method.updates(0)[-1].terms[0](models, prompt(0, 64), rng(range(64)), 0).logs["gap"].item())
+    assert sizes[0] < 1e-5
+    assert sizes[1] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"critic_updates": 0}, "recipe key distiller.critic_updates: Input should be greater than or equal to 1 (given: 0)"),
+        ({"critic_update": 3}, "recipe key distiller.critic_update: unknown key; did you mean 'critic_updates'?"),
+        ({"weight": "sum"}, "recipe key distiller.weight: Input should be 'normalised' or 'kl' (given: 'sum')"),
+        ({"renoise": "ddim"}, "recipe key distiller.renoise: Input should be 'euler', 'stochastic' or 'fixed' (given: 'ddim')"),
+        ({"match_times": {"low": 0.1}}, "recipe key distiller.match_times.low: unknown key; did you mean 'lo'?"),
+        ({"critic_times": {"hi": 1.5}}, "recipe key distiller.critic_times.hi: Input should be less than or equal to 1 (given: 1.5)"),
+    ],
+)
+def test_mistakes_in_the_config_name_the_key(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(DMD2.Config, {"name": "dmd2", **config}, "distiller")
+    assert str(caught.value).startswith(message)
+
+
+def sampled(method: Distiller, family: Toy, components: Tensor, **train: Any) -> Tensor:
+    """Samples of the averaged student after training, one for each entry of `components`."""
+    block = OptimizerBlock(name="adam", lr=1e-3, betas=(0.0, 0.999), schedule="cosine")
+    blocks = {"student": block, "fake_score": block.model_copy(update={"lr": 2e-3})}
+    trainer = toy_trainer(method, family, optimizer=blocks, **train)
+    trainer.run([])
+    noise = torch.randn(len(components), 2, generator=torch.Generator().manual_seed(1))
+    with trainer.ema.applied(), torch.no_grad():
+        return few_step(trainer.models["student"], noise, method.setting.grid, {"component": components}, renoise="euler")

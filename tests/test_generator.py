@@ -1,0 +1,163 @@
+"""Pictures from seeds: independent of the batch, equal to plain diffusers, with the settings of the folder they come from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMapEulerDiscreteScheduler, StableDiffusion3Pipeline
+from pipelines import NEGATIVE, PROMPTS, draw, student_role
+from pipelines import sd3_folder as sd3_folder
+from torch import Tensor
+
+from fastgen import load_student, load_teacher
+from fastgen.conditioning import Conditioning
+from fastgen.denoiser import Denoiser, Predictor
+from fastgen.errors import UserError
+from fastgen.export import StudentInfo, export_student, generate_pictures
+from fastgen.families.sd3 import SD3
+from fastgen.families.toy import MIXTURES, Toy
+from fastgen.generator import ImageGenerator, noise_from_seeds, read_manifest
+
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def teacher(sd3_folder: Path) -> ImageGenerator:
+    return load_teacher(sd3_folder, steps=2, guidance=3.0, negative_prompt=NEGATIVE, max_sequence_length=TOKENS)
+
+
+def test_noise_of_a_seed_is_one_cpu_generators() -> None:
+    noise = noise_from_seeds([7, 8, 7], (4, 3, 5))
+    assert noise.shape == (3, 4, 3, 5)
+    assert torch.equal(noise[0], torch.randn((4, 3, 5), generator=torch.Generator().manual_seed(7)))
+    assert torch.equal(noise[0], noise[2])
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_the_picture_of_a_seed_does_not_depend_on_its_batch(teacher: ImageGenerator) -> None:
+    together = teacher(PROMPTS, [3, 4, 5])
+    for i in (0, 1, 2):
+        torch.testing.assert_close(teacher([PROMPTS[i]], [3 + i]), together[i : i + 1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(teacher(PROMPTS[::-1], [5, 4, 3]), together.flip(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(generate_pictures(teacher, PROMPTS, [3, 4, 5], batch=2), together, rtol=0, atol=1e-6)
+    assert (together[0] - together[1]).abs().max() > 0.05
+
+
+def test_pictures_equal_plain_diffusers_with_one_generator_a_prompt(sd3_folder: Path, teacher: ImageGenerator) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder, scheduler=FlowMapEulerDiscreteScheduler(shift=3.0))
+    call = {"guidance_scale": 3.0, "negative_prompt": [NEGATIVE] * 3, "max_sequence_length": TOKENS}
+    for steps in (2, 3):
+        expected = draw(pipeline, PROMPTS, [3, 4, 5], num_inference_steps=steps, **call)
+        pictures = teacher(PROMPTS, [3, 4, 5], steps)
+        assert (pictures - expected).abs().max() <= 1e-5
+        assert pictures.dtype == torch.float32
+        assert pictures.min() >= 0
+        assert pictures.max() <= 1
+
+
+def test_the_result_does_not_depend_on_the_ambient_generator(teacher: ImageGenerator) -> None:
+    pictures = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        pictures.append(teacher(PROMPTS[:1], [9]))
+    assert torch.equal(*pictures)
+
+
+def test_each_prompt_is_encoded_once() -> None:
+    class Counting(Toy):
+        encoded: list[str]
+
+        def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+            self.encoded += prompts
+            return super().encode_prompts(prompts)
+
+    family = Counting("toy:ring")
+    family.encoded = []
+    generator = ImageGenerator(family, Predictor(Denoiser(family.load_backbone(), family), family), steps=2, guidance=2.0)
+    assert family.encoded == [""]
+    rows = generator.conditioning(["3", "5", "3"])["component"]
+    assert rows.tolist() == [3, 5, 3]
+    assert generator.conditioning(["5", "1"])["component"].tolist() == [5, 1]
+    assert family.encoded == ["", "3", "5", "1"]
+
+
+def test_an_explicit_grid_serves_its_own_number_of_steps_only(sd3_folder: Path) -> None:
+    family = SD3(sd3_folder)
+    generator = ImageGenerator(family, Predictor(Denoiser(family.load_backbone(), family), family), steps=2, grid=[0.8, 0.3])
+    assert generator.times().tolist() == generator.times(2).tolist() == [0.8, 0.3]
+    assert generator.times(4).tolist() == pytest.approx([1, 0.9, 0.75, 0.5])
+
+
+def test_load_teacher_takes_the_pipelines_own_steps_and_guidance(sd3_folder: Path, tmp_path: Path) -> None:
+    plain = load_teacher(sd3_folder)
+    assert (plain.steps, plain.guidance, plain.family.own_call["guidance_scale"]) == (28, 7.0, 7.0)
+    copy = shutil.copytree(sd3_folder, tmp_path / "own")
+    (copy / "fastgen.json").write_text(json.dumps({"call": {"num_inference_steps": 5, "guidance_scale": 1.5, "max_sequence_length": 9}}))
+    own = load_teacher(copy)
+    assert (own.steps, own.guidance) == (5, 1.5)
+    assert isinstance(own.family, SD3)
+    assert own.family.max_sequence_length == 9
+    given = load_teacher(copy, steps=3, guidance=1.0, resolution=24)
+    assert (given.steps, given.guidance, given.family.latent.size) == (3, 1.0, (12, 12))
+
+
+def test_load_teacher_uses_the_guidance_and_the_negative_prompt_it_is_given(sd3_folder: Path, teacher: ImageGenerator) -> None:
+    options: dict[str, Any] = {"steps": 2, "guidance": 3.0, "max_sequence_length": TOKENS}
+    same = load_teacher(sd3_folder, negative_prompt=NEGATIVE, **options)
+    assert torch.equal(same(PROMPTS, [3, 4, 5]), teacher(PROMPTS, [3, 4, 5]))
+    other = load_teacher(sd3_folder, **options)
+    assert (other(PROMPTS, [3, 4, 5]) - teacher(PROMPTS, [3, 4, 5])).abs().max() > 1e-3
+
+
+def test_load_teacher_of_a_closed_form_teacher_samples_its_component() -> None:
+    ring = load_teacher("toy:ring")
+    assert (ring.steps, ring.guidance) == (25, 1.0)
+    mixture = MIXTURES["ring"]()
+    samples = ring.latents(["2"] * 64, range(64))
+    assert (samples.double().mean(0) - mixture.means[2]).abs().max() < 0.05
+    assert (samples.double().std(0) - 0.06).abs().max() < 0.03
+
+
+def student_info(**settings: Any) -> StudentInfo:
+    teacher = {"pretrained": "owner/teacher", "guidance": 4.0, "negative_prompt": NEGATIVE}
+    return StudentInfo(**{"method": "dmd2", "steps": 3, "grid": None, "guidance": 1.0, "teacher": teacher, "prompts": PROMPTS, "recipe": {}} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "resolution"),
+    [({}, None), ({"guidance": 2.5}, 24), ({"grid": [1.0, 0.7, 0.2]}, None)],
+    ids=["plain", "guided 24 pixels", "explicit grid"],
+)
+def test_load_student_brings_weights_and_settings(sd3_folder: Path, tmp_path: Path, settings: dict[str, Any], resolution: int | None) -> None:
+    family = SD3(sd3_folder, max_sequence_length=TOKENS, resolution=resolution)
+    role, info = student_role(family), student_info(**settings)
+    trained = ImageGenerator(family, role.predictor, steps=3, guidance=info.guidance, negative_prompt=NEGATIVE, grid=info.grid)
+    expected: Tensor = trained(PROMPTS, [0, 1, 2])
+    student = load_student(export_student(role, family, info, tmp_path / "student"))
+    assert (student.steps, student.guidance) == (3, info.guidance)
+    assert torch.equal(student.times(), trained.times())
+    assert (student(PROMPTS, [0, 1, 2]) - expected).abs().max() <= 1e-6
+    teacher = load_teacher(sd3_folder, steps=3, guidance=info.guidance, max_sequence_length=TOKENS, resolution=resolution)
+    assert (teacher(PROMPTS, [0, 1, 2]) - expected).abs().max() > 1e-3
+
+
+def test_read_manifest_says_why_a_folder_is_no_student(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder"):
+        read_manifest(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"holds no fastgen\.json, so it is not an exported student"):
+        load_student(tmp_path)
+    (tmp_path / "fastgen.json").write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        load_student(tmp_path)
+    (tmp_path / "fastgen.json").write_text('{"format": 2}')
+    with pytest.raises(UserError, match=r"fastgen\.json' has format 2, this fastgen reads 1"):
+        load_student(tmp_path)
+    (tmp_path / "fastgen.json").write_text("[]")
+    with pytest.raises(UserError, match=r"fastgen\.json' has format None"):
+        load_student(tmp_path)

@@ -1,0 +1,346 @@
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastgen.path import KINDS, Flow, Path, TrigFlow, VarianceExploding, VariancePreserving, expand_time
+
+PATHS: dict[str, Path] = {
+    "Flow": Flow(),
+    "TrigFlow": TrigFlow(),
+    "VariancePreserving": VariancePreserving(),
+    "VarianceExploding": VarianceExploding(),
+}
+NAMES = list(PATHS)
+PURE = [name for name in NAMES if oracle.SCHEDULES[name].pure]
+SHAPES = [(3, 2), (3, 2, 4, 5), (3, 2, 3, 4, 5)]
+WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
+MEANS = torch.tensor([[-1.0, 0.4], [0.8, 0.1]], dtype=torch.float64)
+COVARIANCES = torch.tensor([[[0.5, 0.2], [0.2, 0.3]], [[0.2, -0.1], [-0.1, 0.6]]], dtype=torch.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inner_times(name: str, count: int = 3) -> Tensor:
+    """(count,) float64 times away from both ends; VE spread geometrically."""
+    if name == "VarianceExploding":
+        return torch.logspace(-1.5, 1.7, count, dtype=torch.float64)
+    return torch.linspace(0.06, 0.9, count, dtype=torch.float64) * oracle.SCHEDULES[name].end
+
+
+def assert_near(value: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    """Relative to the largest element expected, and at least to 1."""
+    assert value.shape == expected.shape
+    error = (value - expected).abs().max() / expected.abs().max().clamp(min=1)
+    assert error <= tolerance, f"off by {error:.2e}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_coeffs_and_ratio_are_the_schedules(name: str) -> None:
+    t = inner_times(name, 9)
+    alpha, sigma = PATHS[name].coeffs(t)
+    assert_near(alpha, oracle.SCHEDULES[name].alpha(t), 1e-14)
+    assert_near(sigma, oracle.SCHEDULES[name].sigma(t), 1e-14)
+    assert_near(PATHS[name].ratio(t), oracle.SCHEDULES[name].sigma(t) / oracle.SCHEDULES[name].alpha(t), 1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_coeffs_at_the_ends_are_exact(name: str) -> None:
+    path = PATHS[name]
+    for dtype in (torch.float32, torch.float64):
+        start = path.coeffs(torch.zeros(1, dtype=dtype))
+        assert [c.item() for c in start] == [1, 0]
+        alpha, sigma = path.coeffs(torch.tensor([path.t_max], dtype=dtype))
+        if name in PURE:
+            assert (alpha.item(), sigma.item()) == (0, 1)
+        else:
+            assert alpha > 0
+
+
+@pytest.mark.parametrize("src", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_convert_of_exact_mixture_predictions(name: str, src: str) -> None:
+    t = inner_times(name, 6)
+    schedule = oracle.SCHEDULES[name]
+    x = schedule.noisy(MEANS[[0, 1, 0, 1, 0, 1]] + normal(6, 2), normal(6, 2, seed=1), t)
+    given_prediction = oracle.mixture_prediction(src, x, t, schedule, WEIGHTS, MEANS, COVARIANCES)
+    for dst in KINDS:
+        expected = oracle.mixture_prediction(dst, x, t, schedule, WEIGHTS, MEANS, COVARIANCES)
+        assert_near(PATHS[name].convert(given_prediction, x, t, src, dst), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["2-D", "4-D", "5-D"])
+@pytest.mark.parametrize("name", NAMES)
+def test_convert_of_every_rank(name: str, shape: tuple[int, ...]) -> None:
+    path, schedule, t = PATHS[name], oracle.SCHEDULES[name], inner_times(name)
+    x0, eps = normal(*shape), normal(*shape, seed=1)
+    x = schedule.noisy(x0, eps, t)
+    assert_near(path.mix(x0, eps, t), x)
+    for src, dst in product(KINDS, KINDS):
+        prediction = oracle.kind_of(src, x0, eps, t, schedule)
+        assert_near(path.predict(x0, eps, t, src), prediction)
+        assert_near(path.convert(prediction, x, t, src, dst), oracle.kind_of(dst, x0, eps, t, schedule))
+        solved_x0, solved_eps = path.solve(prediction, x, t, src)
+        assert_near(solved_x0, x0)
+        assert_near(solved_eps, eps)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    src=st.sampled_from(KINDS),
+    dst=st.sampled_from(KINDS),
+    fraction=st.floats(0.02, 0.95),
+    x=st.floats(-10, 10),
+    prediction=st.floats(-10, 10),
+)
+def test_convert_round_trip(name: str, src: str, dst: str, fraction: float, x: float, prediction: float) -> None:
+    path = PATHS[name]
+    t = torch.tensor([fraction * path.t_max], dtype=torch.float64)
+    noisy, pred = torch.tensor([[x]], dtype=torch.float64), torch.tensor([[prediction]], dtype=torch.float64)
+    there = path.convert(pred, noisy, t, src, dst)  # type: ignore[arg-type]
+    # Errors are relative to the largest number on the way.
+    scale = max(1.0, there.abs().item())
+    assert_near(path.convert(there, noisy, t, dst, src) / scale, pred / scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_per_frame_times_equal_the_per_frame_loop(name: str) -> None:
+    path = PATHS[name]
+    x0, eps = normal(2, 3, 4, 3, 5), normal(2, 3, 4, 3, 5, seed=1)
+    t = inner_times(name, 8).reshape(2, 4)
+    x = path.mix(x0, eps, t)
+
+    def looped(function: str, first: Tensor, second: Tensor, *kinds: str) -> Tensor:
+        frames = [getattr(path, function)(first[:, :, i], second[:, :, i], t[:, i], *kinds) for i in range(4)]
+        return torch.stack(frames, 2)
+
+    assert_near(x, looped("mix", x0, eps), 1e-15)
+    assert_near(x, oracle.SCHEDULES[name].noisy(x0, eps, t))
+    for src, dst in product(KINDS, KINDS):
+        assert_near(path.convert(eps, x, t, src, dst), looped("convert", eps, x, src, dst), 1e-14)
+    moved, times = path.retime(x, t, TrigFlow())
+    for i in range(4):
+        frame, frame_times = path.retime(x[:, :, i], t[:, i], TrigFlow())
+        assert_near(moved[:, :, i], frame, 1e-15)
+        assert_near(times[:, i], frame_times, 1e-15)
+
+
+def test_per_frame_times_need_five_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"\(B, T\) for 5-D"):
+        Flow().mix(normal(2, 3, 4, 4), normal(2, 3, 4, 4), torch.rand(2, 4))
+    with pytest.raises(ValueError, match=r"\(B, T\) for 5-D"):
+        expand_time(torch.rand(2, 1, 1), normal(2, 3, 4, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_inputs_come_back_in_fp32(name: str, dtype: torch.dtype) -> None:
+    path = PATHS[name]
+    x, pred = normal(3, 2).to(dtype), normal(3, 2, seed=1).to(dtype)
+    times = (inner_times(name).float(), inner_times(name)[1].float())
+    for t, (src, dst) in product(times, product(KINDS, KINDS)):
+        value = path.convert(pred, x, t, src, dst)
+        assert value.dtype == torch.float32
+        exact = path.convert(pred.double(), x.double(), t.double(), src, dst)
+        assert_near(value.double(), exact, 2e-5)
+    for t in times:
+        assert path.mix(x, pred, t).dtype == path.predict(x, pred, t, "eps").dtype == torch.float32
+        assert path.retime(x, t, Flow())[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_times_are_widened(name: str) -> None:
+    t = inner_times(name).bfloat16()
+    for values in (PATHS[name].coeffs(t), PATHS[name].velocity_coeffs(t)):
+        assert [value.dtype for value in values] == [torch.float32] * 2
+    assert torch.equal(PATHS[name].coeffs(t)[1], PATHS[name].coeffs(t.float())[1])
+    assert PATHS[name].time(t).dtype == PATHS[name].prior_scale(t).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_velocity_coeffs_are_derivatives(name: str) -> None:
+    path, t = PATHS[name], inner_times(name, 9)
+    h = 1e-5 * t
+    for i in range(2):
+        central = (path.coeffs(t + h)[i] - path.coeffs(t - h)[i]) / (2 * h)
+        assert_near(path.velocity_coeffs(t)[i], central, 1e-8)
+    assert_near(path.velocity_coeffs(t)[1], oracle.derivative(oracle.SCHEDULES[name].sigma, t))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_time_inverts_ratio(name: str) -> None:
+    path = PATHS[name]
+    t = torch.linspace(1e-3, 1, 200, dtype=torch.float64) * path.t_max
+    assert_near(path.time(path.ratio(t)), t)
+    ratios = torch.logspace(-5, 2, 200, dtype=torch.float64)
+    assert ((path.ratio(path.time(ratios)) / ratios - 1).abs() <= 1e-10).all()
+    assert path.time(torch.zeros(1, dtype=torch.float64)).item() == 0
+
+
+def test_infinite_ratio_is_pure_noise() -> None:
+    infinite = torch.tensor([math.inf], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        for path in (Flow(), TrigFlow()):
+            end = torch.tensor([path.t_max], dtype=dtype)
+            assert path.ratio(end).item() == math.inf
+            assert torch.equal(path.time(infinite.to(dtype)), end)
+    for path in (VariancePreserving(), VarianceExploding()):
+        assert not torch.isfinite(path.time(infinite)).any()
+
+
+def test_vp_time_past_its_end_is_infinite() -> None:
+    path = VariancePreserving()
+    last = path.ratio(torch.ones(1, dtype=torch.float64))
+    assert path.time(last).item() == pytest.approx(1, abs=1e-10)
+    assert path.time(1.01 * last).item() == math.inf
+    assert path.time(path.ratio(torch.ones(1))).item() == 1
+
+
+@pytest.mark.parametrize(("name", "other"), [*product(NAMES, NAMES)])
+def test_retime_keeps_x0_and_eps(name: str, other: str) -> None:
+    t = inner_times(name, 4).clamp(max=80)
+    for shape in ((4, 2), (4, 2, 3, 5)):
+        x0, eps = normal(*shape), normal(*shape, seed=1)
+        x, t_other = PATHS[name].retime(oracle.SCHEDULES[name].noisy(x0, eps, t), t, PATHS[other])
+        assert_near(x, oracle.SCHEDULES[other].noisy(x0, eps, t_other))
+        back, t_back = PATHS[other].retime(x, t_other, PATHS[name])
+        assert_near(t_back, t)
+        assert_near(back, oracle.SCHEDULES[name].noisy(x0, eps, t))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_retime_between_the_pure_noise_ends(dtype: torch.dtype) -> None:
+    x = normal(2, 3).to(dtype)
+    for path, other in product((Flow(), TrigFlow()), repeat=2):
+        for end, expected in ((path.t_max, other.t_max), (0.0, 0.0)):
+            same, t = path.retime(x, torch.full((2,), end, dtype=dtype), other)
+            assert torch.equal(same, x)
+            assert torch.equal(t, torch.full((2,), expected, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("path", "t", "other"),
+    [
+        (Flow(), 1.0, VariancePreserving()),
+        (Flow(), 1.0, VarianceExploding()),
+        (Flow(), 0.999, VariancePreserving()),
+        (TrigFlow(), math.pi / 2, VariancePreserving()),
+        (TrigFlow(), math.pi / 2, VarianceExploding()),
+        (VarianceExploding(), 200.0, VariancePreserving()),
+    ],
+)
+def test_retime_refuses_noise_levels_out_of_reach(path: Path, t: float, other: Path) -> None:
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(ValueError, match="does not reach the noise level"):
+            path.retime(torch.zeros(2, 1, dtype=dtype), torch.tensor([0.1, t], dtype=dtype), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PURE)
+def test_pure_noise_end(name: str, dtype: torch.dtype) -> None:
+    path = PATHS[name]
+    x, pred = normal(2, 3).to(dtype), normal(2, 3, seed=1).to(dtype)
+    t = torch.tensor([0.5, path.t_max], dtype=dtype)  # one singular sample is enough
+    for src, dst in product(("eps", "score"), ("x0", "v", "velocity")):
+        with pytest.raises(ValueError, match="does not determine x0 and eps"):
+            path.convert(pred, x, t, src, dst)  # type: ignore[arg-type]
+    # There x is eps itself; every other kind still determines x0.
+    x0, end = pred[1:], t[1:]
+    eps = path.mix(x0, x[1:], end)
+    assert torch.equal(eps, x[1:])
+    for src, dst in product(("x0", "v", "velocity"), KINDS):
+        value = path.convert(path.predict(x0, eps, end, src), eps, end, src, dst)  # type: ignore[arg-type]
+        torch.testing.assert_close(value, path.predict(x0, eps, end, dst))
+    torch.testing.assert_close(path.convert(-eps, eps, end, "score", "eps"), eps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_data_end(name: str) -> None:
+    path = PATHS[name]
+    x, pred, t = normal(2, 3), normal(2, 3, seed=1), torch.tensor([0.5, 0.0], dtype=torch.float64)
+    for dst in ("eps", "velocity", "v"):
+        with pytest.raises(ValueError, match=r"does not determine|infinite at t = 0"):
+            path.convert(pred, x, t, "x0", dst)  # type: ignore[arg-type]
+    for src in set(KINDS) - {"score"}:
+        with pytest.raises(ValueError, match=r"singular at sigma = 0|infinite at t = 0"):
+            path.convert(pred, x, t, src, "score")
+    with pytest.raises(ValueError, match="singular at sigma = 0"):
+        path.predict(x, pred, t, "score")
+    for src in ("eps", "v", "score"):
+        assert torch.equal(path.convert(pred, x, t, src, "x0")[1], x[1])  # type: ignore[arg-type]
+
+
+def test_velocity_at_the_data_end() -> None:
+    x, pred, t = normal(2, 3), normal(2, 3, seed=1), torch.zeros(2, dtype=torch.float64)
+    for kind in ("x0", "eps", "v"):
+        for call in (lambda k: (k, "velocity"), lambda k: ("velocity", k)):
+            with pytest.raises(ValueError, match=r"infinite at t = 0|does not determine"):
+                VariancePreserving().convert(pred, x, t, *call(kind))  # type: ignore[arg-type]
+    assert torch.equal(Flow().convert(pred, x, t, "velocity", "eps"), pred + x)
+    assert torch.equal(TrigFlow().convert(pred, x, t, "velocity", "eps"), pred)
+    assert torch.equal(VarianceExploding().convert(pred, x, t, "velocity", "eps"), pred)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_score_to_eps_takes_its_limit_at_the_data_end(name: str) -> None:
+    path, schedule, x = PATHS[name], oracle.SCHEDULES[name], normal(5, 2)
+    zero = torch.zeros(5, dtype=torch.float64)
+    score = oracle.mixture_score(x, zero, schedule, WEIGHTS, MEANS, COVARIANCES)
+    assert torch.equal(path.convert(score, x, zero, "score", "eps"), torch.zeros_like(x))
+    near = torch.full((5,), 1e-7, dtype=torch.float64)
+    assert oracle.mixture_prediction("eps", x, near, schedule, WEIGHTS, MEANS, COVARIANCES).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kinds_convert_to_themselves_everywhere(name: str) -> None:
+    x, pred = normal(2, 3), normal(2, 3, seed=1)
+    for t, kind in product((0.0, PATHS[name].t_max), KINDS):
+        assert torch.equal(PATHS[name].convert(pred, x, torch.full((2,), t, dtype=torch.float64), kind, kind), pred)
+
+
+def test_unknown_kinds_are_named() -> None:
+    x = normal(1, 2)
+    for kinds in (("noise", "x0"), ("x0", "noise"), ("noise", "noise")):
+        with pytest.raises(ValueError, match=r"'noise'; allowed: x0, eps, v, velocity, score"):
+            Flow().convert(x, x, torch.tensor([0.5]), *kinds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_convert(name: str) -> None:
+    path = PATHS[name]
+    pred, x = normal(2, 2).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
+    t = (torch.tensor([0.2, 0.6], dtype=torch.float64) * min(path.t_max, 2)).requires_grad_()
+    for src, dst in product(KINDS, KINDS):
+        assert torch.autograd.gradcheck(lambda *a, kinds=(src, dst): path.convert(*a, *kinds), (pred, x, t))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_mix_and_retime(name: str) -> None:
+    path = PATHS[name]
+    x0, eps = normal(2, 2).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
+    t = torch.tensor([0.2, 0.6], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(path.mix, (x0, eps, t))
+    for other in PATHS.values():
+        assert torch.autograd.gradcheck(lambda x, t, other=other: path.retime(x, t, other), (x0, t))
+
+
+def test_prior_scale() -> None:
+    t = torch.tensor([0.3, 0.9])
+    for name in ("Flow", "TrigFlow", "VariancePreserving"):
+        assert torch.equal(PATHS[name].prior_scale(t), torch.ones(2))
+    assert torch.equal(VarianceExploding().prior_scale(t), t)
+
+
+def test_paths_compare_by_value() -> None:
+    assert VariancePreserving() == VariancePreserving(0.1, 20.0) != VariancePreserving(0.1, 19.0)
+    assert Flow() == Flow() != TrigFlow()

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen.conditioning import Conditioning
+from fastgen.families.base import Family
+from fastgen.families.toy import Toy
+from fastgen.roles import LoraTuning, Role, Roles, RoleSpec, build_roles, frozen, trainable
+from fastgen.surgery import lora
+
+SPECS = {"student": trainable(), "fake_score": trainable(), "teacher": frozen()}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, a fresh random network of it, and inputs."""
+
+    family: Family
+    backbone: Callable[[], nn.Module]
+    x: Tensor
+    cond: Conditioning
+    t: Tensor
+
+    def roles(self, *, adapters: bool, specs: dict[str, RoleSpec] = SPECS) -> Roles:
+        tuning = LoraTuning(rank=3, alpha=6.0, targets=self.family.lora_targets) if adapters else None
+        return build_roles(specs, self.family, self.backbone(), tuning=tuning)
+
+    def run(self, role: Role) -> Tensor:
+        return role.module(self.x, self.t, self.cond).prediction
+
+
+def toy_case() -> Case:
+    family = Toy("toy:mixture", width=16)
+
+    def backbone() -> nn.Module:
+        network = family.load_backbone()
+        nn.init.normal_(network.out.weight, std=0.2, generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr, arg-type]
+        return network
+
+    return Case(family, backbone, normal(4, 2), {}, torch.tensor([0.2, 0.4, 0.6, 0.8]))
+
+
+def sd3_case() -> Case:
+    from diffusers import SD3Transformer2DModel
+
+    from fastgen.families.sd3 import SD3
+
+    def network() -> Any:
+        torch.manual_seed(0)
+        return SD3Transformer2DModel(
+            sample_size=4, patch_size=2, in_channels=2, out_channels=2, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            caption_projection_dim=16, joint_attention_dim=12, pooled_projection_dim=10, pos_embed_max_size=4,
+        ).eval()  # fmt: skip
+
+    vae = SimpleNamespace(config={"block_out_channels": (8,)})
+    family = SD3(SimpleNamespace(transformer=network(), vae=vae), max_sequence_length=3)
+    cond = {"encoder_hidden_states": normal(2, 3, 12), "pooled_projections": normal(2, 10)}
+    return Case(family, lambda: family.load_backbone(), normal(2, 2, 4, 6), cond, torch.tensor([0.3, 0.9]))
+
+
+@pytest.fixture(scope="module", params=[toy_case, sd3_case], ids=["toy", "sd3"])
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param()
+
+
+def perturb(role: Role, seed: int) -> None:
+    """Move a role's parameters away from where they started."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in role.parameters().values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def gradients(role: Role) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in role.parameters().items() if parameter.grad is not None}
+
+
+def clear(roles: Roles) -> None:
+    for role in roles.values():
+        role.denoiser.zero_grad(set_to_none=True)
+
+
+def assert_equal(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert values.keys() == expected.keys()
+    assert values
+    for name, value in values.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+# Full fine-tuning
+
+
+def test_full_roles_start_as_separate_copies_of_the_teacher(case: Case) -> None:
+    roles = case.roles(adapters=False)
+    before = case.run(roles["teacher"])
+    for name in ("student", "fake_score"):
+        assert torch.equal(case.run(roles[name]), before)
+        assert roles[name].state_dict().keys() == dict(case.backbone().named_parameters()).keys()
+    addresses = [p.data_ptr() for role in roles.values() for p in role.denoiser.backbone.parameters()]
+    assert len(addresses) == len(set(addresses))
+    perturb(roles["student"], 0)
+    assert not torch.allclose(case.run(roles["student"]), before)
+    for name in ("teacher", "fake_score"):
+        assert torch.equal(case.run(roles[name]), before)
+
+
+def test_frozen_roles_train_nothing_and_precision_follows_the_role(case: Case) -> None:
+    roles = build_roles(SPECS, case.family, case.backbone(), autocast=torch.bfloat16)
+    assert roles["teacher"].parameters() == roles["teacher"].state_dict() == {}
+    assert not any(p.requires_grad for p in roles["teacher"].denoiser.parameters())
+    assert roles.trained.keys() == {"student", "fake_score"}
+    assert {p.dtype for p in roles["teacher"].denoiser.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in roles["student"].parameters().values()} == {torch.float32}
+    assert roles.predictors()["student"].denoiser is roles["student"].module
+
+
+# LoRA
+
+
+def test_adapters_share_one_base_and_start_as_the_teacher(case: Case) -> None:
+    roles = case.roles(adapters=True)
+    backbones = {id(role.denoiser.backbone) for role in roles.values()}
+    assert len(backbones) == 1
+    plain = case.roles(adapters=False)
+    for role in roles.values():
+        assert torch.equal(case.run(role), case.run(plain["teacher"]))
+    trained = {id(p) for role in roles.trained.values() for p in role.parameters().values()}
+    for name, parameter in roles["teacher"].denoiser.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in trained) == ("lora_" in name)
+
+
+def test_adapters_are_independent(case: Case) -> None:
+    roles = case.roles(adapters=True)
+    teacher = case.run(roles["teacher"])
+    perturb(roles["student"], 0)
+    student = case.run(roles["student"])
+    assert not torch.allclose(student, teacher, atol=1e-3)
+    assert torch.equal(case.run(roles["fake_score"]), teacher)
+    assert torch.equal(case.run(roles["teacher"]), teacher)
+    perturb(roles["fake_score"], 1)
+    assert torch.equal(case.run(roles["student"]), student)
+    assert roles["student"].parameters().keys().isdisjoint(roles["fake_score"].parameters())
+
+
+def test_adapter_output_by_hand() -> None:
+    case = toy_case()
+    roles = case.roles(adapters=True)
+    perturb(roles["student"], 0)
+    state = roles["student"].state_dict()
+    reference = case.backbone()
+    for target in case.family.lora_targets:
+        down, up = state[f"{target}.lora_A.student.weight"], state[f"{target}.lora_B.student.weight"]
+        assert down.shape[0] == up.shape[1] == 3
+        reference.get_submodule(target).weight.data += 6.0 / 3 * up @ down  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(case.run(roles["student"]), case.family.call(reference, case.x, case.t, case.cond), rtol=1e-6, atol=1e-6)
+
+
+def test_switching_adapters_before_backward_keeps_gradients(case: Case) -> None:
+    roles = case.roles(adapters=True)
+    perturb(roles["student"], 0)
+    perturb(roles["fake_score"], 1)
+    with roles.training(["student"]):
+        case.run(roles["student"]).square().sum().backward()
+        alone = gradients(roles["student"])
+        clear(roles)
+        loss = case.run(roles["student"]).square().sum()
+        with torch.no_grad():
+            case.run(roles["fake_score"])
+            case.run(roles["teacher"])
+        loss.backward()
+    assert alone.keys() == roles["student"].parameters().keys()
+    assert all(value.abs().max() > 0 for value in alone.values())
+    assert_equal(gradients(roles["student"]), alone)
+    assert not gradients(roles["fake_score"])
+
+
+def test_gradients_flow_through_a_frozen_role_into_the_trained_one(case: Case) -> None:
+    for adapters in (False, True):
+        roles = case.roles(adapters=adapters)
+        with roles.training(["student"]):
+            generated = case.run(roles["student"])
+            roles["fake_score"].module(generated, case.t, case.cond).prediction.sum().backward()
+        assert gradients(roles["student"])
+        assert not gradients(roles["fake_score"])
+
+
+def test_held_restores_the_adapter_that_recomputation_needs() -> None:
+    case = sd3_case()
+    roles = case.roles(adapters=True)
+    perturb(roles["student"], 0)
+    perturb(roles["fake_score"], 1)
+    case.run(roles["student"]).square().sum().backward()
+    expected = gradients(roles["student"])
+    clear(roles)
+    roles["student"].denoiser.backbone.enable_gradient_checkpointing()  # type: ignore[operator]
+    loss = case.run(roles["student"]).square().sum()
+    with torch.no_grad():
+        case.run(roles["fake_score"])
+    with roles.held("student"):
+        loss.backward()
+    assert_equal(gradients(roles["student"]), expected)
+
+
+# Turns
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_gradients_reach_only_the_named_role(case: Case, adapters: bool) -> None:
+    roles = case.roles(adapters=adapters)
+    for name in ("student", "fake_score"):
+        clear(roles)
+        with roles.training([name]):
+            sum(case.run(role).square().sum() for role in roles.values()).backward()  # type: ignore[union-attr]
+        own = {id(p) for p in roles[name].parameters().values()}
+        for role in roles.values():
+            for key, parameter in role.denoiser.named_parameters():
+                assert (parameter.grad is not None) <= (id(parameter) in own), f"{role.name}: {key}"
+        assert all(p.requires_grad for role in roles.trained.values() for p in role.parameters().values())
+        assert any(gradient.abs().max() > 0 for gradient in gradients(roles[name]).values())
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_the_gradient_of_a_turn_is_that_of_the_role_alone(adapters: bool) -> None:
+    case = toy_case()
+    roles = case.roles(adapters=adapters)
+    perturb(roles["student"], 0)
+    case.run(roles["student"]).square().sum().backward()
+    alone = gradients(roles["student"])
+    clear(roles)
+    with roles.training(["student"]):
+        (case.run(roles["student"]).square().sum() + 3 * case.run(roles["fake_score"]).sum()).backward()
+    assert_equal(gradients(roles["student"]), alone)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_requires_grad_comes_back_after_an_exception(adapters: bool) -> None:
+    roles = toy_case().roles(adapters=adapters)
+    odd = next(iter(roles["fake_score"].parameters().values()))
+    odd.requires_grad_(False)
+    before = {key: p.requires_grad for role in roles.values() for key, p in role.denoiser.named_parameters()}
+    with pytest.raises(RuntimeError, match="inside"), roles.training(["fake_score"]):
+        assert all(p.requires_grad for p in roles["fake_score"].parameters().values())
+        assert not any(p.requires_grad for p in roles["student"].parameters().values())
+        raise RuntimeError("inside")
+    assert before == {key: p.requires_grad for role in roles.values() for key, p in role.denoiser.named_parameters()}
+    assert not odd.requires_grad
+
+
+# Weights in and out
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_state_round_trip(case: Case, adapters: bool) -> None:
+    roles, fresh = case.roles(adapters=adapters), case.roles(adapters=adapters)
+    perturb(roles["student"], 0)
+    fresh["student"].load_state_dict({name: value.clone() for name, value in roles["student"].state_dict().items()})
+    assert torch.equal(case.run(fresh["student"]), case.run(roles["student"]))
+    assert torch.equal(case.run(fresh["teacher"]), case.run(roles["teacher"]))
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_loading_is_strict(change: str, adapters: bool) -> None:
+    role = toy_case().roles(adapters=adapters)["student"]
+    before = {name: value.clone() for name, value in role.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    last = [*state][-1]
+    if change == "missing":
+        del state[last]
+    elif change == "extra":
+        state["elsewhere"] = torch.zeros(2)
+    else:
+        state[last] = state[last][:1]  # would broadcast
+    expected = last if change != "extra" else "elsewhere"
+    with pytest.raises(ValueError, match=rf"weights of role 'student'.*{expected}"):
+        role.load_state_dict(state)
+    assert_equal(role.state_dict(), before)
+
+
+def test_merge_is_the_adapter_and_leaves_the_plain_architecture(case: Case) -> None:
+    roles = case.roles(adapters=True)
+    perturb(roles["student"], 0)
+    perturb(roles["fake_score"], 1)
+    student, teacher = case.run(roles["student"]).detach(), case.run(roles["teacher"]).detach()
+    backbone = roles["student"].denoiser.backbone
+    lora.activate(backbone, None)  # whichever adapter ran last must not matter
+    lora.merge(backbone, "student")
+    merged = case.family.call(backbone, case.x, case.t, case.cond)
+    assert (merged - student).abs().max() <= 1e-6 * student.abs().max()
+    assert (merged - teacher).abs().max() > 1e-3
+    assert backbone.state_dict().keys() == case.backbone().state_dict().keys()
+    plain = case.backbone()
+    plain.load_state_dict(backbone.state_dict())
+    assert torch.equal(case.family.call(plain, case.x, case.t, case.cond), merged)
+    assert not hasattr(backbone, "peft_config")
+
+
+def test_adapter_in_pefts_format() -> None:
+    roles = toy_case().roles(adapters=True)
+    perturb(roles["student"], 0)
+    exported = lora.state_dict(roles["student"].denoiser.backbone, "student")
+    assert {name.replace(".weight", ".student.weight") for name in exported} == roles["student"].state_dict().keys()
+    for name, value in exported.items():
+        assert torch.equal(value, roles["student"].state_dict()[name.replace(".weight", ".student.weight")])
