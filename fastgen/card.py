@@ -11,7 +11,7 @@ def call_snippet(manifest: dict[str, Any], folder: str = "STUDENT_DIR") -> str:
     if manifest["weights"] == "lora":
         load = (
             f"import torch\nfrom diffusers import {manifest['pipeline']}, FlowMapEulerDiscreteScheduler\n\n"
-            f'pipe = {manifest["pipeline"]}.from_pretrained("{manifest["base"]}")\npipe.load_lora_weights("{folder}")\n'
+            f'pipe = {manifest["pipeline"]}.from_pretrained("{manifest["base"]}", torch_dtype=torch.float32)\npipe.load_lora_weights("{folder}")\n'
             f'pipe.scheduler = FlowMapEulerDiscreteScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'
         )
     else:

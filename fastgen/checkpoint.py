@@ -66,7 +66,7 @@ def load(checkpoint: Path, trainer: Trainer) -> None:
     state = read_state(checkpoint)
     for name, role in trainer.roles.trained.items():
         role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
-        _load_optimizer(trainer.optimizers[name], load_file(checkpoint / f"optimizer_{name}.safetensors"))
+        _load_optimizer(name, trainer.optimizers[name], load_file(checkpoint / f"optimizer_{name}.safetensors"))
     trainer.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     trainer.step, trainer.seconds = state["step"], state["seconds"]
 
@@ -85,11 +85,20 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{index}/{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items() if value is not None}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Strict, as `Optimizer.load_state_dict` is not: ValueError unless every tensor is a number or shaped like its parameter, and
+    every parameter that has any (an unused one has none) has the same kinds."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split("/")
+    for flat, value in tensors.items():
+        index, key = flat.split("/")
+        if int(index) >= len(parameters) or (value.ndim and value.shape != parameters[int(index)].shape):
+            raise ValueError(f"optimizer of role {name!r} does not match: {flat} is {tuple(value.shape)}")
         state.setdefault(int(index), {})[key] = value
+    kinds = {key for entry in state.values() for key in entry}
+    for index, entry in state.items():
+        if entry.keys() != kinds:
+            raise ValueError(f"optimizer of role {name!r} does not match: parameter {index} lacks {sorted(kinds - entry.keys())}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
-import click
 import typer
 
 from fastgen.errors import TrainingFailed, UserError
 
 app = typer.Typer(
     name="fastgen",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Distil diffusion and flow models into students that generate in one to four network evaluations.",
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="List or show the recipes that come with fastgen.")
+recipes_app = typer.Typer(help="List or show the recipes that come with fastgen.")
 app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.")]
 Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key=value]...", help="Overrides, such as train.steps=50.")]  # noqa: UP045
+MOST_STEPS = 1000  # as student.steps of a recipe
+
 StudentDir = Annotated[Path, typer.Argument(metavar="STUDENT_DIR", help="An exported student.")]
 
 
@@ -50,7 +51,7 @@ def train(
         run.train(loaded, folder, resume=resume, overwrite=overwrite, only=stop_after, progress=terminal.Bars())
     except run.Interrupted as interrupted:
         words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else []), "--resume"]
-        terminal.note(f"{interrupted}; checkpoint saved. To go on:\n  {' '.join(words)}")
+        terminal.note(f"{interrupted}; checkpoint saved. To go on:\n  {shlex.join(words)}")
         raise typer.Exit(128 + interrupted.number) from None
     terminal.print_run(folder)
 
@@ -70,6 +71,7 @@ def export(
     """Write the averaged student of a run's newest checkpoint as a diffusers pipeline."""
     from fastgen import run, terminal
 
+    terminal.quiet()
     terminal.note(f"student: {run.export(run_dir, output, as_lora=lora)}")
 
 
@@ -79,6 +81,7 @@ def verify(student_dir: StudentDir) -> None:
     from fastgen import export as exports
     from fastgen import run, terminal
 
+    terminal.quiet()
     result = exports.verify(student_dir)
     run.require_verified(result, student_dir)
     terminal.note(f"verified: {result.pictures} pictures differ by at most {result.picture_error:.1e}, the grid by {result.grid_error:.1e}")
@@ -89,8 +92,8 @@ def sample(
     student_dir: StudentDir,
     prompt: Annotated[list[str], typer.Option(help="Prompt; give it several times for a row of pictures.")],
     output: Annotated[Path, typer.Option(help="PNG file.")],
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Network evaluations (default: the student's).")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Network evaluations (default: the student's).")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; the next ones count up.")] = 0,
 ) -> None:
     """Draw pictures with an exported student."""
     from fastgen import pictures, terminal
@@ -98,8 +101,8 @@ def sample(
 
     if output.suffix.lower() != ".png":
         raise UserError(f"--output: {str(output)!r} must end in .png")
-    if not output.parent.is_dir():
-        raise UserError(f"--output: no folder {str(output.parent)!r}")
+    _check_file(output)
+    terminal.quiet()
     student = load_student(student_dir)
     images = student(prompt, [seed + i for i in range(len(prompt))], steps)
     pictures.save_png(pictures.picture_row(images), output)
@@ -119,8 +122,7 @@ def evaluate(
     from fastgen import run, terminal
 
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"--output: no folder {str(output.parent)!r}")
+    _check_file(output)
     results = run.evaluate(
         student_dir, protocol=protocol, steps=counts, output=output, teacher=teacher, teacher_steps=teacher_counts, progress=terminal.Bars()
     )
@@ -132,9 +134,17 @@ def _counts(option: str, text: str | None) -> list[int] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"{option}: {text!r} is not a list of step counts such as 1,2,4")
+    if not all(part.isdecimal() and 1 <= int(part) <= MOST_STEPS for part in parts):
+        raise UserError(f"{option}: {text!r} is not a list of step counts from 1 to {MOST_STEPS}, such as 1,2,4")
     return [int(part) for part in parts]
+
+
+def _check_file(output: Path | None) -> None:
+    """Before any work: a file can be written there."""
+    if output is not None and output.is_dir():
+        raise UserError(f"--output: {str(output)!r} is a folder, a file is needed")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output: no folder {str(output.parent)!r}")
 
 
 @app.command()
@@ -146,8 +156,7 @@ def report(
     from fastgen import report as reports
     from fastgen import terminal
 
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"--output: no folder {str(output.parent)!r}")
+    _check_file(output)
     if len(run_dirs) == 1:
         written = reports.write_report(run_dirs[0], output)
     else:
@@ -166,12 +175,12 @@ def recipes_list() -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")]) -> None:
     """Print a recipe."""
     from fastgen import terminal
-    from fastgen.config import find_recipe
+    from fastgen.config import find_recipe, read_text
 
-    terminal.echo(find_recipe(name).read_text().rstrip())
+    terminal.echo(read_text(find_recipe(name)).rstrip())
 
 
 @app.command()
@@ -183,21 +192,20 @@ def doctor() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status. Without arguments it shows the help."""
     command = typer.main.get_command(app)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status: Any = command.main(args=arguments, prog_name="fastgen", standalone_mode=False)
+        status: Any = command.main(args=arguments or ["--help"], prog_name="fastgen", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except UserError as error:
         return _fail(str(error), 2)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 2
-    except click.ClickException as error:
-        return _fail(error.format_message(), 2)
+    except typer.TyperException as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "fastgen")
+        return _fail(f"{error.format_message().rstrip('.')}; see {where} --help", 2)
     except TrainingFailed as error:
         return _fail(str(error), 1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
 
 

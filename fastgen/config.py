@@ -6,24 +6,17 @@ methods' own Config; a recipe states only what differs.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fastgen.errors import UserError, nearest
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not a boolean")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Count = Annotated[int, BeforeValidator(_no_bool)]
 
 
 class Block(BaseModel):
@@ -37,15 +30,15 @@ class TeacherBlock(Block):
 
     pretrained: str
     family: str = "auto"
-    guidance: Number = Field(1.0, ge=0)
+    guidance: float = Field(1.0, ge=0)
     negative_prompt: str = ""
-    max_sequence_length: Count | None = Field(None, ge=1)
-    resolution: Count | None = Field(None, ge=1)
+    max_sequence_length: int | None = Field(None, ge=1)
+    resolution: int | None = Field(None, ge=1)
 
 
 class LoraBlock(Block):
-    rank: Count = Field(ge=1)
-    alpha: Number | None = Field(None, gt=0)  # None: equal to the rank
+    rank: int = Field(ge=1)
+    alpha: float | None = Field(None, gt=0)  # None: equal to the rank
     targets: Literal["auto"] | list[str] = "auto"
 
 
@@ -58,17 +51,19 @@ class StudentBlock(Block):
 
     init: Literal["teacher"] = "teacher"
     tune: Literal["full"] | Tuning = "full"
-    steps: Count = Field(ge=1, le=1000)
-    grid: Literal["auto"] | list[Number] = "auto"
+    steps: int = Field(ge=1, le=1000)
+    grid: Literal["auto"] | list[float] = "auto"
 
-    @model_validator(mode="after")
-    def _grid_fits(self) -> StudentBlock:
-        if isinstance(self.grid, list):
-            if len(self.grid) != self.steps:
-                raise ValueError(f"grid has {len(self.grid)} times for steps = {self.steps}")
-            if any(not 0 < t <= 1 for t in self.grid) or any(a <= b for a, b in zip(self.grid, self.grid[1:], strict=False)):
-                raise ValueError(f"grid must descend within (0, 1], got {self.grid}")
-        return self
+    @field_validator("grid")
+    @classmethod
+    def _grid_fits(cls, grid: Literal["auto"] | list[float], info: ValidationInfo) -> Literal["auto"] | list[float]:
+        if isinstance(grid, list):
+            steps = info.data.get("steps", len(grid))  # absent when it is itself a mistake
+            if len(grid) != steps:
+                raise ValueError(f"{len(grid)} times do not fit student.steps = {steps}")
+            if any(not 0 < t <= 1 for t in grid) or any(a <= b for a, b in pairwise(grid)):
+                raise ValueError("times must descend within (0, 1]")
+        return grid
 
 
 class MethodBlock(BaseModel):
@@ -87,36 +82,36 @@ class OptimizerBlock(Block):
     """One role's optimizer; warmup in student steps; clip: largest gradient norm."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Number = Field(gt=0)
-    betas: tuple[Number, Number] = (0.9, 0.999)
-    eps: Number = Field(1e-8, gt=0)
-    weight_decay: Number = Field(0.0, ge=0)
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Count = Field(0, ge=0)
-    clip: Number = Field(10.0, gt=0)
+    warmup: int = Field(0, ge=0)
+    clip: float = Field(10.0, gt=0)
 
     @field_validator("betas")
     @classmethod
     def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
         if any(not 0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {list(betas)}")
+            raise ValueError("betas must be in [0, 1)")
         return betas
 
 
 class TrainBlock(Block):
     """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all."""
 
-    steps: Count = Field(ge=1)
-    batch_size: Count = Field(ge=1)
-    micro_batch: Count | None = Field(None, ge=1)
-    seed: Count = Field(0, ge=0)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    micro_batch: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: Number = Field(0.999, ge=0, lt=1)
+    ema: float = Field(0.999, ge=0, lt=1)
     shard: Literal["none"] = "none"
     device: str = "auto"
-    checkpoint_every: Count = Field(500, ge=0)
-    keep: Count = Field(2, ge=1)
-    sample_every: Count = Field(500, ge=0)
+    checkpoint_every: int = Field(500, ge=0)
+    keep: int = Field(2, ge=1)
+    sample_every: int = Field(500, ge=0)
 
     @field_validator("precision")
     @classmethod
@@ -125,12 +120,19 @@ class TrainBlock(Block):
             raise ValueError("fp16 training overflows in score differences; use bf16 or fp32")
         return precision
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            raise ValueError("not a device; allowed: auto, cpu, mps, cuda, cuda:N")
+        return device
+
 
 class EvaluateBlock(Block):
     """protocol: how the student is measured, null for not at all. every: also measure each so many training steps; 0 is never."""
 
     protocol: str | None = None
-    every: Count = Field(0, ge=0)
+    every: int = Field(0, ge=0)
 
 
 class ExportBlock(Block):
@@ -171,26 +173,55 @@ M = TypeVar("M", bound=BaseModel)
 def validate(model: type[M], data: Any, prefix: str = "") -> M:
     """`data` as a `model`; the first mistake becomes a UserError naming its key under `prefix`."""
     try:
-        return model.model_validate(data)
+        read = model.model_validate(data)
     except ValidationError as error:
         raise UserError(_explain(model, error, prefix)) from error
+    _check_numbers(data, read.model_dump(), prefix)
+    return read
+
+
+def _check_numbers(given: Any, read: Any, key: str) -> None:
+    """Refuse what pydantic takes for numbers: booleans, and, in blocks that do not forbid them, NaN and infinity."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        for name in given.keys() & read.keys():
+            _check_numbers(given[name], read[name], f"{key}.{name}" if key else name)
+    elif isinstance(given, (list, tuple)) and isinstance(read, (list, tuple)):
+        for i, (one, number) in enumerate(zip(given, read, strict=True)):
+            _check_numbers(one, number, f"{key}.{i}")
+    elif isinstance(given, bool) and not isinstance(read, bool):
+        raise UserError(f"recipe key {key}: a number is needed, not a boolean (given: {given!r})")
+    elif isinstance(read, float) and not math.isfinite(read):
+        raise UserError(f"recipe key {key}: a finite number is needed (given: {given!r})")
 
 
 def _explain(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
     # An unknown key explains the missing one beside it, and the most deeply nested message of a union is the specific one.
-    found = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))[0]
-    loc = [str(part) for part in found["loc"]]
-    key = ".".join(([prefix] if prefix else []) + [part for part in loc if not _is_union_tag(part)]) or "(top level)"
+    mistakes = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
+    found, loc = mistakes[0], [str(part) for part in mistakes[0]["loc"]]
+    path = _without_union_tags(loc)
+    key = ".".join(([prefix] if prefix else []) + path) or "(top level)"
     if found["type"] == "extra_forbidden":
         return f"recipe key {key}: unknown key; {nearest(loc[-1], _fields_at(model, loc[:-1]))}"
-    if found["type"] == "missing":
+    if found["type"] == "missing" and isinstance(found["loc"][-1], str):
         return f"recipe key {key}: missing, and it has no default"
-    message = found["msg"].removeprefix("Value error, ")
+    same = [e for e in mistakes if _without_union_tags(e["loc"]) == path]  # one for each member of a union
+    message = " or ".join(dict.fromkeys(_message(model, e) for e in same))
     return f"recipe key {key}: {message} (given: {found['input']!r})"[:600].replace("\n", " ")
 
 
+def _message(model: type[BaseModel], mistake: Any) -> str:
+    if mistake["type"] == "model_type":
+        fields = _fields_at(model, [str(part) for part in mistake["loc"]])
+        return f"a block with keys among {', '.join(fields)}"
+    return mistake["msg"].removeprefix("Value error, ")
+
+
+def _without_union_tags(loc: Iterable[Any]) -> list[str]:
+    return [str(part) for part in loc if not _is_union_tag(str(part))]
+
+
 def _is_union_tag(part: str) -> bool:
-    return part.startswith(("literal[", "list[", "tuple[")) or part in {"Tuning", "constrained-float", "constrained-int"} or "function-before" in part
+    return part.startswith(("literal[", "list[", "tuple[")) or part in {"Tuning", "constrained-float", "constrained-int"}
 
 
 def _fields_at(model: Any, loc: list[str]) -> list[str]:
@@ -207,7 +238,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, which YAML would silently resolve to the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
@@ -217,12 +248,20 @@ class _UniqueKeys(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; UserError with the line of a syntax error."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(read_text(path), _UniqueKeys)
+    except yaml.YAMLError as error:
         raise UserError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{str(path)!r} is not a recipe: a mapping of {', '.join(Recipe.model_fields)} is needed")
     return data
+
+
+def read_text(path: Path) -> str:
+    """A recipe as it was written, comments included; UserError when it is not text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not valid YAML: it is not UTF-8 text") from error
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -232,9 +271,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"override {override!r} is not of the form key=value, such as train.steps=10")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+        raise UserError(f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
     for depth, part in enumerate(parts[:-1]):
         below = data.setdefault(part, {})
         if not isinstance(below, dict):

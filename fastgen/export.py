@@ -6,6 +6,7 @@ was trained on. What a stock call must be passed stands in fastgen.json["call"] 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import fastgen
 from fastgen import card
@@ -52,8 +54,30 @@ def export_student(role: Role, family: Family, info: StudentInfo, output: Path, 
     if role.denoiser.adapter is not None:
         lora.merge(role.denoiser.backbone, role.denoiser.adapter)
     scheduler = family.export_scheduler(info.grid)
-    pipeline = family.load_pipeline(role.denoiser.backbone, scheduler).to(dtype=DTYPES[dtype])
-    return _publish(output, lambda folder: pipeline.save_pretrained(folder, safe_serialization=True), info, family, "full", dtype)
+    pipeline = _converted(family.load_pipeline(role.denoiser.backbone, scheduler), DTYPES[dtype])
+
+    def write(folder: Path) -> None:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        _load_encoders_as_fp32(folder)
+
+    return _publish(output, write, info, family, "full", dtype)
+
+
+def _converted(pipeline: Any, dtype: torch.dtype) -> Any:
+    """The pipeline in `dtype`. Modules that change are copies, because the role or a live teacher goes on using them."""
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    other = {name: module for name, module in modules.items() if any(p.dtype != dtype for p in module.parameters())}
+    pipeline.register_modules(**{name: copy.deepcopy(module).to(dtype) for name, module in other.items()})
+    return pipeline
+
+
+def _load_encoders_as_fp32(folder: Path) -> None:
+    """Without a dtype argument diffusers loads its own networks in fp32 but transformers' in the dtype of their config.json, and
+    the two do not work together. So a plain `from_pretrained` of a half-precision student gets fp32 everywhere."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if "dtype" in config:
+            path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def export_lora(role: Role, family: Family, info: StudentInfo, output: Path) -> Path:
@@ -62,7 +86,7 @@ def export_lora(role: Role, family: Family, info: StudentInfo, output: Path) -> 
         raise UserError("--lora: this student was trained with student.tune: full, so it has no adapter; export it without --lora")
     backbone, adapter = role.denoiser.backbone, role.denoiser.adapter
     layers = {key: value.contiguous() for key, value in lora.state_dict(backbone, adapter).items()}
-    config = backbone.peft_config[adapter].to_dict()
+    config = backbone.peft_config[adapter].to_dict()  # type: ignore[index, union-attr]
     pipeline_class = type(family.load_pipeline(backbone, family.export_scheduler(info.grid)))
 
     def write(folder: Path) -> None:
@@ -83,17 +107,34 @@ def _is_json(value: Any) -> bool:
 
 
 def _publish(output: Path, write: Any, info: StudentInfo, family: Family, weights: str, dtype: str) -> Path:
-    """Write into a sibling folder and rename it over `output`."""
-    partial = output.with_name(f".partial_{output.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    manifest = _manifest(info, family, weights, dtype)
-    (partial / "fastgen.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    (partial / "README.md").write_text(card.model_card(manifest))
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(partial, output)
+    """Write into a sibling folder and rename it to `output`; a failure leaves what was there, and no half student."""
+    target = Path(os.path.abspath(output))
+    partial, old = (target.with_name(f".{state}_{target.name}") for state in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        manifest = _manifest(info, family, weights, dtype)
+        (partial / "README.md").write_text(card.model_card(manifest))
+        (partial / "fastgen.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        _swap(partial, target, old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return output
+
+
+def _swap(partial: Path, target: Path, old: Path) -> None:
+    """Rename `partial` to `target`, whose former content moves to `old`, or back when the second rename fails."""
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
 
 
 def _manifest(info: StudentInfo, family: Family, weights: str, dtype: str) -> dict[str, Any]:
@@ -104,14 +145,19 @@ def _manifest(info: StudentInfo, family: Family, weights: str, dtype: str) -> di
         "method": info.method,
         "steps": info.steps,
         "grid": family.grid(info.steps, info.grid).tolist(),
-        "call": family.call_arguments(info.steps, info.guidance, info.grid),
+        "call": family.call_arguments(info.steps, info.guidance, info.grid) | _negative_prompt(info),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher,
-        "base": _base(info.teacher["pretrained"]),
+        **({"base": _base(info.teacher["pretrained"])} if weights == "lora" else {}),
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},
         "recipe": info.recipe,
     }
+
+
+def _negative_prompt(info: StudentInfo) -> dict[str, str]:
+    text = info.teacher["negative_prompt"]
+    return {"negative_prompt": text} if text and info.guidance > 1 else {}
 
 
 def _base(pretrained: str) -> str:
@@ -142,17 +188,14 @@ job = json.load(sys.stdin)
 import diffusers
 diffusers.utils.logging.set_verbosity_error()
 if job["base"]:
-    pipe = diffusers.DiffusionPipeline.from_pretrained(job["base"])
+    pipe = diffusers.DiffusionPipeline.from_pretrained(job["base"], torch_dtype=torch.float32)
     pipe.load_lora_weights(job["folder"])
     name = json.load(open(job["folder"] + "/scheduler/scheduler_config.json"))["_class_name"]
     pipe.scheduler = getattr(diffusers, name).from_pretrained(job["folder"], subfolder="scheduler")
 else:
     pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"])
-pipe.to(dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 generators = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
-if job["negative_prompt"]:
-    job["call"]["negative_prompt"] = [job["negative_prompt"]] * len(job["prompts"])
 images = pipe(job["prompts"], generator=generators, output_type="np", **job["call"]).images
 numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().numpy())
 """
@@ -161,12 +204,14 @@ numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().
 def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3)) -> Verification:
     """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours in fp32."""
     manifest = read_manifest(folder)
-    student = load_student(folder)
     prompts = [manifest["prompts"][i % len(manifest["prompts"])] for i in range(len(seeds))]
-    ours = student(prompts, seeds).permute(0, 2, 3, 1).numpy()
     images, sigmas = _plain_diffusers(folder, manifest, prompts, seeds)
+    student = load_student(folder)
+    ours = student(prompts, seeds).permute(0, 2, 3, 1).numpy()
     if images.shape != ours.shape or sigmas.shape != (manifest["steps"] + 1,):
-        raise UserError(f"{str(folder)!r}: plain diffusers gives pictures {images.shape} on {len(sigmas) - 1} steps, ours are {ours.shape} on {manifest['steps']}")
+        raise UserError(
+            f"{str(folder)!r}: plain diffusers gives pictures {images.shape} on {len(sigmas) - 1} steps, ours are {ours.shape} on {manifest['steps']}"
+        )
     grid = np.array([*manifest["grid"], 0.0])
     grid_error = max(np.abs(sigmas - grid).max(), np.abs(student.times().numpy() - grid[:-1]).max())
     return Verification(float(grid_error), float(np.abs(images - ours).max()), len(ours))
@@ -180,7 +225,6 @@ def _plain_diffusers(folder: Path, manifest: dict[str, Any], prompts: list[str],
             "base": manifest["base"] if is_lora else None,
             "prompts": prompts,
             "seeds": list(seeds),
-            "negative_prompt": manifest["teacher"]["negative_prompt"] if manifest["call"]["guidance_scale"] > 1 else "",
             "call": manifest["call"],
             "output": f"{scratch}/plain.npz",
         }
@@ -193,7 +237,9 @@ def _plain_diffusers(folder: Path, manifest: dict[str, Any], prompts: list[str],
             return arrays["images"], arrays["sigmas"]
 
 
-def generate_pictures(generator: ImageGenerator, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, batch: int = 256) -> torch.Tensor:
+def generate_pictures(
+    generator: ImageGenerator, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, batch: int = 256
+) -> torch.Tensor:
     """Pictures (N, 3, H, W) in batches of `batch`."""
     parts = [generator(prompts[i : i + batch], seeds[i : i + batch], steps) for i in range(0, len(prompts), batch)]
     return torch.cat(parts)

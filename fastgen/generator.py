@@ -19,7 +19,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import UserError
 from fastgen.families import find_family
-from fastgen.families.base import Family
+from fastgen.families.base import Family, reading
 from fastgen.sampling import Predict, few_step
 
 
@@ -74,17 +74,34 @@ class ImageGenerator:
         return conditioning.to(self.family.encode_prompts(prompts), self.device)
 
 
+_NEEDED = {
+    "": ("weights", "steps", "grid", "call", "teacher", "prompts"),
+    "call.": ("num_inference_steps", "guidance_scale"),
+    "teacher.": ("pretrained", "guidance", "negative_prompt"),
+}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`fastgen.json` of an exported student; UserError when the folder is not one."""
+    """`fastgen.json` of an exported student; UserError when the folder is not one, or when what sampling needs is not in it."""
     path = folder / "fastgen.json"
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r}")
     if not path.is_file():
         raise UserError(f"{str(folder)!r} holds no fastgen.json, so it is not an exported student")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{str(path)!r} is not valid JSON ({error.msg})") from error
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} is not valid JSON ({error})") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != 1:
+        raise UserError(f"{str(path)!r} has format {version!r}, this fastgen reads 1")
+    blocks = {"": manifest, "call.": manifest.get("call"), "teacher.": manifest.get("teacher")}
+    missing = [prefix + name for prefix, block in blocks.items() for name in _NEEDED[prefix] if not isinstance(block, dict) or name not in block]
+    if missing:
+        raise UserError(f"{str(path)!r} has no {missing[0]!r}; export the student again")
+    if manifest["weights"] not in ("full", "lora"):
+        raise UserError(f"{str(path)!r} has weights {manifest['weights']!r}; allowed: full, lora")
+    return manifest
 
 
 def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageGenerator:
@@ -92,18 +109,21 @@ def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> I
     folder = Path(folder)
     manifest = read_manifest(folder)
     call = manifest["call"]
-    is_lora = manifest["weights"] == "lora"
+    adapter = "student" if manifest["weights"] == "lora" else None
     family = find_family(
-        manifest["teacher"]["pretrained"] if is_lora else folder,
+        manifest["teacher"]["pretrained"] if adapter else folder,
         max_sequence_length=call.get("max_sequence_length"),
         resolution=call.get("height"),
     )
     backbone = family.load_backbone()
-    if is_lora:
-        backbone.load_lora_adapter(folder, prefix=family.component)  # type: ignore[operator]
+    if adapter:
+        weights = "pytorch_lora_weights.safetensors"  # unless told this name, diffusers looks for a pickle
+        with reading(folder / weights):
+            load = backbone.load_lora_adapter
+            load(folder, prefix=family.component, weight_name=weights, adapter_name=adapter)  # type: ignore[operator]
     return ImageGenerator(
         family,
-        Predictor(Denoiser(backbone.to(device), family), family),
+        Predictor(Denoiser(backbone.to(device), family, adapter=adapter), family),
         steps=call["num_inference_steps"],
         guidance=call["guidance_scale"],
         negative_prompt=manifest["teacher"]["negative_prompt"],

@@ -79,6 +79,7 @@ class Role:
         for name, parameter in own.items():
             if parameter.shape != state[name].shape:
                 raise ValueError(f"weights of role {self.name!r}: {name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+        for name, parameter in own.items():
             parameter.copy_(state[name])
 
 
@@ -121,7 +122,8 @@ def build_roles(
     tuning: LoraTuning | None = None,
     autocast: torch.dtype | None = None,
 ) -> Roles:
-    """Every role from the teacher's network `base`, which is used up; frozen weights are kept in the compute dtype, trained ones in fp32."""
+    """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
+    adapter shares keeps its parameters in the compute dtype."""
     base.requires_grad_(False)
     if tuning is not None:
         return _shared_roles(specs, family, base, tuning, autocast)
@@ -130,7 +132,8 @@ def build_roles(
         backbone = copy.deepcopy(base) if spec.trainable else base
         roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trainable), family, autocast=autocast))
     if autocast is not None:
-        base.to(autocast)
+        for parameter in base.parameters():  # not its buffers: tables of positions and closed forms stay exact
+            parameter.data = parameter.data.to(autocast)
     return roles
 
 

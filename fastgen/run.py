@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors import safe_open
 
 from fastgen import checkpoint, pictures, report
-from fastgen.config import Recipe, Tuning, validate
+from fastgen.config import Recipe, Tuning, read_yaml, validate
 from fastgen.data import training
-from fastgen.data.images import load_images
+from fastgen.data.images import CaptionedImages, load_images
 from fastgen.data.prompts import load_prompts
 from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, MethodConfig, Setting
@@ -27,7 +29,8 @@ from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.export import StudentInfo, Verification, export_lora, export_student, verify
 from fastgen.families import find_family, resolve_source
-from fastgen.families.base import Family
+from fastgen.families.base import Family, reading
+from fastgen.files import write_atomically
 from fastgen.generator import ImageGenerator, load_student, load_teacher, read_manifest
 from fastgen.parallel import SingleProcess, launch
 from fastgen.roles import LoraTuning, Roles, build_roles
@@ -65,12 +68,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe whose every name has been resolved and checked, before anything is loaded."""
+    """A recipe whose every name has been resolved and checked, before any network is loaded."""
 
     recipe: Recipe
     method: type[Distiller]
     method_config: MethodConfig
     family: Family
+    prompts: dict[str, float] | None
+    images: CaptionedImages | None
 
     @property
     def grid(self) -> list[float] | None:
@@ -113,7 +118,21 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     family = find_family(teacher.pretrained, teacher.family, max_sequence_length=teacher.max_sequence_length, resolution=teacher.resolution)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
-    return Plan(recipe, method, config, family)
+    prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
+    images = None if recipe.data.images is None else load_images(recipe.data.images)
+    planned = Plan(recipe, method, config, family, prompts, images)
+    _check_networks(planned)
+    return planned
+
+
+def _check_networks(planned: Plan) -> None:
+    """Read the header of every weights file, and find the layers that adapters go to."""
+    if planned.family.exportable:
+        for file in sorted(resolve_source(planned.recipe.teacher.pretrained).rglob("*.safetensors")):
+            with reading(file), safe_open(file, "pt"):
+                pass
+    if planned.tuning is not None:
+        build_roles(planned.method.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
 
 
 def _check_optimizers(recipe: Recipe, method: type[Distiller]) -> None:
@@ -181,10 +200,8 @@ class Run:
 def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
-    prompts = load_prompts(recipe.data.prompts) if recipe.data.prompts is not None else None
-    images = load_images(recipe.data.images) if recipe.data.images is not None else None
     parallel = launch(recipe.train.shard, recipe.train.device)
-    data = training.prepare(family, prompts, images, parallel.device, progress.stage)
+    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
     roles = build_roles(plan.method.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast)
@@ -225,18 +242,19 @@ def train(
     SIGINT or SIGTERM; in the last two cases the run can be resumed from its last checkpoint.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
-    progress, run_dir = progress or Progress(), Path(output)
+    progress, run_dir = progress or Progress(), _plain(output)
     planned = plan(recipe, only=only)
     _check_folder(run_dir, planned, resume=resume, overwrite=overwrite)
     run = build(planned, progress)
     if overwrite:
         shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(planned.resolved(), sort_keys=False, width=120))
-    if resume and checkpoint.checkpoints(run_dir / "checkpoints"):
-        newest = checkpoint.latest(run_dir)
-        progress.stage(f"resuming from {newest}")
-        checkpoint.load(newest, run.trainer)
+    write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(planned.resolved(), sort_keys=False, width=120))
+    if resume:
+        if checkpoint.checkpoints(run_dir / "checkpoints"):  # none: it was killed before its first one and starts over
+            newest = checkpoint.latest(run_dir)
+            progress.stage(f"resuming from {newest}")
+            checkpoint.load(newest, run.trainer)
         _truncate_metrics(run_dir / "metrics.jsonl", run.trainer.step)
     _train(run, run_dir, progress)
     if only != "train":
@@ -247,6 +265,7 @@ def train(
 def _check_folder(run_dir: Path, planned: Plan, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    _check_parents(run_dir)
     if run_dir.is_file():
         raise UserError(f"--output: {str(run_dir)!r} is a file, a folder is needed")
     holds_run = (run_dir / "recipe.yaml").is_file()
@@ -257,7 +276,19 @@ def _check_folder(run_dir: Path, planned: Plan, *, resume: bool, overwrite: bool
     if holds_run and not (resume or overwrite):
         raise UserError(f"--output: {str(run_dir)!r} already holds a run; pass --resume to go on with it or --overwrite to replace it")
     if resume:
-        _check_same(yaml.safe_load((run_dir / "recipe.yaml").read_text()), planned.resolved(), run_dir)
+        _check_same(read_yaml(run_dir / "recipe.yaml"), planned.resolved(), run_dir)
+
+
+def _plain(folder: str | Path) -> Path:
+    """A folder's path without `..`, which could turn into a folder that holds other things while the run makes its own."""
+    path = Path(folder)
+    return path if path.name and ".." not in path.parts else Path(os.path.abspath(path))
+
+
+def _check_parents(folder: Path) -> None:
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"--output: {str(folder)!r} cannot be made, because {str(above)!r} is a file")
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
@@ -280,7 +311,7 @@ def _truncate_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps that the interrupted run had logged past its last checkpoint."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        write_atomically(path, "".join(line + "\n" for line in lines))
 
 
 def _train(run: Run, run_dir: Path, progress: Progress) -> None:
@@ -303,8 +334,10 @@ def _train(run: Run, run_dir: Path, progress: Progress) -> None:
             progress.update(step, metrics)
 
         progress.start("training", settings.steps, trainer.step)
-        trainer.run([after_step], should_stop=lambda: bool(caught))
-        progress.finish()
+        try:
+            trainer.run([after_step], should_stop=lambda: bool(caught))
+        finally:  # a bar left running hides the terminal's cursor
+            progress.finish()
         if caught and trainer.step < settings.steps:
             save()
             raise Interrupted(caught[0], trainer.step)
@@ -403,6 +436,8 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False) -> Path:
     """Export the averaged student of a run's newest checkpoint."""
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{str(run_dir)!r} holds no run (no recipe.yaml)")
+    output = _plain(output)
+    _check_parents(output)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "fastgen.json").is_file())):
         raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
     state = checkpoint.read_state(checkpoint.latest(run_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Bars(run.Progress):
     """A rich progress bar with rate, time left and the numbers that matter."""
 
     def __init__(self) -> None:
-        _quiet()
+        quiet()
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
 
@@ -60,14 +61,14 @@ class Bars(run.Progress):
             self.bar = None
 
 
-def _quiet() -> None:
-    """Our bars are enough: no loading bars or advice from the libraries below."""
+def quiet() -> None:
+    """Our bars are enough: no loading bars or advice from the libraries below, and what fails is said once, by our own error."""
     import diffusers
     import transformers
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
-        library.set_verbosity_error()
+        library.set_verbosity(logging.CRITICAL)
 
 
 def print_results(rows: list[Any]) -> None:

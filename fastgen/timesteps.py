@@ -46,10 +46,10 @@ class TimeSampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Literal["uniform", "logit_normal", "u_shaped"] = "uniform"
-    lo: float = Field(0.0, ge=0, le=1)
-    hi: float = Field(1.0, ge=0, le=1)
+    lo: float = Field(default=0.0, ge=0, le=1)
+    hi: float = Field(default=1.0, ge=0, le=1)
     mean: float = 0.0
-    std: float = Field(1.0, gt=0)
+    std: float = Field(default=1.0, gt=0)
     shift: Annotated[float, Field(gt=0)] | Literal["teacher"] = "teacher"
 
     @model_validator(mode="after")

@@ -88,7 +88,7 @@ class Trainer:
         with self.roles.training(update.trains):
             metrics = self._backward(update, index)
             for name in update.trains:
-                metrics |= self._optimizer_step(name)
+                metrics |= self._optimizer_step(name, update)
         return metrics
 
     def _backward(self, update: Update, index: int) -> Metrics:
@@ -112,11 +112,12 @@ class Trainer:
                     logs[name] = logs.get(name, torch.zeros((), device=value.device)) + value.detach() * share
         return {name: self.parallel.mean(value).item() for name, value in logs.items()}
 
-    def _optimizer_step(self, name: str) -> Metrics:
+    def _optimizer_step(self, name: str, update: Update) -> Metrics:
         block, optimizer = self.optimizer_blocks[name], self.optimizers[name]
         norm = self.parallel.clip_gradients(self.parameters[name], block.clip).item()
         if not math.isfinite(norm):
-            raise TrainingFailed(f"step {self.step}: the gradient norm of role {name!r} is {norm}; {_ADVICE}")
+            terms = " and ".join(repr(term.__name__) for term in update.terms)
+            raise TrainingFailed(f"step {self.step}: the gradient norm of role {name!r}, from term {terms}, is {norm}; {_ADVICE}")
         lr = block.lr * lr_factor(block, self.step, self.settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr

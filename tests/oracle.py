@@ -100,9 +100,7 @@ def mixture_posterior_mean(x: Tensor, t: Tensor, schedule: Schedule, weights: Te
     return (x + sigma**2 * mixture_score(x, t, schedule, weights, means, covariances)) / alpha
 
 
-def mixture_prediction(
-    kind: str, x: Tensor, t: Tensor, schedule: Schedule, weights: Tensor, means: Tensor, covariances: Tensor
-) -> Tensor:
+def mixture_prediction(kind: str, x: Tensor, t: Tensor, schedule: Schedule, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
     """The exact prediction of every kind, (B, D); needs alpha > 0 and sigma > 0."""
     x0 = mixture_posterior_mean(x, t, schedule, weights, means, covariances)
     eps = -schedule.at(t, x)[1] * mixture_score(x, t, schedule, weights, means, covariances)

@@ -72,13 +72,18 @@ def tiny_sd3(seed: int = 0) -> Any:
             sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
             caption_projection_dim=32, joint_attention_dim=40, pooled_projection_dim=20, pos_embed_max_size=16,
         ).eval()  # fmt: skip
+        blocks: dict[str, Any] = {
+            "block_out_channels": (8, 12),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        }
         vae = AutoencoderKL(
-            sample_size=16, block_out_channels=(8, 12), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            sample_size=16, layers_per_block=1, latent_channels=4, norm_num_groups=4, **blocks,
             use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305,
         ).eval()  # fmt: skip
         pipeline = StableDiffusion3Pipeline(
-            transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=clip, tokenizer_2=clip, tokenizer_3=t5,
+            transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            tokenizer=clip, tokenizer_2=clip, tokenizer_3=t5,
             text_encoder=clip_encoder(clip, 12), text_encoder_2=clip_encoder(clip, 8), text_encoder_3=t5_encoder(t5),
         )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)

@@ -24,7 +24,9 @@ SHARED_VARIANCE = [0.3, 0.1]
 PAIR = Mixture([0.5, 0.5], [[0.9, -0.2], [0.1, 0.4]], [SHARED_VARIANCE] * 2)
 
 
-def predictor(source: Mixture | str = "toy:mixture", *, path: Path | None = None, kind: Kind = "velocity", trained: bool = False) -> Predictor:
+def predictor(
+    source: Mixture | str = "toy:mixture", *, path: Path | None = None, kind: Kind = "velocity", trained: bool = False
+) -> Predictor:
     """Over a float64 network; `trained`: its residual is switched on, so that it is no longer the exact one."""
     family = Toy(source, path=path, kind=kind)
     backbone = family.load_backbone().double()
@@ -65,7 +67,8 @@ def test_every_kind_of_the_exact_network(own: Kind, path: Path) -> None:
     for kind in KINDS:
         expected = oracle.mixture_prediction(kind, x, t, schedule_of(path), *CLOSED_FORM)
         assert relative_error(predict(x, t, {}, kind), expected) <= 1e-10
-    assert relative_error(predict.denoiser(x, t, {}).prediction, oracle.mixture_prediction(own, x, t, schedule_of(path), *CLOSED_FORM)) <= 1e-10
+    raw = predict.denoiser(x, t, {}).prediction
+    assert relative_error(raw, oracle.mixture_prediction(own, x, t, schedule_of(path), *CLOSED_FORM)) <= 1e-10
 
 
 def test_conditioning_picks_a_component() -> None:
@@ -105,13 +108,12 @@ def test_another_path_at_pure_noise() -> None:
 def test_gradients_of_predictions() -> None:
     path = TrigFlow()
     t = torch.tensor([0.4, 1.1], dtype=torch.float64)
+    predict = predictor(trained=True)
     for kind, other in product(KINDS, (None, path)):
-        predict = predictor(trained=True)
         at = t if other else t / 2
         x = noised(other or Flow(), at).requires_grad_()
-        assert torch.autograd.gradcheck(lambda x, p=predict, at=at, k=kind, o=other: p(x, at, {}, k, o), (x,))
+        assert torch.autograd.gradcheck(lambda x, at=at, call=(kind, other): predict(x, at, {}, *call), (x,))
     # The gradient in the parameters: the Jacobian of x0 = x - t u is -t.
-    predict = predictor(trained=True)
     x, at = noised(Flow(), t / 2), t / 2
     bias = predict.denoiser.backbone.out.bias  # type: ignore[attr-defined]
     (gradient,) = torch.autograd.grad(predict(x, at, {})[:, 0].sum(), bias)
@@ -234,7 +236,6 @@ def test_hooks_are_gone_after_an_error() -> None:
     class Broken(Toy):
         def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             raise RuntimeError("inside")
-
 
     family = Broken("toy:mixture")
     denoiser = Denoiser(family.load_backbone(), family)

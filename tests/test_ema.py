@@ -87,9 +87,14 @@ def test_applied_swaps_and_restores_bit_for_bit(dtype: torch.dtype) -> None:
 def test_applied_restores_after_an_exception() -> None:
     ema, parameters, before = averaged(torch.float32)
     shadow = {name: value.clone() for name, value in ema.shadow.items()}
-    with pytest.raises(RuntimeError, match="inside"), ema.applied():
-        parameters["a"].data.zero_()
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with ema.applied():
+            parameters["a"].data.zero_()
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     for name, value in parameters.items():
         assert torch.equal(value, before[name])
         assert torch.equal(ema.shadow[name], shadow[name])

@@ -20,6 +20,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.errors import UserError
 from fastgen.export import StudentInfo, export_student, generate_pictures
+from fastgen.families import resolve_source
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import MIXTURES, Toy
 from fastgen.generator import ImageGenerator, noise_from_seeds, read_manifest
@@ -115,6 +116,14 @@ def test_load_teacher_uses_the_guidance_and_the_negative_prompt_it_is_given(sd3_
     assert (other(PROMPTS, [3, 4, 5]) - teacher(PROMPTS, [3, 4, 5])).abs().max() > 1e-3
 
 
+def test_the_bundled_teacher_draws_what_plain_diffusers_draws_with_its_own_call() -> None:
+    bundled, folder = load_teacher("fastgen:digits"), resolve_source("fastgen:digits")
+    assert (bundled.steps, bundled.guidance, bundled.family.latent.shape) == (25, 1.5, (2, 8, 8))
+    prompts = ["the digit three", "an odd digit"]
+    expected = draw(StableDiffusion3Pipeline.from_pretrained(folder), prompts, [0, 1], **read_manifest(folder)["call"])
+    assert (bundled(prompts, [0, 1]) - expected).abs().max() <= 1e-5
+
+
 def test_load_teacher_of_a_closed_form_teacher_samples_its_component() -> None:
     ring = load_teacher("toy:ring")
     assert (ring.steps, ring.guidance) == (25, 1.0)
@@ -126,7 +135,8 @@ def test_load_teacher_of_a_closed_form_teacher_samples_its_component() -> None:
 
 def student_info(**settings: Any) -> StudentInfo:
     teacher = {"pretrained": "owner/teacher", "guidance": 4.0, "negative_prompt": NEGATIVE}
-    return StudentInfo(**{"method": "dmd2", "steps": 3, "grid": None, "guidance": 1.0, "teacher": teacher, "prompts": PROMPTS, "recipe": {}} | settings)
+    sampling = {"steps": 3, "grid": None, "guidance": 1.0}
+    return StudentInfo(**{"method": "dmd2", "teacher": teacher, "prompts": PROMPTS, "recipe": {}} | sampling | settings)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_convert_of_every_rank(name: str, shape: tuple[int, ...]) -> None:
         assert_near(solved_eps, eps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(NAMES),
     src=st.sampled_from(KINDS),

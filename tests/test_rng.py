@@ -13,7 +13,7 @@ def rng(*ids: int, seed: int = 0, scope: tuple[object, ...] = (4, 1)) -> SampleR
     return SampleRng(seed, scope, ids)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(ids=st.lists(st.integers(0, 2**40), min_size=2, max_size=6), cut=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_numbers_do_not_depend_on_the_cut_or_order_of_the_batch(ids: list[int], cut: int, seed: int) -> None:
     for draw in (lambda r: r.normal("noise", SHAPE), lambda r: r.uniform("time")):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -104,14 +105,18 @@ def test_full_roles_start_as_separate_copies_of_the_teacher(case: Case) -> None:
     roles = case.roles(adapters=False)
     before = case.run(roles["teacher"])
     for name in ("student", "fake_score"):
-        assert torch.equal(case.run(roles[name]), before)
+        # Equal weights at other addresses: the last bits of a matrix product may depend on alignment.
+        torch.testing.assert_close(case.run(roles[name]), before, rtol=1e-6, atol=1e-6)
+        weights, own = roles["teacher"].denoiser.backbone.state_dict(), roles[name].denoiser.backbone.state_dict()
         assert roles[name].state_dict().keys() == dict(case.backbone().named_parameters()).keys()
+        assert all(torch.equal(own[key], value) for key, value in weights.items())
+    untouched = case.run(roles["fake_score"])
     addresses = [p.data_ptr() for role in roles.values() for p in role.denoiser.backbone.parameters()]
     assert len(addresses) == len(set(addresses))
     perturb(roles["student"], 0)
-    assert not torch.allclose(case.run(roles["student"]), before)
-    for name in ("teacher", "fake_score"):
-        assert torch.equal(case.run(roles[name]), before)
+    assert not torch.allclose(case.run(roles["student"]), before, atol=1e-3)
+    assert torch.equal(case.run(roles["teacher"]), before)
+    assert torch.equal(case.run(roles["fake_score"]), untouched)
 
 
 def test_frozen_roles_train_nothing_and_precision_follows_the_role(case: Case) -> None:
@@ -128,12 +133,15 @@ def test_frozen_roles_train_nothing_and_precision_follows_the_role(case: Case) -
 
 
 def test_adapters_share_one_base_and_start_as_the_teacher(case: Case) -> None:
-    roles = case.roles(adapters=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a second adapter is nothing to warn of
+        roles = case.roles(adapters=True)
     backbones = {id(role.denoiser.backbone) for role in roles.values()}
     assert len(backbones) == 1
-    plain = case.roles(adapters=False)
     for role in roles.values():
-        assert torch.equal(case.run(role), case.run(plain["teacher"]))
+        assert torch.equal(case.run(role), case.run(roles["teacher"]))
+        expected = case.family.call(case.backbone(), case.x, case.t, case.cond)
+        torch.testing.assert_close(case.run(role), expected, rtol=1e-6, atol=1e-6)
     trained = {id(p) for role in roles.trained.values() for p in role.parameters().values()}
     for name, parameter in roles["teacher"].denoiser.named_parameters():
         assert parameter.requires_grad == (id(parameter) in trained) == ("lora_" in name)
@@ -179,7 +187,8 @@ def test_switching_adapters_before_backward_keeps_gradients(case: Case) -> None:
             case.run(roles["teacher"])
         loss.backward()
     assert alone.keys() == roles["student"].parameters().keys()
-    assert all(value.abs().max() > 0 for value in alone.values())
+    unused = {name for name, value in alone.items() if not value.any()}
+    assert all(".1.attn.add_q_proj." in name for name in unused)  # SD3's last block ignores its text queries
     assert_equal(gradients(roles["student"]), alone)
     assert not gradients(roles["fake_score"])
 
@@ -248,10 +257,15 @@ def test_requires_grad_comes_back_after_an_exception(adapters: bool) -> None:
     odd = next(iter(roles["fake_score"].parameters().values()))
     odd.requires_grad_(False)
     before = {key: p.requires_grad for role in roles.values() for key, p in role.denoiser.named_parameters()}
-    with pytest.raises(RuntimeError, match="inside"), roles.training(["fake_score"]):
-        assert all(p.requires_grad for p in roles["fake_score"].parameters().values())
-        assert not any(p.requires_grad for p in roles["student"].parameters().values())
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with roles.training(["fake_score"]):
+            assert all(p.requires_grad for p in roles["fake_score"].parameters().values())
+            assert not any(p.requires_grad for p in roles["student"].parameters().values())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert before == {key: p.requires_grad for role in roles.values() for key, p in role.denoiser.named_parameters()}
     assert not odd.requires_grad
 
@@ -264,8 +278,10 @@ def test_state_round_trip(case: Case, adapters: bool) -> None:
     roles, fresh = case.roles(adapters=adapters), case.roles(adapters=adapters)
     perturb(roles["student"], 0)
     fresh["student"].load_state_dict({name: value.clone() for name, value in roles["student"].state_dict().items()})
-    assert torch.equal(case.run(fresh["student"]), case.run(roles["student"]))
-    assert torch.equal(case.run(fresh["teacher"]), case.run(roles["teacher"]))
+    for name, value in roles["student"].state_dict().items():
+        assert torch.equal(fresh["student"].state_dict()[name], value)
+    for name in ("student", "teacher"):
+        torch.testing.assert_close(case.run(fresh[name]), case.run(roles[name]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
@@ -301,7 +317,7 @@ def test_merge_is_the_adapter_and_leaves_the_plain_architecture(case: Case) -> N
     assert backbone.state_dict().keys() == case.backbone().state_dict().keys()
     plain = case.backbone()
     plain.load_state_dict(backbone.state_dict())
-    assert torch.equal(case.family.call(plain, case.x, case.t, case.cond), merged)
+    torch.testing.assert_close(case.family.call(plain, case.x, case.t, case.cond), merged, rtol=1e-6, atol=1e-6)
     assert not hasattr(backbone, "peft_config")
 
 

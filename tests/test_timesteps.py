@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
@@ -90,7 +90,6 @@ def test_grid_needs_a_step(steps: int) -> None:
         grid(steps)
 
 
-@settings(deadline=None)
 @given(
     name=st.sampled_from(["uniform", "logit_normal", "u_shaped"]),
     ends=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).filter(lambda e: e[1] - e[0] > 1e-3),

@@ -38,7 +38,7 @@ def clip_tokenizer() -> Any:
         vocab_size=2000, initial_alphabet=letters, end_of_word_suffix=suffix, continuing_subword_prefix="", show_progress=False, min_frequency=1
     )
     bpe.train_from_iterator(words(), trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     pieces = dict.fromkeys([*letters, *(letter + suffix for letter in letters), *(a + b for a, b in merges)])
     vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
@@ -87,7 +87,7 @@ def train_vae() -> tuple[Any, float]:
     from diffusers import AutoencoderKL
 
     images, _ = digits.load_images()
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         sample_size=8, block_out_channels=(16,), layers_per_block=1, latent_channels=2, norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
         mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
@@ -129,11 +129,10 @@ def build_skeleton(output: Path, seed: int) -> float:
 
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
-    encoders = {"text_encoder": clip_encoder(clip), "text_encoder_2": clip_encoder(clip), "text_encoder_3": t5_encoder(t5)}
-    network = transformer()
-    vae, error = train_vae()
-    pipeline = StableDiffusion3Pipeline(
-        transformer=network, vae=vae, scheduler=FlowMapEulerDiscreteScheduler(shift=1.0), tokenizer=clip, tokenizer_2=clip, tokenizer_3=t5, **encoders
-    )
+    parts: dict[str, Any] = {"text_encoder": clip_encoder(clip), "text_encoder_2": clip_encoder(clip), "text_encoder_3": t5_encoder(t5)}
+    parts["transformer"] = transformer()
+    parts["vae"], error = train_vae()
+    parts["scheduler"] = FlowMapEulerDiscreteScheduler(shift=1.0)
+    pipeline = StableDiffusion3Pipeline(tokenizer=clip, tokenizer_2=clip, tokenizer_3=t5, **parts)
     pipeline.save_pretrained(output, safe_serialization=True)
     return error

@@ -18,9 +18,9 @@ def load_images() -> tuple[Tensor, Tensor]:
     """All digits: images (1797, 3, 8, 8) fp32 in [-1, 1] with three equal channels, and labels (1797,) int64."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    grey = torch.from_numpy(digits.images).float() / 8 - 1
-    return grey[:, None].expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
+    pixels, labels = load_digits(return_X_y=True)
+    grey = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1
+    return grey.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels).long()
 
 
 def captions(label: int) -> dict[str, float]:

@@ -42,7 +42,11 @@ def load_images(source: str) -> CaptionedImages:
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         raise UserError(f"{KEY}: {source!r} is neither fastgen:digits nor a folder with metadata.jsonl")
-    rows = [_row(folder, line, number) for number, line in enumerate(metadata.read_text().splitlines(), 1) if line.strip()]
+    try:
+        lines = metadata.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would also split at U+2028 inside captions
+    except UnicodeDecodeError as error:
+        raise UserError(f"{KEY}: {str(metadata)!r} is not UTF-8 text") from error
+    rows = [_row(folder, line, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{KEY}: {str(metadata)!r} is empty")
     return CaptionedImages([captions for captions, _ in rows], [file for _, file in rows])
@@ -71,9 +75,13 @@ def _pixels(source: Any, resolution: int) -> Tensor:
         if source.shape[-1] != resolution:
             raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {resolution}")
         return source
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms.v2 import functional
 
-    with Image.open(source) as image:
-        square = functional.center_crop(functional.pil_to_tensor(image.convert("RGB")), [min(image.size)] * 2)
+    try:
+        with Image.open(source) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        square = functional.center_crop(functional.pil_to_tensor(upright), [min(upright.size)] * 2)
+    except OSError as error:
+        raise UserError(f"{KEY}: {str(source)!r} is not an image ({error})") from error
     return functional.resize(square, [resolution, resolution], antialias=True).float() / 127.5 - 1

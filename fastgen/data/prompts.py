@@ -33,16 +33,20 @@ def load_prompts(source: str) -> dict[str, float]:
     return {prompt: weight / total for prompt, weight in table.items() if weight > 0}
 
 
-def _read_text(path: Path) -> Iterable[tuple[str, float]]:
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # `splitlines` would also split at U+2028 and the like, which captions from the web contain; -sig drops a byte order mark.
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{KEY}: {str(path)!r} is not UTF-8 text") from error
-    return ((line.strip(), 1.0) for line in lines if line.strip())
+
+
+def _read_text(path: Path) -> Iterable[tuple[str, float]]:
+    return ((line.strip(), 1.0) for line in _lines(path) if line.strip())
 
 
 def _read_jsonl(path: Path) -> Iterable[tuple[str, float]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -53,10 +57,14 @@ def _read_jsonl(path: Path) -> Iterable[tuple[str, float]]:
 
 def _read_parquet(path: Path) -> Iterable[tuple[str, float]]:
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"{KEY}: reading {str(path)!r} needs pyarrow: pip install 'fastgen-distill[data]'") from error
-    for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
+        raise UserError(f"{KEY}: {str(path)!r} is not a parquet file ({error})") from error
+    for number, row in enumerate(rows, 1):
         yield _row(row, f"{str(path)!r} row {number}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
-from fastgen.families.base import Family, LatentSpec
+from fastgen.families.base import Family, LatentSpec, reading
 from fastgen.path import Flow
 
 
@@ -44,7 +44,7 @@ class SD3(Family):
     def _side(self, resolution: int, max_patches: int) -> int:
         unit = self.pixels_per_latent * self._patch
         if resolution % unit or resolution > max_patches * unit:
-            raise UserError(f"recipe key teacher.resolution: {resolution} is not a multiple of {unit} pixels of at most {max_patches * unit}")
+            raise UserError(f"recipe key teacher.resolution: {resolution} is not a multiple of {unit} and at most {max_patches * unit}")
         return resolution // self.pixels_per_latent
 
     def _config(self, component: str) -> dict[str, Any]:
@@ -52,7 +52,9 @@ class SD3(Family):
             return dict(getattr(self._live, component).config)
         assert self.folder is not None
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return json.loads((self.folder / component / name).read_text())
+        path = self.folder / component / name
+        with reading(path):
+            return json.loads(path.read_text())
 
     @property
     def own_call(self) -> dict[str, Any]:
@@ -76,11 +78,12 @@ class SD3(Family):
 
         if meta:
             with torch.device("meta"):
-                return SD3Transformer2DModel.from_config(self._config("transformer")).eval()
+                return SD3Transformer2DModel.from_config(self._config("transformer")).eval()  # type: ignore[union-attr]
         if self._live is not None:
             return copy.deepcopy(self._live.transformer).float().eval()
         assert self.folder is not None
-        return SD3Transformer2DModel.from_pretrained(self.folder, subfolder="transformer").float().eval()
+        with reading(self.folder / "transformer"):
+            return SD3Transformer2DModel.from_pretrained(self.folder, subfolder="transformer", use_safetensors=True).float().eval()
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return backbone(hidden_states=x, timestep=1000 * t, **cond, return_dict=False)[0]
@@ -115,7 +118,8 @@ class SD3(Family):
             from diffusers import AutoencoderKL
 
             assert self.folder is not None
-            self._vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae").float().eval()
+            with reading(self.folder / "vae"):
+                self._vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True).float().eval()
         return self._vae
 
     @torch.no_grad()
@@ -156,11 +160,13 @@ class SD3(Family):
             from diffusers import StableDiffusion3Pipeline
 
             components = {key: value for key, value in self._live.components.items() if key not in ("transformer", "scheduler")}
-            return StableDiffusion3Pipeline(transformer=backbone or self._live.transformer, scheduler=scheduler, **components)
+            transformer: Any = self._live.transformer if backbone is None else backbone
+            return StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **components)
         return self._pipeline(scheduler=scheduler, **({} if backbone is None else {"transformer": backbone}))
 
     def _pipeline(self, **components: Any) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
         assert self.folder is not None
-        return StableDiffusion3Pipeline.from_pretrained(self.folder, **components).to(dtype=torch.float32)
+        with reading(self.folder):
+            return StableDiffusion3Pipeline.from_pretrained(self.folder, use_safetensors=True, **components).to(dtype=torch.float32)

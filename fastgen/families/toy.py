@@ -55,7 +55,8 @@ class Backbone(nn.Module):
 
     def __init__(self, mixture: Mixture, path: Path, kind: Kind, width: int) -> None:
         super().__init__()
-        self.mixture, self.path, self.kind = mixture, path, kind
+        self.mixture, self.path = mixture, path
+        self.kind: Kind = kind
         dim = mixture.means.shape[1]
         self.layers = nn.ModuleList([nn.Linear(dim + 3, width), nn.Linear(width, width), nn.Linear(width, width)])
         self.out = nn.Linear(width, dim)

@@ -7,17 +7,29 @@ and only the activation changes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+
+from fastgen.errors import UserError
 
 
 def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str]) -> None:
     """Add adapter `name` (B = 0, so it starts as the identity) to every linear layer whose name ends in one of `targets`."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    layers = [key for key, module in backbone.named_modules() if isinstance(module, (nn.Linear, BaseTunerLayer))]
+    if not any(f".{key}".endswith(f".{target}") for key in layers for target in targets):
+        raise UserError(
+            f"recipe key student.tune.lora.targets: {list(targets)} matches no linear layer; give auto, or ends of names such as {layers[-1]!r}"
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
-    inject_adapter_in_model(config, backbone, adapter_name=name)
+    with warnings.catch_warnings():
+        # Several adapters on one backbone are the design; peft warns from the second on.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, backbone, adapter_name=name)
 
 
 def activate(backbone: nn.Module, name: str | None) -> None:

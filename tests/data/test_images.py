@@ -1,0 +1,162 @@
+"""Captioned images: crop, resize and range by value on PNGs with known pixels; captions with their probabilities; clear mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastgen.data import digits
+from fastgen.data.images import CaptionedImages, load_images
+from fastgen.errors import UserError
+
+
+def noise_png(path: Path, width: int, height: int, seed: int = 0, mode: str = "RGB") -> np.ndarray:
+    """A PNG of uniform noise: its RGB pixels (H, W, 3) uint8."""
+    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
+    assert image.mode == mode
+    path.parent.mkdir(exist_ok=True, parents=True)
+    image.save(path)
+    return np.asarray(image.convert("RGB"))
+
+
+def imagefolder(folder: Path, *rows: Any) -> str:
+    (folder / "metadata.jsonl").write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return str(folder)
+
+
+def only(images: CaptionedImages, resolution: int) -> Tensor:
+    (batch,) = images.batches(resolution)
+    return batch
+
+
+def in_range(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) as fp32 (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "columns", "rows"),
+    [
+        (10, 6, slice(2, 8), slice(0, 6)),
+        (6, 10, slice(0, 6), slice(2, 8)),
+        (6, 6, slice(0, 6), slice(0, 6)),
+        (12, 6, slice(3, 9), slice(0, 6)),
+    ],
+)
+def test_the_largest_centre_square_at_its_own_size_is_exact(tmp_path: Path, width: int, height: int, columns: slice, rows: slice) -> None:
+    pixels = noise_png(tmp_path / "a.png", width, height)
+    batch = only(load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})), 6)
+    assert batch.dtype == torch.float32
+    torch.testing.assert_close(batch, in_range(pixels[rows, columns])[None], rtol=0, atol=1e-6)
+
+
+def test_an_odd_margin_crops_within_half_a_pixel_of_the_centre(tmp_path: Path) -> None:
+    pixels = noise_png(tmp_path / "a.png", 9, 6)
+    picture = only(load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})), 6)[0]
+    assert any((picture - in_range(pixels[:, start : start + 6])).abs().max() < 1e-6 for start in (1, 2))
+
+
+@pytest.mark.parametrize(("side", "resolution"), [(24, 8), (20, 8), (8, 12)])
+def test_resizing_is_antialiased_and_agrees_with_pillow(tmp_path: Path, side: int, resolution: int) -> None:
+    pixels = noise_png(tmp_path / "a.png", side + 6, side)
+    picture = only(load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})), resolution)[0]
+    square = Image.fromarray(pixels[:, 3 : 3 + side])
+    expected = np.asarray(square.resize((resolution, resolution), Image.Resampling.BILINEAR))
+    assert (picture - in_range(expected)).abs().max() <= 1.01 / 127.5
+    if side > resolution:  # noise is averaged, not picked
+        assert picture.std() < 0.7 * in_range(pixels).std()
+
+
+def test_range_and_colours_of_flat_images(tmp_path: Path) -> None:
+    colours = {"black.png": (0, 0, 0), "white.png": (255, 255, 255), "red.png": (255, 0, 51)}
+    for name, colour in colours.items():
+        Image.new("RGB", (7, 5), colour).save(tmp_path / name)
+    batch = only(load_images(imagefolder(tmp_path, *({"file_name": name, "text": name} for name in colours))), 4)
+    expected = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0], [1.0, -1.0, -0.6]])
+    torch.testing.assert_close(batch, expected[:, :, None, None].expand(3, 3, 4, 4), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    pixels = noise_png(tmp_path / "a.png", 6, 6, mode=mode)
+    batch = only(load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})), 6)
+    torch.testing.assert_close(batch, in_range(pixels)[None], rtol=0, atol=1e-6)
+
+
+def test_a_photo_stored_sideways_is_turned_upright(tmp_path: Path) -> None:
+    pixels = noise_png(tmp_path / "a.png", 8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to show"
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    batch = only(load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})), 8)
+    torch.testing.assert_close(batch[0], in_range(np.ascontiguousarray(np.rot90(pixels, -1))), rtol=0, atol=1e-6)
+
+
+def test_batches_cover_every_image_in_order(tmp_path: Path) -> None:
+    pixels = [noise_png(tmp_path / "deep" / f"{i}.png", 5, 5, seed=i) for i in range(5)]
+    images = load_images(imagefolder(tmp_path, *({"file_name": f"deep/{i}.png", "text": str(i)} for i in range(5))))
+    batches = list(images.batches(5, size=2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat(batches), torch.stack([in_range(p) for p in pixels]), rtol=0, atol=1e-6)
+    assert len(images) == 5
+
+
+def test_captions_share_their_images_probability(tmp_path: Path) -> None:
+    for name in "ab":
+        noise_png(tmp_path / f"{name}.png", 4, 4)
+    rows = [{"file_name": "a.png", "text": "one\u2028caption"}, {"file_name": "b.png", "text": ["x", "y", "x", "z"], "source": "kept out"}]
+    images = load_images(imagefolder(tmp_path, *(json.dumps(row, ensure_ascii=False) for row in rows), "  "))
+    assert images.captions == [{"one\u2028caption": 1.0}, {"x": 0.5, "y": 0.25, "z": 0.25}]
+
+
+def test_the_embedded_digits() -> None:
+    images = load_images("fastgen:digits")
+    pixels, labels = digits.load_images()
+    assert len(images) == 1797
+    assert torch.equal(torch.cat(list(images.batches(8))), pixels)
+    assert images.captions == [digits.captions(label) for label in labels.tolist()]
+    with pytest.raises(UserError, match=r"data\.images: these images are 8 pixels wide, the teacher needs 16"):
+        list(images.batches(16))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "metadata.jsonl' is empty"),
+        (['{"file_name": "a.png", "text": "x"}', "{"], "line 2 is not a JSON object with 'file_name' and 'text'"),
+        (['{"file_name": "a.png"}'], "line 1 is not a JSON object with 'file_name' and 'text'"),
+        (['{"text": "x"}'], "line 1 is not a JSON object"),
+        (['["a.png", "x"]'], "line 1 is not a JSON object"),
+        (['{"file_name": 5, "text": "x"}'], "line 1 is not a JSON object"),
+        (['{"file_name": "a.png", "text": []}'], "line 1: 'text' must be a caption or a list of captions"),
+        (['{"file_name": "a.png", "text": ["x", 5]}'], "line 1: 'text' must be a caption or a list of captions"),
+        (['{"file_name": "a.png", "text": null}'], "line 1: 'text' must be a caption or a list of captions"),
+        (["", '{"file_name": "b.png", "text": "x"}'], "line 2: no file '.*b.png'"),
+    ],
+)
+def test_mistakes_name_the_key_the_file_and_the_line(tmp_path: Path, rows: list[str], message: str) -> None:
+    noise_png(tmp_path / "a.png", 4, 4)
+    with pytest.raises(UserError, match=rf"^recipe key data\.images: .*{message}"):
+        load_images(imagefolder(tmp_path, *rows))
+
+
+def test_other_sources_are_refused(tmp_path: Path) -> None:
+    for source in (str(tmp_path), str(tmp_path / "nothing"), "fastgen:faces"):
+        with pytest.raises(UserError, match=r"is neither fastgen:digits nor a folder with metadata\.jsonl"):
+            load_images(source)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("not an image")
+    images = load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "x"}))
+    with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image"):
+        list(images.batches(4))

@@ -1,0 +1,127 @@
+"""Prompt files: weights become probabilities, repeats add up, and every mistake names the recipe key, the file and the line."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgen.data.digits import prompts as digit_prompts
+from fastgen.data.prompts import load_prompts
+from fastgen.errors import UserError
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def test_text_lines_are_equally_likely_and_repeats_add_up(tmp_path: Path) -> None:
+    table = load_prompts(write(tmp_path / "p.txt", "a cat\n\n  a dog  \r\na cat\n   \nein Bär, 猫"))
+    assert table == {"a cat": 0.5, "a dog": 0.25, "ein Bär, 猫": 0.25}
+    assert list(table) == ["a cat", "a dog", "ein Bär, 猫"]
+
+
+def test_jsonl_weights_are_normalised_and_zero_weights_dropped(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "weight": 3},
+        {"prompt": "b"},
+        {"prompt": "a", "weight": 0.5},
+        {"prompt": "never", "weight": 0},
+        {"prompt": "", "weight": 0.5, "seed": 7},
+    ]
+    table = load_prompts(write(tmp_path / "p.jsonl", "\n\n".join(map(json.dumps, rows)) + "\n"))
+    assert table == pytest.approx({"a": 0.7, "b": 0.2, "": 0.1})
+
+
+def test_a_file_beginning_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert load_prompts(write(tmp_path / "p.txt", "\ufeffa cat\na dog")) == {"a cat": 0.5, "a dog": 0.5}
+    assert load_prompts(write(tmp_path / "p.jsonl", '\ufeff{"prompt": "a cat"}')) == {"a cat": 1.0}
+
+
+def test_only_newlines_separate_lines(tmp_path: Path) -> None:
+    odd = "one\u2028still one\u0085and one\x0b."
+    assert load_prompts(write(tmp_path / "p.txt", f"{odd}\ntwo")) == {odd: 0.5, "two": 0.5}
+    assert load_prompts(write(tmp_path / "p.jsonl", json.dumps({"prompt": odd[:18]}, ensure_ascii=False))) == {odd[:18]: 1.0}
+
+
+def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "p.txt", "a cat")
+    assert load_prompts("~/p.txt") == {"a cat": 1.0}
+
+
+def test_the_embedded_digits_are_a_prompt_set() -> None:
+    table = load_prompts("fastgen:digits")
+    assert table == digit_prompts()
+    assert sum(table.values()) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "a", r"is none of fastgen:digits, \*\.txt, \*\.jsonl, \*\.parquet"),
+        ("p", "a", r"is none of fastgen:digits"),
+        ("p.txt", "\n  \n", "holds no prompts with a positive weight"),
+        ("p.txt", b"caf\xe9", "p.txt' is not UTF-8 text"),
+        ("p.jsonl", "", "holds no prompts with a positive weight"),
+        ("p.jsonl", b'{"prompt": "caf\xe9"}', "p.jsonl' is not UTF-8 text"),
+        ("p.jsonl", '{"prompt": "a", "weight": 0}', "holds no prompts with a positive weight"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": ', "p.jsonl' line 3 is not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n"b"', "line 2 has no text field 'prompt'"),
+        ("p.jsonl", '{"text": "a"}', "line 1 has no text field 'prompt'"),
+        ("p.jsonl", '{"prompt": 5}', "line 1 has no text field 'prompt'"),
+        ("p.jsonl", '{"prompt": "a", "weight": -1}', r"line 1 has weight -1, not a number >= 0"),
+        ("p.jsonl", '{"prompt": "a", "weight": "2"}', r"line 1 has weight '2', not a number"),
+        ("p.jsonl", '{"prompt": "a", "weight": true}', r"line 1 has weight True, not a number"),
+        ("p.jsonl", '{"prompt": "a", "weight": null}', r"line 1 has weight None, not a number"),
+        ("p.jsonl", '{"prompt": "a", "weight": NaN}', r"line 1 has weight nan, not a number"),
+        ("p.jsonl", '{"prompt": "a", "weight": Infinity}', r"line 1 has weight inf, not a number"),
+    ],
+)
+def test_mistakes_name_the_key_the_file_and_the_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^recipe key data\.prompts: .*{message}"):
+        load_prompts(write(tmp_path / name, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe key data\.prompts: no file '.*nothing\.jsonl'"):
+        load_prompts(str(tmp_path / "nothing.jsonl"))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refusing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("pyarrow"):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refusing)
+    with pytest.raises(UserError, match=r"data\.prompts: reading '.*p\.parquet' needs pyarrow: pip install 'fastgen-distill\[data\]'$"):
+        load_prompts(write(tmp_path / "p.parquet", b"PAR1"))
+
+
+def test_parquet_columns(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"prompt": ["a", "b", "a"], "weight": [1.0, 2.0, 5.0], "seed": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    assert load_prompts(str(tmp_path / "p.parquet")) == {"a": 0.75, "b": 0.25}
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"]}), tmp_path / "p.parquet")
+    assert load_prompts(str(tmp_path / "p.parquet")) == {"a": 0.5, "b": 0.5}
+
+
+def test_parquet_mistakes(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a", None]}), path)
+    with pytest.raises(UserError, match=r"p\.parquet' row 2 has no text field 'prompt'"):
+        load_prompts(str(path))
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "weight": [1.0, None]}), path)
+    with pytest.raises(UserError, match=r"p\.parquet' row 2 has weight None, not a number"):
+        load_prompts(str(path))
+    with pytest.raises(UserError, match=r"^recipe key data\.prompts: '.*p\.parquet' is not a parquet file"):
+        load_prompts(write(path, b"not parquet"))

@@ -1,0 +1,194 @@
+"""Checkpoints: a restored run is the uninterrupted one bit for bit, and a damaged file is refused, not half loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from toy_runs import toy_method, toy_setting, toy_trainer, weights
+
+from fastgen import checkpoint
+from fastgen.config import OptimizerBlock
+from fastgen.distillers.dmd2 import DMD2
+from fastgen.errors import UserError
+from fastgen.families.toy import Toy
+from fastgen.trainer import Trainer
+
+torch.set_num_threads(1)
+RECIPE = {"distiller": {"name": "dmd2"}}
+ADAM = OptimizerBlock(lr=1e-2, betas=(0.5, 0.9), schedule="cosine", warmup=2)
+
+
+def dmd2(optimizer: OptimizerBlock = ADAM, **options: Any) -> Trainer:
+    family = Toy("toy:mixture")
+    method = toy_method(DMD2, toy_setting(family, steps=2), critic_updates=2)
+    return toy_trainer(method, family, prompts=["", "1"], optimizer=optimizer, **{"steps": 6, **options})
+
+
+def stop_at(trainer: Trainer, step: int) -> Trainer:
+    trainer.run([], should_stop=lambda: trainer.step == step)
+    return trainer
+
+
+def moments(trainer: Trainer) -> dict[str, Tensor]:
+    """Every optimizer tensor, by role, parameter and name."""
+    return {
+        f"{role}/{index}/{key}": value.clone()
+        for role, optimizer in trainer.optimizers.items()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if value is not None
+    }
+
+
+def assert_bitwise_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [key for key in a if not torch.equal(a[key], b[key])]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The checkpoint of a run stopped at step 3 of 6."""
+    return checkpoint.save(tmp_path, stop_at(dmd2(), 3), RECIPE, keep=2)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [ADAM, ADAM.model_copy(update={"name": "adam"}), ADAM.model_copy(update={"name": "sgd"}), OptimizerBlock(name="sgd", lr=0.1, betas=(0, 0))],
+    ids=["adamw", "adam", "sgd with momentum", "sgd without"],
+)
+def test_a_restored_run_ends_as_the_uninterrupted_one(tmp_path: Path, optimizer: OptimizerBlock) -> None:
+    whole = stop_at(dmd2(optimizer), 3)
+    path = checkpoint.save(tmp_path, whole, RECIPE, keep=1)
+    restored = dmd2(optimizer)
+    checkpoint.load(path, restored)
+    assert (restored.step, restored.seconds, restored.ema.updates) == (3, whole.seconds, 3)
+    assert_bitwise_equal(weights(restored), weights(whole))
+    assert_bitwise_equal(moments(restored), moments(whole))
+    for trainer in (whole, restored):
+        trainer.run([])
+    assert whole.step == restored.step == 6
+    assert_bitwise_equal(weights(restored), weights(whole))
+    assert_bitwise_equal(moments(restored), moments(whole))
+    assert not torch.equal(weights(whole)["student/out.bias"], load_file(path / "role_student.safetensors")["out.bias"])
+
+
+def test_saving_does_not_disturb_the_run(tmp_path: Path) -> None:
+    saving, plain = dmd2(), dmd2()
+    saving.run([lambda step, metrics: checkpoint.save(tmp_path, saving, RECIPE, keep=1) and None])
+    plain.run([])
+    assert_bitwise_equal(weights(saving), weights(plain))
+
+
+def test_every_file_is_json_or_holds_the_tensors_of_the_run(tmp_path: Path) -> None:
+    trainer = stop_at(dmd2(), 3)
+    path = checkpoint.save(tmp_path, trainer, RECIPE, keep=2)
+    roles, kinds = ("student", "fake_score"), ("role", "optimizer")
+    assert {file.name for file in path.iterdir()} == {"state.json", "ema.safetensors", *(f"{k}_{r}.safetensors" for k in kinds for r in roles)}
+    for role in roles:
+        assert_bitwise_equal(load_file(path / f"role_{role}.safetensors"), trainer.roles[role].state_dict())
+    assert_bitwise_equal(load_file(path / "ema.safetensors"), {**trainer.ema.shadow, "updates": torch.tensor(3)})
+    state = json.loads((path / "state.json").read_text())
+    assert state == {"format": 1, "step": 3, "seconds": trainer.seconds, "recipe": RECIPE}
+    assert checkpoint.read_state(path) == state
+
+
+def test_the_oldest_are_deleted(tmp_path: Path) -> None:
+    trainer = dmd2(steps=12)
+    trainer.run([lambda step, metrics: checkpoint.save(tmp_path, trainer, RECIPE, keep=3) and None])
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step_000010", "step_000011", "step_000012"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000010", "step_000011", "step_000012"]
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    trainer = stop_at(dmd2(), 3)
+    first = checkpoint.save(tmp_path, trainer, RECIPE, keep=2)
+    (first / "role_student.safetensors").write_bytes(b"old")
+    assert checkpoint.save(tmp_path, trainer, RECIPE, keep=2) == first
+    checkpoint.load(first, dmd2())
+
+
+def test_a_half_written_folder_is_never_found(tmp_path: Path) -> None:
+    run_dir, folder = tmp_path, tmp_path / "checkpoints"
+    trainer = stop_at(dmd2(), 2)
+    complete = checkpoint.save(folder, trainer, RECIPE, keep=2)
+    (folder / ".partial_step_000003").mkdir()
+    (folder / ".partial_step_000003" / "state.json").write_text("{")
+    (folder / "step_000004").mkdir()  # without state.json
+    assert checkpoint.checkpoints(folder) == [complete]
+    assert checkpoint.latest(run_dir) == complete
+    shutil.rmtree(folder / "step_000004")
+    done = checkpoint.save(folder, stop_at(trainer, 3), RECIPE, keep=2)  # writes over what was left
+    assert checkpoint.checkpoints(folder) == [complete, done]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_a_crash_while_writing_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, trainer = tmp_path / "checkpoints", stop_at(dmd2(), 2)
+    earlier = checkpoint.save(folder, trainer, RECIPE, keep=1)
+
+    def full_disk(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(folder, stop_at(trainer, 3), RECIPE, keep=1)
+    assert checkpoint.latest(tmp_path) == earlier
+    checkpoint.load(earlier, dmd2())
+
+
+def test_a_run_without_checkpoints_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.latest(tmp_path)
+
+
+def test_another_format_is_refused(saved: Path) -> None:
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps({**state, "format": 2}))
+    with pytest.raises(UserError, match="has format 2; this version reads 1"):
+        checkpoint.load(saved, dmd2())
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def misshapen(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: torch.zeros(3, 5)})
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("role_student", without("layers.1.weight"), "role 'student' do not match"),
+        ("role_fake_score", misshapen("layers.1.weight"), "role 'fake_score': layers.1.weight is (3, 5), not (64, 64)"),
+        ("role_student", misshapen("extra"), "role 'student' do not match"),
+        ("optimizer_student", without("2/exp_avg"), "optimizer of role 'student' does not match"),
+        ("optimizer_student", misshapen("2/exp_avg_sq"), "optimizer of role 'student' does not match"),
+        ("optimizer_fake_score", misshapen("99/exp_avg"), "optimizer of role 'fake_score'"),
+        ("ema", without("out.bias"), "averaged weights"),
+        ("ema", misshapen("out.bias"), "averaged weights"),
+        ("ema", without("updates"), "averaged weights"),
+    ],
+)
+def test_missing_and_misshapen_tensors_are_errors(saved: Path, file: str, damage: Any, message: str) -> None:
+    path = saved / f"{file}.safetensors"
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
+        checkpoint.load(saved, dmd2())
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_an_error(saved: Path) -> None:
+    (saved / "optimizer_fake_score.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(saved, dmd2())

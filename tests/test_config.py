@@ -1,0 +1,342 @@
+"""Recipes: shipped ones are valid and survive YAML; overrides are typed; every mistake names its key and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastgen import run
+from fastgen.config import Recipe, Tuning, apply_override, find_recipe, read_yaml, shipped_recipes, validate
+from fastgen.distillers import distiller_class, distiller_names
+from fastgen.errors import UserError, nearest
+
+BASE = "digits_dmd2_1step"
+RECIPES = sorted(shipped_recipes())
+
+
+def load(*overrides: str) -> Recipe:
+    return Recipe.load(BASE, overrides)
+
+
+def refusal(*overrides: str) -> str:
+    """The message with which a recipe, its distiller's own keys included, is refused."""
+
+    def read() -> None:
+        recipe = load(*overrides)
+        validate(distiller_class(recipe.distiller.name).Config, recipe.distiller.model_dump(), "distiller")
+
+    with pytest.raises(UserError) as refused:
+        read()
+    return str(refused.value)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_are_valid_and_come_back_from_yaml(name: str, tmp_path: Path) -> None:
+    recipe = Recipe.load(name)
+    assert Recipe.load(written(tmp_path, recipe.to_yaml())) == recipe
+    assert validate(Recipe, recipe.dump()) == recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_everything_a_shipped_recipe_names_is_there(name: str) -> None:
+    # The bundled teacher is trained from a skeleton that only its build script makes.
+    overrides = ["teacher.pretrained=fastgen:digits"] if name == "digits_teacher" else []
+    recipe = Recipe.load(name, overrides)
+    planned = run.plan(recipe)
+    assert planned.resolved()["distiller"].keys() == planned.method.Config.model_fields.keys()
+    again = run.plan(validate(Recipe, planned.resolved()))
+    assert (again.resolved(), again.method, again.method_config) == (planned.resolved(), planned.method, planned.method_config)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_first_comment_of_a_recipe_is_the_command_that_runs_it(name: str) -> None:
+    first = shipped_recipes()[name].read_text().splitlines()[0]
+    commands = {"digits_teacher": "# python -m fastgen.assets.build teacher"}
+    assert first.startswith(commands.get(name, f"# fastgen train recipes/{name}.yaml"))
+
+
+def test_a_shipped_recipe_is_found_by_name_and_by_path_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = shipped_recipes()[BASE]
+    assert find_recipe(BASE) == find_recipe(f"{BASE}.yaml") == find_recipe(f"recipes/{BASE}.yaml") == shipped
+    (tmp_path / f"{BASE}.yaml").write_text("mine: 1")
+    assert find_recipe(f"{BASE}.yaml").read_text() == "mine: 1"
+    with pytest.raises(UserError, match=f"no recipe '{BASE}s'; did you mean '{BASE}'"):
+        find_recipe(f"{BASE}s")
+    with pytest.raises(UserError, match="no recipe 'elsewhere/"):
+        find_recipe(f"elsewhere/{BASE}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.student.lr=1e-4", 1e-4),  # a string in YAML 1.1
+        ("optimizer.student.lr=1", 1.0),
+        ("optimizer.student.betas=[0.5, 0.75]", (0.5, 0.75)),
+        ("optimizer.student.name=sgd", "sgd"),
+        ("train.steps=7", 7),
+        ("train.micro_batch=null", None),
+        ("train.micro_batch=", None),
+        ("train.micro_batch=16", 16),
+        ("student.grid=[0.75]", [0.75]),
+        ("student.grid=auto", "auto"),
+        ("teacher.negative_prompt=blurry, out of focus", "blurry, out of focus"),
+        ("teacher.negative_prompt='7'", "7"),
+        ("teacher.negative_prompt=a=b", "a=b"),
+        ("evaluate.protocol=null", None),
+        (" train.seed =3", 3),
+    ],
+)
+def test_overrides_are_typed_by_the_schema(override: str, value: Any) -> None:
+    read: Any = load(override)
+    for part in override.partition("=")[0].strip().split("."):
+        read = read[part] if isinstance(read, dict) else getattr(read, part)
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_the_last_of_two_overrides_holds() -> None:
+    assert load("train.steps=3", "train.steps=4").train.steps == 4
+
+
+@pytest.mark.parametrize("before", [[], ["student.tune=full"]])
+def test_an_override_below_full_tuning_makes_a_lora_block(before: list[str]) -> None:
+    tune = load(*before, "student.tune.lora.rank=8", "student.tune.lora.targets=[to_q, to_k]").student.tune
+    assert isinstance(tune, Tuning)
+    assert (tune.lora.rank, tune.lora.alpha, tune.lora.targets) == (8, None, ["to_q", "to_k"])
+
+
+def test_an_override_reaches_the_distillers_own_blocks() -> None:
+    recipe = load("distiller.match_times.name=logit_normal", "distiller.critic_updates=3")
+    config: Any = validate(distiller_class("dmd2").Config, recipe.distiller.model_dump(), "distiller")
+    assert (config.match_times.name, config.critic_updates, config.renoise) == ("logit_normal", 3, "euler")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "suggestion", "allowed"),
+    [
+        ("optimiser.student.lr=1", "optimiser", "optimizer", "teacher"),
+        ("train.batchsize=1", "train.batchsize", "batch_size", "micro_batch"),
+        ("teacher.guidence=1", "teacher.guidence", "guidance", "negative_prompt"),
+        ("student.step=1", "student.step", "steps", "grid"),
+        ("data.prompt=x", "data.prompt", "prompts", "images"),
+        ("evaluate.protocl=digits", "evaluate.protocl", "protocol", "every"),
+        ("export.type=fp32", "export.type", "dtype", "dtype"),
+        ("optimizer.student.learning=1", "optimizer.student.learning", None, "weight_decay"),
+        ("optimizer.student.beta=[0, 0]", "optimizer.student.beta", "betas", "clip"),
+        ("student.tune.loar.rank=1", "student.tune.loar", "lora", "lora"),
+        ("student.tune.lora.rnk=1", "student.tune.lora.rnk", "rank", "targets"),
+        ("distiller.critic_update=1", "distiller.critic_update", "critic_updates", "match_times"),
+        ("distiller.match_times.low=0", "distiller.match_times.low", "lo", "shift"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(override: str, key: str, suggestion: str | None, allowed: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"recipe key {key}: unknown key; ")
+    assert (f"did you mean {suggestion!r}?" in message) == (suggestion is not None)
+    assert allowed in message.partition("allowed: ")[2].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "given", "words"),
+    [
+        ("train.steps=many", "train.steps", "'many'", "integer"),
+        ("train.steps=1.5", "train.steps", "1.5", "integer"),
+        ("train.steps=0", "train.steps", "0", "greater than or equal to 1"),
+        ("train.steps=[1]", "train.steps", "[1]", "integer"),
+        ("train.steps=", "train.steps", "None", "integer"),
+        ("train.seed=-1", "train.seed", "-1", "greater than or equal to 0"),
+        ("train.ema=1", "train.ema", "1", "less than 1"),
+        ("train.precision=fp64", "train.precision", "'fp64'", "'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=fp16", "train.precision", "'fp16'", "use bf16 or fp32"),
+        ("train.shard=fsdp2", "train.shard", "'fsdp2'", "'none'"),
+        ("train.device=gpu", "train.device", "'gpu'", "auto, cpu, mps, cuda, cuda:N"),
+        ("train.device=cpu:x", "train.device", "'cpu:x'", "auto, cpu, mps, cuda, cuda:N"),
+        ("train=fast", "train", "'fast'", "a block with keys among steps, batch_size"),
+        ("evaluate=", "evaluate", "None", "a block with keys among protocol, every"),
+        ("optimizer=[]", "optimizer", "[]", "dictionary"),
+        ("optimizer.student=3", "optimizer.student", "3", "a block with keys among name, lr"),
+        ("optimizer.student.name=lion", "optimizer.student.name", "'lion'", "'adamw', 'adam' or 'sgd'"),
+        ("optimizer.student.lr=-1e-3", "optimizer.student.lr", "'-1e-3'", "greater than 0"),
+        ("optimizer.student.lr=fast", "optimizer.student.lr", "'fast'", "number"),
+        ("optimizer.student.betas=[0.9]", "optimizer.student.betas.1", "[0.9]", "required"),
+        ("optimizer.student.betas=[0.9, 1]", "optimizer.student.betas", "[0.9, 1]", "[0, 1)"),
+        ("optimizer.student.betas=[-0.1, 0.9]", "optimizer.student.betas", "[-0.1, 0.9]", "[0, 1)"),
+        ("optimizer.student.betas=0.9", "optimizer.student.betas", "0.9", "tuple"),
+        ("teacher.pretrained=7", "teacher.pretrained", "7", "string"),
+        ("teacher.guidance=-0.5", "teacher.guidance", "-0.5", "greater than or equal to 0"),
+        ("student.tune=half", "student.tune", "'half'", "'full' or a block with keys among lora"),
+        ("student.tune.lora.rank=0", "student.tune.lora.rank", "0", "greater than or equal to 1"),
+        ("student.tune={lora: 3}", "student.tune.lora", "3", "rank, alpha, targets"),
+        ("student.tune={lora: {rank: 4, targets: all}}", "student.tune.lora.targets", "'all'", "'auto' or Input should be a valid list"),
+        ("student.grid=dense", "student.grid", "'dense'", "'auto' or Input should be a valid list"),
+        ("student.grid=[a]", "student.grid.0", "'a'", "number"),
+        ("distiller.name=", "distiller.name", "None", "string"),
+        ("distiller=dmd2", "distiller", "'dmd2'", "a block with keys among name"),
+        ("distiller.critic_updates=0", "distiller.critic_updates", "0", "greater than or equal to 1"),
+        ("distiller.renoise=ddim", "distiller.renoise", "'ddim'", "'euler', 'stochastic' or 'fixed'"),
+        ("distiller.match_times={lo: 0.9, hi: 0.1}", "distiller.match_times", "'hi': 0.1", "lo must not exceed hi"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_key_given_and_allowed(override: str, key: str, given: str, words: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"recipe key {key}: ")
+    assert words in message
+    assert given in message.rpartition("(given: ")[2]
+
+
+NUMBERS = [
+    "train.steps", "train.batch_size", "train.micro_batch", "train.seed", "train.ema", "train.keep", "teacher.guidance", "teacher.resolution",
+    "student.steps", "student.tune.lora.rank", "optimizer.student.lr", "optimizer.student.eps", "optimizer.fake_score.clip",
+    "optimizer.student.warmup", "evaluate.every", "distiller.critic_updates", "distiller.match_times.lo", "distiller.match_times.shift",
+]  # fmt: skip
+REALS = ["train.ema", "teacher.guidance", "optimizer.student.lr", "optimizer.student.weight_decay", "optimizer.student.clip"]
+REALS += ["distiller.match_times.hi", "distiller.match_times.mean", "distiller.critic_times.std"]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", ["true", "no"])
+def test_a_boolean_is_no_number(key: str, value: str) -> None:
+    message = refusal(f"{key}={value}")
+    assert message.startswith(f"recipe key {key}: ")
+    assert message.endswith(f"(given: {value == 'true'})")
+
+
+def test_a_boolean_in_a_list_of_numbers_is_refused() -> None:
+    assert refusal("student.grid=[true]") == "recipe key student.grid.0: a number is needed, not a boolean (given: True)"
+    assert "[0.5, True]" in refusal("optimizer.student.betas=[0.5, true]")
+    assert refusal("optimizer.student.betas=[0.5, false]").startswith("recipe key optimizer.student.betas.1: a number is needed")
+
+
+@pytest.mark.parametrize("key", REALS)
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "1e999"])
+def test_nan_and_infinity_are_refused(key: str, value: str) -> None:
+    assert refusal(f"{key}={value}").startswith(f"recipe key {key}: ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["student.grid=[1.0, 0.5]"], "2 times do not fit student.steps = 1"),
+        (["student.grid=[]"], "0 times do not fit student.steps = 1"),
+        (["student.steps=3"] * 2 + ["student.grid=[1.0, 0.5]"], "2 times do not fit student.steps = 3"),
+        (["student.steps=2", "student.grid=[0.5, 1.0]"], "times must descend within (0, 1]"),
+        (["student.steps=2", "student.grid=[0.5, 0.5]"], "times must descend within (0, 1]"),
+        (["student.grid=[0.0]"], "times must descend within (0, 1]"),
+        (["student.grid=[1.25]"], "times must descend within (0, 1]"),
+    ],
+)
+def test_an_explicit_grid_must_fit_its_steps_and_descend(overrides: list[str], words: str) -> None:
+    message = refusal(*overrides)
+    assert message.startswith("recipe key student.grid: ")
+    assert words in message
+    assert str(yaml.safe_load(overrides[-1].partition("=")[2])) in message  # what was given
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.critic.lr=1"], "optimizer.critic: dmd2 trains no such role; allowed: fake_score, student"),
+        (["optimizer={student: {lr: 1}}"], "optimizer.fake_score: missing; dmd2 trains student, fake_score"),
+        (["train.batch_size=9", "train.micro_batch=2"], "train.micro_batch: 2 does not divide train.batch_size 9"),
+        (["data.prompts=null"], "data.prompts: missing; dmd2 trains on prompts"),
+        (["data.images=fastgen:digits"], "data.images: dmd2 does not use it"),
+        (["distiller={name: flow_matching}", "optimizer={student: {lr: 1}}"], "data.images: missing; flow_matching trains on images"),
+        (["evaluate.protocol=null", "evaluate.every=5"], "evaluate.every: needs evaluate.protocol"),
+        (["evaluate.protocol=digit"], "evaluate.protocol): did you mean 'digits'?"),
+        (["distiller.name=dmd"], "distiller.name: 'dmd' is not a method; did you mean 'dmd2'?"),
+        (["teacher.family=sd4"], "teacher.family: 'sd4' is not a family; did you mean 'sd3'?"),
+    ],
+)
+def test_blocks_must_fit_each_other(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        run.plan(load(*overrides))
+    assert f"recipe key {words}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {steps: 1}\nteacher: {}\ntrain: {steps: 2}\n", "key 'train' is given twice"),
+        ("train:\n  steps: 1\n  steps: 2\n", "key 'steps' is given twice"),
+        ("train: {steps: 1\n", "is not valid YAML"),
+        ("- train\n", "is not a recipe: a mapping of teacher, student, distiller, data, optimizer, train, evaluate, export is needed"),
+        ("", "is not a recipe"),
+        ("train: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+        ("? [1]\n: 2\n", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(text: str, words: str, tmp_path: Path) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(UserError) as refused:
+        Recipe.load(path)
+    assert words in str(refused.value)
+    assert repr(str(path)) in str(refused.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"recipe\.yaml' is not valid YAML: it is not UTF-8 text"):
+        read_yaml(path)
+
+
+def test_a_missing_block_is_named(tmp_path: Path) -> None:
+    data = yaml.safe_load(shipped_recipes()[BASE].read_text())
+    del data["data"]
+    with pytest.raises(UserError, match="recipe key data: missing, and it has no default"):
+        Recipe.load(written(tmp_path, yaml.safe_dump(data)))
+
+
+def test_yaml_anchors_and_merges_work(tmp_path: Path) -> None:
+    path = written(tmp_path, "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", "not of the form key=value, such as train.steps=10"),
+        ("=3", "not of the form key=value"),
+        ("train..steps=3", "not of the form key=value"),
+        (".steps=3", "not of the form key=value"),
+        ("train.steps=[1", "the value is not valid YAML"),
+        ("train={steps: 1, steps: 2}", "key 'steps' is given twice"),
+        ("train.steps.x=3", "recipe key train.steps is "),
+    ],
+)
+def test_a_malformed_override_is_repeated_in_the_message(override: str, words: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"override {override!r}")
+    assert words in message
+
+
+def test_apply_override_changes_nothing_else() -> None:
+    data: dict[str, Any] = {"a": {"b": 1, "c": [2]}, "d": 3}
+    apply_override(data, "a.e.f=[4, x]")
+    assert data == {"a": {"b": 1, "c": [2], "e": {"f": [4, "x"]}}, "d": 3}
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load().train.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", distiller_names())
+def test_every_distiller_refuses_unknown_keys(name: str) -> None:
+    with pytest.raises(UserError, match=r"recipe key distiller\.nonsense: unknown key; .*allowed: .*name"):
+        validate(distiller_class(name).Config, {"name": name, "nonsense": 1}, "distiller")
+
+
+def test_nearest_suggests_only_what_is_close() -> None:
+    assert nearest("stpes", ["steps", "seed"]) == "did you mean 'steps'? allowed: seed, steps"
+    assert nearest("xyz", ["steps", "seed"]) == "allowed: seed, steps"
