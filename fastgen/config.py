@@ -30,7 +30,7 @@ class TeacherBlock(Block):
 
     pretrained: str
     family: str = "auto"
-    guidance: float = Field(1.0, ge=0)
+    guidance: float = Field(1.0, ge=1)
     negative_prompt: str = ""
     max_sequence_length: int | None = Field(None, ge=1)
     resolution: int | None = Field(None, ge=1)
@@ -132,7 +132,7 @@ class EvaluateBlock(Block):
     """protocol: how the student is measured, null for not at all. every: also measure each so many training steps; 0 is never."""
 
     protocol: str | None = None
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
 
 
 class ExportBlock(Block):
@@ -277,7 +277,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts[:-1]):
         below = data.setdefault(part, {})
         if not isinstance(below, dict):
-            if parts[:depth + 1] == ["student", "tune"]:
+            if parts[: depth + 1] == ["student", "tune"]:
                 below = data[part] = {}  # `full` gives way to `student.tune.lora.rank=8`
             else:
                 raise UserError(f"override {override!r}: recipe key {'.'.join(parts[: depth + 1])} is {below!r}, which has no keys below it")

@@ -7,6 +7,7 @@ was trained on. What a stock call must be passed stands in fastgen.json["call"] 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -115,7 +116,7 @@ def _publish(output: Path, write: Any, info: StudentInfo, family: Family, weight
     try:
         partial.mkdir(parents=True)
         write(partial)
-        manifest = _manifest(info, family, weights, dtype)
+        manifest = _manifest(partial, info, family, weights, dtype)
         (partial / "README.md").write_text(card.model_card(manifest))
         (partial / "fastgen.json").write_text(json.dumps(manifest, indent=1) + "\n")
         _swap(partial, target, old)
@@ -137,7 +138,7 @@ def _swap(partial: Path, target: Path, old: Path) -> None:
         raise
 
 
-def _manifest(info: StudentInfo, family: Family, weights: str, dtype: str) -> dict[str, Any]:
+def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str) -> dict[str, Any]:
     return {
         "format": 1,
         "weights": weights,
@@ -151,8 +152,20 @@ def _manifest(info: StudentInfo, family: Family, weights: str, dtype: str) -> di
         **({"base": _base(info.teacher["pretrained"])} if weights == "lora" else {}),
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},
+        "sha256": _hashes(folder),
         "recipe": info.recipe,
     }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every weights file below `folder`, by relative name."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _negative_prompt(info: StudentInfo) -> dict[str, str]:
@@ -204,6 +217,9 @@ numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().
 def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3)) -> Verification:
     """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours in fp32."""
     manifest = read_manifest(folder)
+    if (found := _hashes(folder)) != manifest["sha256"]:
+        changed = min(name for name in found.keys() | manifest["sha256"].keys() if found.get(name) != manifest["sha256"].get(name))
+        raise UserError(f"{str(folder)!r}: {changed} is not the file that was exported")
     prompts = [manifest["prompts"][i % len(manifest["prompts"])] for i in range(len(seeds))]
     images, sigmas = _plain_diffusers(folder, manifest, prompts, seeds)
     student = load_student(folder)

@@ -474,7 +474,14 @@ def evaluate(
     rows = measure(measured, student, "student", steps or [student.steps], progress)
     if teacher:
         source = manifest["teacher"]
-        base = load_teacher(source["pretrained"], guidance=source["guidance"], negative_prompt=source["negative_prompt"], device=device)
+        base = load_teacher(
+            source["pretrained"],
+            guidance=source["guidance"],
+            negative_prompt=source["negative_prompt"],
+            device=device,
+            max_sequence_length=manifest["call"].get("max_sequence_length"),
+            resolution=manifest["call"].get("height"),
+        )
         rows += _teacher_rows(measured, base, source, teacher_steps or [base.steps], progress)
     rows += runner.cached(f"floors/{measured.hash()}/{measured.extractor_hash()}", measured.floors)
     provenance = runner.provenance(measured, device=device, model_hash=runner.hash_folder(folder))
@@ -487,7 +494,9 @@ def _teacher_rows(protocol: Any, teacher: ImageGenerator, source: dict[str, Any]
     weights = runner.hash_folder(resolve_source(source["pretrained"]))
     rows = []
     for count in steps:
-        key = json.dumps([weights, protocol.hash(), protocol.extractor_hash(), teacher.guidance, source["negative_prompt"], count, str(teacher.device)])
+        key = json.dumps(
+            [weights, protocol.hash(), protocol.extractor_hash(), teacher.guidance, source["negative_prompt"], count, str(teacher.device)]
+        )
         rows += runner.cached(key, lambda count=count: measure(protocol, teacher, "teacher", [count], progress))
     return rows
 

@@ -173,7 +173,7 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(override: str, key: 
         ("optimizer.student.betas=[-0.1, 0.9]", "optimizer.student.betas", "[-0.1, 0.9]", "[0, 1)"),
         ("optimizer.student.betas=0.9", "optimizer.student.betas", "0.9", "tuple"),
         ("teacher.pretrained=7", "teacher.pretrained", "7", "string"),
-        ("teacher.guidance=-0.5", "teacher.guidance", "-0.5", "greater than or equal to 0"),
+        ("teacher.guidance=0.5", "teacher.guidance", "0.5", "greater than or equal to 1"),
         ("student.tune=half", "student.tune", "'half'", "'full' or a block with keys among lora"),
         ("student.tune.lora.rank=0", "student.tune.lora.rank", "0", "greater than or equal to 1"),
         ("student.tune={lora: 3}", "student.tune.lora", "3", "rank, alpha, targets"),

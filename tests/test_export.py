@@ -193,7 +193,7 @@ def test_verify_notices_a_wrong_call(copied: Path, call: dict[str, Any]) -> None
 
 @pytest.mark.usefixtures("same_interpreter")
 def test_verify_says_why_a_broken_folder_does_not_load(copied: Path) -> None:
-    shutil.rmtree(copied / "text_encoder")
+    (copied / "text_encoder" / "config.json").unlink()
     with pytest.raises(UserError, match=r"student' does not load and run in plain diffusers: \w+: .+"):
         verify(copied)
 
@@ -205,6 +205,8 @@ def test_a_weight_changed_after_the_export_shows_against_the_role(copied: Path, 
     save_file(weights, path, metadata={"format": "pt"})
     drawn = draw(DiffusionPipeline.from_pretrained(copied), PROMPTS, SEEDS, **read_manifest(copied)["call"])
     assert (drawn - exported[1]).abs().max() > 1e-3
+    with pytest.raises(UserError, match=r"transformer/\S+\.safetensors is not the file that was exported"):
+        verify(copied)
 
 
 def weight_bytes(folder: Path) -> int:
