@@ -168,6 +168,13 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def _check_hashes(folder: Path, recorded: dict[str, str]) -> None:
+    found = _hashes(folder)
+    changed = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
+    if changed:
+        raise UserError(f"{str(folder)!r}: {changed[0]} is not the file that was exported")
+
+
 def _negative_prompt(info: StudentInfo) -> dict[str, str]:
     text = info.teacher["negative_prompt"]
     return {"negative_prompt": text} if text and info.guidance > 1 else {}
@@ -217,9 +224,7 @@ numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().
 def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3)) -> Verification:
     """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours in fp32."""
     manifest = read_manifest(folder)
-    if (found := _hashes(folder)) != manifest["sha256"]:
-        changed = min(name for name in found.keys() | manifest["sha256"].keys() if found.get(name) != manifest["sha256"].get(name))
-        raise UserError(f"{str(folder)!r}: {changed} is not the file that was exported")
+    _check_hashes(folder, manifest.get("sha256", {}))
     prompts = [manifest["prompts"][i % len(manifest["prompts"])] for i in range(len(seeds))]
     images, sigmas = _plain_diffusers(folder, manifest, prompts, seeds)
     student = load_student(folder)

@@ -75,7 +75,7 @@ class ImageGenerator:
 
 
 _NEEDED = {
-    "": ("weights", "steps", "grid", "call", "teacher", "prompts", "sha256"),
+    "": ("weights", "steps", "grid", "call", "teacher", "prompts"),
     "call.": ("num_inference_steps", "guidance_scale"),
     "teacher.": ("pretrained", "guidance", "negative_prompt"),
 }

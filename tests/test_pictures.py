@@ -110,11 +110,10 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     save_png(image, path)
     before = path.read_bytes()
 
-    def fail(temporary: Path, format: str) -> None:
-        temporary.write_bytes(b"half")
+    def fail(source: str, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(image, "save", fail)
+    monkeypatch.setattr("fastgen.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_png(image, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
