@@ -33,6 +33,7 @@ def replace(path: Path, content: str | bytes) -> None:
 def make_pipelines(root: Path) -> None:
     """Copies of the bundled teacher as a student, and broken ones."""
     manifest = json.loads((DIGITS_TEACHER / "fastgen.json").read_text())
+    manifest["teacher"]["pretrained"] = "fastgen:digits"  # its own teacher, a skeleton, does not ship
     student = Path(shutil.copytree(DIGITS_TEACHER, root / "student"))
     manifests: dict[str, Any] = {
         "no_json": "{",
