@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.errors import UserError
-from fastgen.files import write_atomically
+from fastgen.files import reading, write_atomically
 from fastgen.trainer import Trainer
 
 FORMAT = 1
@@ -55,19 +55,21 @@ def latest(run_dir: Path) -> Path:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's step and resolved recipe."""
-    state = json.loads((checkpoint / "state.json").read_text())
+    with reading(checkpoint / "state.json"):
+        state = json.loads((checkpoint / "state.json").read_text())
     if state.get("format") != FORMAT:
         raise UserError(f"{str(checkpoint)!r} has format {state.get('format')!r}; this version reads {FORMAT}")
     return state
 
 
 def load(checkpoint: Path, trainer: Trainer) -> None:
-    """Restore everything, strictly: a missing or misshapen tensor is an error."""
+    """Restore everything, strictly: a missing, broken or misshapen tensor is a UserError."""
     state = read_state(checkpoint)
-    for name, role in trainer.roles.trained.items():
-        role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
-        _load_optimizer(name, trainer.optimizers[name], load_file(checkpoint / f"optimizer_{name}.safetensors"))
-    trainer.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+    with reading(checkpoint):
+        for name, role in trainer.roles.trained.items():
+            role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
+            _load_optimizer(name, trainer.optimizers[name], load_file(checkpoint / f"optimizer_{name}.safetensors"))
+        trainer.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     trainer.step, trainer.seconds = state["step"], state["seconds"]
 
 

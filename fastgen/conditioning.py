@@ -41,7 +41,4 @@ def repeat(cond: Conditioning, count: int) -> Conditioning:
 
 def drop(cond: Conditioning, null: Conditioning, mask: Tensor) -> Conditioning:
     """Replace the rows where mask (B,) is True by `null` (batch 1): conditioning dropout for classifier-free guidance."""
-    return {
-        key: torch.where(mask.to(value.device).view(-1, *(1,) * (value.ndim - 1)), null[key].to(value), value)
-        for key, value in cond.items()
-    }
+    return {key: torch.where(mask.to(value.device).view(-1, *(1,) * (value.ndim - 1)), null[key].to(value), value) for key, value in cond.items()}

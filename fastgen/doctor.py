@@ -82,9 +82,7 @@ def _hub() -> list[tuple[str, str]]:
 def _teachers() -> list[tuple[str, str]]:
     """Pipelines that come with fastgen, by the name a recipe gives them."""
     folders = sorted(index.parent for index in ASSETS.glob("*/model_index.json"))
-    return [("bundled teacher", f"fastgen:{folder.name} ({_megabytes(folder):.1f} MB)") for folder in folders] or [
-        ("bundled teachers", "none")
-    ]
+    return [("bundled teacher", f"fastgen:{folder.name} ({_megabytes(folder):.1f} MB)") for folder in folders] or [("bundled teachers", "none")]
 
 
 def _megabytes(folder: Path) -> float:

@@ -1,10 +1,14 @@
-"""Writing files so that a reader, or a crash, never sees half of one."""
+"""Writing files so that a reader, or a crash, never sees half of one; reading files that may be broken."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fastgen.errors import UserError
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -22,3 +26,16 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
         os.unlink(temporary)
         raise
     return path
+
+
+@contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Around a loader of safetensors, diffusers or transformers: a file under `source` that is missing, broken or misshapen is a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read {str(source)!r}: {' '.join(str(error).split())[:300]}") from error

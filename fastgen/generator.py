@@ -19,7 +19,8 @@ from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import UserError
 from fastgen.families import find_family
-from fastgen.families.base import Family, reading
+from fastgen.families.base import Family
+from fastgen.files import reading
 from fastgen.sampling import Predict, few_step
 
 

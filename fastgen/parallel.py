@@ -58,17 +58,17 @@ def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then MPS, then the CPU; a name that is not there raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not available.get(name.split(":")[0], False):
-        names = ", ".join(["auto", *(key for key, there in available.items() if there)])
-        raise UserError(f"recipe key train.device: {name!r} is not available here; available: {names}")
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    available = ["auto", "cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name not in available:
+        raise UserError(f"recipe key train.device: {name!r} is not available here; available: {', '.join(available)}")
     return torch.device(name)
 
 
 def launch(shard: str, device: str) -> SingleProcess:
     """The strategy for `train.shard`. UserError under a multi-process launcher, which no strategy here serves."""
     assert shard == "none", shard
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
         raise UserError(f"recipe key train.shard: 'none' runs one process, but the launcher started {processes}; start fastgen without a launcher")
     return SingleProcess(choose_device(device))

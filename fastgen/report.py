@@ -253,8 +253,7 @@ def _table(groups: Mapping[str, Sequence[Row]], columns: Sequence[str]) -> dict[
     ends = {"steps": any(key[3] is not None for key in lines), "guidance": any(key[4] is not None for key in lines)}
     return {
         "labels": [name for name, shown in first.items() if shown],
-        "numbers": [name for name, shown in ends.items() if shown]
-        + [f"{_metric(name).heading} {_metric(name).better}".strip() for name in used],
+        "numbers": [name for name, shown in ends.items() if shown] + [f"{_metric(name).heading} {_metric(name).better}".strip() for name in used],
         "lines": [_line(key, line, used, first | ends) for key, line in lines.items()],
     }
 
@@ -262,10 +261,7 @@ def _table(groups: Mapping[str, Sequence[Row]], columns: Sequence[str]) -> dict[
 def _line(key: tuple[Any, ...], line: Mapping[str, Row], used: Sequence[str], shown: Mapping[str, bool]) -> dict[str, Any]:
     group, model, floor, steps, guidance = key
     settings = [
-        text
-        for name, text in (("steps", steps), ("guidance", guidance))
-        if shown[name]
-        for text in [ABSENT if text is None else f"{text:g}"]
+        text for name, text in (("steps", steps), ("guidance", guidance)) if shown[name] for text in [ABSENT if text is None else f"{text:g}"]
     ]
     return {
         "labels": ([group] if shown["run"] else []) + [f"{model}, {floor}" if floor else model],
@@ -318,9 +314,7 @@ def _differences(runs: Mapping[str, Run]) -> dict[str, Any] | None:
     differing = [key for key in keys if len({values.get(key) for values in flat.values()}) > 1]
     if not differing:
         return None
-    lines = [
-        {"labels": [key], "student": False, "numbers": [(values.get(key, ABSENT), "") for values in flat.values()]} for key in differing
-    ]
+    lines = [{"labels": [key], "student": False, "numbers": [(values.get(key, ABSENT), "") for values in flat.values()]} for key in differing]
     return {"labels": ["recipe key"], "numbers": list(runs), "lines": lines}
 
 
@@ -341,10 +335,7 @@ def _sample_pictures(run: Run, *, prefix: str = "", num_earlier: int = NUM_EARLI
     if len(earlier) > num_earlier:
         earlier = [earlier[i * (len(earlier) - 1) // max(1, num_earlier - 1)] for i in range(num_earlier)]
     wanted = [(sample, _WIDEST_LATEST) for sample in latest] + [(sample, _WIDEST_EARLIER) for sample in reversed(earlier)]
-    return [
-        {"caption": f"{prefix}step {step}", "uri": _image_uri(path, widest), "open": i == 0}
-        for i, ((step, path), widest) in enumerate(wanted)
-    ]
+    return [{"caption": f"{prefix}step {step}", "uri": _image_uri(path, widest), "open": i == 0} for i, ((step, path), widest) in enumerate(wanted)]
 
 
 def _image_uri(path: Path, widest: int) -> str:
@@ -356,9 +347,7 @@ def _image_uri(path: Path, widest: int) -> str:
         with Image.open(io.BytesIO(content)) as image:
             if image.width > widest:
                 file = io.BytesIO()
-                reduced = image.convert("RGB").resize(
-                    (widest, max(1, round(image.height * widest / image.width))), Image.Resampling.LANCZOS
-                )
+                reduced = image.convert("RGB").resize((widest, max(1, round(image.height * widest / image.width))), Image.Resampling.LANCZOS)
                 reduced.save(file, format="JPEG", quality=88)
                 content, kind = file.getvalue(), "jpeg"
     except UnidentifiedImageError as error:

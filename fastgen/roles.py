@@ -137,9 +137,7 @@ def build_roles(
     return roles
 
 
-def _shared_roles(
-    specs: Mapping[str, RoleSpec], family: Family, base: nn.Module, tuning: LoraTuning, autocast: torch.dtype | None
-) -> Roles:
+def _shared_roles(specs: Mapping[str, RoleSpec], family: Family, base: nn.Module, tuning: LoraTuning, autocast: torch.dtype | None) -> Roles:
     roles = Roles()
     for name, spec in specs.items():
         if spec.trainable:

@@ -29,8 +29,8 @@ from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.export import StudentInfo, Verification, export_lora, export_student, verify
 from fastgen.families import find_family, resolve_source
-from fastgen.families.base import Family, reading
-from fastgen.files import write_atomically
+from fastgen.families.base import Family
+from fastgen.files import reading, write_atomically
 from fastgen.generator import ImageGenerator, load_student, load_teacher, read_manifest
 from fastgen.parallel import SingleProcess, launch
 from fastgen.roles import LoraTuning, Roles, build_roles

@@ -183,12 +183,19 @@ def test_missing_and_misshapen_tensors_are_errors(saved: Path, file: str, damage
     tensors = load_file(path)
     damage(tensors)
     save_file(tensors, path)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
+    with pytest.raises(UserError) as caught:
         checkpoint.load(saved, dmd2())
     assert message in str(caught.value)
 
 
 def test_a_missing_file_is_an_error(saved: Path) -> None:
     (saved / "optimizer_fake_score.safetensors").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"cannot read .*optimizer_fake_score\.safetensors"):
+        checkpoint.load(saved, dmd2())
+
+
+@pytest.mark.parametrize("file", ["state.json", "role_student.safetensors"])
+def test_a_broken_file_is_an_error(saved: Path, file: str) -> None:
+    (saved / file).write_bytes(b"\xff" * 32)
+    with pytest.raises(UserError, match="cannot read"):
         checkpoint.load(saved, dmd2())

@@ -24,9 +24,7 @@ SHARED_VARIANCE = [0.3, 0.1]
 PAIR = Mixture([0.5, 0.5], [[0.9, -0.2], [0.1, 0.4]], [SHARED_VARIANCE] * 2)
 
 
-def predictor(
-    source: Mixture | str = "toy:mixture", *, path: Path | None = None, kind: Kind = "velocity", trained: bool = False
-) -> Predictor:
+def predictor(source: Mixture | str = "toy:mixture", *, path: Path | None = None, kind: Kind = "velocity", trained: bool = False) -> Predictor:
     """Over a float64 network; `trained`: its residual is switched on, so that it is no longer the exact one."""
     family = Toy(source, path=path, kind=kind)
     backbone = family.load_backbone().double()

@@ -64,9 +64,7 @@ def test_rows_of_different_length_and_values_outside_the_range() -> None:
 
 def test_text_is_drawn_beside_and_above_and_long_captions_run_upwards() -> None:
     images = torch.zeros(2, 3, 48, 48)
-    plain, short, long = (
-        picture_grid([("student", images)], columns) for columns in (None, ["a", "b"], ["a drawing of the number three", "b"])
-    )
+    plain, short, long = (picture_grid([("student", images)], columns) for columns in (None, ["a", "b"], ["a drawing of the number three", "b"]))
     assert plain.height == 48 + 2 * MARGIN and plain.height < short.height < long.height - 100
     assert plain.width == short.width == long.width
     label, head = np.asarray(long)[-48 - MARGIN :, : -98 - MARGIN], np.asarray(long)[: -48 - MARGIN]

@@ -85,7 +85,9 @@ def _write_run(folder: Path, *, lr: str = "5.0e-4", fd: float = 7.1234, steps: i
         (folder / "results.json").write_text(json.dumps(_results(fd)))
         (folder / "student").mkdir()
         call = {"num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 12}
-        (folder / "student/fastgen.json").write_text(json.dumps({"method": "dmd2", "steps": 1, "grid": [1.0], "call": call, "weights": "full", "prompts": ["a handwritten seven"]}))
+        (folder / "student/fastgen.json").write_text(
+            json.dumps({"method": "dmd2", "steps": 1, "grid": [1.0], "call": call, "weights": "full", "prompts": ["a handwritten seven"]})
+        )
     return folder
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
-from fastgen.errors import UserError
 from fastgen.path import Kind, Path
 
 
@@ -26,19 +23,6 @@ class LatentSpec:
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.channels, *self.size)
-
-
-@contextmanager
-def reading(source: FilePath) -> Iterator[None]:
-    """Around a loader of diffusers or transformers: a file under `source` that is missing, broken or misshapen is a UserError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot read {str(source)!r}: {' '.join(str(error).split())[:300]}") from error
 
 
 class Family(ABC):

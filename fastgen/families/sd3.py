@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
-from fastgen.families.base import Family, LatentSpec, reading
+from fastgen.families.base import Family, LatentSpec
+from fastgen.files import reading
 from fastgen.path import Flow
 
 
