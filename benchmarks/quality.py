@@ -36,7 +36,6 @@ def train_and_measure(recipe: str, seed: int, work: Path, bars: Bars) -> list[di
     folder = work / f"{recipe}_seed{seed}"
     if not (folder / "results.json").is_file():
         run.train(recipe, folder, overrides=[f"train.seed={seed}"], overwrite=folder.exists(), progress=bars)
-        run.evaluate(folder / "student", output=folder / "results.json", teacher=False, progress=bars)
     rows = [row for row in runner.read_results(folder / "results.json")["metrics"] if row["model"] == "student"]
     seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     return [*rows, {"name": "training_seconds", "model": "student", "steps": rows[0]["steps"], "value": seconds, "n": 1}]

@@ -41,6 +41,7 @@ class LoraTuning:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    seed: int = 0
 
 
 @dataclass
@@ -141,7 +142,7 @@ def _shared_roles(specs: Mapping[str, RoleSpec], family: Family, base: nn.Module
     roles = Roles()
     for name, spec in specs.items():
         if spec.trainable:
-            lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets)
+            lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets, seed=tuning.seed)
         roles[name] = Role(name, spec, Denoiser(base, family, adapter=name if spec.trainable else None, autocast=autocast))
     base.requires_grad_(False)
     for role in roles.trained.values():

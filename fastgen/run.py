@@ -93,7 +93,7 @@ class Plan:
         if not isinstance(tune, Tuning):
             return None
         targets = self.family.lora_targets if tune.lora.targets == "auto" else tuple(tune.lora.targets)
-        return LoraTuning(tune.lora.rank, tune.lora.alpha or tune.lora.rank, targets)
+        return LoraTuning(tune.lora.rank, tune.lora.alpha or tune.lora.rank, targets, self.recipe.train.seed)
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -328,3 +328,17 @@ def test_adapter_in_pefts_format() -> None:
     assert {name.replace(".weight", ".student.weight") for name in exported} == roles["student"].state_dict().keys()
     for name, value in exported.items():
         assert torch.equal(value, roles["student"].state_dict()[name.replace(".weight", ".student.weight")])
+
+
+def test_adapters_start_from_the_seed_alone() -> None:
+    def first_weights(seed: int, ambient: int) -> dict[str, Tensor]:
+        torch.manual_seed(ambient)
+        tuning = LoraTuning(rank=3, alpha=6.0, targets=Toy.lora_targets, seed=seed)
+        family = Toy("toy:mixture", width=16)
+        roles = build_roles(SPECS, family, family.load_backbone(), tuning=tuning)
+        return {f"{name}/{key}": value.clone() for name, role in roles.trained.items() for key, value in role.state_dict().items()}
+
+    one, same, other = first_weights(5, 1), first_weights(5, 2), first_weights(6, 1)
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    random = [key for key in one if "lora_A" in key]
+    assert random and not any(torch.equal(one[key], other[key]) for key in random)

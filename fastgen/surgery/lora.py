@@ -10,13 +10,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
+from fastgen.rng import derive_seed
 
 
-def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str]) -> None:
-    """Add adapter `name` (B = 0, so it starts as the identity) to every linear layer whose name ends in one of `targets`."""
+def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> None:
+    """Add adapter `name` (A random from the seed, B = 0, so it starts as the identity) to every linear layer whose name ends in one
+    of `targets`."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -26,7 +29,8 @@ def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targ
             f"recipe key student.tune.lora.targets: {list(targets)} matches no linear layer; give auto, or ends of names such as {layers[-1]!r}"
         )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "adapter", name))
         # Several adapters on one backbone are the design; peft warns from the second on.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, backbone, adapter_name=name)

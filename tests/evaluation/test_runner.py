@@ -113,7 +113,7 @@ def test_a_failed_write_keeps_the_old_results(tmp_path: Path):
     path = tmp_path / "results.json"
     write_results(path, "digits", ROWS, {})
     broken: list[Row] = [Row(name="fd_digits", model="student", value=float("nan"), n=1)]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write_results(path, "digits", broken, {})
     assert read_results(path)["metrics"] == ROWS
     assert len(list(tmp_path.iterdir())) == 1
