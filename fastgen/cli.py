@@ -38,13 +38,13 @@ def train(
     only: Annotated[Optional[str], typer.Option(metavar="train", help="Stop after training: no export, evaluation or report.")] = None,  # noqa: UP045
 ) -> None:
     """Train, export, verify, evaluate and report, as the recipe says."""
-    from fastgen import run, terminal
+    from fastgen import plan, run, terminal
     from fastgen.config import Recipe
 
     stop_after = _only(only)
     loaded = Recipe.load(recipe, overrides or [])
     if dry_run:
-        terminal.print_plan(run.dry_run(loaded, only=stop_after))
+        terminal.print_plan(plan.dry_run(loaded, only=stop_after))
         return
     folder = output or Path("runs") / Path(recipe).stem
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -15,30 +14,25 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from safetensors import safe_open
 
 from fastgen import checkpoint, pictures, report
-from fastgen.config import Recipe, Tuning, read_yaml, validate
+from fastgen.config import Recipe, read_yaml, validate
 from fastgen.data import training
-from fastgen.data.images import CaptionedImages, load_images
-from fastgen.data.prompts import load_prompts
-from fastgen.distillers import distiller_class
-from fastgen.distillers.base import Distiller, MethodConfig, Setting
-from fastgen.errors import UserError, nearest
+from fastgen.distillers.base import Setting
+from fastgen.errors import UserError
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.export import StudentInfo, Verification, export_lora, export_student, verify
-from fastgen.families import find_family, resolve_source
-from fastgen.families.base import Family
-from fastgen.files import reading, write_atomically
+from fastgen.families import resolve_source
+from fastgen.files import write_atomically
 from fastgen.generator import ImageGenerator, load_student, load_teacher, read_manifest
 from fastgen.parallel import SingleProcess, launch
-from fastgen.roles import LoraTuning, Roles, build_roles
+from fastgen.plan import Plan, plan
+from fastgen.roles import Roles, build_roles
 from fastgen.trainer import Metrics, Trainer
 
 # What may differ between a run and its continuation: nothing that changes a number.
 _RESUMABLE = ("train.checkpoint_every", "train.keep", "train.sample_every", "train.device", "evaluate", "export")
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 _SAMPLE_PROMPTS = 16
 
 
@@ -64,97 +58,6 @@ class Progress:
 
     def finish(self) -> None:
         """The counted work is over."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe whose every name has been resolved and checked, before any network is loaded."""
-
-    recipe: Recipe
-    method: type[Distiller]
-    method_config: MethodConfig
-    family: Family
-    prompts: dict[str, float] | None
-    images: CaptionedImages | None
-
-    @property
-    def grid(self) -> list[float] | None:
-        """Explicit sampling times, or None for the scheduler's own."""
-        return None if self.recipe.student.grid == "auto" else list(self.recipe.student.grid)
-
-    @property
-    def guidance(self) -> float:
-        """Guidance the trained network is sampled with."""
-        return self.recipe.teacher.guidance if self.method.student_is_guided else 1.0
-
-    @property
-    def tuning(self) -> LoraTuning | None:
-        tune = self.recipe.student.tune
-        if not isinstance(tune, Tuning):
-            return None
-        targets = self.family.lora_targets if tune.lora.targets == "auto" else tuple(tune.lora.targets)
-        return LoraTuning(tune.lora.rank, tune.lora.alpha or tune.lora.rank, targets, self.recipe.train.seed)
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        return _AUTOCAST[self.recipe.train.precision]
-
-    def resolved(self) -> dict[str, Any]:
-        """The recipe with the method's defaults filled in."""
-        return {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json")}
-
-
-def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
-    """Check everything a recipe names. UserError for the first mistake."""
-    method = distiller_class(recipe.distiller.name)
-    config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
-    _check_optimizers(recipe, method)
-    _check_data(recipe, method)
-    if recipe.evaluate.protocol is not None:
-        load_protocol(recipe.evaluate.protocol)
-    elif recipe.evaluate.every:
-        raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
-    teacher = recipe.teacher
-    family = find_family(teacher.pretrained, teacher.family, max_sequence_length=teacher.max_sequence_length, resolution=teacher.resolution)
-    if not family.exportable and only != "train":
-        raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
-    prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
-    images = None if recipe.data.images is None else load_images(recipe.data.images)
-    planned = Plan(recipe, method, config, family, prompts, images)
-    _check_networks(planned)
-    return planned
-
-
-def _check_networks(planned: Plan) -> None:
-    """Read the header of every weights file, and find the layers that adapters go to."""
-    if planned.family.exportable:
-        for file in sorted(resolve_source(planned.recipe.teacher.pretrained).rglob("*.safetensors")):
-            with reading(file), safe_open(file, "pt"):
-                pass
-    if planned.tuning is not None:
-        build_roles(planned.method.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
-
-
-def _check_optimizers(recipe: Recipe, method: type[Distiller]) -> None:
-    trained = [name for name, spec in method.roles.items() if spec.trainable]
-    for name in recipe.optimizer:
-        if name not in trained:
-            raise UserError(f"recipe key optimizer.{name}: {recipe.distiller.name} trains no such role; {nearest(name, trained)}")
-    for name in trained:
-        if name not in recipe.optimizer:
-            raise UserError(f"recipe key optimizer.{name}: missing; {recipe.distiller.name} trains {', '.join(trained)}")
-    if recipe.train.micro_batch and recipe.train.batch_size % recipe.train.micro_batch:
-        raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
-
-
-def _check_data(recipe: Recipe, method: type[Distiller]) -> None:
-    if method.needs_latents and recipe.data.images is None:
-        raise UserError(f"recipe key data.images: missing; {recipe.distiller.name} trains on images")
-    if not method.needs_latents and recipe.data.prompts is None:
-        raise UserError(f"recipe key data.prompts: missing; {recipe.distiller.name} trains on prompts")
-    unused = "prompts" if method.needs_latents else "images"
-    if getattr(recipe.data, unused) is not None:
-        raise UserError(f"recipe key data.{unused}: {recipe.distiller.name} does not use it; remove it")
 
 
 @dataclass
@@ -320,6 +223,7 @@ def _train(run: Run, run_dir: Path, progress: Progress) -> None:
     save = lambda: checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep)  # noqa: E731
     samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
     evaluations = _evaluations(run)
+    run.plan.family.free_encoders()
     with _signals() as caught, (run_dir / "metrics.jsonl").open("a", buffering=1) as log:
 
         def after_step(step: int, metrics: Metrics) -> None:
@@ -372,21 +276,17 @@ class Samples:
         self.prompts = _spread(run.data.prompts, _SAMPLE_PROMPTS)
         self.seeds = list(range(len(self.prompts)))
         self.student = run.generator("student")
-        self.teacher_row: tuple[str, torch.Tensor] | None = None
+        self.student.conditioning(self.prompts)  # while the text encoders are still there
+        self.rows: list[tuple[str, torch.Tensor]] = []
+        if "teacher" in run.roles:
+            teacher = run.generator("teacher")
+            self.rows.append((f"teacher, {teacher.steps} steps", teacher(self.prompts, self.seeds)))
 
     def draw(self, step: int) -> None:
         """Write `step_NNNNNN.png` from the averaged weights."""
-        rows = [] if "teacher" not in self.run.roles else [self._teacher()]
         with self.run.trainer.ema.applied():
-            rows.append((f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", self.student(self.prompts, self.seeds)))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        pictures.save_png(pictures.picture_grid(rows, self.prompts), self.folder / f"step_{step:06d}.png")
-
-    def _teacher(self) -> tuple[str, torch.Tensor]:
-        if self.teacher_row is None:
-            teacher = self.run.generator("teacher")
-            self.teacher_row = (f"teacher, {teacher.steps} steps", teacher(self.prompts, self.seeds))
-        return self.teacher_row
+            student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", self.student(self.prompts, self.seeds))
+        pictures.save_png(pictures.picture_grid([*self.rows, student], self.prompts), self.folder / f"step_{step:06d}.png")
 
 
 def _evaluations(run: Run) -> Callable[[], Metrics]:
@@ -495,7 +395,7 @@ def _teacher_rows(protocol: Any, teacher: ImageGenerator, source: dict[str, Any]
     rows = []
     for count in steps:
         key = json.dumps(
-            [weights, protocol.hash(), protocol.extractor_hash(), teacher.guidance, source["negative_prompt"], count, str(teacher.device)]
+            [weights, protocol.hash(), protocol.extractor_hash(), source, teacher.family.call_arguments(count, teacher.guidance), str(teacher.device)]
         )
         rows += runner.cached(key, lambda count=count: measure(protocol, teacher, "teacher", [count], progress))
     return rows
@@ -510,34 +410,3 @@ def measure(protocol: Any, generator: ImageGenerator, model: str, steps: Sequenc
     )
     progress.finish()
     return rows
-
-
-def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
-    """What a run would do, from shapes alone: roles, parameters, memory of weights and optimizer states, grid, batch."""
-    planned = plan(recipe, only=only)
-    roles = build_roles(planned.method.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
-    trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
-    backbones = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
-    total = sum(p.numel() for backbone in backbones.values() for p in backbone.parameters())
-    frozen = total - sum(trained.values())
-    frozen_bytes = frozen * (2 if planned.autocast else 4)
-    # weights, gradients and two Adam moments in fp32 for what trains, and the student's average
-    trained_bytes = 16 * sum(trained.values()) + 4 * trained["student"]
-    return {
-        "method": recipe.distiller.name,
-        "teacher": recipe.teacher.pretrained,
-        "family": type(planned.family).__name__,
-        "roles": {name: {"trains": trained[name], "tuning": _tuning_name(planned, name)} for name in roles},
-        "parameters": total,
-        "bytes": frozen_bytes + trained_bytes,
-        "grid": [round(t, 6) for t in planned.family.grid(recipe.student.steps, planned.grid).tolist()],
-        "batch": recipe.train.batch_size,
-        "micro_batches": math.ceil(recipe.train.batch_size / (recipe.train.micro_batch or recipe.train.batch_size)),
-        "steps": recipe.train.steps,
-    }
-
-
-def _tuning_name(planned: Plan, role: str) -> str:
-    if not planned.method.roles[role].trainable:
-        return "frozen"
-    return "full" if planned.tuning is None else f"LoRA rank {planned.tuning.rank}"

@@ -24,6 +24,7 @@ LAYERS = [
     {"distillers"},
     {"trainer", "checkpoint"},
     {"export", "evaluation", "report", "card", "curves", "pictures", "doctor"},
+    {"plan"},
     {"run"},
     {"terminal", "cli", "__main__"},
 ]

@@ -1,0 +1,146 @@
+"""What a recipe comes to, before anything is loaded: every name resolved and checked, and the outcome of a dry run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+
+from fastgen.config import Recipe, Tuning, validate
+from fastgen.data.images import CaptionedImages, load_images
+from fastgen.data.prompts import load_prompts
+from fastgen.distillers import distiller_class
+from fastgen.distillers.base import Distiller, MethodConfig
+from fastgen.errors import UserError, nearest
+from fastgen.evaluation.protocols import load_protocol
+from fastgen.families import find_family, resolve_source
+from fastgen.families.base import Family
+from fastgen.files import reading
+from fastgen.roles import LoraTuning, build_roles
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe whose every name has been resolved and checked, before any network is loaded."""
+
+    recipe: Recipe
+    method: type[Distiller]
+    method_config: MethodConfig
+    family: Family
+    prompts: dict[str, float] | None
+    images: CaptionedImages | None
+
+    @property
+    def grid(self) -> list[float] | None:
+        """Explicit sampling times, or None for the scheduler's own."""
+        return None if self.recipe.student.grid == "auto" else list(self.recipe.student.grid)
+
+    @property
+    def guidance(self) -> float:
+        """Guidance the trained network is sampled with."""
+        return self.recipe.teacher.guidance if self.method.student_is_guided else 1.0
+
+    @property
+    def tuning(self) -> LoraTuning | None:
+        tune = self.recipe.student.tune
+        if not isinstance(tune, Tuning):
+            return None
+        targets = self.family.lora_targets if tune.lora.targets == "auto" else tuple(tune.lora.targets)
+        return LoraTuning(tune.lora.rank, tune.lora.alpha or tune.lora.rank, targets, self.recipe.train.seed)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return _AUTOCAST[self.recipe.train.precision]
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with the method's defaults filled in."""
+        return {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json")}
+
+
+def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
+    """Check everything a recipe names. UserError for the first mistake."""
+    method = distiller_class(recipe.distiller.name)
+    config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
+    _check_optimizers(recipe, method)
+    _check_data(recipe, method)
+    if recipe.evaluate.protocol is not None:
+        load_protocol(recipe.evaluate.protocol)
+    elif recipe.evaluate.every:
+        raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
+    teacher = recipe.teacher
+    family = find_family(teacher.pretrained, teacher.family, max_sequence_length=teacher.max_sequence_length, resolution=teacher.resolution)
+    if not family.exportable and only != "train":
+        raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
+    prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
+    images = None if recipe.data.images is None else load_images(recipe.data.images)
+    planned = Plan(recipe, method, config, family, prompts, images)
+    _check_networks(planned)
+    return planned
+
+
+def _check_networks(planned: Plan) -> None:
+    """Read the header of every weights file, and find the layers that adapters go to."""
+    if planned.family.exportable:
+        for file in sorted(resolve_source(planned.recipe.teacher.pretrained).rglob("*.safetensors")):
+            with reading(file), safe_open(file, "pt"):
+                pass
+    if planned.tuning is not None:
+        build_roles(planned.method.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
+
+
+def _check_optimizers(recipe: Recipe, method: type[Distiller]) -> None:
+    trained = [name for name, spec in method.roles.items() if spec.trainable]
+    for name in recipe.optimizer:
+        if name not in trained:
+            raise UserError(f"recipe key optimizer.{name}: {recipe.distiller.name} trains no such role; {nearest(name, trained)}")
+    for name in trained:
+        if name not in recipe.optimizer:
+            raise UserError(f"recipe key optimizer.{name}: missing; {recipe.distiller.name} trains {', '.join(trained)}")
+    if recipe.train.micro_batch and recipe.train.batch_size % recipe.train.micro_batch:
+        raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
+
+
+def _check_data(recipe: Recipe, method: type[Distiller]) -> None:
+    if method.needs_latents and recipe.data.images is None:
+        raise UserError(f"recipe key data.images: missing; {recipe.distiller.name} trains on images")
+    if not method.needs_latents and recipe.data.prompts is None:
+        raise UserError(f"recipe key data.prompts: missing; {recipe.distiller.name} trains on prompts")
+    unused = "prompts" if method.needs_latents else "images"
+    if getattr(recipe.data, unused) is not None:
+        raise UserError(f"recipe key data.{unused}: {recipe.distiller.name} does not use it; remove it")
+
+
+def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
+    """What a run would do, from shapes alone: roles, parameters, memory of weights and optimizer states, grid, batch."""
+    planned = plan(recipe, only=only)
+    roles = build_roles(planned.method.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
+    trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
+    backbones = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
+    total = sum(p.numel() for backbone in backbones.values() for p in backbone.parameters())
+    frozen = total - sum(trained.values())
+    frozen_bytes = frozen * (2 if planned.autocast else 4)
+    # weights, gradients and two Adam moments in fp32 for what trains, and the student's average
+    trained_bytes = 16 * sum(trained.values()) + 4 * trained["student"]
+    return {
+        "method": recipe.distiller.name,
+        "teacher": recipe.teacher.pretrained,
+        "family": type(planned.family).__name__,
+        "roles": {name: {"trains": trained[name], "tuning": _tuning_name(planned, name)} for name in roles},
+        "parameters": total,
+        "bytes": frozen_bytes + trained_bytes,
+        "grid": [round(t, 6) for t in planned.family.grid(recipe.student.steps, planned.grid).tolist()],
+        "batch": recipe.train.batch_size,
+        "micro_batches": math.ceil(recipe.train.batch_size / (recipe.train.micro_batch or recipe.train.batch_size)),
+        "steps": recipe.train.steps,
+    }
+
+
+def _tuning_name(planned: Plan, role: str) -> str:
+    if not planned.method.roles[role].trainable:
+        return "frozen"
+    return "full" if planned.tuning is None else f"LoRA rank {planned.tuning.rank}"
