@@ -38,7 +38,7 @@ def train_and_measure(recipe: str, seed: int, work: Path, bars: Bars) -> list[di
         run.train(recipe, folder, overrides=[f"train.seed={seed}"], overwrite=folder.exists(), progress=bars)
     rows = [row for row in runner.read_results(folder / "results.json")["metrics"] if row["model"] == "student"]
     seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    return [*rows, {"name": "training_seconds", "model": "student", "steps": rows[0]["steps"], "value": seconds, "n": 1}]
+    return [*rows, {**rows[0], "name": "training_seconds", "value": seconds, "n": 1}]
 
 
 def over_seeds(recipe: str, runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -51,20 +51,22 @@ def over_seeds(recipe: str, runs: Sequence[list[dict[str, Any]]]) -> list[dict[s
 
 
 def teacher_rows(bars: Bars) -> list[dict[str, Any]]:
-    """The teacher at several step counts, and the floors of real data."""
-    protocol = load_protocol("digits")
+    """The teacher at several step counts."""
     teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
-    return [*run.measure(protocol, teacher, "teacher", TEACHER_STEPS, bars), *protocol.floors()]
+    return run.measure(load_protocol("digits"), teacher, "teacher", TEACHER_STEPS, bars)
 
 
-def sample_grid(students: dict[str, Path]) -> Any:
+def sample_grid(students: Sequence[Path]) -> Any:
     """Teacher at 25, 4, 2, 1 steps, then the students: the same noise down each column; named, generic and parity prompts."""
     named = [digits.NAMED[i % 3].format(word) for i, word in enumerate(digits.WORDS)]
     prompts = [*named, *digits.GENERIC * 2, *digits.PARITY[0] * 2, *digits.PARITY[1] * 2]
     seeds = list(range(100, 100 + len(prompts)))
     teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
     rows = [(f"teacher, {count} step{'s' * (count > 1)}", teacher(prompts, seeds, count)) for count in TEACHER_STEPS]
-    rows += [(name, generator.load_student(folder)(prompts, seeds)) for name, folder in students.items()]
+    for folder in students:
+        manifest = generator.read_manifest(folder)
+        label = f"{manifest['method']}, {manifest['steps']} step{'s' * (manifest['steps'] > 1)}"
+        rows.append((label, generator.load_student(folder)(prompts, seeds)))
     return pictures.picture_grid(rows, prompts)
 
 
@@ -87,11 +89,13 @@ def main() -> None:
     rows = teacher_rows(bars)
     for recipe in arguments.recipes:
         rows += over_seeds(recipe, [train_and_measure(recipe, seed, arguments.work, bars) for seed in arguments.seeds])
-    origin = runner.provenance(load_protocol("digits"), model_hash=runner.hash_folder(run.resolve_source(TEACHER)))
+    protocol = load_protocol("digits")
+    rows += protocol.floors()
+    origin = runner.provenance(protocol, model_hash=runner.hash_folder(run.resolve_source(TEACHER)))
     RESULTS.mkdir(exist_ok=True)
     lines = [json.dumps({**row, "seeds": arguments.seeds, "provenance": origin}) for row in rows]
     (RESULTS / "quality_digits.jsonl").write_text("\n".join(lines) + "\n")
-    students = {recipe.replace("_", " ", 1): arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in arguments.recipes}
+    students = [arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in arguments.recipes]
     pictures.save_png(sample_grid(students), RESULTS / "digits_grid.png")
     table = markdown_table(rows)
     print(table)

@@ -7,7 +7,6 @@ here) turns 8x8x3 pixels into 8x8x2 latents of unit scale.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,14 @@ from fastgen.data import digits
 TOKENS = 8  # of each text encoder; longest caption: six words and the end token
 VAE_STEPS, VAE_BATCH, KL_WEIGHT = 900, 128, 1e-3
 
+# Byte-pair merges of the captions' words. Written down, because the library's trainer breaks ties differently from run to run.
+MERGES = """
+e+n</w> a+n e+v i+g i+n t+h ev+en</w> a+w a+n</w> b+e d+r d+w d+d</w> d+ig e+r e+e</w> e+ig f+i f+o h+t</w> h+an i+t i+x</w> i+t</w>
+m+be n+u n+e</w> n+in o+f</w> o+dd</w> o+ne</w> r+ee</w> r+it s+even</w> s+ix</w> t+w t+en</w> u+r</w> v+e</w> z+er an+y</w> in+g</w>
+th+e</w> th+ree</w> aw+ing</w> dr+awing</w> dw+rit dig+it</w> eig+ht</w> fi+ve</w> fo+ur</w> han+dwrit mbe+r</w> nu+mber</w> nin+e</w>
+tw+o</w> zer+o</w> handwrit+ten</w>
+"""
+
 
 def words() -> list[str]:
     """Every word of every caption."""
@@ -27,27 +34,14 @@ def words() -> list[str]:
 
 def clip_tokenizer() -> Any:
     """A CLIPTokenizer whose merges make each caption word one token; other text falls back to bytes."""
-    from tokenizers import Tokenizer, models, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    base, suffix = CLIPTokenizer()._tokenizer, "</w>"
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=suffix, continuing_subword_prefix="", unk_token="<|endoftext|>"))
-    bpe.normalizer, bpe.pre_tokenizer = base.normalizer, base.pre_tokenizer
-    letters = sorted(_byte_letters())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=letters, end_of_word_suffix=suffix, continuing_subword_prefix="", show_progress=False, min_frequency=1
-    )
-    bpe.train_from_iterator(words(), trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    pieces = dict.fromkeys([*letters, *(letter + suffix for letter in letters), *(a + b for a, b in merges)])
+    letters = sorted(ByteLevel.alphabet())
+    merges: Any = [tuple(pair.split("+")) for pair in MERGES.split()]
+    pieces = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)])
     vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
-
-
-def _byte_letters() -> list[str]:
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.ByteLevel.alphabet()
 
 
 def t5_tokenizer() -> Any:

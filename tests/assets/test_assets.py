@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgen.assets import DIGITS_CLASSIFIER, DIGITS_TEACHER
 from fastgen.assets.classifier import DigitClassifier, accuracy, load_classifier, split
-from fastgen.assets.skeleton import TOKENS
+from fastgen.assets.skeleton import TOKENS, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 from fastgen.data import digits
 
 CAPTIONS = sorted(digits.prompts())
@@ -189,3 +189,19 @@ def test_a_stock_call_steps_evenly_down_to_zero(pipeline: Any):
 def test_a_saved_pipeline_draws_the_same_bits(pipeline: Any, tmp_path: Path):
     pipeline.save_pretrained(tmp_path)
     np.testing.assert_array_equal(draw(load(type(pipeline), tmp_path), 2), draw(pipeline, 2))
+
+
+def test_tokenizers_are_rebuilt_as_they_ship(pipeline: Any) -> None:
+    rebuilt = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer(), "tokenizer_3": t5_tokenizer()}
+    for name, tokenizer in rebuilt.items():
+        assert tokenizer.get_vocab() == getattr(pipeline, name).get_vocab()
+        assert tokenizer(CAPTIONS).input_ids == getattr(pipeline, name)(CAPTIONS).input_ids
+
+
+def test_text_encoders_are_rebuilt_from_the_seed(pipeline: Any) -> None:
+    torch.manual_seed(0)
+    rebuilt = {"text_encoder": clip_encoder(clip_tokenizer()), "text_encoder_2": clip_encoder(clip_tokenizer())}
+    rebuilt["text_encoder_3"] = t5_encoder(t5_tokenizer())
+    for name, encoder in rebuilt.items():
+        shipped = getattr(pipeline, name).state_dict()
+        assert all(torch.equal(value, shipped[key]) for key, value in encoder.state_dict().items()), name
