@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="put the table and the grid into README.md")
     arguments = parser.parse_args()
     bars = Bars()
-    rows = teacher_rows(bars)
+    rows: list[Any] = teacher_rows(bars)
     for recipe in arguments.recipes:
         rows += over_seeds(recipe, [train_and_measure(recipe, seed, arguments.work, bars) for seed in arguments.seeds])
     protocol = load_protocol("digits")

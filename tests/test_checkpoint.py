@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy_runs import toy_method, toy_setting, toy_trainer, weights
+from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer, weights
 
 from fastgen import checkpoint
 from fastgen.config import OptimizerBlock
@@ -23,13 +23,13 @@ from fastgen.trainer import Trainer
 
 torch.set_num_threads(1)
 RECIPE = {"distiller": {"name": "dmd2"}}
-ADAM = OptimizerBlock(lr=1e-2, betas=(0.5, 0.9), schedule="cosine", warmup=2)
+ADAM = optimizer_block(lr=1e-2, betas=(0.5, 0.9), schedule="cosine", warmup=2)
 
 
 def dmd2(optimizer: OptimizerBlock = ADAM, **options: Any) -> Trainer:
     family = Toy("toy:mixture")
     method = toy_method(DMD2, toy_setting(family, steps=2), critic_updates=2)
-    return toy_trainer(method, family, prompts=["", "1"], optimizer=optimizer, **{"steps": 6, **options})
+    return toy_trainer(method, family, prompts=["", "1"], optimizers=optimizer, **{"steps": 6, **options})
 
 
 def stop_at(trainer: Trainer, step: int) -> Trainer:
@@ -61,7 +61,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "optimizer",
-    [ADAM, ADAM.model_copy(update={"name": "adam"}), ADAM.model_copy(update={"name": "sgd"}), OptimizerBlock(name="sgd", lr=0.1, betas=(0, 0))],
+    [ADAM, ADAM.model_copy(update={"name": "adam"}), ADAM.model_copy(update={"name": "sgd"}), optimizer_block(name="sgd", lr=0.1, betas=(0, 0))],
     ids=["adamw", "adam", "sgd with momentum", "sgd without"],
 )
 def test_a_restored_run_ends_as_the_uninterrupted_one(tmp_path: Path, optimizer: OptimizerBlock) -> None:

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
-from toy_runs import toy_method, toy_setting, toy_trainer, weights
+from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer, weights
 
-from fastgen.config import OptimizerBlock
 from fastgen.distillers.base import Batch, Distiller, Loss, Models, Update
 from fastgen.distillers.dmd2 import DMD2
 from fastgen.distillers.flow_matching import FlowMatching
@@ -22,7 +21,7 @@ from fastgen.roles import RoleSpec, frozen, trainable
 from fastgen.trainer import Trainer, lr_factor, make_optimizer
 
 torch.set_num_threads(1)
-SGD = OptimizerBlock(name="sgd", lr=0.1, betas=(0.0, 0.0), clip=1e9)
+SGD = optimizer_block(name="sgd", lr=0.1, betas=(0.0, 0.0), clip=1e9)
 
 
 class TwoTerms(Distiller):
@@ -46,20 +45,20 @@ class TwoTerms(Distiller):
 
 def two_terms(**options: Any) -> Trainer:
     family = Toy("toy:mixture")
-    return toy_trainer(toy_method(TwoTerms, toy_setting(family)), family, **{"optimizer": SGD, **options})
+    return toy_trainer(toy_method(TwoTerms, toy_setting(family)), family, **{"optimizers": SGD, **options})
 
 
 def dmd2(**options: Any) -> Trainer:
     family = Toy("toy:mixture")
     method = toy_method(DMD2, toy_setting(family, steps=3, guidance=1.5, negative="1"), critic_updates=2)
-    return toy_trainer(method, family, prompts=["", "0", "2"], **{"optimizer": SGD, **options})
+    return toy_trainer(method, family, prompts=["", "0", "2"], **{"optimizers": SGD, **options})
 
 
 def flow_matching(**options: Any) -> Trainer:
     family = Toy("toy:mixture")
     latents = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     method = toy_method(FlowMatching, toy_setting(family, negative="1"), drop=0.3)
-    return toy_trainer(method, family, latents=latents, **{"optimizer": SGD, **options})
+    return toy_trainer(method, family, latents=latents, **{"optimizers": SGD, **options})
 
 
 RUNS = pytest.mark.parametrize("make", [dmd2, flow_matching, two_terms])
@@ -106,7 +105,7 @@ def test_micro_batches_change_nothing(make: Any, size: int) -> None:
 def test_two_equal_runs_end_bitwise_equal(make: Any) -> None:
     ends = []
     for seed in (3, 3, 4):
-        trainer = make(seed=seed, optimizer=OptimizerBlock(lr=1e-2))
+        trainer = make(seed=seed, optimizers=optimizer_block(lr=1e-2))
         trainer.run([])
         ends.append(weights(trainer))
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
@@ -147,7 +146,7 @@ def test_logged_losses_average_over_the_updates_of_a_step() -> None:
 
 def test_clipping_scales_each_roles_gradient_to_the_limit() -> None:
     clip = 0.05
-    trainer = two_terms(optimizer=SGD.model_copy(update={"lr": 1.0, "clip": clip}))
+    trainer = two_terms(optimizers=SGD.model_copy(update={"lr": 1.0, "clip": clip}))
     before, gradients = snapshot(trainer), gradients_by_hand(trainer)
     metrics = trainer.train_step()
     for name, own in trainer.parameters.items():
@@ -161,7 +160,7 @@ def test_clipping_scales_each_roles_gradient_to_the_limit() -> None:
 def test_a_small_gradient_is_not_clipped() -> None:
     ends = []
     for clip in (1e3, 1e9):
-        trainer = two_terms(optimizer=SGD.model_copy(update={"clip": clip}))
+        trainer = two_terms(optimizers=SGD.model_copy(update={"clip": clip}))
         trainer.train_step()
         ends.append(weights(trainer))
     assert largest_difference(*ends) <= 1e-6
@@ -169,7 +168,7 @@ def test_a_small_gradient_is_not_clipped() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_optimizers_follow_torch_on_the_same_gradients(name: Any) -> None:
-    block = OptimizerBlock(name=name, lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    block = optimizer_block(name=name, lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     plain: dict[str, Any] = {
         "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, foreach=False, fused=False),
         "adam": lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, foreach=False, fused=False),
@@ -202,7 +201,7 @@ def test_optimizers_follow_torch_on_the_same_gradients(name: Any) -> None:
     ],
 )
 def test_learning_rate_schedules_by_hand(schedule: Any, warmup: int, steps: int, want: dict[int, float]) -> None:
-    block = OptimizerBlock(lr=1.0, schedule=schedule, warmup=warmup)
+    block = optimizer_block(lr=1.0, schedule=schedule, warmup=warmup)
     assert {step: lr_factor(block, step, steps) for step in want} == pytest.approx(want, rel=1e-5)
 
 
@@ -211,7 +210,7 @@ def test_each_role_follows_its_own_schedule() -> None:
         "student": SGD.model_copy(update={"schedule": "linear"}),
         "judge": SGD.model_copy(update={"lr": 0.4, "warmup": 2}),
     }
-    trainer, logged = two_terms(optimizer=blocks, steps=4), []
+    trainer, logged = two_terms(optimizers=blocks, steps=4), []
     trainer.run([lambda step, metrics: logged.append((step, metrics["lr/student"], metrics["lr/judge"]))])
     assert logged == [(1, pytest.approx(0.1), 0.2), (2, pytest.approx(0.075), 0.4), (3, 0.05, 0.4), (4, pytest.approx(0.025), 0.4)]
     assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers.values()] == [pytest.approx(0.025), 0.4]
@@ -269,7 +268,7 @@ class FailingGradient(Failing):
 )
 def test_the_first_number_that_is_not_finite_ends_the_run(method: type[Failing], message: str) -> None:
     family = Toy("toy:mixture")
-    trainer = toy_trainer(toy_method(method, toy_setting(family)), family, optimizer=SGD, steps=5)
+    trainer = toy_trainer(toy_method(method, toy_setting(family)), family, optimizers=SGD, steps=5)
     finished: list[int] = []
     with pytest.raises(TrainingFailed) as caught:
         trainer.run([lambda step, metrics: finished.append(step)])

