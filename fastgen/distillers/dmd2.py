@@ -4,8 +4,10 @@ Each step trains the fake score `critic_updates` times on the student's current 
 student once along mu_fake - mu_real. The guidance of the real score is the teacher's; the fake score runs without guidance.
 
 Conditioning time of a one-step student: it is sampled at the grid's first time, the noise end (1 on Flow), and is trained there,
-so training and inference agree. An eps-network knows almost nothing of x0 at that time; give such a student an explicit
-`student.grid: [t]` with t < 1: it still receives pure noise, in training as in the exported pipeline, but is conditioned on t.
+so training and inference agree. There the teacher's x0 is the same for every noise, so the student starts as a point and has to
+spread out; on a 2-D Gaussian it first becomes a line, a saddle that took 500 steps to leave (tests/distillers/test_dmd2.py). With
+an explicit `student.grid: [t]`, t < 1, it still receives pure noise, in training as in the exported pipeline, but is conditioned
+on t and starts spread out (0.6 to 0.8 worked best there; SDXL's one-step student uses t = 399 of 1000).
 
 Departure from the paper: critic and student draw their rollouts separately, each a fresh backward simulation.
 """
