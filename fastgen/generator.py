@@ -61,7 +61,7 @@ class ImageGenerator:
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """Pixels (B, 3, H, W) fp32 in [0, 1], on the CPU."""
-        return self.family.decode_latents(self.latents(prompts, seeds, steps).cpu())
+        return self.family.decode_latents(self.latents(prompts, seeds, steps)).cpu()
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...); each distinct prompt is encoded once in this object's life."""

@@ -65,7 +65,7 @@ def prepare(
         return TrainingData(texts, cond, cumulative)
     progress(f"encoding {len(images)} images")
     resolution = family.latent.size[-1] * family.pixels_per_latent
-    latents = torch.cat([family.encode_latents(batch) for batch in images.batches(resolution)]).to(device)
+    latents = torch.cat([family.encode_latents(batch.to(device)) for batch in images.batches(resolution)]).to(device)
     row = {text: i for i, text in enumerate(texts)}
     captions = [(torch.tensor([row[text] for text in image]), _cumulative(list(image.values()))) for image in images.captions]
     return TrainingData(texts, cond, cumulative, latents, captions)

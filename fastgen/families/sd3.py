@@ -123,16 +123,20 @@ class SD3(Family):
                 self._vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True).float().eval()
         return self._vae
 
+    def _vae_near(self, x: Tensor) -> Any:
+        """The VAE on x's device; a live pipeline's stays where its owner put it."""
+        return self.vae if self._live is not None else self.vae.to(x.device)
+
     @torch.no_grad()
     def encode_latents(self, pixels: Tensor) -> Tensor:
-        config = self.vae.config
-        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
+        vae, config = self._vae_near(pixels), self.vae.config
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
         return (latents - config.shift_factor) * config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        pixels = self.vae.decode(latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        vae, config = self._vae_near(latents), self.vae.config
+        pixels = vae.decode(latents.to(vae.device, vae.dtype) / config.scaling_factor + config.shift_factor, return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
