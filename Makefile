@@ -28,7 +28,7 @@ lint: .venv/installed-dev
 	$(BIN)/pyright
 
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality.py --readme
 
 clean:
 	rm -rf .venv

@@ -23,7 +23,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     """README.md of an export: hub metadata, what it is, how it must be called."""
     teacher, call = manifest["teacher"], manifest["call"]
     relation = "adapter" if manifest["weights"] == "lora" else "finetune"
-    on_hub = teacher["pretrained"].count("/") == 1  # local and bundled teachers have no page to link to
+    on_hub = teacher["pretrained"].count("/") == 1 and not teacher["pretrained"].startswith("/")  # local and bundled teachers have no page to link to
     header = [
         "---",
         "library_name: diffusers",

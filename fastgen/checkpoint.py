@@ -33,16 +33,29 @@ def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -
         _save_synced({key: value.contiguous().cpu() for key, value in tensors.items()}, partial / f"{name}.safetensors")
     state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "recipe": recipe}
     write_atomically(partial / "state.json", json.dumps(state, indent=1))
-    shutil.rmtree(target, ignore_errors=True)
+    replaced = folder / f".old_{target.name}"
+    if target.exists():  # the run was stopped again before another step was done
+        os.replace(target, replaced)
     os.replace(partial, target)
+    _sync_folder(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 
 
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
+    complete = (path for path in folder.glob("step_*") if (path / "state.json").is_file())
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def latest(run_dir: Path) -> Path:

@@ -123,8 +123,8 @@ class TrainBlock(Block):
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-            raise ValueError("not a device; allowed: auto, cpu, mps, cuda, cuda:N")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError("not a device; allowed: auto, cpu, cuda, cuda:N")
         return device
 
 

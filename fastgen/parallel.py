@@ -55,11 +55,11 @@ class SingleProcess:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU; a name that is not there raises UserError."""
+    """`auto` takes CUDA, else the CPU; a name that is not there raises UserError. Not MPS, which lacks the fp64 of sampling grids."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
-    available = ["auto", "cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    available = ["auto", "cpu", *gpus]
     if name not in available:
         raise UserError(f"recipe key train.device: {name!r} is not available here; available: {', '.join(available)}")
     return torch.device(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -58,8 +59,11 @@ class Plan:
         return _AUTOCAST[self.recipe.train.precision]
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with the method's defaults filled in."""
-        return {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json")}
+        """The recipe with the method's defaults filled in and local files as absolute paths, so that it holds in any folder."""
+        data = {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json")}
+        for block, key in (("teacher", "pretrained"), ("data", "prompts"), ("data", "images")):
+            data[block][key] = _absolute(data[block][key])
+        return data
 
 
 def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
@@ -81,6 +85,11 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     planned = Plan(recipe, method, config, family, prompts, images)
     _check_networks(planned)
     return planned
+
+
+def _absolute(source: str | None) -> str | None:
+    path = Path(source).expanduser() if source else None
+    return str(path.resolve()) if path and path.exists() else source
 
 
 def _check_networks(planned: Plan) -> None:
@@ -123,7 +132,7 @@ def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str
     backbones = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
     total = sum(p.numel() for backbone in backbones.values() for p in backbone.parameters())
     frozen = total - sum(trained.values())
-    frozen_bytes = frozen * (2 if planned.autocast else 4)
+    frozen_bytes = frozen * (2 if planned.autocast and planned.tuning is None else 4)  # a base that adapters share stays fp32
     # weights, gradients and two Adam moments in fp32 for what trains, and the student's average
     trained_bytes = 16 * sum(trained.values()) + 4 * trained["student"]
     return {

@@ -22,7 +22,7 @@ from fastgen.distillers.base import Setting
 from fastgen.errors import UserError
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
-from fastgen.export import StudentInfo, Verification, export_lora, export_student, verify
+from fastgen.export import StudentInfo, Verification, export_lora, export_student, generate_pictures, verify
 from fastgen.families import resolve_source
 from fastgen.files import write_atomically
 from fastgen.generator import ImageGenerator, load_student, load_teacher, read_manifest
@@ -71,10 +71,8 @@ class Run:
     parallel: SingleProcess
 
     def info(self) -> StudentInfo:
-        recipe = self.plan.recipe
-        teacher = {key: getattr(recipe.teacher, key) for key in ("pretrained", "guidance", "negative_prompt")}
-        if Path(teacher["pretrained"]).expanduser().is_dir():
-            teacher["pretrained"] = str(Path(teacher["pretrained"]).expanduser().resolve())
+        recipe, resolved = self.plan.recipe, self.plan.resolved()
+        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "guidance", "negative_prompt")}
         return StudentInfo(
             method=recipe.distiller.name,
             steps=recipe.student.steps,
@@ -82,7 +80,7 @@ class Run:
             guidance=self.plan.guidance,
             teacher=teacher,
             prompts=_spread(self.data.prompts, 8),
-            recipe=self.plan.resolved(),
+            recipe=resolved,
         )
 
     def generator(self, role: str) -> ImageGenerator:
@@ -144,13 +142,16 @@ def train(
     UserError for mistakes (nothing has been written then), TrainingFailed when a number stops being finite, Interrupted after
     SIGINT or SIGTERM; in the last two cases the run can be resumed from its last checkpoint.
     """
+    given = None if isinstance(recipe, Recipe) else Path(recipe).expanduser().resolve()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
     progress, run_dir = progress or Progress(), _plain(output)
     planned = plan(recipe, only=only)
+    if overwrite and given == (run_dir / "recipe.yaml").resolve():
+        raise UserError(f"--overwrite: {str(run_dir)!r} holds the recipe itself, which would be replaced; choose another --output")
     _check_folder(run_dir, planned, resume=resume, overwrite=overwrite)
     run = build(planned, progress)
     if overwrite:
-        shutil.rmtree(run_dir, ignore_errors=True)
+        _remove_run(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(planned.resolved(), sort_keys=False, width=120))
     if resume:
@@ -171,7 +172,7 @@ def _check_folder(run_dir: Path, planned: Plan, *, resume: bool, overwrite: bool
     _check_parents(run_dir)
     if run_dir.is_file():
         raise UserError(f"--output: {str(run_dir)!r} is a file, a folder is needed")
-    holds_run = (run_dir / "recipe.yaml").is_file()
+    holds_run = (run_dir / "recipe.yaml").is_file() and (run_dir / "metrics.jsonl").is_file()
     if resume and not holds_run:
         raise UserError(f"--resume: {str(run_dir)!r} holds no run to resume")
     if run_dir.is_dir() and any(run_dir.iterdir()) and not holds_run:
@@ -180,6 +181,14 @@ def _check_folder(run_dir: Path, planned: Plan, *, resume: bool, overwrite: bool
         raise UserError(f"--output: {str(run_dir)!r} already holds a run; pass --resume to go on with it or --overwrite to replace it")
     if resume:
         _check_same(read_yaml(run_dir / "recipe.yaml"), planned.resolved(), run_dir)
+
+
+def _remove_run(run_dir: Path) -> None:
+    """Delete what a run writes, and nothing else that lies there."""
+    for name in ("recipe.yaml", "metrics.jsonl", "results.json", "report.html"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("samples", "checkpoints", "student"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def _plain(folder: str | Path) -> Path:
@@ -242,8 +251,9 @@ def _train(run: Run, run_dir: Path, progress: Progress) -> None:
             trainer.run([after_step], should_stop=lambda: bool(caught))
         finally:  # a bar left running hides the terminal's cursor
             progress.finish()
-        if caught and trainer.step < settings.steps:
-            save()
+        if caught:
+            if trainer.step < settings.steps:
+                save()
             raise Interrupted(caught[0], trainer.step)
 
 
@@ -280,13 +290,18 @@ class Samples:
         self.rows: list[tuple[str, torch.Tensor]] = []
         if "teacher" in run.roles:
             teacher = run.generator("teacher")
-            self.rows.append((f"teacher, {teacher.steps} steps", teacher(self.prompts, self.seeds)))
+            self.rows.append((f"teacher, {teacher.steps} steps", self._pictures(teacher)))
 
     def draw(self, step: int) -> None:
         """Write `step_NNNNNN.png` from the averaged weights."""
         with self.run.trainer.ema.applied():
-            student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", self.student(self.prompts, self.seeds))
+            student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", self._pictures(self.student))
         pictures.save_png(pictures.picture_grid([*self.rows, student], self.prompts), self.folder / f"step_{step:06d}.png")
+
+    def _pictures(self, generator: ImageGenerator) -> torch.Tensor:
+        """In batches no larger than training's own."""
+        train = self.run.plan.recipe.train
+        return generate_pictures(generator, self.prompts, self.seeds, batch=train.micro_batch or train.batch_size)
 
 
 def _evaluations(run: Run) -> Callable[[], Metrics]:
@@ -312,7 +327,8 @@ def _finish(run: Run, run_dir: Path, progress: Progress) -> None:
     require_verified(verify(student_dir), student_dir)
     protocol = run.plan.recipe.evaluate.protocol
     if protocol is not None:
-        evaluate(student_dir, protocol=protocol, output=run_dir / "results.json", teacher="teacher" in run.roles, progress=progress)
+        device, has_teacher = str(run.parallel.device), "teacher" in run.roles
+        evaluate(student_dir, protocol=protocol, output=run_dir / "results.json", teacher=has_teacher, device=device, progress=progress)
     progress.stage("writing the report")
     report.write_report(run_dir)
 
@@ -341,6 +357,7 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False) -> Path:
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "fastgen.json").is_file())):
         raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
     state = checkpoint.read_state(checkpoint.latest(run_dir))
+    state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
     planned = plan(validate(Recipe, state["recipe"]))
     if as_lora and planned.tuning is None:
         raise UserError("--lora: this run trained with student.tune: full, so it has no adapter; export it without --lora")

@@ -199,3 +199,10 @@ def test_a_broken_file_is_an_error(saved: Path, file: str) -> None:
     (saved / file).write_bytes(b"\xff" * 32)
     with pytest.raises(UserError, match="cannot read"):
         checkpoint.load(saved, dmd2())
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "state.json").write_text("{}")
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step_999999", "step_1000000"]

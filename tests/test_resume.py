@@ -239,3 +239,20 @@ def test_a_diverging_run_ends_its_bar_and_keeps_its_last_checkpoint(tmp_path: Pa
     assert (progress.started, progress.finished) == (1, 1)
     last = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     assert all(bool(value.isfinite().all()) for file in last.glob("*.safetensors") for value in load_file(file).values())
+
+
+def test_overwrite_deletes_what_a_run_writes_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("0\n")
+    mine = tmp_path / "run"
+    command = ["train", "digits_dmd2_1step", "teacher.pretrained=toy:gaussian", "teacher.guidance=1", f"data.prompts={prompts}"]
+    command += ["train.steps=1", "train.batch_size=2", "evaluate.protocol=null", "--only", "train"]
+    assert cli.main([*command, "--output", str(mine)]) == 0
+    (mine / "notes.txt").write_text("mine")
+    assert cli.main([*command, "--output", str(mine), "--overwrite"]) == 0
+    assert (mine / "notes.txt").read_text() == "mine"
+    before = (mine / "recipe.yaml").read_text()
+    capsys.readouterr()
+    assert cli.main(["train", str(mine / "recipe.yaml"), "--output", str(mine), "--overwrite", "--only", "train"]) == 2
+    assert "holds the recipe itself" in capsys.readouterr().err
+    assert (mine / "recipe.yaml").read_text() == before

@@ -104,8 +104,8 @@ class SD3(Family):
             for chunk in chunks
         ]
         return {
-            "encoder_hidden_states": torch.cat([embeds for embeds, _, _, _ in encoded]).float(),
-            "pooled_projections": torch.cat([pooled for _, _, pooled, _ in encoded]).float(),
+            "encoder_hidden_states": torch.cat([embeds for embeds, _, _, _ in encoded]).float().cpu(),
+            "pooled_projections": torch.cat([pooled for _, _, pooled, _ in encoded]).float().cpu(),
         }
 
     def free_encoders(self) -> None:
