@@ -42,13 +42,12 @@ def train(
     from fastgen.config import Recipe
 
     stop_after = _only(only)
-    loaded = Recipe.load(recipe, overrides or [])
     if dry_run:
-        terminal.print_plan(plan.dry_run(loaded, only=stop_after))
+        terminal.print_plan(plan.dry_run(Recipe.load(recipe, overrides or []), only=stop_after))
         return
     folder = output or Path("runs") / Path(recipe).stem
     try:
-        run.train(loaded, folder, resume=resume, overwrite=overwrite, only=stop_after, progress=terminal.Bars())
+        run.train(recipe, folder, overrides=overrides or [], resume=resume, overwrite=overwrite, only=stop_after, progress=terminal.Bars())
     except run.Interrupted as interrupted:
         words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else []), "--resume"]
         terminal.note(f"{interrupted}; checkpoint saved. To go on:\n  {shlex.join(words)}")
