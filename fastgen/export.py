@@ -29,7 +29,7 @@ from fastgen import card
 from fastgen.errors import UserError
 from fastgen.families import resolve_source
 from fastgen.families.base import Family
-from fastgen.generator import ImageGenerator, load_student, read_manifest
+from fastgen.generator import load_student, read_manifest
 from fastgen.roles import Role
 from fastgen.surgery import lora
 
@@ -256,11 +256,3 @@ def _plain_diffusers(folder: Path, manifest: dict[str, Any], prompts: list[str],
             raise UserError(f"{str(folder)!r} does not load and run in plain diffusers: {reason}")
         with np.load(job["output"]) as arrays:
             return arrays["images"], arrays["sigmas"]
-
-
-def generate_pictures(
-    generator: ImageGenerator, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, batch: int = 256
-) -> torch.Tensor:
-    """Pictures (N, 3, H, W) in batches of `batch`."""
-    parts = [generator(prompts[i : i + batch], seeds[i : i + batch], steps) for i in range(0, len(prompts), batch)]
-    return torch.cat(parts)

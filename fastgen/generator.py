@@ -82,6 +82,12 @@ _NEEDED = {
 }
 
 
+def generate_pictures(generator: ImageGenerator, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, batch: int = 256) -> Tensor:
+    """Pictures (N, 3, H, W) in batches of `batch`."""
+    parts = [generator(prompts[i : i + batch], seeds[i : i + batch], steps) for i in range(0, len(prompts), batch)]
+    return torch.cat(parts)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`fastgen.json` of an exported student; UserError when the folder is not one, or when what sampling needs is not in it."""
     path = folder / "fastgen.json"

@@ -22,10 +22,10 @@ from fastgen.distillers.base import Setting
 from fastgen.errors import UserError
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
-from fastgen.export import StudentInfo, Verification, export_lora, export_student, generate_pictures, verify
+from fastgen.export import StudentInfo, Verification, export_lora, export_student, verify
 from fastgen.families import resolve_source
 from fastgen.files import write_atomically
-from fastgen.generator import ImageGenerator, load_student, load_teacher, read_manifest
+from fastgen.generator import ImageGenerator, generate_pictures, load_student, load_teacher, read_manifest
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan, plan
 from fastgen.roles import Roles, build_roles

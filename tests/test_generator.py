@@ -19,11 +19,11 @@ from fastgen import load_student, load_teacher
 from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.errors import UserError
-from fastgen.export import StudentInfo, export_student, generate_pictures
+from fastgen.export import StudentInfo, export_student
 from fastgen.families import resolve_source
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import MIXTURES, Toy
-from fastgen.generator import ImageGenerator, noise_from_seeds, read_manifest
+from fastgen.generator import ImageGenerator, generate_pictures, noise_from_seeds, read_manifest
 
 TOKENS = 16
 
