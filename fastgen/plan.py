@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, resolve_source
 from fastgen.families.base import Family
 from fastgen.files import reading
-from fastgen.roles import LoraTuning, build_roles
+from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -35,6 +36,10 @@ class Plan:
     family: Family
     prompts: dict[str, float] | None
     images: CaptionedImages | None
+
+    @property
+    def roles(self) -> dict[str, RoleSpec]:
+        return self.method.roles_for(self.method_config)
 
     @property
     def grid(self) -> list[float] | None:
@@ -70,8 +75,8 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     """Check everything a recipe names. UserError for the first mistake."""
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
-    _check_optimizers(recipe, method)
-    _check_data(recipe, method)
+    _check_optimizers(recipe, method.roles_for(config))
+    _check_data(recipe, needs_latents=method.needs_latents(config))
     if recipe.evaluate.protocol is not None:
         load_protocol(recipe.evaluate.protocol)
     elif recipe.evaluate.every:
@@ -99,11 +104,11 @@ def _check_networks(planned: Plan) -> None:
             with reading(file), safe_open(file, "pt"):
                 pass
     if planned.tuning is not None:
-        build_roles(planned.method.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
+        build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
 
 
-def _check_optimizers(recipe: Recipe, method: type[Distiller]) -> None:
-    trained = [name for name, spec in method.roles.items() if spec.trainable]
+def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
+    trained = [name for name, spec in roles.items() if spec.trainable]
     for name in recipe.optimizer:
         if name not in trained:
             raise UserError(f"recipe key optimizer.{name}: {recipe.distiller.name} trains no such role; {nearest(name, trained)}")
@@ -114,12 +119,12 @@ def _check_optimizers(recipe: Recipe, method: type[Distiller]) -> None:
         raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
 
 
-def _check_data(recipe: Recipe, method: type[Distiller]) -> None:
-    if method.needs_latents and recipe.data.images is None:
+def _check_data(recipe: Recipe, *, needs_latents: bool) -> None:
+    if needs_latents and recipe.data.images is None:
         raise UserError(f"recipe key data.images: missing; {recipe.distiller.name} trains on images")
-    if not method.needs_latents and recipe.data.prompts is None:
+    if not needs_latents and recipe.data.prompts is None:
         raise UserError(f"recipe key data.prompts: missing; {recipe.distiller.name} trains on prompts")
-    unused = "prompts" if method.needs_latents else "images"
+    unused = "prompts" if needs_latents else "images"
     if getattr(recipe.data, unused) is not None:
         raise UserError(f"recipe key data.{unused}: {recipe.distiller.name} does not use it; remove it")
 
@@ -127,7 +132,7 @@ def _check_data(recipe: Recipe, method: type[Distiller]) -> None:
 def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
     """What a run would do, from shapes alone: roles, parameters, memory of weights and optimizer states, grid, batch."""
     planned = plan(recipe, only=only)
-    roles = build_roles(planned.method.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
+    roles = build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
     trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
     backbones = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
     total = sum(p.numel() for backbone in backbones.values() for p in backbone.parameters())
@@ -150,6 +155,6 @@ def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str
 
 
 def _tuning_name(planned: Plan, role: str) -> str:
-    if not planned.method.roles[role].trainable:
+    if not planned.roles[role].trainable:
         return "frozen"
     return "full" if planned.tuning is None else f"LoRA rank {planned.tuning.rank}"

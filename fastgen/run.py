@@ -105,7 +105,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
-    roles = build_roles(plan.method.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast)
+    roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast)
     negative = family.encode_prompts([recipe.teacher.negative_prompt])
     setting = Setting(
         path=family.path,

@@ -31,8 +31,10 @@ def optimizer_block(**keys: Any) -> OptimizerBlock:
     return validate(OptimizerBlock, keys, "optimizer")
 
 
-def toy_roles(method: type[Distiller], family: Toy, *, dtype: torch.dtype = torch.float32) -> Roles:
-    return build_roles(method.roles, family, family.load_backbone().to(dtype))
+def toy_roles(method: type[Distiller] | Distiller, family: Toy, *, dtype: torch.dtype = torch.float32) -> Roles:
+    """The roles of a configured method, or all that its class can ask for."""
+    specs = method.roles_for(method.config) if isinstance(method, Distiller) else method.roles
+    return build_roles(specs, family, family.load_backbone().to(dtype))
 
 
 def toy_method(method: type[Distiller], setting: Setting, **config: Any) -> Distiller:
@@ -54,7 +56,7 @@ def toy_trainer(
     if latents is not None:
         one = (torch.tensor([0]), torch.ones(1, dtype=torch.float64))
         data = training.TrainingData(data.prompts, data.cond, data.cumulative, latents, [one] * len(latents))
-    roles = toy_roles(type(distiller), family, dtype=dtype)
+    roles = toy_roles(distiller, family, dtype=dtype)
     block = optimizers or optimizer_block(lr=1e-3)
     blocks = block if isinstance(block, dict) else dict.fromkeys(roles.trained, block)
     settings = TrainBlock(**{"steps": 4, "batch_size": 8, "ema": 0.9, "shard": "none", **train})

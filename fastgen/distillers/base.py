@@ -74,13 +74,22 @@ class Distiller(ABC):
     """A method. Its `Config` holds the keys of the recipe's `distiller:` block."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    needs_latents: ClassVar[bool] = False
     student_is_guided: ClassVar[bool] = False  # whether the trained network is sampled with the teacher's guidance
-    roles: ClassVar[dict[str, RoleSpec]]
+    roles: ClassVar[dict[str, RoleSpec]]  # all it can ask for; `roles_for` says which a configuration uses
 
     def __init__(self, config: Any, setting: Setting) -> None:
         self.config = config
         self.setting = setting
+
+    @classmethod
+    def roles_for(cls, config: Any) -> dict[str, RoleSpec]:
+        """The roles that a run with this Config has."""
+        return cls.roles
+
+    @classmethod
+    def needs_latents(cls, config: Any) -> bool:
+        """Whether this Config trains on images; otherwise it trains on prompts alone and opens no image."""
+        return False
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:

@@ -29,10 +29,13 @@ class FlowMatching(Distiller):
     """Role: student. Needs latents."""
 
     Config = FlowMatchingConfig
-    needs_latents = True
     student_is_guided = True
     roles: ClassVar = {"student": trainable()}
     config: FlowMatchingConfig
+
+    @classmethod
+    def needs_latents(cls, config: FlowMatchingConfig) -> bool:
+        return True
 
     def updates(self, step: int) -> list[Update]:
         return [Update(("student",), (self.denoise,))]
