@@ -40,5 +40,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         f"{[round(t, 4) for t in manifest['grid']]}. A stock pipeline call has its own defaults for steps, guidance and text length, "
         "so these arguments must be passed:"
     )
+    if manifest.get("own_steps_only"):
+        how = f"{how[:-1]}, and other numbers of steps give no sensible picture:"
     snippet = f"```python\n{call_snippet(manifest)}```"
     return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", how, "", snippet, ""])

@@ -79,7 +79,7 @@ class DataBlock(Block):
 
 
 class OptimizerBlock(Block):
-    """One role's optimizer; warmup in student steps; clip: largest gradient norm."""
+    """One role's optimizer; warmup in student steps; clip: largest gradient norm, null for any."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = Field(gt=0)
@@ -88,7 +88,7 @@ class OptimizerBlock(Block):
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = Field(0, ge=0)
-    clip: float = Field(10.0, gt=0)
+    clip: float | None = Field(10.0, gt=0)
 
     @field_validator("betas")
     @classmethod

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.families.base import Family
-from fastgen.path import Kind, Path
+from fastgen.path import Kind, Path, expand_time
 from fastgen.sampling import Predict
-from fastgen.surgery import lora
+from fastgen.surgery import lora, second_time
+from fastgen.surgery.second_time import ScalarInputs
 
 
 class Output(NamedTuple):
@@ -29,25 +30,75 @@ class Denoiser(nn.Module):
 
     adapter: the LoRA adapter this view of a shared backbone runs with; None runs the bare base weights.
     autocast: dtype of mixed-precision compute, or None for the weights' own.
+    inputs: scalar inputs beside the time, with parameters of their own, for a family that names its `time_projection`.
     """
 
-    def __init__(self, backbone: nn.Module, family: Family, *, adapter: str | None = None, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        family: Family,
+        *,
+        adapter: str | None = None,
+        autocast: torch.dtype | None = None,
+        inputs: ScalarInputs | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.family = family
         self.adapter = adapter
         self.autocast = autocast
+        self.inputs = inputs
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning, taps: Sequence[int] = ()) -> Output:
-        """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks."""
+        """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks.
+
+        cond may hold values of scalar inputs (surgery/second_time.py), which stay out of every cast. ValueError for one that this
+        network does not have.
+        """
         lora.activate(self.backbone, self.adapter)
         dtype = next(self.backbone.parameters()).dtype
-        with self._tapped(taps) as features, self._autocast(x.device):
+        cond, values = second_time.split(cond)
+        with self._tapped(taps) as features, self._with_inputs(t, values), self._autocast(x.device):
             prediction = self.family.call(self.backbone, x.to(dtype), t, conditioning.to(cond, dtype=dtype))
         return Output(prediction.float() if prediction.dtype != torch.float64 else prediction, tuple(features[i] for i in taps))
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+
+    @contextmanager
+    def _with_inputs(self, t: Tensor, values: dict[str, Tensor]) -> Iterator[None]:
+        """The time embedding with the scalar inputs' part added; its own dtype stays."""
+        if self.inputs is None:
+            if values:
+                raise ValueError(f"this network has no scalar inputs, but {', '.join(values)} was given")
+            yield
+            return
+        added = self.inputs(second_time.noise_fraction(self.family.path, t), values)
+        handle = self._time_projection().register_forward_hook(lambda _module, _inputs, output: output + added.to(output.dtype))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _time_projection(self) -> nn.Module:
+        assert self.family.time_projection is not None, f"{type(self.family).__name__} has no place for scalar inputs"
+        return self.backbone.get_submodule(self.family.time_projection)
+
+    @torch.no_grad()
+    def fold_inputs(self, times: Tensor) -> None:
+        """Make the plain architecture again, which at `times` (N,) path times predicts what the scalar inputs' defaults gave there.
+
+        Between those times it is no longer the network that was trained, unless the only input was a guidance scale. UserError
+        where that cannot be exact.
+        """
+        if self.inputs is None:
+            return
+        layer = self._time_projection()
+        assert isinstance(layer, nn.Linear), "adapters are merged before inputs are folded"
+        times = times.to(layer.weight.device)
+        added = self.inputs(second_time.noise_fraction(self.family.path, times), {})
+        second_time.fold(layer, self.family.time_features(self.backbone, times), added)
+        self.inputs = None
 
     @contextmanager
     def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -63,6 +114,20 @@ class Denoiser(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def full_precision(module: nn.Module) -> Iterator[None]:
+    """Every Denoiser in `module`, wrapped or not, computes in its weights' own dtype inside."""
+    denoisers = [found for found in module.modules() if isinstance(found, Denoiser)]
+    before = [denoiser.autocast for denoiser in denoisers]
+    try:
+        for denoiser in denoisers:
+            denoiser.autocast = None
+        yield
+    finally:
+        for denoiser, autocast in zip(denoisers, before, strict=True):
+            denoiser.autocast = autocast
 
 
 class Predictor:
@@ -93,16 +158,20 @@ class Predictor:
         return path.predict(*own.solve(pred, x_own, t_own, self.family.kind), t, kind)
 
 
-GuidanceRule = Callable[[Tensor, Tensor, float], Tensor]
+GuidanceRule = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 
 
-def linear(cond: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance n + w (c - n), diffusers' convention: w = 1 is no guidance (Ho & Salimans 2022)."""
+def linear(cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance n + w (c - n), diffusers' convention: w = 1 is no guidance (Ho & Salimans 2022).
+
+    scale: one number, or one a sample (B,).
+    """
+    scale = expand_time(scale, cond) if isinstance(scale, Tensor) else scale
     return negative + scale * (cond - negative)
 
 
 class _Guided:
-    def __init__(self, predict: Predict, scale: float, negative: Conditioning, rule: GuidanceRule) -> None:
+    def __init__(self, predict: Predict, scale: float | Tensor, negative: Conditioning, rule: GuidanceRule) -> None:
         self.predict, self.scale, self.negative, self.rule = predict, scale, negative, rule
 
     @property
@@ -116,9 +185,10 @@ class _Guided:
         return self.rule(conditional, unconditional, self.scale)
 
 
-def guided(predict: Predict, scale: float, negative: Conditioning, rule: GuidanceRule = linear) -> Predict:
-    """`predict` with classifier-free guidance; negative: conditioning of one sample. Scale 1 returns `predict` itself.
+def guided(predict: Predict, scale: float | Tensor, negative: Conditioning, rule: GuidanceRule = linear) -> Predict:
+    """`predict` with classifier-free guidance; negative: conditioning of one sample. scale: one number, or one a sample (B,) for
+    calls on just these samples. The number 1 returns `predict` itself.
 
     A linear rule with weights summing to one commutes with every conversion of kinds, so guiding x0 equals guiding the velocity.
     """
-    return predict if scale == 1 else _Guided(predict, scale, negative, rule)
+    return predict if not isinstance(scale, Tensor) and scale == 1 else _Guided(predict, scale, negative, rule)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,16 @@ class StudentInfo:
     teacher: dict[str, Any]  # pretrained, guidance, negative_prompt
     prompts: Sequence[str]  # examples, for the card and for verification
     recipe: dict[str, Any]
+    own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
 
 
 def export_student(role: Role, family: Family, info: StudentInfo, output: Path, *, dtype: str = "fp32") -> Path:
-    """Write the student's whole pipeline to `output`, which appears only when complete; LoRA students are merged."""
+    """Write the student's whole pipeline to `output`, which appears only when complete; LoRA students are merged, and scalar inputs
+    folded into the time embedding, for good."""
     if role.denoiser.adapter is not None:
         lora.merge(role.denoiser.backbone, role.denoiser.adapter)
+    info = replace(info, own_steps_only="second_time" in role.spec.inputs)
+    role.denoiser.fold_inputs(family.grid(info.steps, info.grid))
     scheduler = family.export_scheduler(info.grid)
     pipeline = _converted(family.load_pipeline(role.denoiser.backbone, scheduler), DTYPES[dtype])
 
@@ -85,6 +89,9 @@ def export_lora(role: Role, family: Family, info: StudentInfo, output: Path) -> 
     """Write the student's adapter alone, with the scheduler that goes with it; it loads on the plain teacher pipeline."""
     if role.denoiser.adapter is None:
         raise UserError("--lora: this student was trained with student.tune: full, so it has no adapter; export it without --lora")
+    if role.spec.inputs:
+        what = role.spec.inputs[0].replace("_", " ")
+        raise UserError(f"--lora: {info.method} gave this student a {what} input, which an adapter cannot hold; export it without --lora")
     backbone, adapter = role.denoiser.backbone, role.denoiser.adapter
     layers = {key: value.contiguous() for key, value in lora.state_dict(backbone, adapter).items()}
     config = backbone.peft_config[adapter].to_dict()  # type: ignore[index, union-attr]
@@ -146,6 +153,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "method": info.method,
         "steps": info.steps,
         "grid": family.grid(info.steps, info.grid).tolist(),
+        "own_steps_only": info.own_steps_only,
         "call": family.call_arguments(info.steps, info.guidance, info.grid) | _negative_prompt(info),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher,

@@ -30,7 +30,10 @@ def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 class ImageGenerator:
-    """A model with its sampler settings. steps: default number of evaluations; grid: explicit times for exactly `steps`."""
+    """A model with its sampler settings. steps: default number of evaluations; grid: explicit times for exactly `steps`.
+
+    own_steps_only: the network serves that grid alone, and other numbers of steps are a UserError.
+    """
 
     def __init__(
         self,
@@ -42,8 +45,10 @@ class ImageGenerator:
         negative_prompt: str = "",
         grid: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
+        own_steps_only: bool = False,
     ) -> None:
         self.family, self.steps, self.guidance, self.explicit_grid = family, steps, guidance, grid
+        self.own_steps_only = own_steps_only
         self.device = torch.device(device)
         self.predict = predict if guidance == 1 else guided(predict, guidance, self._encode([negative_prompt]))
         self._encoded: dict[str, Conditioning] = {}
@@ -51,6 +56,8 @@ class ImageGenerator:
     def times(self, steps: int | None = None) -> Tensor:
         """The grid (N,), fp64 path times; an explicit grid serves its own number of steps only."""
         steps = steps or self.steps
+        if self.own_steps_only and steps != self.steps:
+            raise UserError(f"--steps: {steps}, but this student was made for {self.steps}: its second time is part of its weights; train another")
         return self.family.grid(steps, self.explicit_grid if steps == self.steps else None)
 
     @torch.no_grad()
@@ -136,6 +143,7 @@ def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> I
         negative_prompt=manifest["teacher"]["negative_prompt"],
         grid=call.get("sigmas"),
         device=device,
+        own_steps_only=manifest.get("own_steps_only", False),
     )
 
 

@@ -6,6 +6,7 @@ into `world_size` contiguous shares; randomness is per sample (rng.py), so the c
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -45,9 +46,9 @@ class SingleProcess:
         """Around a backward pass: average gradients over processes only where `synchronise` is set."""
         yield
 
-    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Clip to a global norm and return the norm before clipping, fp32 scalar."""
-        return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Clip to a global norm, if any, and return the norm before clipping, fp32 scalar."""
+        return torch.nn.utils.clip_grad_norm_(list(parameters), math.inf if max_norm is None else max_norm)
 
     def mean(self, value: Tensor) -> Tensor:
         """Average of a logged scalar over processes."""

@@ -75,6 +75,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     """Check everything a recipe names. UserError for the first mistake."""
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
+    method.check(config, steps=recipe.student.steps, guidance=recipe.teacher.guidance)
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config))
     if recipe.evaluate.protocol is not None:
@@ -85,6 +86,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     family = find_family(teacher.pretrained, teacher.family, max_sequence_length=teacher.max_sequence_length, resolution=teacher.resolution)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
+    _check_inputs(recipe, method.roles_for(config), family)
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     images = None if recipe.data.images is None else load_images(recipe.data.images)
     planned = Plan(recipe, method, config, family, prompts, images)
@@ -119,6 +121,15 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
         raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
 
 
+def _check_inputs(recipe: Recipe, roles: Mapping[str, RoleSpec], family: Family) -> None:
+    wanted = [name for spec in roles.values() for name in spec.inputs]
+    if wanted and family.time_projection is None:
+        raise UserError(
+            f"recipe key distiller.name: {recipe.distiller.name} gives the student a {wanted[0].replace('_', ' ')} input, "
+            f"for which family {type(family).__name__} has no place"
+        )
+
+
 def _check_data(recipe: Recipe, *, needs_latents: bool) -> None:
     if needs_latents and recipe.data.images is None:
         raise UserError(f"recipe key data.images: missing; {recipe.distiller.name} trains on images")
@@ -134,8 +145,8 @@ def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str
     planned = plan(recipe, only=only)
     roles = build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
     trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
-    backbones = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
-    total = sum(p.numel() for backbone in backbones.values() for p in backbone.parameters())
+    parameters = {id(p): p for role in roles.values() for p in role.denoiser.parameters()}
+    total = sum(p.numel() for p in parameters.values())
     frozen = total - sum(trained.values())
     frozen_bytes = frozen * (2 if planned.autocast and planned.tuning is None else 4)  # a base that adapters share stays fp32
     # weights, gradients and two Adam moments in fp32 for what trains, and the student's average

@@ -48,6 +48,11 @@ class SampleRng:
         """One integer in [0, count), the same for every sample, hence on every process."""
         return derive_seed(self.seed, *self.scope, name, SHARED) % count
 
+    def shared_uniform(self, name: str, count: int) -> Tensor:
+        """Uniform numbers in [0, 1), (count,) fp32, the same for every sample, hence on every process."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, *self.scope, name, SHARED))
+        return torch.rand(count, generator=generator).to(self.device)
+
     def _draw(self, name: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         generator = torch.Generator()
         rows = [draw(generator.manual_seed(derive_seed(self.seed, *self.scope, name, sample))) for sample in self.ids]

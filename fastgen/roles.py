@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.surgery import lora
+from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
 
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """What a distiller asks for. init: where the weights come from."""
+    """What a distiller asks for. init: where the weights come from. inputs: scalar inputs that the network gets beside the time."""
 
     trainable: bool
     init: Literal["teacher"] = "teacher"
+    inputs: tuple[Input, ...] = ()
 
 
-def trainable(*, init: Literal["teacher"] = "teacher") -> RoleSpec:
-    return RoleSpec(True, init)
+def trainable(*, init: Literal["teacher"] = "teacher", inputs: tuple[Input, ...] = ()) -> RoleSpec:
+    return RoleSpec(True, init, inputs)
 
 
 def frozen() -> RoleSpec:
@@ -61,12 +63,13 @@ class Role:
         return Predictor(self.module, self.denoiser.family)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters this role trains, by name within the backbone; empty for a frozen role."""
+        """The parameters this role trains, by name within the backbone, those of its scalar inputs behind `inputs.`; empty for a
+        frozen role."""
         if not self.spec.trainable:
             return {}
-        if self.denoiser.adapter:
-            return lora.parameters(self.denoiser.backbone, self.denoiser.adapter)
-        return dict(self.denoiser.backbone.named_parameters())
+        backbone, adapter, inputs = self.denoiser.backbone, self.denoiser.adapter, self.denoiser.inputs
+        own = lora.parameters(backbone, adapter) if adapter else dict(backbone.named_parameters())
+        return own if inputs is None else own | {f"inputs.{name}": value for name, value in inputs.named_parameters()}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
@@ -122,28 +125,48 @@ def build_roles(
     *,
     tuning: LoraTuning | None = None,
     autocast: torch.dtype | None = None,
+    defaults: Defaults | None = None,
 ) -> Roles:
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
-    adapter shares keeps its parameters in the compute dtype."""
+    adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them."""
     base.requires_grad_(False)
+    inputs = {name: _inputs(name, spec, family, base, defaults) for name, spec in specs.items()}
     if tuning is not None:
-        return _shared_roles(specs, family, base, tuning, autocast)
+        return _shared_roles(specs, family, base, tuning, autocast, inputs)
     roles = Roles()
     for name, spec in specs.items():
         backbone = copy.deepcopy(base) if spec.trainable else base
-        roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trainable), family, autocast=autocast))
+        roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trainable), family, autocast=autocast, inputs=inputs[name]))
     if autocast is not None:
         for parameter in base.parameters():  # not its buffers: tables of positions and closed forms stay exact
             parameter.data = parameter.data.to(autocast)
     return roles
 
 
-def _shared_roles(specs: Mapping[str, RoleSpec], family: Family, base: nn.Module, tuning: LoraTuning, autocast: torch.dtype | None) -> Roles:
+def _inputs(name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None) -> ScalarInputs | None:
+    if not spec.inputs:
+        return None
+    assert family.time_projection is not None, "the plan refuses families without a place for scalar inputs"
+    layer: Any = base.get_submodule(family.time_projection)
+    weight = next(layer.parameters())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return ScalarInputs(spec.inputs, layer.out_features, defaults=defaults, seed=name, dtype=dtype).to(weight.device)
+
+
+def _shared_roles(
+    specs: Mapping[str, RoleSpec],
+    family: Family,
+    base: nn.Module,
+    tuning: LoraTuning,
+    autocast: torch.dtype | None,
+    inputs: Mapping[str, ScalarInputs | None],
+) -> Roles:
     roles = Roles()
     for name, spec in specs.items():
         if spec.trainable:
             lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets, seed=tuning.seed)
-        roles[name] = Role(name, spec, Denoiser(base, family, adapter=name if spec.trainable else None, autocast=autocast))
+        denoiser = Denoiser(base, family, adapter=name if spec.trainable else None, autocast=autocast, inputs=inputs[name])
+        roles[name] = Role(name, spec, denoiser)
     base.requires_grad_(False)
     for role in roles.trained.values():
         for parameter in role.parameters().values():

@@ -29,6 +29,7 @@ from fastgen.generator import ImageGenerator, generate_pictures, load_student, l
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan, plan
 from fastgen.roles import Roles, build_roles
+from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Metrics, Trainer
 
 # What may differ between a run and its continuation: nothing that changes a number.
@@ -105,15 +106,18 @@ def build(plan: Plan, progress: Progress) -> Run:
     data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
-    roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast)
+    grid = family.grid(recipe.student.steps, plan.grid)
+    defaults = Defaults.on(family.path, grid, recipe.teacher.guidance)
+    roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults)
     negative = family.encode_prompts([recipe.teacher.negative_prompt])
     setting = Setting(
         path=family.path,
         shape=family.latent.shape,
-        grid=family.grid(recipe.student.steps, plan.grid),
+        grid=grid,
         guidance=recipe.teacher.guidance,
         negative={key: value.to(parallel.device) for key, value in negative.items()},
         shift=family.shift,
+        train_steps=recipe.train.steps,
     )
     distiller = plan.method(plan.method_config, setting)
     trainer = Trainer(distiller, roles, data, recipe.optimizer, recipe.train, parallel)
@@ -387,6 +391,8 @@ def evaluate(
     progress, folder = progress or Progress(), Path(student_dir)
     manifest = read_manifest(folder)
     measured, student = load_protocol(protocol), load_student(folder, device=device)
+    for count in steps or []:
+        student.times(count)  # refuses counts that the student was not made for before anything is measured
     progress.stage(f"measuring {folder} with protocol {protocol}")
     rows = measure(measured, student, "student", steps or [student.steps], progress)
     if teacher:

@@ -15,6 +15,7 @@ from fastgen.distillers.base import Distiller, Setting
 from fastgen.families.toy import Toy
 from fastgen.parallel import SingleProcess
 from fastgen.roles import Roles, build_roles
+from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -33,8 +34,11 @@ def optimizer_block(**keys: Any) -> OptimizerBlock:
 
 def toy_roles(method: type[Distiller] | Distiller, family: Toy, *, dtype: torch.dtype = torch.float32) -> Roles:
     """The roles of a configured method, or all that its class can ask for."""
-    specs = method.roles_for(method.config) if isinstance(method, Distiller) else method.roles
-    return build_roles(specs, family, family.load_backbone().to(dtype))
+    backbone = family.load_backbone().to(dtype)
+    if not isinstance(method, Distiller):
+        return build_roles(method.roles, family, backbone)
+    defaults = Defaults.on(family.path, method.setting.grid, method.setting.guidance)
+    return build_roles(method.roles_for(method.config), family, backbone, defaults=defaults)
 
 
 def toy_method(method: type[Distiller], setting: Setting, **config: Any) -> Distiller:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fastgen import timesteps
 from fastgen.conditioning import Conditioning
-from fastgen.denoiser import Predictor
+from fastgen.denoiser import Predictor, guided
 from fastgen.path import Path
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec
+from fastgen.sampling import Predict
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Setting:
     guidance: float  # classifier-free guidance of the teacher, diffusers' convention
     negative: Conditioning  # one sample
     shift: float  # the teacher's time shift
+    train_steps: int = 1  # student steps of the whole run
+
+    def guide(self, predict: Predict) -> Predict:
+        """A predictor with the teacher's guidance."""
+        return guided(predict, self.guidance, self.negative)
 
     def draw_times(self, sampling: timesteps.TimeSampling, uniform: Tensor) -> Tensor:
         """Path times (B,) fp32 from uniform numbers (B,)."""
@@ -90,6 +96,11 @@ class Distiller(ABC):
     def needs_latents(cls, config: Any) -> bool:
         """Whether this Config trains on images; otherwise it trains on prompts alone and opens no image."""
         return False
+
+    @classmethod
+    def check(cls, config: Any, *, steps: int, guidance: float) -> None:
+        """UserError where the Config does not fit student.steps or teacher.guidance."""
+        return
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:

@@ -18,11 +18,11 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from fastgen.denoiser import guided
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
-from fastgen.distillers.rollout import student_samples
+from fastgen.distillers.rollout import ON_GRID, RolloutConfig, student_samples
 from fastgen.rng import SampleRng
 from fastgen.roles import frozen, trainable
 from fastgen.sampling import Renoise
@@ -32,13 +32,14 @@ from fastgen.timesteps import TimeSampling
 class DMD2Config(MethodConfig):
     """critic_updates: fake-score updates before each student update (K). match_times: noise levels of the matching.
     critic_times: noise levels of the fake score's training. weight: `normalised` as the paper trains, or `kl` for the exact
-    KL gradient. renoise: how a multi-step rollout moves between its steps; `euler` is what exports to flow pipelines."""
+    KL gradient. renoise: how a multi-step rollout moves between its steps; `euler` is what exports to flow pipelines. rollout: its times."""
 
     critic_updates: int = Field(5, ge=1)
     match_times: TimeSampling = TimeSampling(lo=0.02, hi=0.98)
     critic_times: TimeSampling = TimeSampling(lo=0.001, hi=1.0)
     weight: Literal["normalised", "kl"] = "normalised"
     renoise: Renoise = "euler"
+    rollout: RolloutConfig = ON_GRID
 
 
 class DMD2(Distiller):
@@ -54,7 +55,7 @@ class DMD2(Distiller):
 
     def critic(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
         """Denoising loss of the fake score on the student's samples, in the network's own prediction kind."""
-        x0 = student_samples(models["student"], self.setting, batch.cond, rng, renoise=self.config.renoise, train=False)
+        x0 = self._samples(models, batch, rng, train=False)
         fake, path = models["fake_score"], self.setting.path
         t = self.setting.draw_times(self.config.critic_times, rng.uniform("critic_time"))
         eps = rng.normal("critic_noise", self.setting.shape)
@@ -63,15 +64,19 @@ class DMD2(Distiller):
 
     def match(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
         """Surrogate of the distribution-matching gradient at the student's re-noised samples."""
-        x = student_samples(models["student"], self.setting, batch.cond, rng, renoise=self.config.renoise, train=True)
+        x = self._samples(models, batch, rng, train=True)
         path = self.setting.path
         t = self.setting.draw_times(self.config.match_times, rng.uniform("match_time"))
         with torch.no_grad():
             noised = path.mix(x, rng.normal("match_noise", self.setting.shape), t)
-            real = guided(models["teacher"], self.setting.guidance, self.setting.negative)(noised, t, batch.cond)
+            real = self.setting.guide(models["teacher"])(noised, t, batch.cond)
             fake = models["fake_score"](noised, t, batch.cond)
             scale = losses.normaliser(x, real)
             weight = 1 / scale if self.config.weight == "normalised" else losses.kl_weight(path, t, x)
             gradient = losses.distribution_matching_gradient(fake, real, weight)
         logs = {"gap": gradient.abs().mean(), "normaliser": scale.mean(), "sample_std": x.detach().std()}
         return Loss(losses.surrogate(x, gradient), logs)
+
+    def _samples(self, models: Models, batch: Batch, rng: SampleRng, *, train: bool) -> Tensor:
+        config = self.config
+        return student_samples(models["student"], self.setting, batch.cond, rng, renoise=config.renoise, train=train, rollout=config.rollout)

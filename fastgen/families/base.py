@@ -36,6 +36,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ()
     pixels_per_latent: int = 1  # spatial stride of the VAE
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
+    time_projection: ClassVar[str | None] = None  # name of the time embedding's last nn.Linear, where scalar inputs are added; None: no place
 
     path: Path
     kind: Kind
@@ -62,6 +63,10 @@ class Family(ABC):
     @abstractmethod
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's prediction, of `kind`, at x (B, *latent.shape), t (B,) path time, fp32 or wider."""
+
+    def time_features(self, backbone: nn.Module, t: Tensor) -> Tensor:
+        """What goes into `time_projection`, (N, F), at path times t (N,); it must depend on the time alone."""
+        raise NotImplementedError(f"{type(self).__name__} cannot fold scalar inputs")
 
     @abstractmethod
     def blocks(self, backbone: nn.Module) -> list[nn.Module]:

@@ -24,6 +24,7 @@ class SD3(Family):
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    time_projection = "time_text_embed.timestep_embedder.linear_2"
     path = Flow()
     kind = "velocity"
 
@@ -88,6 +89,11 @@ class SD3(Family):
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return backbone(hidden_states=x, timestep=1000 * t, **cond, return_dict=False)[0]
+
+    def time_features(self, backbone: nn.Module, t: Tensor) -> Tensor:
+        embed: Any = backbone.time_text_embed
+        layers = embed.timestep_embedder
+        return layers.act(layers.linear_1(embed.time_proj(1000 * t).to(layers.linear_1.weight.dtype)))
 
     def blocks(self, backbone: nn.Module) -> list[nn.Module]:
         return list(backbone.transformer_blocks)  # type: ignore[arg-type]

@@ -95,6 +95,7 @@ class Toy(Family):
 
     exportable = False
     lora_targets = ("layers.0", "layers.1", "layers.2", "out")
+    time_projection = "layers.0"
 
     def __init__(
         self,

@@ -1,0 +1,151 @@
+"""sCM (Lu & Song 2025, arXiv:2410.11081): continuous-time consistency on TrigFlow, sigma_d = 1.
+
+The consistency function is f(x, t) = cos t x - sin t F(x, t), the student's x0; along the ODE dx/dt it should not change. A no-grad
+pass gives the tangent g = cos t df/dt of the current student, exact through any network (fastgen.jvp); an ordinary pass is then
+regressed on its own output plus g. `distillation` follows the guided teacher's ODE, `training` the straight pair (x0, eps) of the data.
+
+Departures: the mean over elements instead of their sum, as everywhere here (Adam does not see the difference); the learned
+log-variance is off by default, since after normalisation every time has a loss near 1 (rCM drops it too). Lu & Song's prior weight
+1/tan t is already inside g and is not applied twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fastgen import conditioning, jvp
+from fastgen.denoiser import Predictor, full_precision
+from fastgen.distillers import losses
+from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
+from fastgen.distillers.points import TRIG, Points, TrajectoryConfig, data_points, trajectory_points
+from fastgen.path import expand_time
+from fastgen.rng import SampleRng
+from fastgen.roles import RoleSpec, frozen, trainable
+from fastgen.sampling import Predict
+from fastgen.timesteps import TimeSampling
+
+
+class SCMConfig(MethodConfig):
+    """variant: whose ODE the student is made consistent along. points: noised images, or the teacher's own trajectories, which need
+    prompts only. times: noise levels of noised images. warmup: student steps over which the time-derivative part of the tangent is
+    faded in (H). normaliser: c in g/(|g| + c). tangent: `exact`, `finite_difference` (central), or `discrete` (one step of
+    `discrete_step` back along the ODE: discrete consistency, for networks without forward mode). replay: optimizer updates in which
+    the points of one step are used, so that a trajectory serves several."""
+
+    variant: Literal["distillation", "training"] = "distillation"
+    points: Literal["data", "teacher_trajectory"] = "data"
+    times: TimeSampling = TimeSampling(name="logit_normal", mean=-0.1, std=1.6)
+    trajectory: TrajectoryConfig = TrajectoryConfig()
+    warmup: int = Field(0, ge=0)
+    normaliser: float = Field(0.1, gt=0)
+    tangent: Literal["exact", "finite_difference", "discrete"] = "exact"
+    discrete_step: float = Field(1.5e-3, gt=0, lt=1)
+    replay: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_ode(self) -> SCMConfig:
+        if self.variant == "training" and self.points == "teacher_trajectory":
+            raise ValueError("variant: training follows the data's own pairs; points: teacher_trajectory has none")
+        return self
+
+
+class SCM(Distiller):
+    """Roles: student (trained), teacher (frozen; absent when the ODE is the data's)."""
+
+    Config = SCMConfig
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": trainable(), "teacher": frozen()}
+    config: SCMConfig
+
+    def __init__(self, config: Any, setting: Any) -> None:
+        super().__init__(config, setting)
+        self._stored: dict[Sequence[int], Points] = {}
+        self._checked = False
+
+    @classmethod
+    def roles_for(cls, config: SCMConfig) -> dict[str, RoleSpec]:
+        alone = config.variant == "training" and config.points == "data"
+        return {name: spec for name, spec in cls.roles.items() if name != "teacher" or not alone}
+
+    @classmethod
+    def needs_latents(cls, config: SCMConfig) -> bool:
+        return config.points == "data"
+
+    def updates(self, step: int) -> list[Update]:
+        return [Update(("student",), (self.consistency,)), *[Update(("student",), (self.replayed,))] * (self.config.replay - 1)]
+
+    def consistency(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
+        """|F - sg(F + g)|^2, mean over elements, at fresh points."""
+        points = self.draw_points(models, batch, rng)
+        if self.config.replay > 1:
+            self._stored[tuple(rng.ids)] = points
+        return self._loss(models["student"], points, step)
+
+    def replayed(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
+        """The same at the points that this step's first update drew for these samples; the student has moved on."""
+        return self._loss(models["student"], self._stored[tuple(rng.ids)], step)
+
+    def draw_points(self, models: Models, batch: Batch, rng: SampleRng) -> Points:
+        """Where this micro-batch trains."""
+        if self.config.points == "teacher_trajectory":
+            return trajectory_points(models["teacher"], batch, rng, self.setting, self.config.trajectory)
+        return data_points(models, batch, rng, self.setting, self.config.times, use_teacher=self.config.variant == "distillation")
+
+    def _loss(self, student: Predict, points: Points, step: int) -> Loss:
+        prediction = student(points.x, points.t, points.cond, "velocity", TRIG)
+        fade = min(1.0, (step + 1) / self.config.warmup) if self.config.warmup else 1.0
+        g = self.tangent(student, points, prediction.detach(), fade)
+        norm = g.flatten(1).norm(dim=1)
+        target = prediction.detach() + g / expand_time(norm + self.config.normaliser, g)
+        return Loss(losses.mean_squared_error(prediction, target), {"tangent_norm": norm.mean(), "velocity_gap": _gap(prediction, points)})
+
+    @torch.no_grad()
+    def tangent(self, student: Predict, points: Points, prediction: Tensor, fade: float = 1.0) -> Tensor:
+        """g (N, ...) fp64 = -cos^2 t (F - dx/dt) - fade (cos t sin t x + J), with J = cos t sin t dF/dt along the ODE (alg. 1);
+        with fade 1 it is cos t df/dt. prediction: the student's F (N, ...) at the points."""
+        cos, sin = (expand_time(c, points.x) for c in TRIG.coeffs(points.t))
+        jvp_part = cos * sin * points.x + self._scaled_derivative(student, points, prediction)
+        return -(cos**2) * (prediction - points.velocity) - fade * jvp_part
+
+    def _scaled_derivative(self, student: Predict, points: Points, prediction: Tensor) -> Tensor:
+        """cos t sin t dF/dt along the ODE. The input tangents carry the factor, which keeps them finite at both ends."""
+        cos, sin = TRIG.coeffs(points.t)
+        factor, direction = cos * sin, expand_time(cos * sin, points.x) * points.velocity
+        if self.config.tangent == "discrete":
+            return expand_time(factor, points.x) * self._backward_difference(student, points, prediction)
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return student(x, t, points.cond, "velocity", TRIG)
+
+        if self.config.tangent == "exact" and not self._checked:
+            self._check(student, points, direction, factor)
+        return jvp.tangent(network, (points.x, points.t), (direction, factor), mode=self.config.tangent)[1]
+
+    def _check(self, student: Predict, points: Points, direction: Tensor, factor: Tensor) -> None:
+        """Once, at the start: the exact tangent of the real network against finite differences, in fp32 on two points."""
+        few = torch.arange(min(2, len(points.x)))
+        cond = conditioning.select(points.cond, few)
+        module = student.denoiser if isinstance(student, Predictor) and isinstance(student.denoiser, nn.Module) else None
+        with full_precision(module) if module is not None else nullcontext():
+            jvp.check_tangent(
+                lambda x, t: student(x, t, cond, "velocity", TRIG), (points.x[few], points.t[few]), (direction[few], factor[few]), module=module
+            )
+        self._checked = True
+
+    def _backward_difference(self, student: Predict, points: Points, prediction: Tensor) -> Tensor:
+        """(cos d F(x, t) - F(x', t - d)) / sin d with x' one step d back along the ODE (Zheng et al. 2025, appendix); exact where
+        (x0, eps) are constant."""
+        step = torch.minimum(torch.full_like(points.t, self.config.discrete_step), points.t / 2)
+        cos, sin = (expand_time(c, points.x) for c in TRIG.coeffs(step))
+        back = student(cos * points.x - sin * points.velocity, points.t - step, points.cond, "velocity", TRIG)
+        return (cos * prediction - back) / sin
+
+
+def _gap(prediction: Tensor, points: Points) -> Tensor:
+    """RMS difference of the student's F from the ODE's velocity."""
+    return (prediction.detach() - points.velocity).square().mean().sqrt()

@@ -1,0 +1,92 @@
+"""jvp_attention in plain PyTorch: any dtype, any device, scores in memory. What the kernel is held to, and what runs on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgen_kernels.jvp_attention.arguments import Arguments, check
+
+# Scores held at a time, in elements, while no graph is recorded: 256 MB in fp32 for each of three arrays.
+CHUNK = 2**26
+
+
+def jvp_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None = None,
+    tk: Tensor | None = None,
+    tv: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attention and its tangent; arguments, results and errors are those of `fastgen_kernels.jvp_attention.jvp_attention`.
+
+    With P = softmax(S), S = scale·QKᵀ + mask and tS = scale·(tQ·Kᵀ + Q·tKᵀ): o = PV and to = (P⊙tS)V − rowsum(P⊙tS)⊙o + P·tV.
+    float64 is computed in float64, everything else in float32; o is differentiable by autograd, to and lse are constants.
+    """
+    return attend(check(q, k, v, tq, tk, tv, scale=scale, causal=causal, mask=mask, dropout_p=dropout_p))
+
+
+def attend(args: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(o, to, lse) of checked arguments, a block of queries at a time."""
+    num_queries = args.q.shape[2]
+    num_scores = args.q.shape[:3].numel() * args.k.shape[2]
+    step = max(1, num_queries * CHUNK // num_scores)
+    with torch.autocast(args.q.device.type, enabled=False):
+        parts = [_attend_rows(args, first, min(step, num_queries - first)) for first in range(0, num_queries, step)]
+    if len(parts) == 1:
+        return parts[0]
+    o, to, lse = zip(*parts, strict=True)
+    return torch.cat(o, 2), torch.cat(to, 2) if args.has_tangents else None, torch.cat(lse, 2)
+
+
+def _attend_rows(args: Arguments, first: int, count: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(o, to, lse) of `count` queries from `first` on."""
+    dtype = torch.promote_types(args.q.dtype, torch.float32)
+    q = args.q.narrow(2, first, count).to(dtype)
+    k, v = (_per_query_head(x, args.groups).to(dtype) for x in (args.k, args.v))
+    s = q @ k.transpose(-1, -2) * args.scale
+    if args.mask is not None:
+        mask = args.mask.narrow(2, first, count)
+        s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask.to(dtype)
+    if args.causal:
+        later = torch.arange(s.shape[-1], device=s.device) > torch.arange(first, first + count, device=s.device)[:, None]
+        s = s.masked_fill(later, -torch.inf)
+    p, lse = _softmax(s)
+    o = p @ v
+    to = None
+    if args.has_tangents:
+        tq = None if args.tq is None else args.tq.narrow(2, first, count).to(dtype)
+        tk, tv = (None if x is None else _per_query_head(x, args.groups).to(dtype) for x in (args.tk, args.tv))
+        with torch.no_grad():
+            to = _tangent(p, o, q, k, v, tq, tk, tv, args.scale).to(args.q.dtype)
+    return o.to(args.q.dtype), to, lse
+
+
+def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (B, H, n, Nk) and their constant log-normaliser (B, H, n); a row that is −inf throughout has probabilities 0 and lse −inf."""
+    m = s.detach().amax(-1, keepdim=True)
+    m = m.masked_fill(m == -torch.inf, 0.0)
+    p = (s - m).exp()
+    l = p.sum(-1, keepdim=True)
+    return p / l.masked_fill(l == 0, 1.0), (m + l.detach().log()).squeeze(-1)
+
+
+def _tangent(p: Tensor, o: Tensor, q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, scale: float) -> Tensor:
+    """The derivative of o, (B, H, n, D)."""
+    to = torch.zeros_like(o) if tv is None else p @ tv
+    ts = sum(a @ b.transpose(-1, -2) for a, b in ((tq, k), (q, tk)) if a is not None and b is not None)
+    if not isinstance(ts, Tensor):
+        return to
+    h = p * ts.mul_(scale)
+    return to + h @ v - h.sum(-1, keepdim=True) * o
+
+
+def _per_query_head(x: Tensor, groups: int) -> Tensor:
+    """(B, Hkv, N, D) → (B, Hq, N, D)."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
