@@ -34,9 +34,12 @@ from fastgen.timesteps import TimeSampling
 class SCMConfig(MethodConfig):
     """variant: whose ODE the student is made consistent along. points: noised images, or the teacher's own trajectories, which need
     prompts only. times: noise levels of noised images. warmup: student steps over which the time-derivative part of the tangent is
-    faded in (H). normaliser: c in g/(|g| + c). tangent: `exact`, `finite_difference` (central), or `discrete` (one step of
-    `discrete_step` back along the ODE: discrete consistency, for networks without forward mode). replay: optimizer updates in which
-    the points of one step are used, so that a trajectory serves several."""
+    faded in (H). normaliser: c in g/(|g| + c). replay: optimizer updates in which the points of one step are used, so that a
+    trajectory serves several.
+
+    tangent: `exact`; `semi_continuous`, exact along x and one backward difference of `discrete_step` along t, for networks whose
+    time embedding is so steep that its exact slope is mostly ripple (1000 t sinusoids); `discrete`, one such difference along the
+    ODE, for networks without forward mode; `finite_difference`, central and fine, the exact tangent's stand-in there."""
 
     variant: Literal["distillation", "training"] = "distillation"
     points: Literal["data", "teacher_trajectory"] = "data"
@@ -44,7 +47,7 @@ class SCMConfig(MethodConfig):
     trajectory: TrajectoryConfig = TrajectoryConfig()
     warmup: int = Field(0, ge=0)
     normaliser: float = Field(0.1, gt=0)
-    tangent: Literal["exact", "finite_difference", "discrete"] = "exact"
+    tangent: Literal["exact", "semi_continuous", "discrete", "finite_difference"] = "exact"
     discrete_step: float = Field(1.5e-3, gt=0, lt=1)
     replay: int = Field(1, ge=1)
 
@@ -114,35 +117,42 @@ class SCM(Distiller):
 
     def _scaled_derivative(self, student: Predict, points: Points, prediction: Tensor) -> Tensor:
         """cos t sin t dF/dt along the ODE. The input tangents carry the factor, which keeps them finite at both ends."""
+        mode = self.config.tangent
         cos, sin = TRIG.coeffs(points.t)
-        factor, direction = cos * sin, expand_time(cos * sin, points.x) * points.velocity
-        if self.config.tangent == "discrete":
-            return expand_time(factor, points.x) * self._backward_difference(student, points, prediction)
+        factor = cos * sin
+        direction = expand_time(factor, points.x) * points.velocity
+        difference = mode in ("discrete", "semi_continuous")
+        backward = expand_time(factor, points.x) * self._backward_difference(student, points, prediction) if difference else 0
+        if mode == "discrete":
+            return backward
+        along_t = None if difference else factor
+        if mode != "finite_difference" and not self._checked:
+            self._check(student, points, direction, along_t)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             return student(x, t, points.cond, "velocity", TRIG)
 
-        if self.config.tangent == "exact" and not self._checked:
-            self._check(student, points, direction, factor)
-        return jvp.tangent(network, (points.x, points.t), (direction, factor), mode=self.config.tangent)[1]
+        route = "finite_difference" if mode == "finite_difference" else "exact"
+        return backward + jvp.tangent(network, (points.x, points.t), (direction, along_t), mode=route)[1]
 
-    def _check(self, student: Predict, points: Points, direction: Tensor, factor: Tensor) -> None:
+    def _check(self, student: Predict, points: Points, direction: Tensor, along_t: Tensor | None) -> None:
         """Once, at the start: the exact tangent of the real network against finite differences, in fp32 on two points."""
         few = torch.arange(min(2, len(points.x)))
-        cond = conditioning.select(points.cond, few)
+        cond, tangents = conditioning.select(points.cond, few), (direction[few], None if along_t is None else along_t[few])
         module = student.denoiser if isinstance(student, Predictor) and isinstance(student.denoiser, nn.Module) else None
         with full_precision(module) if module is not None else nullcontext():
             jvp.check_tangent(
-                lambda x, t: student(x, t, cond, "velocity", TRIG), (points.x[few], points.t[few]), (direction[few], factor[few]), module=module
+                lambda x, t: student(x, t, cond, "velocity", TRIG), (points.x[few], points.t[few]), tangents, module=module
             )
         self._checked = True
 
     def _backward_difference(self, student: Predict, points: Points, prediction: Tensor) -> Tensor:
-        """(cos d F(x, t) - F(x', t - d)) / sin d with x' one step d back along the ODE (Zheng et al. 2025, appendix); exact where
-        (x0, eps) are constant."""
+        """(cos d F(x, t) - F(x', t - d)) / sin d, where x' is one step d back along the ODE, or x itself if x is differentiated
+        exactly (Zheng et al. 2025, section 3: fully discrete and semi-continuous)."""
         step = torch.minimum(torch.full_like(points.t, self.config.discrete_step), points.t / 2)
         cos, sin = (expand_time(c, points.x) for c in TRIG.coeffs(step))
-        back = student(cos * points.x - sin * points.velocity, points.t - step, points.cond, "velocity", TRIG)
+        x = points.x if self.config.tangent == "semi_continuous" else cos * points.x - sin * points.velocity
+        back = student(x, points.t - step, points.cond, "velocity", TRIG)
         return (cos * prediction - back) / sin
 
 
