@@ -15,14 +15,16 @@ from fastgen.families.base import Family
 from fastgen.path import Kind, Path, expand_time
 from fastgen.sampling import Predict
 from fastgen.surgery import lora, second_time
+from fastgen.surgery.log_variance import LogVariance
 from fastgen.surgery.second_time import ScalarInputs
 
 
 class Output(NamedTuple):
-    """prediction (B, ...) fp32 of the family's kind; features: one tensor a tap."""
+    """prediction (B, ...) fp32 of the family's kind; features: one tensor a tap; log_variance (B,) of a network that learns its loss's."""
 
     prediction: Tensor
     features: tuple[Tensor, ...] = ()
+    log_variance: Tensor | None = None
 
 
 class Denoiser(nn.Module):
@@ -31,6 +33,7 @@ class Denoiser(nn.Module):
     adapter: the LoRA adapter this view of a shared backbone runs with; None runs the bare base weights.
     autocast: dtype of mixed-precision compute, or None for the weights' own.
     inputs: scalar inputs beside the time, with parameters of their own, for a family that names its `time_projection`.
+    log_variance: a learned log-variance of the loss.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Denoiser(nn.Module):
         adapter: str | None = None,
         autocast: torch.dtype | None = None,
         inputs: ScalarInputs | None = None,
+        log_variance: LogVariance | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -48,6 +52,7 @@ class Denoiser(nn.Module):
         self.adapter = adapter
         self.autocast = autocast
         self.inputs = inputs
+        self.log_variance = log_variance
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning, taps: Sequence[int] = ()) -> Output:
         """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks.
@@ -60,7 +65,9 @@ class Denoiser(nn.Module):
         cond, values = second_time.split(cond)
         with self._tapped(taps) as features, self._with_inputs(t, values), self._autocast(x.device):
             prediction = self.family.call(self.backbone, x.to(dtype), t, conditioning.to(cond, dtype=dtype))
-        return Output(prediction.float() if prediction.dtype != torch.float64 else prediction, tuple(features[i] for i in taps))
+        prediction = prediction.float() if prediction.dtype != torch.float64 else prediction
+        log_variance = self.log_variance(second_time.noise_fraction(self.family.path, t)) if self.log_variance else None
+        return Output(prediction, tuple(features[i] for i in taps), log_variance)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
@@ -148,14 +155,19 @@ class Predictor:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, kind: Kind = "x0", path: Path | None = None) -> Tensor:
         """Prediction of `kind` at x (B, ...), t (B,) on `path` (default: the network's own); fp32 or wider, differentiable."""
-        own = self.family.path
+        return self.output(x, t, cond, kind, path).prediction
+
+    def output(self, x: Tensor, t: Tensor, cond: Conditioning, kind: Kind = "x0", path: Path | None = None) -> Output:
+        """The same with all else that the network gives."""
+        own, own_kind = self.family.path, self.family.kind
         if path is None or path == own:
-            return own.convert(self.denoiser(x, t, cond).prediction, x, t, self.family.kind, kind)
+            out = self.denoiser(x, t, cond)
+            return out._replace(prediction=own.convert(out.prediction, x, t, own_kind, kind))
         x_own, t_own = path.retime(x, t, own)
-        pred = self.denoiser(x_own, t_own, cond).prediction
+        out = self.denoiser(x_own, t_own, cond)
         if kind in ("x0", "eps"):
-            return own.convert(pred, x_own, t_own, self.family.kind, kind)
-        return path.predict(*own.solve(pred, x_own, t_own, self.family.kind), t, kind)
+            return out._replace(prediction=own.convert(out.prediction, x_own, t_own, own_kind, kind))
+        return out._replace(prediction=path.predict(*own.solve(out.prediction, x_own, t_own, own_kind), t, kind))
 
 
 GuidanceRule = Callable[[Tensor, Tensor, float | Tensor], Tensor]

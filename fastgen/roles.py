@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.surgery import lora
+from fastgen.surgery.log_variance import LogVariance
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
 
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """What a distiller asks for. init: where the weights come from. inputs: scalar inputs that the network gets beside the time."""
+    """What a distiller asks for. init: where the weights come from. inputs: scalar inputs that the network gets beside the time.
+    log_variance: whether it learns the log-variance of its loss."""
 
     trainable: bool
     init: Literal["teacher"] = "teacher"
     inputs: tuple[Input, ...] = ()
+    log_variance: bool = False
 
 
 def trainable(*, init: Literal["teacher"] = "teacher", inputs: tuple[Input, ...] = ()) -> RoleSpec:
@@ -63,13 +66,16 @@ class Role:
         return Predictor(self.module, self.denoiser.family)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters this role trains, by name within the backbone, those of its scalar inputs behind `inputs.`; empty for a
-        frozen role."""
+        """The parameters this role trains, by name within the backbone, those of its additions behind `inputs.` and
+        `log_variance.`; empty for a frozen role."""
         if not self.spec.trainable:
             return {}
-        backbone, adapter, inputs = self.denoiser.backbone, self.denoiser.adapter, self.denoiser.inputs
+        backbone, adapter = self.denoiser.backbone, self.denoiser.adapter
         own = lora.parameters(backbone, adapter) if adapter else dict(backbone.named_parameters())
-        return own if inputs is None else own | {f"inputs.{name}": value for name, value in inputs.named_parameters()}
+        for prefix, addition in (("inputs", self.denoiser.inputs), ("log_variance", self.denoiser.log_variance)):
+            if addition is not None:
+                own |= {f"{prefix}.{name}": value for name, value in addition.named_parameters()}
+        return own
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
@@ -130,27 +136,30 @@ def build_roles(
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
     adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them."""
     base.requires_grad_(False)
-    inputs = {name: _inputs(name, spec, family, base, defaults) for name, spec in specs.items()}
+    additions = {name: _additions(name, spec, family, base, defaults) for name, spec in specs.items()}
     if tuning is not None:
-        return _shared_roles(specs, family, base, tuning, autocast, inputs)
+        return _shared_roles(specs, family, base, tuning, autocast, additions)
     roles = Roles()
     for name, spec in specs.items():
         backbone = copy.deepcopy(base) if spec.trainable else base
-        roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trainable), family, autocast=autocast, inputs=inputs[name]))
+        roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trainable), family, autocast=autocast, **additions[name]))
     if autocast is not None:
         for parameter in base.parameters():  # not its buffers: tables of positions and closed forms stay exact
             parameter.data = parameter.data.to(autocast)
     return roles
 
 
-def _inputs(name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None) -> ScalarInputs | None:
-    if not spec.inputs:
-        return None
-    assert family.time_projection is not None, "the plan refuses families without a place for scalar inputs"
-    layer: Any = base.get_submodule(family.time_projection)
-    weight = next(layer.parameters())
+def _additions(name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None) -> dict[str, Any]:
+    """What a role has beside its network, as arguments of its Denoiser."""
+    weight, additions = next(base.parameters()), {}
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return ScalarInputs(spec.inputs, layer.out_features, defaults=defaults, seed=name, dtype=dtype).to(weight.device)
+    if spec.inputs:
+        assert family.time_projection is not None, "the plan refuses families without a place for scalar inputs"
+        width: Any = base.get_submodule(family.time_projection).out_features
+        additions["inputs"] = ScalarInputs(spec.inputs, width, defaults=defaults, seed=name, dtype=dtype).to(weight.device)
+    if spec.log_variance:
+        additions["log_variance"] = LogVariance().to(weight.device, dtype)
+    return additions
 
 
 def _shared_roles(
@@ -159,13 +168,13 @@ def _shared_roles(
     base: nn.Module,
     tuning: LoraTuning,
     autocast: torch.dtype | None,
-    inputs: Mapping[str, ScalarInputs | None],
+    additions: Mapping[str, dict[str, Any]],
 ) -> Roles:
     roles = Roles()
     for name, spec in specs.items():
         if spec.trainable:
             lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets, seed=tuning.seed)
-        denoiser = Denoiser(base, family, adapter=name if spec.trainable else None, autocast=autocast, inputs=inputs[name])
+        denoiser = Denoiser(base, family, adapter=name if spec.trainable else None, autocast=autocast, **additions[name])
         roles[name] = Role(name, spec, denoiser)
     base.requires_grad_(False)
     for role in roles.trained.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgen.path import Path, expand_time
@@ -15,6 +16,12 @@ def per_sample_mean(x: Tensor) -> Tensor:
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Scalar MSE over all elements, fp32 or wider."""
     return (prediction - target).square().mean()
+
+
+def log_variance_weighted(per_sample: Tensor, log_variance: Tensor) -> Tensor:
+    """Scalar mean of e exp(-l) + l: least at l = log E[e | t], where every noise level counts the same (Karras et al. 2024, eq. 21).
+    per_sample, log_variance: (B,)."""
+    return (per_sample * torch.exp(-log_variance) + log_variance).mean()
 
 
 def kl_weight(path: Path, t: Tensor, x: Tensor) -> Tensor:

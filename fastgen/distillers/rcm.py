@@ -56,7 +56,8 @@ class RCM(SCM):
 
     @classmethod
     def roles_for(cls, config: RCMConfig) -> dict[str, RoleSpec]:
-        return cls.roles  # the regulariser needs the teacher's score even where the ODE is the data's
+        # The regulariser needs the teacher's score even where the ODE is the data's.
+        return cls.roles | super().roles_for(config)
 
     def updates(self, step: int) -> list[Update]:
         first, *replays = super().updates(step)

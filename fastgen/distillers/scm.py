@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,7 +36,7 @@ class SCMConfig(MethodConfig):
     """variant: whose ODE the student is made consistent along. points: noised images, or the teacher's own trajectories, which need
     prompts only. times: noise levels of noised images. warmup: student steps over which the time-derivative part of the tangent is
     faded in (H). normaliser: c in g/(|g| + c). replay: optimizer updates in which the points of one step are used, so that a
-    trajectory serves several.
+    trajectory serves several. log_variance: weigh noise levels by a learned log-variance of the loss.
 
     tangent: `exact`; `semi_continuous`, exact along x and one backward difference of `discrete_step` along t, for networks whose
     time embedding is so steep that its exact slope is mostly ripple (1000 t sinusoids); `discrete`, one such difference along the
@@ -50,6 +51,7 @@ class SCMConfig(MethodConfig):
     tangent: Literal["exact", "semi_continuous", "discrete", "finite_difference"] = "exact"
     discrete_step: float = Field(1.5e-3, gt=0, lt=1)
     replay: int = Field(1, ge=1)
+    log_variance: bool = False
 
     @model_validator(mode="after")
     def _one_ode(self) -> SCMConfig:
@@ -72,8 +74,9 @@ class SCM(Distiller):
 
     @classmethod
     def roles_for(cls, config: SCMConfig) -> dict[str, RoleSpec]:
+        roles = cls.roles | {"student": replace(cls.roles["student"], log_variance=config.log_variance)}
         alone = config.variant == "training" and config.points == "data"
-        return {name: spec for name, spec in cls.roles.items() if name != "teacher" or not alone}
+        return {name: spec for name, spec in roles.items() if name != "teacher" or not alone}
 
     @classmethod
     def needs_latents(cls, config: SCMConfig) -> bool:
@@ -99,13 +102,16 @@ class SCM(Distiller):
             return trajectory_points(models["teacher"], batch, rng, self.setting, self.config.trajectory)
         return data_points(models, batch, rng, self.setting, self.config.times, use_teacher=self.config.variant == "distillation")
 
-    def _loss(self, student: Predict, points: Points, step: int) -> Loss:
-        prediction = student(points.x, points.t, points.cond, "velocity", TRIG)
+    def _loss(self, student: Predictor, points: Points, step: int) -> Loss:
+        output = student.output(points.x, points.t, points.cond, "velocity", TRIG)
+        prediction = output.prediction
         fade = min(1.0, (step + 1) / self.config.warmup) if self.config.warmup else 1.0
         g = self.tangent(student, points, prediction.detach(), fade)
         norm = g.flatten(1).norm(dim=1)
         target = prediction.detach() + g / expand_time(norm + self.config.normaliser, g)
-        return Loss(losses.mean_squared_error(prediction, target), {"tangent_norm": norm.mean(), "velocity_gap": _gap(prediction, points)})
+        errors = losses.per_sample_mean((prediction - target).square())
+        value = errors.mean() if output.log_variance is None else losses.log_variance_weighted(errors, output.log_variance)
+        return Loss(value, {"tangent_norm": norm.mean(), "velocity_gap": _gap(prediction, points)})
 
     @torch.no_grad()
     def tangent(self, student: Predict, points: Points, prediction: Tensor, fade: float = 1.0) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_runs import toy_method, toy_roles, toy_setting, toy_trainer, weights
+from toy_runs import optimizer_block, toy_method, toy_roles, toy_setting, toy_trainer, weights
 
 from fastgen import jvp
 from fastgen.config import validate
@@ -267,6 +268,42 @@ def test_micro_batches_do_not_change_an_update(replay: int) -> None:
         runs.append(weights(trainer))
     for name, value in runs[0].items():
         torch.testing.assert_close(value, runs[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_learned_log_variance_levels_the_noise_levels_and_is_left_behind() -> None:
+    family = Toy("toy:mixture")
+    plain, learned = (toy_method(SCM, toy_setting(family), log_variance=flag) for flag in (False, True))
+    latents = family.mixture.sample(256, torch.Generator().manual_seed(0)).float()
+    values = []
+    for method in (plain, learned):
+        roles = toy_roles(method, family)
+        values.append(method.updates(0)[0].terms[0](roles.predictors(), batch(latents), rng(256), 0).value)
+    assert torch.equal(values[0], values[1])  # it starts at zero
+    trainer = toy_trainer(learned, family, latents=latents, optimizers=optimizer_block(lr=1e-2), steps=150, batch_size=256)
+    names = {name for name in trainer.roles["student"].parameters() if name.startswith("log_variance.")}
+    assert names == {f"log_variance.{layer}.{what}" for layer in ("hidden", "out") for what in ("weight", "bias")}
+    network: Any = trainer.roles["student"].denoiser
+    for name, parameter in trainer.roles["student"].parameters().items():
+        parameter.requires_grad_(name in names)
+    frozen = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+    trainer.parameters["student"] = [value for name, value in trainer.roles["student"].parameters().items() if name in names]
+    trainer.optimizers["student"] = torch.optim.Adam(trainer.parameters["student"], lr=1e-2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.roles, "training", lambda trained: nullcontext())
+        trainer.run([])
+    assert all(torch.equal(value, frozen[name]) for name, value in network.backbone.state_dict().items())
+    points = learned.draw_points(trainer.models, batch(latents), rng(256, 9))  # type: ignore[attr-defined]
+    student = trainer.models["student"]
+    with torch.no_grad():
+        output = student.output(points.x, points.t, points.cond, "velocity", TRIG)
+        g = learned.tangent(student, points, output.prediction)  # type: ignore[attr-defined]
+        errors = (g / (g.norm(dim=1, keepdim=True) + 0.1)).square().mean(1)
+        level = errors * torch.exp(-output.log_variance)  # type: ignore[operator]
+    late = points.t > points.t.median()
+    before = errors[late].mean() / errors[~late].mean()
+    after = level[late].mean() / level[~late].mean()
+    assert abs(after.log()) < 0.5 * abs(before.log())
+    assert level.mean() == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize(
