@@ -58,8 +58,8 @@ def one_step_errors(trainer: Trainer, mixture: Mixture, count: int = 20_000) -> 
 
 
 METHODS: dict[type[Distiller], dict[str, Any]] = {
-    SCM: {"steps": 1200, "batch_size": 512},
-    TBCM: {"steps": 1200, "batch_size": 40},
+    SCM: {"steps": 2000, "batch_size": 512},
+    TBCM: {"steps": 2500, "batch_size": 48},
     RCM: {"steps": 500, "batch_size": 512},
 }
 

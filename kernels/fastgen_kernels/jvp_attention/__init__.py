@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,6 @@ from fastgen_kernels.jvp_attention.arguments import check
 __all__ = ["describe", "jvp_attention"]
 
 
-@torch.compiler.disable
 def jvp_attention(
     q: Tensor,
     k: Tensor,
@@ -43,12 +44,20 @@ def jvp_attention(
     Raises ValueError naming the argument for wrong shapes, dtypes, devices, head counts and masks, for dropout, and for forward-mode dual
     tensors, whose tangent would silently be lost.
     """
-    args = check(q, k, v, tq, tk, tv, scale=scale, causal=causal, mask=mask, dropout_p=dropout_p)
-    if not _has_kernel(q.device, q.dtype):
+    return _attend(q, k, v, tq, tk, tv, scale=scale, causal=causal, mask=mask, dropout_p=dropout_p)
+
+
+def _attend_eagerly(*tensors: Any, **options: Any) -> Any:
+    args = check(*tensors, **options)
+    if not _has_kernel(args.q.device, args.q.dtype):
         return reference.attend(args)
     from fastgen_kernels.jvp_attention import triton
 
     return triton.attend(args)
+
+
+# Out of torch.compile's sight: Dynamo would trace into the launch.
+_attend: Callable[..., Any] = torch.compiler.disable(_attend_eagerly)
 
 
 def describe() -> str:
@@ -81,7 +90,7 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"jvp_attention takes the plain PyTorch path, with all scores in memory: {reason}", stacklevel=4)
+    warnings.warn(f"jvp_attention takes the plain PyTorch path, with all scores in memory: {reason}", stacklevel=5)
 
 
 @functools.cache

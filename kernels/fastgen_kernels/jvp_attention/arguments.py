@@ -73,9 +73,9 @@ def check(
     for name, tangent, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
         if tangent is not None:
             _check_like(name, tangent, primal)
-    tangents = [None if tangent is None else tangent.detach() for tangent in (tq, tk, tv)]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return Arguments(q, k, v, *tangents, scale=scale, causal=bool(causal), mask=None if mask is None else _expand_mask(mask, q, k))
+    tq, tk, tv = (None if tangent is None else tangent.detach() for tangent in (tq, tk, tv))
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    return Arguments(q, k, v, tq, tk, tv, factor, bool(causal), None if mask is None else _expand_mask(mask, q, k))
 
 
 def _check_primals(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -4,6 +4,9 @@ With P = exp(S − lse), dP = dO·Vᵀ and Δ = rowsum(dO⊙O): dV = Pᵀ·dO, d
 Letters as in triton_forward; heads that share keys are summed inside one program.
 """
 
+# Types of kernel code are Triton's own.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -4,6 +4,9 @@ Letters: B batch, H query heads, M queries of this program, N keys of one step, 
 Formulas and the reasons for rounding and centring are in README.md.
 """
 
+# Types of kernel code are Triton's own.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton
