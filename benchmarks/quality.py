@@ -27,7 +27,14 @@ from fastgen.terminal import Bars
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RECIPES = ("digits_dmd2_1step", "digits_dmd2_4step")
+RECIPES = (
+    "digits_dmd2_1step",
+    "digits_dmd2_4step",
+    "digits_scm_2step",
+    "digits_rcm_2step",
+    "digits_tbcm_2step",
+    "digits_meanflow_2step",
+)
 TEACHER, TEACHER_GUIDANCE, TEACHER_STEPS = "fastgen:digits", 1.5, (25, 4, 2, 1)
 
 

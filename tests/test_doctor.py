@@ -43,6 +43,11 @@ def test_report_names_versions_devices_and_places() -> None:
     assert report["hub cache"].startswith(constants.HF_HUB_CACHE)
 
 
+def test_the_path_that_attention_tangents_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = dict(doctor.doctor_report())
+    assert ("Triton" if torch.cuda.is_available() else "plain PyTorch reference") in report["kernel jvp_attention"]
+
+
 def test_a_package_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package-of-fastgen"))
     assert dict(doctor.doctor_report())["no-such-package-of-fastgen"] == "not installed"

@@ -15,7 +15,7 @@ import fastgen
 from fastgen.config import shipped_recipes
 
 CHECKOUT = Path(__file__).parent.parent
-IN_WHEEL = ("fastgen", "recipes", "pyproject.toml", "README.md", "LICENSE")
+IN_WHEEL = ("fastgen", "kernels", "recipes", "pyproject.toml", "README.md", "LICENSE")
 SMALL = ("train.steps=3", "train.batch_size=8", "train.sample_every=0", "evaluate.protocol=null")
 
 
@@ -59,12 +59,15 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_assets(wheel: Path) -> 
     sources = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     files = {path.relative_to(package.parent).as_posix() for path in sources}
     assert files <= names  # every module, the digits teacher, its classifier, the report's template
+    kernels = {path.relative_to(CHECKOUT / "kernels").as_posix() for path in (CHECKOUT / "kernels" / "fastgen_kernels").rglob("*") if path.is_file()}
+    kernels = {name for name in kernels if "__pycache__" not in name}
+    assert kernels <= names
     recipes = {f"fastgen/recipes/{path.name}" for path in shipped_recipes().values()}
     assert recipes <= names
     for name in ("assets/digits/model_index.json", "assets/digits_classifier/model.safetensors", "templates/report.html.j2"):
         assert f"fastgen/{name}" in names
     assert sizes["fastgen/assets/digits/transformer/diffusion_pytorch_model.safetensors"] > 1_000_000
-    others = {name for name in names - files - recipes if ".dist-info/" not in name}
+    others = {name for name in names - files - recipes - kernels if ".dist-info/" not in name}
     assert others == set()
     metadata = next(name for name in names if name.endswith(".dist-info/entry_points.txt"))
     with zipfile.ZipFile(wheel) as archive:
@@ -78,6 +81,12 @@ def test_the_checkout_is_out_of_reach(installed: Path, tmp_path: Path) -> None:
     found = python("-c", finder, cwd=tmp_path).strip()
     # In an editable installation the checkout is importable, but after the path's own folders.
     assert found == "None" or str(CHECKOUT) in found
+
+
+def test_the_installed_package_differentiates_attention(installed: Path, tmp_path: Path) -> None:
+    code = "import torch; from fastgen_kernels.jvp_attention import jvp_attention; q = torch.randn(1, 2, 5, 8); print(jvp_attention(q, q, q, q, q, q)[1].shape)"
+    assert "torch.Size([1, 2, 5, 8])" in python("-c", code, cwd=tmp_path, path=installed)
+    assert "kernel jvp_attention" in python("-m", "fastgen", "doctor", cwd=tmp_path, path=installed)
 
 
 def test_the_installed_package_lists_recipes_and_trains_one_by_name(installed: Path, tmp_path: Path) -> None:

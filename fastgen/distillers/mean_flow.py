@@ -37,7 +37,7 @@ from fastgen.timesteps import TimeSampling
 class MeanFlowConfig(MethodConfig):
     """variant: v from the teacher, or from data. times: both ends of an interval are drawn from it. ratio: share of samples with
     r < t (the paper's 25 %; distillation to few steps gains from more); the others learn u(z, t, t) = v. on_grid: share of samples
-    among those whose r is instead the next time of the student's sampling grid below t. power, constant: p and c of the weight
+    with one time drawn, t, and for r the next time of the student's sampling grid below it. power, constant: p and c of the weight
     (|d|^2 + c)^-p with |d|^2 the sum over a sample. warmup: student steps over which du/dt is faded in. drop: share of prompts replaced
     by the negative prompt, in the training variant with guidance. tangent: how du/dt is computed."""
 
@@ -102,12 +102,11 @@ class MeanFlow(Distiller):
     def draw_interval(self, rng: SampleRng) -> tuple[Tensor, Tensor]:
         """Flow times (t, r), (B,) fp64, r <= t, within what the teacher's path reaches."""
         drawn = self.config.times.quantile(rng.uniform("times", (2,)).double(), teacher_shift=self.setting.shift).clamp(max=flow_end(self.setting))
-        t, r = drawn.amax(1), drawn.amin(1)
-        which = rng.uniform("which", (2,))
+        distinct, on_grid = (rng.uniform("which", (2,)) < torch.tensor([self.config.ratio, self.config.on_grid], device=drawn.device)).T
+        t = torch.where(on_grid, drawn[:, 0], drawn.amax(1))
         grid = noise_fraction(self.setting.path, self.setting.grid.double()).to(t.device)
         below = torch.where(grid < t[:, None], grid, 0).amax(1)
-        r = torch.where(which[:, 1] < self.config.on_grid, below, r)
-        return t, torch.where(which[:, 0] < self.config.ratio, r, t)
+        return t, torch.where(distinct, torch.where(on_grid, below, drawn.amin(1)), t)
 
     @torch.no_grad()
     def _slope(self, student: Predict, x: Tensor, t: Tensor, v: Tensor, cond: Conditioning) -> Tensor:

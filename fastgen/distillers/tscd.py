@@ -38,7 +38,7 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     segments: int = Field(ge=1)
-    share: float = Field(1.0, gt=0)
+    share: float = Field(default=1.0, gt=0)
 
 
 class TSCDConfig(SolverConfig):

@@ -12,7 +12,7 @@ from toy_runs import Recorded, optimizer_block, toy_method, toy_roles, toy_setti
 
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Batch
-from fastgen.distillers.lcm import LCM, pseudo_huber
+from fastgen.distillers.lcm import LCM, LCMConfig, pseudo_huber
 from fastgen.distillers.solver import SolverConfig, draw_step
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
@@ -134,9 +134,8 @@ def test_every_sample_has_its_own_guidance_which_the_student_is_told() -> None:
 
 
 def test_one_guidance_needs_no_input() -> None:
-    config = validate(LCM.Config, {"name": "lcm"})
-    assert LCM.roles_for(config)["student"].inputs == ()
-    assert LCM.roles_for(validate(LCM.Config, {"name": "lcm", "guidance": [1, 3]}))["student"].inputs == ("guidance",)
+    assert LCM.roles_for(validate(LCMConfig, {"name": "lcm"}))["student"].inputs == ()
+    assert LCM.roles_for(validate(LCMConfig, {"name": "lcm", "guidance": [1, 3]}))["student"].inputs == ("guidance",)
 
 
 def test_pseudo_huber_is_linear_far_away_and_quadratic_close_by() -> None:
@@ -181,4 +180,4 @@ def test_mistakes_in_the_config_name_the_key(config: dict[str, Any], message: st
 
 def test_the_exported_guidance_must_have_been_trained() -> None:
     with pytest.raises(UserError, match=r"recipe key distiller\.guidance: \[2\.0, 4\.0\] does not hold teacher\.guidance 1\.5"):
-        plan(Recipe.load("digits_lcm_4step", ["distiller.guidance=[2, 4]"]))
+        plan(Recipe.load("digits_lcm_2step", ["distiller.guidance=[2, 4]"]))
