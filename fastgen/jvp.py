@@ -201,7 +201,7 @@ def _fused(primals: Sequence[Tensor], tangents: Tangents, mask: Tensor | None, *
         x = x if x.ndim > 2 else x.unsqueeze(0)
         return x.expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
 
-    mask = None if mask is None else bhnd(mask.detach())
+    mask = None if mask is None else bhnd(mask.detach() if mask.ndim > 1 else mask.detach()[None])
     q, k, v = (bhnd(x) for x in primals)
     # Under autocast the two halves of a dual may differ in dtype.
     tq, tk, tv = (None if dx is None else bhnd(dx.detach().to(x.dtype)) for x, dx in zip(primals, tangents, strict=True))
@@ -238,7 +238,22 @@ def _moved(primals: Sequence[Tensor], tangents: Tangents, step: float) -> list[T
     return [x if dx is None else x + step * dx for x, dx in zip(primals, tangents, strict=True)]
 
 
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Differences need all of fp32's bits; CUDA's convolutions take TF32 unless told not to."""
+    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = False
+        yield
+    finally:
+        for flag, allowed in zip(flags, before, strict=True):
+            flag.allow_tf32 = allowed
+
+
 @torch.no_grad()
+@_no_tf32()
 def _central(fn: Network, primals: Sequence[Tensor], tangents: Tangents, step: float) -> Tensor:
     return (fn(*_moved(primals, tangents, step)) - fn(*_moved(primals, tangents, -step))) / (2 * step)
 
@@ -268,7 +283,7 @@ def check_tangent(
     calls = AttentionCalls()
     trace = _Trace(module)
     try:
-        with torch.no_grad(), trace.recording(lambda x: forward_ad.unpack_dual(x).tangent):
+        with torch.no_grad(), _no_tf32(), trace.recording(lambda x: forward_ad.unpack_dual(x).tangent):
             out, exact = tangent(fn, primals, tangents, calls=calls)
     except NotImplementedError as error:  # PyTorch's answer where an operator has no forward-mode rule
         at = trace.layer(trace.running[-1]) if trace.running else "the network"
@@ -350,7 +365,7 @@ class _Trace:
         exact, passes = self.events, []
         for step in steps:
             for signed in (step, -step):
-                with torch.no_grad(), self.recording(lambda x: x):
+                with torch.no_grad(), _no_tf32(), self.recording(lambda x: x):
                     fn(*_moved(primals, tangents, signed))
                 passes.append(self.events)
         for i, (maker, values) in enumerate(exact):

@@ -84,7 +84,9 @@ def test_the_checkout_is_out_of_reach(installed: Path, tmp_path: Path) -> None:
 
 
 def test_the_installed_package_differentiates_attention(installed: Path, tmp_path: Path) -> None:
-    code = "import torch; from fastgen_kernels.jvp_attention import jvp_attention; q = torch.randn(1, 2, 5, 8); print(jvp_attention(q, q, q, q, q, q)[1].shape)"
+    code = (
+        "import torch; from fastgen_kernels.jvp_attention import jvp_attention as f; q = torch.randn(1, 2, 5, 8); print(f(q, q, q, q, q, q)[1].shape)"
+    )
     assert "torch.Size([1, 2, 5, 8])" in python("-c", code, cwd=tmp_path, path=installed)
     assert "kernel jvp_attention" in python("-m", "fastgen", "doctor", cwd=tmp_path, path=installed)
 

@@ -8,7 +8,7 @@ from fastgen.distillers.base import Distiller
 
 def distiller_names() -> list[str]:
     """Names that `distiller.name` accepts."""
-    return module_names(__name__, shared=("base", "losses", "points", "rollout", "solver"))
+    return module_names(__name__, shared=("base", "losses", "points", "rollout", "solver", "tangents"))
 
 
 def distiller_class(name: str) -> type[Distiller]:

@@ -14,18 +14,17 @@ the intervals with r on the sampling grid, and the derivative can be faded in.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgen import conditioning, jvp
+from fastgen import conditioning
 from fastgen.conditioning import Conditioning
-from fastgen.denoiser import Predictor, full_precision
 from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
 from fastgen.distillers.solver import FLOW, flow_end
+from fastgen.distillers.tangents import check_student, derivative, faded
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, trainable
@@ -85,8 +84,7 @@ class MeanFlow(Distiller):
                 v = self.setting.guide(models["teacher"])(x, t, cond, "velocity", FLOW)
         else:
             v, cond = self._data_velocity(models["student"], x, t, FLOW.predict(batch.latents, eps, t, "velocity"), cond, rng)
-        fade = min(1.0, (step + 1) / self.config.warmup) if self.config.warmup else 1.0
-        return self.loss(models["student"], x, t, r, v, cond, fade)
+        return self.loss(models["student"], x, t, r, v, cond, faded(step, self.config.warmup))
 
     def loss(self, student: Predict, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Conditioning, fade: float = 1.0) -> Loss:
         """The term at given points: x, v (B, ...), r <= t (B,) flow times; fade: factor of du/dt."""
@@ -111,19 +109,12 @@ class MeanFlow(Distiller):
     @torch.no_grad()
     def _slope(self, student: Predict, x: Tensor, t: Tensor, v: Tensor, cond: Conditioning) -> Tensor:
         """du/dt (B, ...) along the trajectory, with r, in the conditioning, held."""
+        average = lambda x, t, cond: student(x, t, cond, "velocity", FLOW)  # noqa: E731
+        direction = (v, torch.ones_like(t))
         if self.config.tangent == "exact" and not self._checked:
-            few = torch.arange(min(2, len(x)))
-            self._check(student, x[few], t[few], v[few], conditioning.select(cond, few))
-        average = lambda x, t: student(x, t, cond, "velocity", FLOW)  # noqa: E731
-        return jvp.tangent(average, (x, t), (v, torch.ones_like(t)), mode=self.config.tangent)[1]
-
-    def _check(self, student: Predict, x: Tensor, t: Tensor, v: Tensor, cond: Conditioning) -> None:
-        """Once, at the start: the exact tangent of the real network against finite differences, in fp32."""
-        module = student.denoiser if isinstance(student, Predictor) and isinstance(student.denoiser, nn.Module) else None
-        with full_precision(module) if module is not None else nullcontext():
-            average = lambda x, t: student(x, t, cond, "velocity", FLOW)  # noqa: E731
-            jvp.check_tangent(average, (x, t), (v, torch.ones_like(t)), module=module)
-        self._checked = True
+            check_student(student, average, x, t, cond, direction)
+            self._checked = True
+        return derivative(student, average, x, t, cond, direction, self.config.tangent)
 
     def _data_velocity(
         self, student: Predict, x: Tensor, t: Tensor, velocity: Tensor, cond: Conditioning, rng: SampleRng

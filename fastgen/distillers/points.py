@@ -6,6 +6,7 @@ All scalars are fp64. Times are drawn as fractions of the flow-matching path and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ from fastgen.sampling import Predict
 from fastgen.timesteps import TimeSampling
 
 TRIG = TrigFlow()
+# At the ends themselves a change of path has no derivative.
+_INSIDE = (1e-6, math.pi / 2 - 1e-6)
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,14 @@ def trig_time(setting: Setting, flow_time: Tensor) -> Tensor:
 def data_points(models: Models, batch: Batch, rng: SampleRng, setting: Setting, times: TimeSampling, *, use_teacher: bool) -> Points:
     """Noised data. The velocity is the guided teacher's (distillation), or that of the drawn pair, cos t z - sin t x0 (training)."""
     assert batch.latents is not None
-    t = trig_time(setting, times.quantile(rng.uniform("time"), teacher_shift=setting.shift))
+    t = trig_time(setting, times.quantile(rng.uniform("time").double(), teacher_shift=setting.shift)).clamp(*_INSIDE)
     eps = rng.normal("noise", setting.shape)
     with torch.no_grad():
         x = TRIG.mix(batch.latents, eps, t)
-        velocity = setting.guide(models["teacher"])(x, t, batch.cond, "velocity", TRIG) if use_teacher else TRIG.predict(batch.latents, eps, t, "velocity")
+        if use_teacher:
+            velocity = setting.guide(models["teacher"])(x, t, batch.cond, "velocity", TRIG)
+        else:
+            velocity = TRIG.predict(batch.latents, eps, t, "velocity")
     return Points(x, t, velocity, batch.cond)
 
 
@@ -86,6 +92,7 @@ def trajectory_points(teacher: Predict, batch: Batch, rng: SampleRng, setting: S
     order sample 0's, sample 1's, ...; the starts are left out, because there the tangent vanishes for every student (TBCM, hustvl 2025)."""
     guided = setting.guide(teacher)
     times = trig_time(setting, config.flow_times(rng, teacher_shift=setting.shift))
+    times = torch.cat([times[:, :1], times[:, 1:].clamp(*_INSIDE)], 1)
     x, points, velocities = rng.normal("noise", setting.shape).double(), [], []
     for i in range(config.evaluations):
         velocity = guided(x, times[:, i], batch.cond, "velocity", TRIG)

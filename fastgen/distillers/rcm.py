@@ -3,13 +3,14 @@
 The consistency term alone covers modes and blurs; the distribution-matching term alone sharpens and drops modes. The whole method is
 the composition of sCM's term and DMD2's two terms, so with `points: teacher_trajectory` it trains on prompts alone.
 
-The student's two terms keep the paper's ratio: |F - F- - g|^2 to match_weight |x0 - sg(x0 - grad)|^2, both averaged over elements.
+The student's two terms keep the paper's ratio: |F - F- - g|^2 to match_weight |x0 - sg(x0 - grad)|^2, both summed over a sample's elements.
 Departures: the fake score is trained in the network's own prediction kind, not in TrigFlow's; the rollout moves between its steps as
 the exported sampler does (`renoise`), where the paper draws fresh noise; the fading-in of the tangent is sCM's.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -71,6 +72,6 @@ class RCM(SCM):
         return self._dmd2.critic(models, batch, rng, step)
 
     def match(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
-        """DMD2's surrogate, weighted; it is half a square, hence the 2."""
+        """DMD2's surrogate, weighted and summed over elements; it is half a mean of squares, hence the factors."""
         loss = self._dmd2.match(models, batch, rng, step)
-        return Loss(2 * self.config.match_weight * loss.value, loss.logs)
+        return Loss(2 * math.prod(self.setting.shape) * self.config.match_weight * loss.value, loss.logs)

@@ -4,27 +4,27 @@ The consistency function is f(x, t) = cos t x - sin t F(x, t), the student's x0;
 pass gives the tangent g = cos t df/dt of the current student, exact through any network (fastgen.jvp); an ordinary pass is then
 regressed on its own output plus g. `distillation` follows the guided teacher's ODE, `training` the straight pair (x0, eps) of the data.
 
-Departures: the mean over elements instead of their sum, as everywhere here (Adam does not see the difference); the learned
-log-variance is off by default, since after normalisation every time has a loss near 1 (rCM drops it too). Lu & Song's prior weight
-1/tan t is already inside g and is not applied twice.
+The loss is summed over a sample's elements, as rCM's is: |g| is about 1 after normalisation, and its mean over the elements of a large
+latent would drown in Adam's eps. So every time has a loss near 1 and the learned log-variance is off by default (rCM drops it too).
+Lu & Song's prior weight 1/tan t is already inside g and is not applied twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgen import conditioning, jvp
-from fastgen.denoiser import Predictor, full_precision
+from fastgen.denoiser import Predictor
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
 from fastgen.distillers.points import TRIG, Points, TrajectoryConfig, data_points, trajectory_points
+from fastgen.distillers.tangents import Network, check_student, derivative, faded, precise
+from fastgen.errors import UserError
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, trainable
@@ -55,8 +55,14 @@ class SCMConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _one_ode(self) -> SCMConfig:
-        if self.variant == "training" and self.points == "teacher_trajectory":
+        on_trajectories = self.points == "teacher_trajectory"
+        if self.variant == "training" and on_trajectories:
             raise ValueError("variant: training follows the data's own pairs; points: teacher_trajectory has none")
+        unused, given = ("times", self.times) if on_trajectories else ("trajectory", self.trajectory)
+        if given != type(self).model_fields[unused].default:
+            raise ValueError(f"{unused} is not used with points: {self.points}; remove it")
+        if self.tangent in ("exact", "finite_difference") and self.discrete_step != type(self).model_fields["discrete_step"].default:
+            raise ValueError(f"discrete_step is not used with tangent: {self.tangent}; remove it")
         return self
 
 
@@ -82,11 +88,17 @@ class SCM(Distiller):
     def needs_latents(cls, config: SCMConfig) -> bool:
         return config.points == "data"
 
+    @classmethod
+    def check(cls, config: SCMConfig, *, steps: int, guidance: float) -> None:
+        if guidance != 1 and "teacher" not in cls.roles_for(config):
+            raise UserError(f"recipe key teacher.guidance: {guidance}, but distiller.variant: training has no teacher to guide; remove it")
+
     def updates(self, step: int) -> list[Update]:
+        self._stored.clear()
         return [Update(("student",), (self.consistency,)), *[Update(("student",), (self.replayed,))] * (self.config.replay - 1)]
 
     def consistency(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
-        """|F - sg(F + g)|^2, mean over elements, at fresh points."""
+        """|F - sg(F + g)|^2, summed over each sample's elements, at fresh points."""
         points = self.draw_points(models, batch, rng)
         if self.config.replay > 1:
             self._stored[tuple(rng.ids)] = points
@@ -105,11 +117,10 @@ class SCM(Distiller):
     def _loss(self, student: Predictor, points: Points, step: int) -> Loss:
         output = student.output(points.x, points.t, points.cond, "velocity", TRIG)
         prediction = output.prediction
-        fade = min(1.0, (step + 1) / self.config.warmup) if self.config.warmup else 1.0
-        g = self.tangent(student, points, prediction.detach(), fade)
+        g = self.tangent(student, points, prediction.detach(), faded(step, self.config.warmup))
         norm = g.flatten(1).norm(dim=1)
         target = prediction.detach() + g / expand_time(norm + self.config.normaliser, g)
-        errors = losses.per_sample_mean((prediction - target).square())
+        errors = (prediction - target).square().flatten(1).sum(1)
         value = errors.mean() if output.log_variance is None else losses.log_variance_weighted(errors, output.log_variance)
         return Loss(value, {"tangent_norm": norm.mean(), "velocity_gap": _gap(prediction, points)})
 
@@ -118,48 +129,40 @@ class SCM(Distiller):
         """g (N, ...) fp64 = -cos^2 t (F - dx/dt) - fade (cos t sin t x + J), with J = cos t sin t dF/dt along the ODE (alg. 1);
         with fade 1 it is cos t df/dt. prediction: the student's F (N, ...) at the points."""
         cos, sin = (expand_time(c, points.x) for c in TRIG.coeffs(points.t))
-        jvp_part = cos * sin * points.x + self._scaled_derivative(student, points, prediction)
+        jvp_part = cos * sin * points.x + self._scaled_derivative(student, points)
         return -(cos**2) * (prediction - points.velocity) - fade * jvp_part
 
-    def _scaled_derivative(self, student: Predict, points: Points, prediction: Tensor) -> Tensor:
+    def _scaled_derivative(self, student: Predict, points: Points) -> Tensor:
         """cos t sin t dF/dt along the ODE. The input tangents carry the factor, which keeps them finite at both ends."""
         mode = self.config.tangent
         cos, sin = TRIG.coeffs(points.t)
         factor = cos * sin
         direction = expand_time(factor, points.x) * points.velocity
-        difference = mode in ("discrete", "semi_continuous")
-        backward = expand_time(factor, points.x) * self._backward_difference(student, points, prediction) if difference else 0
-        if mode == "discrete":
-            return backward
-        along_t = None if difference else factor
-        if mode != "finite_difference" and not self._checked:
-            self._check(student, points, direction, along_t)
+        if mode in ("exact", "finite_difference"):
+            return self._along(student, points, (direction, factor), mode)
+        backward = expand_time(factor, points.x) * self._backward_difference(student, points)
+        return backward if mode == "discrete" else backward + self._along(student, points, (direction, None), "exact")
 
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            return student(x, t, points.cond, "velocity", TRIG)
+    def _along(self, student: Predict, points: Points, tangents: tuple[Tensor, Tensor | None], mode: Literal["exact", "finite_difference"]) -> Tensor:
+        if mode == "exact" and not self._checked:
+            check_student(student, _network(student), points.x, points.t, points.cond, tangents)
+            self._checked = True
+        return derivative(student, _network(student), points.x, points.t, points.cond, tangents, mode)
 
-        route = "finite_difference" if mode == "finite_difference" else "exact"
-        return backward + jvp.tangent(network, (points.x, points.t), (direction, along_t), mode=route)[1]
-
-    def _check(self, student: Predict, points: Points, direction: Tensor, along_t: Tensor | None) -> None:
-        """Once, at the start: the exact tangent of the real network against finite differences, in fp32 on two points."""
-        few = torch.arange(min(2, len(points.x)))
-        cond, tangents = conditioning.select(points.cond, few), (direction[few], None if along_t is None else along_t[few])
-        module = student.denoiser if isinstance(student, Predictor) and isinstance(student.denoiser, nn.Module) else None
-        with full_precision(module) if module is not None else nullcontext():
-            jvp.check_tangent(
-                lambda x, t: student(x, t, cond, "velocity", TRIG), (points.x[few], points.t[few]), tangents, module=module
-            )
-        self._checked = True
-
-    def _backward_difference(self, student: Predict, points: Points, prediction: Tensor) -> Tensor:
+    def _backward_difference(self, student: Predict, points: Points) -> Tensor:
         """(cos d F(x, t) - F(x', t - d)) / sin d, where x' is one step d back along the ODE, or x itself if x is differentiated
         exactly (Zheng et al. 2025, section 3: fully discrete and semi-continuous)."""
         step = torch.minimum(torch.full_like(points.t, self.config.discrete_step), points.t / 2)
         cos, sin = (expand_time(c, points.x) for c in TRIG.coeffs(step))
         x = points.x if self.config.tangent == "semi_continuous" else cos * points.x - sin * points.velocity
-        back = student(x, points.t - step, points.cond, "velocity", TRIG)
-        return (cos * prediction - back) / sin
+        network = _network(student)
+        with precise(student):
+            return (cos * network(points.x, points.t, points.cond) - network(x, points.t - step, points.cond)) / sin
+
+
+def _network(student: Predict) -> Network:
+    """F in TrigFlow."""
+    return lambda x, t, cond: student(x, t, cond, "velocity", TRIG)
 
 
 def _gap(prediction: Tensor, points: Points) -> Tensor:

@@ -4,7 +4,9 @@ A few dozen guided teacher evaluations carry pure noise to data; every point on 
 is a training point. So nothing opens an image, adds noise, or calls the teacher again, and the points are where sampling goes.
 `train.batch_size` counts trajectories: each gives `trajectory.evaluations` - 1 points. Only prompts are needed.
 
-From the released code; its optional filter of trajectories that end in a black image needs a VAE and is left out.
+From the released code, with these departures: each trajectory draws times of its own, uniform in flow time within their intervals; no
+extra weight 1/tan t and no learned log-variance by default; no late decrease of the tangent's time part; and no filter of
+trajectories that end in a black image, which would need a VAE.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class TSCD(Distiller):
         pair = teacher_step(models["teacher"], batch, rng, self.setting, t, t_next)
         jump = move(models["student"], pair.x, t, s, batch.cond)
         target = self._target(models, pair, s, batch.cond, done=t_next == start)
-        return Loss(losses.mean_squared_error(jump, target), {"segments": torch.tensor(float(segments))})
+        return Loss(losses.mean_squared_error(jump, target), {"segments": torch.tensor(float(segments), device=jump.device)})
 
     @torch.no_grad()
     def _target(self, models: Models, pair: Step, s: Tensor, cond: Conditioning, done: Tensor) -> Tensor:
