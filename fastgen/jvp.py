@@ -241,7 +241,7 @@ def _moved(primals: Sequence[Tensor], tangents: Tangents, step: float) -> list[T
 @contextmanager
 def _no_tf32() -> Iterator[None]:
     """Differences need all of fp32's bits; CUDA's convolutions take TF32 unless told not to."""
-    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [flag.allow_tf32 for flag in flags]
     try:
         for flag in flags:

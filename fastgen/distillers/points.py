@@ -66,10 +66,10 @@ class TrajectoryConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    evaluations: int = Field(16, ge=2)
+    evaluations: int = Field(default=16, ge=2)
     route: Literal["stratified", "logit_normal", "grid"] = "stratified"
-    shift: float = Field(2.5, gt=0)
-    end: float = Field(0.0025, gt=0, lt=1)
+    shift: float = Field(default=2.5, gt=0)
+    end: float = Field(default=0.0025, gt=0, lt=1)
     times: TimeSampling = TimeSampling(name="logit_normal")
 
     def flow_times(self, rng: SampleRng, *, teacher_shift: float) -> Tensor:

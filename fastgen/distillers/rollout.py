@@ -21,7 +21,7 @@ class RolloutConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     times: Literal["grid", "sampled"] = "grid"
-    steps: int = Field(4, ge=1)
+    steps: int = Field(default=4, ge=1)
     sampling: TimeSampling = TimeSampling()
 
     def draw(self, setting: Setting, rng: SampleRng) -> Tensor:
