@@ -54,6 +54,7 @@ def attention_cases() -> Iterator[Any]:
     yield case("float_keys", four, cross, attn_mask=(torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).to(F64) - 1)[:, None, None] * 1e4)
     yield case("bool_full", four, cross, attn_mask=normal(2, 4, 7, 5, seed=7) > -0.5)
     yield case("float_full_of_one_head", four, cross, attn_mask=normal(2, 1, 7, 5, seed=7))
+    yield case("mask_of_rank_one", four, cross, attn_mask=normal(5, seed=7))
     yield case("mask_of_rank_two", four, cross, attn_mask=normal(7, 5, seed=7))
     yield case("mask_of_rank_three", four, cross, attn_mask=normal(4, 7, 5, seed=7))
     yield case("rank_two", (7, 8), (5, 8), attn_mask=normal(7, 5, seed=7) > -1)
@@ -412,3 +413,27 @@ def test_xformers_is_refused() -> None:
     net.down_blocks[1].attentions[0].transformer_blocks[0].attn1.processor = XFormersAttnProcessor()  # type: ignore[union-attr, index]
     with pytest.raises(UserError, match=r"runs XFormersAttnProcessor; call module\.disable_xformers"):
         refuse_unsupported(net)
+
+
+def test_finite_differences_do_without_tf32() -> None:
+    """CUDA's convolutions take it by default, and a difference of two roundings is noise."""
+    seen: list[bool] = []
+    before = torch.backends.cudnn.allow_tf32
+
+    def fn(x: Tensor) -> Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        return x.sin()
+
+    x, dx = normal(3, 4, 5), normal(3, 4, 5, seed=1)
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        check_tangent(fn, (x,), (dx,))
+        checked = list(seen)
+        seen.clear()
+        tangent(fn, (x,), (dx,), mode="finite_difference")
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert checked
+    assert not any(checked)
+    assert seen == [True, False, False]  # the value itself is the network's own
