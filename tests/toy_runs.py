@@ -14,12 +14,25 @@ from fastgen.denoiser import Output, Predictor
 from fastgen.distillers.base import Distiller, Setting
 from fastgen.families.toy import Toy
 from fastgen.parallel import SingleProcess
+from fastgen.rng import SampleRng
 from fastgen.roles import Roles, build_roles
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+# Mean and variance of toy:gaussian.
+MEAN, VARIANCE = torch.tensor([0.5, -0.3], dtype=torch.float64), torch.tensor([0.49, 0.16], dtype=torch.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, fp64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rng(count: int, scope: int = 0) -> SampleRng:
+    """Random streams of samples 0..count - 1."""
+    return SampleRng(0, (scope,), range(count))
 
 
 def toy_setting(family: Toy, *, steps: int = 1, grid: Sequence[float] | None = None, guidance: float = 1.0, negative: str = "") -> Setting:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import SCHEDULES, gaussian_ode_map, gaussian_posterior_mean
 from torch import Tensor
-from toy_runs import Recorded, optimizer_block, toy_method, toy_roles, toy_setting, toy_trainer
+from toy_runs import MEAN, VARIANCE, Recorded, normal, optimizer_block, rng, toy_method, toy_roles, toy_setting, toy_trainer
 
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Batch
@@ -18,19 +18,9 @@ from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.path import Flow, Path, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.plan import plan
-from fastgen.rng import SampleRng
 from fastgen.sampling import few_step
 
 FLOW = SCHEDULES["Flow"]
-MEAN, VARIANCE = torch.tensor([0.5, -0.3], dtype=torch.float64), torch.tensor([0.49, 0.16], dtype=torch.float64)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def rng(count: int, scope: int = 0) -> SampleRng:
-    return SampleRng(0, (scope,), range(count))
 
 
 class ExactConsistency:

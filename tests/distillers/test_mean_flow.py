@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import SCHEDULES, gaussian_ode_map, gaussian_prediction
 from torch import Tensor
-from toy_runs import Recorded, toy_method, toy_roles, toy_setting
+from toy_runs import MEAN, VARIANCE, Recorded, normal, rng, toy_method, toy_roles, toy_setting
 
 from fastgen import jvp
 from fastgen.config import validate
@@ -19,21 +19,11 @@ from fastgen.ema import EMA
 from fastgen.errors import UserError
 from fastgen.families.toy import Mixture, Toy
 from fastgen.path import Flow, Path, TrigFlow, VarianceExploding, VariancePreserving
-from fastgen.rng import SampleRng
 from fastgen.roles import Role, Roles
 from fastgen.sampling import few_step, ode
 from fastgen.surgery.second_time import given
 
 FLOW = SCHEDULES["Flow"]
-MEAN, VARIANCE = torch.tensor([0.5, -0.3], dtype=torch.float64), torch.tensor([0.49, 0.16], dtype=torch.float64)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def rng(count: int, scope: int = 0) -> SampleRng:
-    return SampleRng(0, (scope,), range(count))
 
 
 def exact_map(x: Tensor, t: Tensor, r: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_dmd2 import disturb, gradients
-from toy_runs import Recorded, toy_method, toy_roles, toy_setting, toy_trainer
+from toy_runs import Recorded, rng, toy_method, toy_roles, toy_setting, toy_trainer
 
 from fastgen.config import validate
 from fastgen.distillers.base import Batch, Models, Setting
@@ -17,15 +17,10 @@ from fastgen.distillers.rollout import RolloutConfig, student_samples
 from fastgen.distillers.scm import SCM
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
-from fastgen.rng import SampleRng
 from fastgen.timesteps import TimeSampling
 
 torch.set_num_threads(1)
 GRID = (1.0, 0.75, 0.5, 0.25)
-
-
-def rng(count: int, scope: int = 0) -> SampleRng:
-    return SampleRng(0, (scope,), range(count))
 
 
 def case(**keys: Any) -> tuple[RCM, Setting, Any, Batch]:

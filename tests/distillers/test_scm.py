@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_runs import optimizer_block, toy_method, toy_roles, toy_setting, toy_trainer, weights
+from toy_runs import MEAN, VARIANCE, optimizer_block, rng, toy_method, toy_roles, toy_setting, toy_trainer, weights
 
 from fastgen import jvp
 from fastgen.config import Recipe, validate
@@ -21,13 +21,11 @@ from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.path import KINDS, Flow, Kind, Path, TrigFlow, VarianceExploding, VariancePreserving, expand_time
 from fastgen.plan import plan
-from fastgen.rng import SampleRng
 from fastgen.roles import Roles
 from fastgen.timesteps import TimeSampling
 
 torch.set_num_threads(1)
 PATHS = (Flow(), TrigFlow(), VariancePreserving(), VarianceExploding())
-MEAN, VARIANCE = torch.tensor([0.5, -0.3], dtype=torch.float64), torch.tensor([0.49, 0.16], dtype=torch.float64)
 
 
 class ExactConsistency:
@@ -44,10 +42,6 @@ class ExactConsistency:
 
 def batch(latents: Tensor, component: int = -1) -> Batch:
     return Batch(len(latents), {"component": torch.full((len(latents),), component)}, latents)
-
-
-def rng(count: int, scope: int = 0) -> SampleRng:
-    return SampleRng(0, (scope,), range(count))
 
 
 def gaussian_data(count: int) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_scm import MEAN, VARIANCE, ExactConsistency
+from test_scm import ExactConsistency
 from torch import Tensor
-from toy_runs import Recorded, toy_method, toy_roles, toy_setting, toy_trainer, weights
+from toy_runs import MEAN, VARIANCE, Recorded, rng, toy_method, toy_roles, toy_setting, toy_trainer, weights
 
 from fastgen import run
 from fastgen.config import Recipe, validate
@@ -20,17 +20,12 @@ from fastgen.distillers.tbcm import TBCM
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.path import Flow, VariancePreserving
-from fastgen.rng import SampleRng
 
 torch.set_num_threads(1)
 
 
 def prompts(*components: int) -> Batch:
     return Batch(len(components), {"component": torch.tensor(components)})
-
-
-def rng(count: int, scope: int = 0) -> SampleRng:
-    return SampleRng(0, (scope,), range(count))
 
 
 def draw(family: Toy, batch: Batch, *, guidance: float = 1.0, **trajectory: Any) -> tuple[Points, Any]:
