@@ -421,7 +421,7 @@ def test_finite_differences_do_without_tf32() -> None:
     before = torch.backends.cudnn.allow_tf32
 
     def fn(x: Tensor) -> Tensor:
-        seen.append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        seen.append(bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32))
         return x.sin()
 
     x, dx = normal(3, 4, 5), normal(3, 4, 5, seed=1)
