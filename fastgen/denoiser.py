@@ -124,14 +124,14 @@ class Denoiser(nn.Module):
 
 
 @contextmanager
-def full_precision(module: nn.Module) -> Iterator[None]:
-    """Every Denoiser in `module`, wrapped or not, computes in its weights' own dtype inside."""
+def full_precision(module: nn.Module) -> Iterator[bool]:
+    """Every Denoiser in `module`, wrapped or not, computes in its weights' own dtype inside; yields whether one did not before."""
     denoisers = [found for found in module.modules() if isinstance(found, Denoiser)]
     before = [denoiser.autocast for denoiser in denoisers]
     try:
         for denoiser in denoisers:
             denoiser.autocast = None
-        yield
+        yield any(autocast is not None for autocast in before)
     finally:
         for denoiser, autocast in zip(denoisers, before, strict=True):
             denoiser.autocast = autocast

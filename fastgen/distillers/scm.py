@@ -129,10 +129,10 @@ class SCM(Distiller):
         """g (N, ...) fp64 = -cos^2 t (F - dx/dt) - fade (cos t sin t x + J), with J = cos t sin t dF/dt along the ODE (alg. 1);
         with fade 1 it is cos t df/dt. prediction: the student's F (N, ...) at the points."""
         cos, sin = (expand_time(c, points.x) for c in TRIG.coeffs(points.t))
-        jvp_part = cos * sin * points.x + self._scaled_derivative(student, points)
+        jvp_part = cos * sin * points.x + self._scaled_derivative(student, points, prediction)
         return -(cos**2) * (prediction - points.velocity) - fade * jvp_part
 
-    def _scaled_derivative(self, student: Predict, points: Points) -> Tensor:
+    def _scaled_derivative(self, student: Predict, points: Points, prediction: Tensor) -> Tensor:
         """cos t sin t dF/dt along the ODE. The input tangents carry the factor, which keeps them finite at both ends."""
         mode = self.config.tangent
         cos, sin = TRIG.coeffs(points.t)
@@ -140,7 +140,7 @@ class SCM(Distiller):
         direction = expand_time(factor, points.x) * points.velocity
         if mode in ("exact", "finite_difference"):
             return self._along(student, points, (direction, factor), mode)
-        backward = expand_time(factor, points.x) * self._backward_difference(student, points)
+        backward = expand_time(factor, points.x) * self._backward_difference(student, points, prediction)
         return backward if mode == "discrete" else backward + self._along(student, points, (direction, None), "exact")
 
     def _along(self, student: Predict, points: Points, tangents: tuple[Tensor, Tensor | None], mode: Literal["exact", "finite_difference"]) -> Tensor:
@@ -149,15 +149,16 @@ class SCM(Distiller):
             self._checked = True
         return derivative(student, _network(student), points.x, points.t, points.cond, tangents, mode)
 
-    def _backward_difference(self, student: Predict, points: Points) -> Tensor:
+    def _backward_difference(self, student: Predict, points: Points, prediction: Tensor) -> Tensor:
         """(cos d F(x, t) - F(x', t - d)) / sin d, where x' is one step d back along the ODE, or x itself if x is differentiated
         exactly (Zheng et al. 2025, section 3: fully discrete and semi-continuous)."""
         step = torch.minimum(torch.full_like(points.t, self.config.discrete_step), points.t / 2)
         cos, sin = (expand_time(c, points.x) for c in TRIG.coeffs(step))
         x = points.x if self.config.tangent == "semi_continuous" else cos * points.x - sin * points.velocity
         network = _network(student)
-        with precise(student):
-            return (cos * network(points.x, points.t, points.cond) - network(x, points.t - step, points.cond)) / sin
+        with precise(student) as was_coarse:
+            here = network(points.x, points.t, points.cond) if was_coarse else prediction
+            return (cos * here - network(x, points.t - step, points.cond)) / sin
 
 
 def _network(student: Predict) -> Network:

@@ -26,14 +26,14 @@ def faded(step: int, warmup: int) -> float:
 
 
 @contextmanager
-def precise(student: Predict) -> Iterator[None]:
-    """The student computes in its weights' own precision inside: differences of bf16 outputs are noise."""
+def precise(student: Predict) -> Iterator[bool]:
+    """The student computes in its weights' own precision inside: differences of bf16 outputs are noise. Yields whether it did not before."""
     module = _module(student)
     if module is None:
-        yield
+        yield False
         return
-    with full_precision(module):
-        yield
+    with full_precision(module) as changed:
+        yield changed
 
 
 def derivative(
