@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -59,6 +60,10 @@ class Setting:
     negative: Conditioning  # one sample
     shift: float  # the teacher's time shift
     train_steps: int = 1  # student steps of the whole run
+
+    def last_time(self, other: Path) -> float:
+        """The time on `other` of the noisiest level that the teacher's own path reaches."""
+        return other.time(self.path.ratio(torch.tensor(self.path.t_max, dtype=torch.float64))).item()
 
     def guide(self, predict: Predict) -> Predict:
         """A predictor with the teacher's guidance."""

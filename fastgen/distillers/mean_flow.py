@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
-from fastgen.distillers.solver import FLOW, flow_end
+from fastgen.distillers.solver import FLOW
 from fastgen.distillers.tangents import check_student, derivative, faded
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
@@ -99,7 +99,9 @@ class MeanFlow(Distiller):
 
     def draw_interval(self, rng: SampleRng) -> tuple[Tensor, Tensor]:
         """Flow times (t, r), (B,) fp64, r <= t, within what the teacher's path reaches."""
-        drawn = self.config.times.quantile(rng.uniform("times", (2,)).double(), teacher_shift=self.setting.shift).clamp(max=flow_end(self.setting))
+        drawn = self.config.times.quantile(rng.uniform("times", (2,)).double(), teacher_shift=self.setting.shift).clamp(
+            max=self.setting.last_time(FLOW)
+        )
         distinct, on_grid = (rng.uniform("which", (2,)) < torch.tensor([self.config.ratio, self.config.on_grid], device=drawn.device)).T
         t = torch.where(on_grid, drawn[:, 0], drawn.amax(1))
         grid = noise_fraction(self.setting.path, self.setting.grid.double()).to(t.device)

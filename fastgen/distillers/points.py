@@ -39,8 +39,7 @@ class Points:
 
 def trig_time(setting: Setting, flow_time: Tensor) -> Tensor:
     """TrigFlow times fp64 of flow-matching times in [0, 1], no later than the teacher's own path reaches."""
-    end = TRIG.time(setting.path.ratio(torch.tensor(setting.path.t_max, dtype=torch.float64)))
-    return TRIG.time(Flow().ratio(flow_time.double())).clamp(max=end.item())
+    return TRIG.time(Flow().ratio(flow_time.double())).clamp(max=setting.last_time(TRIG))
 
 
 def data_points(models: Models, batch: Batch, rng: SampleRng, setting: Setting, times: TimeSampling, *, use_teacher: bool) -> Points:

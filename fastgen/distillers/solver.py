@@ -31,16 +31,11 @@ class SolverConfig(MethodConfig):
     skip: int = Field(20, ge=1)
 
 
-def flow_end(setting: Setting) -> float:
-    """The largest flow time that the teacher's own path reaches."""
-    return FLOW.time(setting.path.ratio(torch.tensor(setting.path.t_max, dtype=torch.float64))).item()
-
-
 def draw_step(config: SolverConfig, setting: Setting, rng: SampleRng) -> tuple[Tensor, Tensor]:
     """Flow times (t, t'), (B,) fp64: t any of the grid, t' up to `skip` places below, both at least 0."""
     index = (rng.uniform("time").double() * config.num_times).floor() + 1
     places = torch.stack([index, (index - config.skip).clamp(min=0)])
-    t, t_next = timesteps.shifted(places / config.num_times, setting.shift).clamp(max=flow_end(setting))
+    t, t_next = timesteps.shifted(places / config.num_times, setting.shift).clamp(max=setting.last_time(FLOW))
     return t, t_next
 
 
