@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgen.config import OptimizerBlock, TrainBlock
 from fastgen.data.training import TrainingData
-from fastgen.distillers.base import Batch, Distiller, Update
+from fastgen.distillers.base import Distiller, Update
 from fastgen.ema import EMA
 from fastgen.errors import TrainingFailed
 from fastgen.parallel import SingleProcess
@@ -100,8 +100,7 @@ class Trainer:
         modules = [self.roles[name].module for name in update.trains]
         for m, micro in enumerate(micro_batches):
             rng = SampleRng(self.settings.seed, (self.step, index), micro, self.parallel.device)
-            cond, latents = self.data.draw(rng.at("data"))
-            batch, share = Batch(len(micro), cond, latents), len(micro) / len(ids)
+            batch, share = self.data.draw(rng.at("data")), len(micro) / len(ids)
             for k, term in enumerate(update.terms):
                 loss = term(self.models, batch, rng.at(term.__name__), self.step)
                 self._require_finite(loss.value, update, term.__name__)

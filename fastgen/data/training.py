@@ -25,6 +25,16 @@ def _draw(cumulative: Tensor, uniform: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Samples of one micro-batch: conditioning (B, ...) and its prompts, and clean latents (B, *shape) where the method asks for them."""
+
+    size: int
+    cond: Conditioning
+    latents: Tensor | None = None
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """prompts (P,) with their conditioning (P, ...) on the device; latents (N, *shape) and, per image, its captions' rows in
     `prompts` with cumulative probabilities, where the method trains on images."""
@@ -35,16 +45,18 @@ class TrainingData:
     latents: Tensor | None = None
     captions: list[tuple[Tensor, Tensor]] | None = None
 
-    def draw(self, rng: SampleRng) -> tuple[Conditioning, Tensor | None]:
-        """Conditioning (B, ...) and clean latents (B, *shape) or None for the rng's samples, drawn with replacement."""
+    def draw(self, rng: SampleRng) -> Batch:
+        """One sample for each of the rng's, drawn with replacement."""
         if self.latents is None or self.captions is None:
-            rows = _draw(self.cumulative, rng.uniform("prompt"))
-            return conditioning.select(self.cond, rows), None
+            return self._batch(_draw(self.cumulative, rng.uniform("prompt")))
         images = (rng.uniform("image").double() * len(self.latents)).long().clamp(max=len(self.latents) - 1)
         uniform = rng.uniform("caption").cpu()
         captions = [self.captions[image] for image in images.tolist()]
         rows = torch.stack([index[_draw(cumulative, uniform[i])] for i, (index, cumulative) in enumerate(captions)])
-        return conditioning.select(self.cond, rows), self.latents[images.to(self.latents.device)]
+        return self._batch(rows, self.latents[images.to(self.latents.device)])
+
+    def _batch(self, rows: Tensor, latents: Tensor | None = None) -> Batch:
+        return Batch(len(rows), conditioning.select(self.cond, rows), latents, tuple(self.prompts[row] for row in rows.tolist()))
 
 
 def prepare(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgen import timesteps
 from fastgen.conditioning import Conditioning
+from fastgen.data.training import Batch
 from fastgen.denoiser import Predictor, guided
 from fastgen.path import Path
 from fastgen.rng import SampleRng
@@ -21,17 +22,8 @@ from fastgen.sampling import Predict
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples of one micro-batch: conditioning (B, ...), and clean latents (B, *shape) where the method asks for them."""
-
-    size: int
-    cond: Conditioning
-    latents: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Loss:
-    """A scalar fp32 loss, and detached scalars to log."""
+    """A scalar fp32 loss, and detached numbers to log: scalars, or one value a sample (B,), of which NaN stay out of the mean."""
 
     value: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -39,6 +31,8 @@ class Loss:
 
 Models = Mapping[str, Predictor]
 Term = Callable[[Models, Batch, SampleRng, int], Loss]
+
+__all__ = ["Batch", "Distiller", "Loss", "MethodConfig", "Models", "Setting", "Term", "Update"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,7 @@ class Setting:
     negative: Conditioning  # one sample
     shift: float  # the teacher's time shift
     train_steps: int = 1  # student steps of the whole run
+    decode: Callable[[Tensor], Tensor] | None = None  # latents (B, *shape) -> pixels (B, 3, H, W) in [0, 1], with gradients; None: no pixels
 
     def last_time(self, other: Path) -> float:
         """The time on `other` of the noisiest level that the teacher's own path reaches."""
