@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -42,29 +43,62 @@ def few_step(
 ) -> Tensor:
     """Run x0 predictions at `times` (N,), descending, in the predictor's path time; returns x0 (B, ...) in the noise's dtype.
 
-    Between two evaluations the prediction is moved to the next noise level: `euler` keeps its own eps (deterministic; on Flow
-    exactly x + (t' - t) velocity, i.e. DDIM on any path), `stochastic` draws fresh noise from `rng` (consistency sampling, Song
-    et al. 2023, alg. 1), `fixed` reuses the initial noise.
+    Between two evaluations the sample moves as `walk` says. With `grad_at=j` this is backward simulation (Yin et al. 2024b, sec. 4.5):
+    evaluations before j run without gradients and the x0 of evaluation j is returned, the only one in the graph. Without it the
+    caller's gradient mode holds and all N run.
+    """
+    last = len(times) - 1 if grad_at is None else grad_at
+    assert 0 <= last < len(times), f"grad_at {grad_at} is none of the {len(times)} evaluations"
+    with torch.no_grad() if grad_at is not None else nullcontext():
+        x = walk(predict, noise, times[: last + 1], cond, rng, renoise=renoise)
+    return predict(x, times[last].expand(len(x)), cond).to(noise.dtype)
 
-    With `grad_at=j` this is backward simulation (Yin et al. 2024b, sec. 4.5): evaluations before j run without gradients and the
-    x0 of evaluation j is returned, the only one in the graph. Without it the caller's gradient mode holds and all N run.
+
+def walk(predict: Predict, noise: Tensor, times: Tensor, cond: Conditioning, rng: SampleRng | None = None, *, renoise: Renoise) -> Tensor:
+    """The sample (B, ...) that stands at times[-1] after evaluations at all times (N,) before it, started from unit noise.
+
+    Each prediction is moved to the next noise level: `euler` keeps its own eps (deterministic; on Flow exactly x + (t' - t) velocity,
+    i.e. DDIM on any path), `stochastic` draws fresh noise from `rng` (consistency sampling, Song et al. 2023, alg. 1), `fixed` reuses
+    the initial noise.
     """
     if renoise == "stochastic" and rng is None:
         raise ValueError("stochastic renoising needs an rng")
     path = predict.path
     x = initial(path, noise, times)
-    last = len(times) - 1 if grad_at is None else grad_at
-    assert 0 <= last < len(times), f"grad_at {grad_at} is none of the {len(times)} evaluations"
-    for i in range(last):
+    for i in range(len(times) - 1):
         t = times[i].expand(len(x))
-        with torch.no_grad() if grad_at is not None else nullcontext():
-            x0 = predict(x, t, cond)
-            if renoise == "euler":
-                eps = path.convert(x0, x, t, "x0", "eps")
-            else:
-                eps = noise if renoise == "fixed" or rng is None else rng.normal(f"renoise/{i}", noise.shape[1:])
-            x = path.mix(x0, eps, times[i + 1].expand(len(x))).to(noise.dtype)
-    return predict(x, times[last].expand(len(x)), cond).to(noise.dtype)
+        x0 = predict(x, t, cond)
+        if renoise == "euler":
+            eps = path.convert(x0, x, t, "x0", "eps")
+        else:
+            eps = noise if renoise == "fixed" or rng is None else rng.normal(f"renoise/{i}", noise.shape[1:])
+        x = path.mix(x0, eps, times[i + 1].expand(len(x))).to(noise.dtype)
+    return x
+
+
+class Experts:
+    """Predictors that share one path and divide its time: each serves the times above its `end` and up to the one before it.
+
+    ends: descending path times, the last of them 0. All samples of a call are at one time range: their times are equal in samplers.
+    """
+
+    def __init__(self, predictors: Sequence[Predict], ends: Sequence[float]) -> None:
+        assert len(predictors) == len(ends) and list(ends) == sorted(ends, reverse=True)
+        self.predictors, self.ends = list(predictors), list(ends)
+
+    @property
+    def path(self) -> Path:
+        return self.predictors[0].path
+
+    def at(self, t: float) -> Predict:
+        """The expert that serves time t; a boundary itself belongs to the expert below it, which starts there."""
+        # Grids and ends reach this point through fp32 and JSON.
+        return next((predict for predict, end in zip(self.predictors, self.ends, strict=True) if t > end + 1e-6), self.predictors[-1])
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, kind: Kind = "x0", path: Path | None = None) -> Tensor:
+        own = t if path is None or path == self.path else path.retime(x, t, self.path)[1]
+        assert bool((own == own[0]).all()), "one expert serves one time"
+        return self.at(own[0].item())(x, t, cond, kind, path)
 
 
 def ode(
