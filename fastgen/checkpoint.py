@@ -1,4 +1,5 @@
-"""Atomic checkpoints of everything a run needs to go on bit for bit: every trained role, its optimizer, the EMA, and the step.
+"""Atomic checkpoints of everything a run needs to go on bit for bit: every trained role, its optimizer, the averages, the method's
+running statistics, and the step.
 
 Random numbers and data positions are functions of the step (rng.py), so there is nothing else to save. Tensors are safetensors;
 nothing is pickled. A checkpoint appears under its final name only when it is complete.
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.files import reading, write_atomically
+from fastgen.roles import Roles
 from fastgen.trainer import Trainer
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -> Path:
@@ -82,16 +84,52 @@ def load(checkpoint: Path, trainer: Trainer) -> None:
         for name, role in trainer.roles.trained.items():
             role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
             _load_optimizer(name, trainer.optimizers[name], load_file(checkpoint / f"optimizer_{name}.safetensors"))
-        trainer.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+        for name, average in trainer.ema.items():
+            average.load_state_dict(load_file(checkpoint / f"ema_{name}.safetensors"))
+        if trainer.distiller.statistics:
+            _load_statistics(trainer.distiller.statistics, load_file(checkpoint / "statistics.safetensors"))
     trainer.step, trainer.seconds = state["step"], state["seconds"]
 
 
+def trained_students(run_dir: Path) -> tuple[str, ...]:
+    """Names of the averaged roles in a run's newest checkpoint that have been trained. UserError for a folder without one."""
+    if not run_dir.is_dir():
+        raise UserError(f"recipe key student.init: {str(run_dir)!r} is neither teacher nor the folder of a run")
+    folder, trained = latest(run_dir), []
+    for file in sorted(folder.glob("ema_*.safetensors")):
+        with reading(file):
+            if load_file(file)["updates"] > 0:
+                trained.append(file.stem.removeprefix("ema_"))
+    return tuple(trained)
+
+
+def load_students(run_dir: Path, roles: Roles) -> None:
+    """Take over the trained students of another run, those that `roles` has by the same names. UserError when they do not fit."""
+    for name in trained_students(run_dir):
+        if name in roles:
+            state = load_file(latest(run_dir) / f"ema_{name}.safetensors")
+            state.pop("updates")
+            try:
+                roles[name].load_state_dict(state)
+            except ValueError as error:
+                raise UserError(f"recipe key student.init: {str(run_dir)!r} holds another student than this recipe's: {error}") from error
+
+
 def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    files = {"ema": trainer.ema.state_dict()}
+    files = {f"ema_{name}": average.state_dict() for name, average in trainer.ema.items()}
+    if trainer.distiller.statistics:
+        files["statistics"] = trainer.distiller.statistics
     for name, role in trainer.roles.trained.items():
         files[f"role_{name}"] = role.state_dict()
         files[f"optimizer_{name}"] = _optimizer_tensors(trainer.optimizers[name])
     return files
+
+
+def _load_statistics(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if own.keys() != saved.keys() or any(own[name].shape != saved[name].shape for name in own):
+        raise ValueError(f"statistics of the method do not match: {sorted(own.keys() ^ saved.keys())}")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

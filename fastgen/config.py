@@ -47,9 +47,10 @@ class Tuning(Block):
 
 
 class StudentBlock(Block):
-    """steps: network evaluations at inference. grid: the export scheduler's own times, or explicit ones in (0, 1], descending."""
+    """init: `teacher`, or the folder of a finished run, whose averaged students are taken over. steps: network evaluations at inference.
+    grid: the export scheduler's own times, or explicit ones in (0, 1], descending."""
 
-    init: Literal["teacher"] = "teacher"
+    init: str = "teacher"
     tune: Literal["full"] | Tuning = "full"
     steps: int = Field(ge=1, le=1000)
     grid: Literal["auto"] | list[float] = "auto"

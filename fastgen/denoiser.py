@@ -15,16 +15,19 @@ from fastgen.families.base import Family
 from fastgen.path import Kind, Path, expand_time
 from fastgen.sampling import Predict
 from fastgen.surgery import lora, second_time
+from fastgen.surgery.heads import Heads
 from fastgen.surgery.log_variance import LogVariance
 from fastgen.surgery.second_time import ScalarInputs
 
 
 class Output(NamedTuple):
-    """prediction (B, ...) fp32 of the family's kind; features: one tensor a tap; log_variance (B,) of a network that learns its loss's."""
+    """prediction (B, ...) fp32 of the family's kind; features: one tensor a tap; log_variance (B,) of a network that learns its loss's;
+    logits (B, num_taps) of a network with discriminator heads, when they were asked for."""
 
     prediction: Tensor
     features: tuple[Tensor, ...] = ()
     log_variance: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Denoiser(nn.Module):
@@ -33,7 +36,7 @@ class Denoiser(nn.Module):
     adapter: the LoRA adapter this view of a shared backbone runs with; None runs the bare base weights.
     autocast: dtype of mixed-precision compute, or None for the weights' own.
     inputs: scalar inputs beside the time, with parameters of their own, for a family that names its `time_projection`.
-    log_variance: a learned log-variance of the loss.
+    log_variance: a learned log-variance of the loss. heads: discriminator heads on features of its blocks.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Denoiser(nn.Module):
         autocast: torch.dtype | None = None,
         inputs: ScalarInputs | None = None,
         log_variance: LogVariance | None = None,
+        heads: Heads | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -53,9 +57,10 @@ class Denoiser(nn.Module):
         self.autocast = autocast
         self.inputs = inputs
         self.log_variance = log_variance
+        self.heads = heads
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, taps: Sequence[int] = ()) -> Output:
-        """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks.
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, taps: Sequence[int] = (), *, judge: bool = False) -> Output:
+        """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks; judge: also the heads' logits.
 
         cond may hold values of scalar inputs (surgery/second_time.py), which stay out of every cast. ValueError for one that this
         network does not have.
@@ -63,11 +68,14 @@ class Denoiser(nn.Module):
         lora.activate(self.backbone, self.adapter)
         dtype = next(self.backbone.parameters()).dtype
         cond, values = second_time.split(cond)
-        with self._tapped(taps) as features, self._with_inputs(t, values), self._autocast(x.device):
+        heads = self.heads if judge else None
+        assert heads is not None or not judge, "this network has no discriminator heads"
+        with self._tapped([*taps, *(heads.taps if heads else ())]) as features, self._with_inputs(t, values), self._autocast(x.device):
             prediction = self.family.call(self.backbone, x.to(dtype), t, conditioning.to(cond, dtype=dtype))
         prediction = prediction.float() if prediction.dtype != torch.float64 else prediction
         log_variance = self.log_variance(second_time.noise_fraction(self.family.path, t)) if self.log_variance else None
-        return Output(prediction, tuple(features[i] for i in taps), log_variance)
+        logits = heads([features[i] for i in heads.taps]) if heads else None
+        return Output(prediction, tuple(features[i] for i in taps), log_variance, logits)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
@@ -115,7 +123,7 @@ class Denoiser(nn.Module):
         def keep(tap: int) -> Callable[[nn.Module, Any, Any], None]:
             return lambda _module, _inputs, output: features.__setitem__(tap, self.family.block_feature(output))
 
-        handles = [blocks[tap].register_forward_hook(keep(tap)) for tap in taps]
+        handles = [blocks[tap].register_forward_hook(keep(tap)) for tap in dict.fromkeys(taps)]
         try:
             yield features
         finally:
@@ -168,6 +176,12 @@ class Predictor:
         if kind in ("x0", "eps"):
             return out._replace(prediction=own.convert(out.prediction, x_own, t_own, own_kind, kind))
         return out._replace(prediction=path.predict(*own.solve(out.prediction, x_own, t_own, own_kind), t, kind))
+
+    def logits(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Logits (B, num_taps) of the discriminator heads at x (B, ...), t (B,) on the network's own path; differentiable in x."""
+        logits = self.denoiser(x, t, cond, judge=True).logits
+        assert logits is not None
+        return logits
 
 
 GuidanceRule = Callable[[Tensor, Tensor, float | Tensor], Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,12 @@ class EMA:
             for name, parameter in self._parameters.items():
                 parameter.copy_(kept[name])
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the average the parameters' own value, for good."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.shadow[name])
+
     def state_dict(self) -> dict[str, Tensor]:
         return {**self.shadow, "updates": torch.tensor(self.updates)}
 
@@ -55,3 +61,20 @@ class EMA:
         self.updates = int(state["updates"])
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
+
+
+class Averages(dict[str, EMA]):
+    """The averages of a run by role."""
+
+    def settle(self) -> None:
+        """Make every average its role's weights, for good."""
+        for average in self.values():
+            average.settle()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Run with every averaged role's average in place of its weights."""
+        with ExitStack() as stack:
+            for average in self.values():
+                stack.enter_context(average.applied())
+            yield

@@ -73,6 +73,25 @@ class Path(ABC):
         alpha, sigma = (expand_time(c, x0) for c in self.coeffs(t))
         return alpha * x0 + sigma * eps
 
+    def bridge(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t|s, sigma_t|s) of p(x_t | x_s) = N(alpha_t|s x_s, sigma_t|s^2 I), each shaped like t; s <= t, alpha(s) > 0
+        (Kingma et al. 2021, appendix A). It carries p_s to p_t, so x_s may come from any law and x0 need not be known."""
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.coeffs(s), self.coeffs(t)
+        alpha = alpha_t / alpha_s
+        return alpha, (sigma_t**2 - alpha**2 * sigma_s**2).clamp(min=0).sqrt()
+
+    def bridge_target(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+        """(x_t, target): x_s (B, ...) carried from s to t with unit noise eps, and what a network of `kind` should learn there.
+
+        The target's mean given x_t is the exact prediction for the law of x_t: -eps / sigma_t|s has the score as its mean, and every
+        kind is the same affine function of it as of the score (Phased DMD, arXiv:2510.27684, section 3.3). At s = 0 it is the ordinary
+        target; it grows without bound as t -> s, with the same mean.
+        """
+        alpha_s, sigma_s, alpha_t, sigma_t = (expand_time(c, x_s) for c in (*self.coeffs(s), *self.coeffs(t)))
+        alpha, sigma = (expand_time(c, x_s) for c in self.bridge(s, t))
+        x0 = x_s / alpha_s - alpha_t * sigma_s**2 / (alpha_s**2 * sigma) * eps
+        return alpha * x_s + sigma * eps, self.predict(x0, sigma_t / sigma * eps, t, kind)
+
     def predict(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Kind) -> Tensor:
         """The prediction of `kind` that corresponds to (x0, eps) at time t. `score` at sigma = 0 raises ValueError."""
         if kind == "score":

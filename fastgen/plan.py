@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from fastgen.config import Recipe, Tuning, validate
+from fastgen import checkpoint
+from fastgen.config import OptimizerBlock, Recipe, Tuning, validate
 from fastgen.data.images import CaptionedImages, load_images
 from fastgen.data.prompts import load_prompts
 from fastgen.distillers import distiller_class
-from fastgen.distillers.base import Distiller, MethodConfig
+from fastgen.distillers.base import Distiller, Facts, MethodConfig
 from fastgen.errors import UserError, nearest
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, resolve_source
@@ -40,6 +42,11 @@ class Plan:
     @property
     def roles(self) -> dict[str, RoleSpec]:
         return self.method.roles_for(self.method_config)
+
+    @property
+    def optimizers(self) -> dict[str, OptimizerBlock]:
+        """One block for each trained role."""
+        return {name: self.recipe.optimizer[_optimizer_key(name, self.recipe)] for name, spec in self.roles.items() if spec.trainable}
 
     @property
     def grid(self) -> list[float] | None:
@@ -68,6 +75,8 @@ class Plan:
         data = {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json")}
         for block, key in (("teacher", "pretrained"), ("data", "prompts"), ("data", "images")):
             data[block][key] = _absolute(data[block][key])
+        if data["student"]["init"] != "teacher":
+            data["student"]["init"] = _absolute(data["student"]["init"])
         return data
 
 
@@ -75,7 +84,6 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     """Check everything a recipe names. UserError for the first mistake."""
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
-    method.check(config, steps=recipe.student.steps, guidance=recipe.teacher.guidance)
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config))
     if recipe.evaluate.protocol is not None:
@@ -86,12 +94,26 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     family = find_family(teacher.pretrained, teacher.family, max_sequence_length=teacher.max_sequence_length, resolution=teacher.resolution)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
+    method.check(config, _facts(recipe, family))
     _check_inputs(recipe, method.roles_for(config), family)
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     images = None if recipe.data.images is None else load_images(recipe.data.images)
     planned = Plan(recipe, method, config, family, prompts, images)
     _check_networks(planned)
     return planned
+
+
+def _facts(recipe: Recipe, family: Family) -> Facts:
+    student = recipe.student
+    times = family.grid(student.steps, None if student.grid == "auto" else list(student.grid))
+    return Facts(
+        steps=student.steps,
+        guidance=recipe.teacher.guidance,
+        grid=tuple(times.tolist()),
+        end=family.path.t_max,
+        train_steps=recipe.train.steps,
+        trained=() if student.init == "teacher" else checkpoint.trained_students(Path(student.init).expanduser()),
+    )
 
 
 def _absolute(source: str | None) -> str | None:
@@ -105,7 +127,7 @@ def _check_networks(planned: Plan) -> None:
         for file in sorted(resolve_source(planned.recipe.teacher.pretrained).rglob("*.safetensors")):
             with reading(file), safe_open(file, "pt"):
                 pass
-    if planned.tuning is not None:
+    if planned.tuning is not None or any(spec.heads for spec in planned.roles.values()):
         build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
 
 
@@ -115,10 +137,15 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
         if name not in trained:
             raise UserError(f"recipe key optimizer.{name}: {recipe.distiller.name} trains no such role; {nearest(name, trained)}")
     for name in trained:
-        if name not in recipe.optimizer:
+        if _optimizer_key(name, recipe) not in recipe.optimizer:
             raise UserError(f"recipe key optimizer.{name}: missing; {recipe.distiller.name} trains {', '.join(trained)}")
     if recipe.train.micro_batch and recipe.train.batch_size % recipe.train.micro_batch:
         raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
+
+
+def _optimizer_key(role: str, recipe: Recipe) -> str:
+    """The role's own block, or for one of several alike (`student_2`) that of the first."""
+    return role if role in recipe.optimizer else re.sub(r"_\d+$", "", role)
 
 
 def _check_inputs(recipe: Recipe, roles: Mapping[str, RoleSpec], family: Family) -> None:
@@ -149,8 +176,9 @@ def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str
     total = sum(p.numel() for p in parameters.values())
     frozen = total - sum(trained.values())
     frozen_bytes = frozen * (2 if planned.autocast and planned.tuning is None else 4)  # a base that adapters share stays fp32
-    # weights, gradients and two Adam moments in fp32 for what trains, and the student's average
-    trained_bytes = 16 * sum(trained.values()) + 4 * trained["student"]
+    # weights, gradients and two Adam moments in fp32 for what trains, and the students' averages
+    averaged = sum(trained[name] for name, spec in planned.roles.items() if spec.averaged)
+    trained_bytes = 16 * sum(trained.values()) + 4 * averaged
     return {
         "method": recipe.distiller.name,
         "teacher": recipe.teacher.pretrained,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.surgery import lora
+from fastgen.surgery.heads import Heads, Taps, choose_taps
 from fastgen.surgery.log_variance import LogVariance
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
 
@@ -25,16 +26,35 @@ from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
 @dataclass(frozen=True)
 class RoleSpec:
     """What a distiller asks for. init: where the weights come from. inputs: scalar inputs that the network gets beside the time.
-    log_variance: whether it learns the log-variance of its loss."""
+    log_variance: whether it learns the log-variance of its loss. averaged: whether an EMA follows it, which is what is sampled and
+    exported. heads: blocks whose features discriminator heads listen to. frozen_network: only the additions train."""
 
     trainable: bool
     init: Literal["teacher"] = "teacher"
     inputs: tuple[Input, ...] = ()
     log_variance: bool = False
+    averaged: bool = False
+    heads: Taps | None = None
+    frozen_network: bool = False
+
+    @property
+    def trains_network(self) -> bool:
+        return self.trainable and not self.frozen_network
 
 
-def trainable(*, init: Literal["teacher"] = "teacher", inputs: tuple[Input, ...] = ()) -> RoleSpec:
-    return RoleSpec(True, init, inputs)
+def student(*, inputs: tuple[Input, ...] = ()) -> RoleSpec:
+    """A network that is exported, or one of its experts."""
+    return RoleSpec(True, inputs=inputs, averaged=True)
+
+
+def trainable(*, inputs: tuple[Input, ...] = (), heads: Taps | None = None) -> RoleSpec:
+    """A network that helps in training only."""
+    return RoleSpec(True, inputs=inputs, heads=heads)
+
+
+def judge(taps: Taps) -> RoleSpec:
+    """A discriminator: trained heads on features of the frozen teacher, which it shares with the other roles."""
+    return RoleSpec(True, heads=taps, frozen_network=True)
 
 
 def frozen() -> RoleSpec:
@@ -66,16 +86,32 @@ class Role:
         return Predictor(self.module, self.denoiser.family)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters this role trains, by name within the backbone, those of its additions behind `inputs.` and
-        `log_variance.`; empty for a frozen role."""
+        """The parameters this role trains, by name within the backbone, those of its additions behind `inputs.`, `log_variance.` and
+        `heads.`; empty for a frozen role."""
         if not self.spec.trainable:
             return {}
-        backbone, adapter = self.denoiser.backbone, self.denoiser.adapter
-        own = lora.parameters(backbone, adapter) if adapter else dict(backbone.named_parameters())
-        for prefix, addition in (("inputs", self.denoiser.inputs), ("log_variance", self.denoiser.log_variance)):
+        own = self.network_parameters() if self.spec.trains_network else {}
+        additions = {"inputs": self.denoiser.inputs, "log_variance": self.denoiser.log_variance, "heads": self.denoiser.heads}
+        for prefix, addition in additions.items():
             if addition is not None:
                 own |= {f"{prefix}.{name}": value for name, value in addition.named_parameters()}
         return own
+
+    def network_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of its network or of its adapter, by name within the backbone."""
+        backbone, adapter = self.denoiser.backbone, self.denoiser.adapter
+        return lora.parameters(backbone, adapter) if adapter else dict(backbone.named_parameters())
+
+    @torch.no_grad()
+    def blend(self, source: Role, weight: float) -> None:
+        """Move this role's network towards another's of the same architecture: p <- (1 - weight) p + weight p'.
+
+        Adapters move factor by factor, which only approximates the average of the two products B A.
+        """
+        theirs = [lora.own_name(name, source.denoiser.adapter) for name in source.network_parameters()]
+        by_name = dict(zip(theirs, source.network_parameters().values(), strict=True))
+        for name, parameter in self.network_parameters().items():
+            parameter.lerp_(by_name[lora.own_name(name, self.denoiser.adapter)].to(parameter.dtype), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
@@ -141,8 +177,8 @@ def build_roles(
         return _shared_roles(specs, family, base, tuning, autocast, additions)
     roles = Roles()
     for name, spec in specs.items():
-        backbone = copy.deepcopy(base) if spec.trainable else base
-        roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trainable), family, autocast=autocast, **additions[name]))
+        backbone = copy.deepcopy(base) if spec.trains_network else base
+        roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trains_network), family, autocast=autocast, **additions[name]))
     if autocast is not None:
         for parameter in base.parameters():  # not its buffers: tables of positions and closed forms stay exact
             parameter.data = parameter.data.to(autocast)
@@ -159,6 +195,10 @@ def _additions(name: str, spec: RoleSpec, family: Family, base: nn.Module, defau
         additions["inputs"] = ScalarInputs(spec.inputs, width, defaults=defaults, seed=name, dtype=dtype).to(weight.device)
     if spec.log_variance:
         additions["log_variance"] = LogVariance().to(weight.device, dtype)
+    if spec.heads is not None:
+        widths = family.feature_widths(base)
+        taps = choose_taps(spec.heads, len(widths))
+        additions["heads"] = Heads(taps, [widths[tap] for tap in taps], seed=name).to(weight.device, dtype)
     return additions
 
 
@@ -172,9 +212,9 @@ def _shared_roles(
 ) -> Roles:
     roles = Roles()
     for name, spec in specs.items():
-        if spec.trainable:
+        if spec.trains_network:
             lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets, seed=tuning.seed)
-        denoiser = Denoiser(base, family, adapter=name if spec.trainable else None, autocast=autocast, **additions[name])
+        denoiser = Denoiser(base, family, adapter=name if spec.trains_network else None, autocast=autocast, **additions[name])
         roles[name] = Role(name, spec, denoiser)
     base.requires_grad_(False)
     for role in roles.trained.values():

@@ -41,6 +41,15 @@ def grid(num_steps: int, *, shift: float = 1.0) -> Tensor:
     return shifted(1 - torch.arange(num_steps, dtype=torch.float64) / num_steps, shift)
 
 
+def between(start: float, end: float, num_steps: int, *, shift: float = 1.0) -> Tensor:
+    """Flow times (num_steps + 1,) fp64 from `start` down to `end`, evenly spaced before the shift: where a schedule's own steps lie."""
+    ends = shifted(torch.tensor([start, end], dtype=torch.float64), 1 / shift)
+    fractions = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    times = shifted(ends[0] + fractions * (ends[1] - ends[0]), shift)
+    times[0], times[-1] = start, end  # exactly, not to rounding
+    return times
+
+
 class TimeSampling(BaseModel):
     """Recipe block for a training-time distribution: draw, then shift, then squeeze into [lo, hi]."""
 
@@ -67,3 +76,25 @@ class TimeSampling(BaseModel):
         }
         shift = teacher_shift if self.shift == "teacher" else float(self.shift)
         return self.lo + (self.hi - self.lo) * shifted(draws[self.name](u), shift)
+
+    def up_to(self, limit: float) -> TimeSampling:
+        """The same distribution squeezed below `limit`."""
+        hi = min(self.hi, limit)
+        return self.model_copy(update={"hi": hi, "lo": min(self.lo, hi)})
+
+    def above(self, u: Tensor, floor: float, *, teacher_shift: float) -> Tensor:
+        """The same distribution given that the fraction is at least `floor`, for uniform numbers u: (B,); ValueError where none is.
+
+        So for `uniform` with a shift the draw is uniform before the shift.
+        """
+        low, high = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        if not self.quantile(high, teacher_shift=teacher_shift) > floor:
+            raise ValueError(f"no time of this distribution is above {floor:.4g}")
+        for _ in range(60):  # bisection: quantile functions rise
+            middle = (low + high) / 2
+            if self.quantile(middle, teacher_shift=teacher_shift) < floor:
+                low = middle
+            else:
+                high = middle
+        start = 0.0 if self.quantile(torch.zeros_like(high), teacher_shift=teacher_shift) >= floor else high.item()
+        return self.quantile(start + (1 - start) * u, teacher_shift=teacher_shift).clamp(min=floor)

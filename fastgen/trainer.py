@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgen.config import OptimizerBlock, TrainBlock
 from fastgen.data.training import TrainingData
 from fastgen.distillers.base import Distiller, Update
-from fastgen.ema import EMA
+from fastgen.ema import EMA, Averages
 from fastgen.errors import TrainingFailed
 from fastgen.parallel import SingleProcess
 from fastgen.rng import SampleRng
@@ -61,7 +61,8 @@ class Trainer:
         self.models = self.roles.predictors()
         self.parameters = {name: list(role.parameters().values()) for name, role in self.roles.trained.items()}
         self.optimizers = {name: make_optimizer(self.optimizer_blocks[name], own) for name, own in self.parameters.items()}
-        self.ema = EMA(self.roles["student"].parameters(), self.settings.ema)
+        averaged = {name: role for name, role in self.roles.items() if role.spec.averaged}
+        self.ema = Averages({name: EMA(role.parameters(), self.settings.ema) for name, role in averaged.items()})
 
     def run(self, events: Sequence[Callable[[int, Metrics], None]], should_stop: Callable[[], bool] = lambda: False) -> None:
         """Train up to `settings.steps`, or until `should_stop()` after a step. TrainingFailed at the first non-finite number."""
@@ -75,16 +76,22 @@ class Trainer:
                 event(self.step, metrics)
 
     def train_step(self) -> Metrics:
-        """All updates of one student step, then the EMA. Metrics average over the updates that log a name."""
+        """All updates of one student step, then the averages of the roles it trained. Metrics average over the updates that log a name."""
         sums: dict[str, list[float]] = {}
-        for index, update in enumerate(self.distiller.updates(self.step)):
+        updates = self.distiller.updates(self.step)
+        for index, update in enumerate(updates):
             for name, value in self._update(update, index).items():
                 sums.setdefault(name, []).append(value)
-        self.ema.update()
+        for name in self.ema.keys() & {name for update in updates for name in update.trains}:
+            self.ema[name].update()
         self.step += 1
         return {name: sum(values) / len(values) for name, values in sums.items()}
 
     def _update(self, update: Update, index: int) -> Metrics:
+        for name in update.settles:
+            self.ema[name].settle()
+        for blend in update.blends:
+            self.roles[blend.target].blend(self.roles[blend.source], blend.weight)
         with self.roles.training(update.trains):
             metrics = self._backward(update, index)
             for name in update.trains:
@@ -93,7 +100,7 @@ class Trainer:
 
     def _backward(self, update: Update, index: int) -> Metrics:
         """Accumulate gradients of all terms over all micro-batches; each term's graph is freed before the next is built."""
-        logs: dict[str, Tensor] = {}
+        logs: dict[str, _Mean] = {}
         ids = self.parallel.share(self.settings.batch_size)
         size = self.settings.micro_batch or len(ids)
         micro_batches = [ids[start : start + size] for start in range(0, len(ids), size)]
@@ -108,8 +115,9 @@ class Trainer:
                 with self.roles.held(update.trains[0]), self.parallel.gradients(modules, synchronise=last):
                     (loss.value * share).backward()
                 for name, value in {f"loss/{term.__name__}": loss.value, **{f"{term.__name__}/{n}": v for n, v in loss.logs.items()}}.items():
-                    logs[name] = logs.get(name, torch.zeros((), device=value.device)) + value.detach() * share
-        return {name: self.parallel.mean(value).item() for name, value in logs.items()}
+                    logs.setdefault(name, _Mean()).add(value.detach(), batch.size)
+        means = {name: self.parallel.mean(mean.value).item() for name, mean in logs.items()}
+        return {name: value for name, value in means.items() if not math.isnan(value)}
 
     def _optimizer_step(self, name: str, update: Update) -> Metrics:
         block, optimizer = self.optimizer_blocks[name], self.optimizers[name]
@@ -117,7 +125,8 @@ class Trainer:
         if not math.isfinite(norm):
             terms = " and ".join(repr(term.__name__) for term in update.terms)
             raise TrainingFailed(f"step {self.step}: the gradient norm of role {name!r}, from term {terms}, is {norm}; {_ADVICE}")
-        lr = block.lr * lr_factor(block, self.step, self.settings.steps)
+        first, steps = self.distiller.span(name) or (0, self.settings.steps)
+        lr = block.lr * lr_factor(block, self.step - first, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -128,6 +137,24 @@ class Trainer:
         if not bool(torch.isfinite(value)):
             roles = " and ".join(repr(name) for name in update.trains)
             raise TrainingFailed(f"step {self.step}: the loss of term {term!r}, which trains role {roles}, is {value.item()}; {_ADVICE}")
+
+
+@dataclass
+class _Mean:
+    """Mean over samples of what micro-batches log: scalars stand for all their samples, vectors have one value each, NaN for none."""
+
+    total: Tensor | float = 0.0
+    count: Tensor | float = 0.0
+
+    def add(self, value: Tensor, size: int) -> None:
+        known = ~value.isnan()
+        weight = size / value.numel()
+        self.total = self.total + weight * value.nan_to_num().double().sum()
+        self.count = self.count + weight * known.sum()
+
+    @property
+    def value(self) -> Tensor:
+        return torch.as_tensor(self.total / self.count)
 
 
 _ADVICE = "the last checkpoint is intact: lower the learning rate and resume, or check the data"

@@ -69,7 +69,7 @@ def test_a_restored_run_ends_as_the_uninterrupted_one(tmp_path: Path, optimizer:
     path = checkpoint.save(tmp_path, whole, RECIPE, keep=1)
     restored = dmd2(optimizer)
     checkpoint.load(path, restored)
-    assert (restored.step, restored.seconds, restored.ema.updates) == (3, whole.seconds, 3)
+    assert (restored.step, restored.seconds, restored.ema["student"].updates) == (3, whole.seconds, 3)
     assert_bitwise_equal(weights(restored), weights(whole))
     assert_bitwise_equal(moments(restored), moments(whole))
     for trainer in (whole, restored):
@@ -91,12 +91,12 @@ def test_every_file_is_json_or_holds_the_tensors_of_the_run(tmp_path: Path) -> N
     trainer = stop_at(dmd2(), 3)
     path = checkpoint.save(tmp_path, trainer, RECIPE, keep=2)
     roles, kinds = ("student", "fake_score"), ("role", "optimizer")
-    assert {file.name for file in path.iterdir()} == {"state.json", "ema.safetensors", *(f"{k}_{r}.safetensors" for k in kinds for r in roles)}
+    assert {file.name for file in path.iterdir()} == {"state.json", "ema_student.safetensors", *(f"{k}_{r}.safetensors" for k in kinds for r in roles)}
     for role in roles:
         assert_bitwise_equal(load_file(path / f"role_{role}.safetensors"), trainer.roles[role].state_dict())
-    assert_bitwise_equal(load_file(path / "ema.safetensors"), {**trainer.ema.shadow, "updates": torch.tensor(3)})
+    assert_bitwise_equal(load_file(path / "ema_student.safetensors"), {**trainer.ema["student"].shadow, "updates": torch.tensor(3)})
     state = json.loads((path / "state.json").read_text())
-    assert state == {"format": 1, "step": 3, "seconds": trainer.seconds, "recipe": RECIPE}
+    assert state == {"format": 2, "step": 3, "seconds": trainer.seconds, "recipe": RECIPE}
     assert checkpoint.read_state(path) == state
 
 
@@ -151,8 +151,8 @@ def test_a_run_without_checkpoints_is_a_users_mistake(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(saved: Path) -> None:
     state = json.loads((saved / "state.json").read_text())
-    (saved / "state.json").write_text(json.dumps({**state, "format": 2}))
-    with pytest.raises(UserError, match="has format 2; this version reads 1"):
+    (saved / "state.json").write_text(json.dumps({**state, "format": 1}))
+    with pytest.raises(UserError, match="has format 1; this version reads 2"):
         checkpoint.load(saved, dmd2())
 
 
@@ -173,9 +173,9 @@ def misshapen(name: str) -> Callable[[dict[str, Tensor]], object]:
         ("optimizer_student", without("2/exp_avg"), "optimizer of role 'student' does not match"),
         ("optimizer_student", misshapen("2/exp_avg_sq"), "optimizer of role 'student' does not match"),
         ("optimizer_fake_score", misshapen("99/exp_avg"), "optimizer of role 'fake_score'"),
-        ("ema", without("out.bias"), "averaged weights"),
-        ("ema", misshapen("out.bias"), "averaged weights"),
-        ("ema", without("updates"), "averaged weights"),
+        ("ema_student", without("out.bias"), "averaged weights"),
+        ("ema_student", misshapen("out.bias"), "averaged weights"),
+        ("ema_student", without("updates"), "averaged weights"),
     ],
 )
 def test_missing_and_misshapen_tensors_are_errors(saved: Path, file: str, damage: Any, message: str) -> None:

@@ -17,7 +17,7 @@ from fastgen.distillers.flow_matching import FlowMatching
 from fastgen.errors import TrainingFailed
 from fastgen.families.toy import Toy
 from fastgen.rng import SampleRng
-from fastgen.roles import RoleSpec, frozen, trainable
+from fastgen.roles import RoleSpec, frozen, student, trainable
 from fastgen.trainer import Trainer, lr_factor, make_optimizer
 
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ SGD = optimizer_block(name="sgd", lr=0.1, betas=(0.0, 0.0), clip=1e9)
 class TwoTerms(Distiller):
     """Two networks trained in one update on the sum of two terms; the second ties them together."""
 
-    roles: ClassVar[dict[str, RoleSpec]] = {"student": trainable(), "judge": trainable(), "teacher": frozen()}
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "judge": trainable(), "teacher": frozen()}
 
     def updates(self, step: int) -> list[Update]:
         return [Update(("student", "judge"), (self.pull, self.tie))]
@@ -68,8 +68,7 @@ def gradients_by_hand(trainer: Trainer, *, scale: float = 1.0) -> dict[str, list
     """Gradients of the first update's summed terms, in one graph, at the current weights."""
     (update,) = trainer.distiller.updates(trainer.step)
     rng = SampleRng(trainer.settings.seed, (trainer.step, 0), range(trainer.settings.batch_size))
-    cond, latents = trainer.data.draw(rng.at("data"))
-    batch = Batch(trainer.settings.batch_size, cond, latents)
+    batch = trainer.data.draw(rng.at("data"))
     total = sum(term(trainer.models, batch, rng.at(term.__name__), trainer.step).value for term in update.terms)
     owned = [trainer.parameters[name] for name in update.trains]
     flat = torch.autograd.grad(total * scale, [p for own in owned for p in own])  # type: ignore[union-attr]
@@ -223,9 +222,9 @@ def test_the_average_moves_once_a_step() -> None:
     for decay in (0.1, 0.15, 0.15):
         trainer.train_step()
         want = decay * want + (1 - decay) * trainer.parameters["student"][-1].detach()
-    assert trainer.ema.updates == 3
+    assert trainer.ema["student"].updates == 3
     name = list(trainer.roles["student"].parameters())[-1]
-    torch.testing.assert_close(trainer.ema.shadow[name], want, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(trainer.ema["student"].shadow[name], want, rtol=1e-5, atol=1e-8)
 
 
 def test_events_see_every_finished_step_and_a_stop_ends_the_run() -> None:
@@ -274,7 +273,7 @@ def test_the_first_number_that_is_not_finite_ends_the_run(method: type[Failing],
         trainer.run([lambda step, metrics: finished.append(step)])
     assert str(caught.value).startswith(message)
     assert finished == [1, 2]
-    assert trainer.step == trainer.ema.updates == 2
+    assert trainer.step == trainer.ema["student"].updates == 2
     assert all(bool(value.isfinite().all()) for value in weights(trainer).values())
 
 

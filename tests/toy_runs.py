@@ -83,7 +83,7 @@ def toy_trainer(
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     """A copy of every trained parameter and of the average, by `role/parameter` and `ema/parameter`."""
     named = {f"{name}/{key}": value for name, role in trainer.roles.trained.items() for key, value in role.state_dict().items()}
-    named |= {f"ema/{key}": value for key, value in trainer.ema.shadow.items()}
+    named |= {f"ema/{key}": value for key, value in trainer.ema["student"].shadow.items()}
     return {key: value.clone() for key, value in named.items()}
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from fastgen.discovery import find_class, module_names
 from fastgen.distillers.base import Distiller
 
+# What several methods are made of.
+SHARED = ("anchor", "base", "divergences", "gan", "losses", "matching", "points", "regression", "rollout", "running", "solver", "tangents")
+
 
 def distiller_names() -> list[str]:
     """Names that `distiller.name` accepts."""
-    return module_names(__name__, shared=("base", "losses", "points", "rollout", "solver", "tangents"))
+    return module_names(__name__, shared=SHARED)
 
 
 def distiller_class(name: str) -> type[Distiller]:

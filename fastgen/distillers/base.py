@@ -18,7 +18,7 @@ from fastgen.denoiser import Predictor, guided
 from fastgen.path import Path
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec
-from fastgen.sampling import Predict
+from fastgen.sampling import Experts, Predict
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,29 @@ class Loss:
 Models = Mapping[str, Predictor]
 Term = Callable[[Models, Batch, SampleRng, int], Loss]
 
-__all__ = ["Batch", "Distiller", "Loss", "MethodConfig", "Models", "Setting", "Term", "Update"]
+__all__ = ["Batch", "Blend", "Distiller", "Facts", "Loss", "MethodConfig", "Models", "Setting", "Term", "Update"]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Move the weights of role `target` towards those of role `source`: (1 - weight) target + weight source."""
+
+    target: str
+    source: str
+    weight: float
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step of the roles `trains`, on the sum of `terms`; each term's graph is freed before the next is built."""
+    """One optimizer step of the roles `trains`, on the sum of `terms`; each term's graph is freed before the next is built.
+
+    Before it, roles in `settles` take their average for their weights, and then `blends` are made.
+    """
 
     trains: tuple[str, ...]
     terms: tuple[Term, ...]
+    blends: tuple[Blend, ...] = ()
+    settles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,18 @@ class Setting:
         return sampling.quantile(uniform, teacher_shift=self.shift) * self.path.t_max
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the rest of a recipe tells a method before anything is loaded."""
+
+    steps: int  # student.steps
+    guidance: float  # teacher.guidance
+    grid: tuple[float, ...]  # descending path times that the student is sampled at
+    end: float  # the path's largest time
+    train_steps: int = 1
+    trained: tuple[str, ...] = ()  # students that student.init brings, trained
+
+
 class MethodConfig(BaseModel):
     """Base of every method's Config: unknown keys are refused."""
 
@@ -86,6 +112,7 @@ class Distiller(ABC):
     def __init__(self, config: Any, setting: Setting) -> None:
         self.config = config
         self.setting = setting
+        self.statistics: dict[str, Tensor] = {}  # running numbers that its terms keep; saved and restored with the run
 
     @classmethod
     def roles_for(cls, config: Any) -> dict[str, RoleSpec]:
@@ -98,9 +125,27 @@ class Distiller(ABC):
         return False
 
     @classmethod
-    def check(cls, config: Any, *, steps: int, guidance: float) -> None:
-        """UserError where the Config does not fit student.steps or teacher.guidance."""
+    def needs_pairs(cls, config: Any) -> bool:
+        """Whether this Config trains on noise-sample pairs of the teacher."""
+        return False
+
+    @classmethod
+    def check(cls, config: Any, facts: Facts) -> None:
+        """UserError where the Config does not fit the rest of the recipe."""
         return
+
+    def span(self, role: str) -> tuple[int, int] | None:
+        """(first, count) of the student steps in which a role trains, over which its learning rate's schedule runs; None: the whole run."""
+        return None
+
+    def students(self) -> list[tuple[str, float]]:
+        """The roles that make up the student, each with the path time that its share of sampling ends at; the last ends at 0."""
+        return [("student", 0.0)]
+
+    def sampler(self, models: Models) -> Predict:
+        """What the student is sampled with."""
+        roles, ends = zip(*self.students(), strict=True)
+        return models[roles[0]] if len(roles) == 1 else Experts([models[role] for role in roles], ends)
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:

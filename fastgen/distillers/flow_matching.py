@@ -14,7 +14,7 @@ from fastgen import conditioning
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
 from fastgen.rng import SampleRng
-from fastgen.roles import trainable
+from fastgen.roles import student
 from fastgen.timesteps import TimeSampling
 
 
@@ -30,7 +30,7 @@ class FlowMatching(Distiller):
 
     Config = FlowMatchingConfig
     student_is_guided = True
-    roles: ClassVar = {"student": trainable()}
+    roles: ClassVar = {"student": student()}
     config: FlowMatchingConfig
 
     @classmethod

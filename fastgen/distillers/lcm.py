@@ -19,12 +19,12 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from fastgen.conditioning import Conditioning
-from fastgen.distillers.base import Batch, Distiller, Loss, Models, Update
+from fastgen.distillers.base import Batch, Distiller, Facts, Loss, Models, Update
 from fastgen.distillers.solver import SolverConfig, Step, draw_step, move, teacher_step
 from fastgen.errors import UserError
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
-from fastgen.roles import RoleSpec, frozen, trainable
+from fastgen.roles import RoleSpec, frozen, student
 from fastgen.surgery import second_time
 
 
@@ -47,22 +47,23 @@ class LCM(Distiller):
     """Roles: student (trained), teacher (frozen). Needs latents."""
 
     Config = LCMConfig
-    roles: ClassVar[dict[str, RoleSpec]] = {"student": trainable(inputs=("guidance",)), "teacher": frozen()}
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": student(inputs=("guidance",)), "teacher": frozen()}
     config: LCMConfig
 
     @classmethod
     def roles_for(cls, config: LCMConfig) -> dict[str, RoleSpec]:
-        return cls.roles if config.guidance else {**cls.roles, "student": trainable()}
+        return cls.roles if config.guidance else {**cls.roles, "student": student()}
 
     @classmethod
     def needs_latents(cls, config: LCMConfig) -> bool:
         return True
 
     @classmethod
-    def check(cls, config: LCMConfig, *, steps: int, guidance: float) -> None:
-        if config.guidance and not config.guidance[0] <= guidance <= config.guidance[1]:
+    def check(cls, config: LCMConfig, facts: Facts) -> None:
+        if config.guidance and not config.guidance[0] <= facts.guidance <= config.guidance[1]:
             raise UserError(
-                f"recipe key distiller.guidance: {list(config.guidance)} does not hold teacher.guidance {guidance}, for which the student is exported"
+                f"recipe key distiller.guidance: {list(config.guidance)} does not hold teacher.guidance {facts.guidance}, "
+                "for which the student is exported"
             )
 
     def updates(self, step: int) -> list[Update]:

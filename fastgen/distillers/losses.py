@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,23 @@ def log_variance_weighted(per_sample: Tensor, log_variance: Tensor) -> Tensor:
     return (per_sample * torch.exp(-log_variance) + log_variance).mean()
 
 
-def kl_weight(path: Path, t: Tensor, x: Tensor) -> Tensor:
-    """alpha^2 / sigma^2, shaped to broadcast against x: with it, and no normaliser, the surrogate's gradient is that of
-    KL(q_t || p_t) (Yin et al. 2024a, eq. 7, written for mean predictions); t: (B,) with sigma > 0."""
+def kl_weight(path: Path, t: Tensor, x: Tensor, s: Tensor | None = None) -> Tensor:
+    """alpha_t alpha_t|s / sigma_t^2, shaped to broadcast against x: with it, and no normaliser, the surrogate's gradient is that of
+    KL(q_t || p_t) (Yin et al. 2024a, eq. 7, written for mean predictions); t: (B,) with sigma > 0; s: (B,) where the samples stand,
+    None for clean ones, with which it is alpha^2 / sigma^2."""
     alpha, sigma = path.coeffs(t)
-    return expand_time(alpha**2 / sigma**2, x)
+    return expand_time(alpha * path.bridge(torch.zeros_like(t) if s is None else s, t)[0] / sigma**2, x)
+
+
+MatchingWeight = Literal["normalised", "alpha", "kl"]
+
+
+def matching_weight(name: MatchingWeight, path: Path, s: Tensor, t: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """Factor of mu_fake - mu_real, shaped to broadcast against x: `normalised` 1 / scale as DMD2's released code, `alpha` alpha_t / scale as
+    DMD's eq. 8, `kl` the exact gradient's; scale: the normaliser."""
+    if name == "kl":
+        return kl_weight(path, t, x, s)
+    return (expand_time(path.coeffs(t)[0], x) if name == "alpha" else 1) / scale
 
 
 def normaliser(x: Tensor, real: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from fastgen.distillers.solver import FLOW
 from fastgen.distillers.tangents import check_student, derivative, faded
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
-from fastgen.roles import RoleSpec, frozen, trainable
+from fastgen.roles import RoleSpec, frozen, student
 from fastgen.sampling import Predict
 from fastgen.surgery.second_time import given, noise_fraction
 from fastgen.timesteps import TimeSampling
@@ -55,7 +55,7 @@ class MeanFlow(Distiller):
     """Roles: student with a second time (trained), teacher (frozen; absent in the training variant). Needs latents."""
 
     Config = MeanFlowConfig
-    roles: ClassVar[dict[str, RoleSpec]] = {"student": trainable(inputs=("second_time",)), "teacher": frozen()}
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": student(inputs=("second_time",)), "teacher": frozen()}
     config: MeanFlowConfig
 
     def __init__(self, config: Any, setting: Any) -> None:

@@ -20,7 +20,7 @@ from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.distillers.rollout import RolloutConfig
 from fastgen.distillers.scm import SCM, SCMConfig
 from fastgen.rng import SampleRng
-from fastgen.roles import RoleSpec, frozen, trainable
+from fastgen.roles import RoleSpec, frozen, student, trainable
 from fastgen.sampling import Renoise
 from fastgen.timesteps import TimeSampling
 
@@ -48,7 +48,7 @@ class RCM(SCM):
     """Roles: student, fake_score (trained), teacher (frozen)."""
 
     Config = RCMConfig
-    roles: ClassVar[dict[str, RoleSpec]] = {"student": trainable(), "fake_score": trainable(), "teacher": frozen()}
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "fake_score": trainable(), "teacher": frozen()}
     config: RCMConfig
 
     def __init__(self, config: Any, setting: Any) -> None:

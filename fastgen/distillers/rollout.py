@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgen.conditioning import Conditioning
 from fastgen.distillers.base import Setting
 from fastgen.rng import SampleRng
-from fastgen.sampling import Predict, Renoise, few_step
+from fastgen.sampling import Predict, Renoise, walk
 from fastgen.timesteps import TimeSampling
 
 
@@ -35,6 +35,27 @@ class RolloutConfig(BaseModel):
 ON_GRID = RolloutConfig()
 
 
+class Segment(NamedTuple):
+    """Which part of its sampling a student is trained on: the evaluations `first` to `stop` - 1 (None: the last), whose samples are
+    taken to path time `end`."""
+
+    first: int = 0
+    stop: int | None = None
+    end: float = 0.0
+
+
+WHOLE = Segment()
+
+
+class Sample(NamedTuple):
+    """What a rollout ends with: x (B, *shape) at the segment's end, the x0 that its exit predicted (the same for end 0), and the
+    exit's path time ()."""
+
+    x: Tensor
+    x0: Tensor
+    t: Tensor
+
+
 def student_samples(
     predict: Predict,
     setting: Setting,
@@ -44,13 +65,27 @@ def student_samples(
     renoise: Renoise,
     train: bool,
     rollout: RolloutConfig = ON_GRID,
-) -> Tensor:
-    """x0 samples (B, *shape) of a rollout that exits at a random step of its times, the same step for the whole global batch.
+    segment: Segment = WHOLE,
+    data: Tensor | None = None,
+) -> Sample:
+    """A rollout that exits at a random evaluation of the segment, the same one for the whole global batch.
 
-    With `train` exactly the exit's evaluation is in the graph; without it none is. A one-step student always sees pure noise.
+    With `train` exactly the exit's evaluation is in the graph; without it none is. The first evaluation always sees pure noise.
+    data: clean latents (B, *shape); noised, they replace the student's own samples as the inputs of later evaluations, which saves
+    the rollout and trains on inputs that sampling never meets.
     """
-    times = rollout.draw(setting, rng)
-    exit_at = rng.shared_index("exit", len(times))
-    noise = rng.normal("noise", setting.shape)
+    times, path = rollout.draw(setting, rng), setting.path
+    exit_at = segment.first + rng.shared_index("exit", (segment.stop or len(times)) - segment.first)
+    noise, t = rng.normal("noise", setting.shape), times[exit_at]
+    each = t.expand(len(noise))
+    with torch.no_grad():
+        if data is None or exit_at == 0:
+            x = walk(predict, noise, times[: exit_at + 1], cond, rng, renoise=renoise)
+        else:
+            x = path.mix(data, noise, each).to(noise.dtype)
     with torch.set_grad_enabled(train):
-        return few_step(predict, noise, times, cond, rng, renoise=renoise, grad_at=exit_at)
+        x0 = predict(x, each, cond).to(noise.dtype)
+        if segment.end == 0:
+            return Sample(x0, x0, t)
+        end = torch.full_like(each, segment.end)
+        return Sample(path.mix(x0, path.convert(x0, x, each, "x0", "eps"), end).to(noise.dtype), x0, t)

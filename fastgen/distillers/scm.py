@@ -21,13 +21,13 @@ from torch import Tensor
 
 from fastgen.denoiser import Predictor
 from fastgen.distillers import losses
-from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
+from fastgen.distillers.base import Batch, Distiller, Facts, Loss, MethodConfig, Models, Update
 from fastgen.distillers.points import TRIG, Points, TrajectoryConfig, data_points, trajectory_points
 from fastgen.distillers.tangents import Network, check_student, derivative, faded, precise
 from fastgen.errors import UserError
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
-from fastgen.roles import RoleSpec, frozen, trainable
+from fastgen.roles import RoleSpec, frozen, student
 from fastgen.sampling import Predict
 from fastgen.timesteps import TimeSampling
 
@@ -70,7 +70,7 @@ class SCM(Distiller):
     """Roles: student (trained), teacher (frozen; absent when the ODE is the data's)."""
 
     Config = SCMConfig
-    roles: ClassVar[dict[str, RoleSpec]] = {"student": trainable(), "teacher": frozen()}
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "teacher": frozen()}
     config: SCMConfig
 
     def __init__(self, config: Any, setting: Any) -> None:
@@ -89,9 +89,9 @@ class SCM(Distiller):
         return config.points == "data"
 
     @classmethod
-    def check(cls, config: SCMConfig, *, steps: int, guidance: float) -> None:
-        if guidance != 1 and "teacher" not in cls.roles_for(config):
-            raise UserError(f"recipe key teacher.guidance: {guidance}, but distiller.variant: training has no teacher to guide; remove it")
+    def check(cls, config: SCMConfig, facts: Facts) -> None:
+        if facts.guidance != 1 and "teacher" not in cls.roles_for(config):
+            raise UserError(f"recipe key teacher.guidance: {facts.guidance}, but distiller.variant: training has no teacher to guide; remove it")
 
     def updates(self, step: int) -> list[Update]:
         self._stored.clear()

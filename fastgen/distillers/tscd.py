@@ -24,12 +24,12 @@ from torch import Tensor
 
 from fastgen.conditioning import Conditioning
 from fastgen.distillers import losses
-from fastgen.distillers.base import Batch, Distiller, Loss, Models, Update
+from fastgen.distillers.base import Batch, Distiller, Facts, Loss, Models, Update
 from fastgen.distillers.solver import SolverConfig, Step, draw_step, move, teacher_step
 from fastgen.errors import UserError
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
-from fastgen.roles import RoleSpec, frozen, trainable
+from fastgen.roles import RoleSpec, frozen, student
 from fastgen.surgery.second_time import noise_fraction
 
 
@@ -60,7 +60,7 @@ class TSCD(Distiller):
     """Roles: student (trained), teacher (frozen). Needs latents."""
 
     Config = TSCDConfig
-    roles: ClassVar[dict[str, RoleSpec]] = {"student": trainable(), "teacher": frozen()}
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "teacher": frozen()}
     config: TSCDConfig
 
     @classmethod
@@ -68,10 +68,12 @@ class TSCD(Distiller):
         return True
 
     @classmethod
-    def check(cls, config: TSCDConfig, *, steps: int, guidance: float) -> None:
-        last = config.stages[-1].segments
+    def check(cls, config: TSCDConfig, facts: Facts) -> None:
+        last, steps = config.stages[-1].segments, facts.steps
         if steps % last:
-            raise UserError(f"recipe key distiller.stages: the last stage has {last} segments, of which student.steps {steps} is not a multiple")
+            raise UserError(
+                f"recipe key distiller.stages: the last stage has {last} segments, of which student.steps {steps} is not a multiple"
+            )
 
     def updates(self, step: int) -> list[Update]:
         return [Update(("student",), (self.consistency,))]

@@ -73,8 +73,12 @@ class Family(ABC):
         """The repeated blocks in order: for sharding, checkpointing, feature taps and surgery."""
 
     def block_feature(self, output: Any) -> Tensor:
-        """The image stream in a block's output."""
+        """The image stream in a block's output: tokens (B, N, C), or vectors (B, C)."""
         return output[-1] if isinstance(output, tuple) else output
+
+    @abstractmethod
+    def feature_widths(self, backbone: nn.Module) -> list[int]:
+        """Channels C of each block's `block_feature`, in the order of `blocks`; from shapes alone, so that a meta network will do."""
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -98,6 +98,10 @@ class SD3(Family):
     def blocks(self, backbone: nn.Module) -> list[nn.Module]:
         return list(backbone.transformer_blocks)  # type: ignore[arg-type]
 
+    def feature_widths(self, backbone: nn.Module) -> list[int]:
+        network: Any = backbone
+        return [network.config.num_attention_heads * network.config.attention_head_dim] * len(network.transformer_blocks)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         if self._encoder_pipeline is None:

@@ -140,6 +140,9 @@ class Toy(Family):
     def blocks(self, backbone: nn.Module) -> list[nn.Module]:
         return list(backbone.layers)  # type: ignore[arg-type]
 
+    def feature_widths(self, backbone: nn.Module) -> list[int]:
+        return [layer.out_features for layer in backbone.layers]  # type: ignore[union-attr]
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         count = len(self.mixture.weights)
         for prompt in prompts:

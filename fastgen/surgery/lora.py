@@ -51,6 +51,11 @@ def parameters(backbone: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {key: value for key, value in backbone.named_parameters() if f".{name}." in key and "lora_" in key}
 
 
+def own_name(key: str, name: str | None) -> str:
+    """The name of a parameter without its adapter's, the same for the same place in every adapter."""
+    return key if name is None else key.replace(f".{name}.", ".")
+
+
 def state_dict(backbone: nn.Module, name: str) -> dict[str, Tensor]:
     """The adapter in peft's key format, which diffusers' `save_lora_weights` takes."""
     from peft import get_peft_model_state_dict

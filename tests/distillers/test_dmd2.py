@@ -144,7 +144,7 @@ def test_exit_and_samples_do_not_depend_on_how_the_batch_is_split(renoise: Any) 
             parts = []
             for ids in split:
                 recorded = Recorded(student)
-                parts.append(student_samples(recorded, setting, prompt(-1, len(ids)).cond, rng(ids, step), renoise=renoise, train=False))
+                parts.append(student_samples(recorded, setting, prompt(-1, len(ids)).cond, rng(ids, step), renoise=renoise, train=False).x)
                 counts.add(len(recorded.inputs))
             samples.append(torch.cat(parts))
         assert len(counts) == 1
@@ -164,7 +164,7 @@ def test_a_rollout_starts_at_pure_noise_and_walks_the_grid(path: Path) -> None:
     for step in range(12):
         student = Recorded(roles["student"].predictor)
         cond = prompt(-1, 5).cond
-        sample = student_samples(student, setting, cond, rng(range(5), step), renoise="euler", train=False)
+        sample = student_samples(student, setting, cond, rng(range(5), step), renoise="euler", train=False).x
         called = [t.unique().item() for _, t, _ in student.inputs]
         assert called == pytest.approx(times[: len(called)])
         x = rng(range(5), step).normal("noise", (2,)) * (times[0] if isinstance(path, VarianceExploding) else 1)
@@ -293,7 +293,7 @@ def test_the_shifted_gaussian_is_a_guided_students_optimum() -> None:
     [
         ({"critic_updates": 0}, "recipe key distiller.critic_updates: Input should be greater than or equal to 1 (given: 0)"),
         ({"critic_update": 3}, "recipe key distiller.critic_update: unknown key; did you mean 'critic_updates'?"),
-        ({"weight": "sum"}, "recipe key distiller.weight: Input should be 'normalised' or 'kl' (given: 'sum')"),
+        ({"weight": "sum"}, "recipe key distiller.weight: Input should be 'normalised', 'alpha' or 'kl' (given: 'sum')"),
         ({"renoise": "ddim"}, "recipe key distiller.renoise: Input should be 'euler', 'stochastic' or 'fixed' (given: 'ddim')"),
         ({"match_times": {"low": 0.1}}, "recipe key distiller.match_times.low: unknown key; did you mean 'lo'?"),
         ({"critic_times": {"hi": 1.5}}, "recipe key distiller.critic_times.hi: Input should be less than or equal to 1 (given: 1.5)"),

@@ -13,7 +13,7 @@ from fastgen.distillers.base import Distiller
 from fastgen.distillers.rcm import RCM
 from fastgen.distillers.scm import SCM
 from fastgen.distillers.tbcm import TBCM
-from fastgen.ema import EMA
+from fastgen.ema import EMA, Averages
 from fastgen.families.toy import Mixture, Toy
 from fastgen.sampling import few_step, ode
 from fastgen.trainer import Trainer
@@ -40,7 +40,7 @@ def start_as_a_fitted_network(trainer: Trainer, mixture: Mixture, steps: int = 1
         (trainer.models["student"](x, t, cond, "velocity") - velocity).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    trainer.ema = EMA(role.parameters(), trainer.settings.ema)
+    trainer.ema = Averages({"student": EMA(role.parameters(), trainer.settings.ema)})
 
 
 def one_step_errors(trainer: Trainer, mixture: Mixture, count: int = 20_000) -> tuple[float, Tensor, Tensor]:

@@ -1,0 +1,176 @@
+"""Phased DMD (arXiv:2510.27684): progressive distribution matching over signal-to-noise intervals, with an expert for each.
+
+Phase k trains an expert on its own steps of the student's grid to reach noise level s_k with the teacher's law p_s there, not with
+finished samples; the last phase ends at data and is ordinary DMD. Matching in phase k happens at noise levels above s_k up to 1, so the
+matching intervals nest while the step intervals tile [0, 1]. A finished expert is replaced by its average, frozen, and rolled out
+without gradients in front of the next one. Fake scores start from the teacher in every phase.
+
+Why: with random exits a multi-step student is asked for finished samples at every step, and its first step commits to few modes. Here
+the first expert is asked for the teacher's law at high noise, where every divergence covers modes.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, full_like
+
+from fastgen.distillers.base import Facts, Update
+from fastgen.distillers.dmd2 import DMD2, DMD2Config
+from fastgen.distillers.rollout import Segment
+from fastgen.errors import UserError
+from fastgen.roles import RoleSpec
+from fastgen.timesteps import TimeSampling
+
+KEY = "recipe key distiller.phases"
+_TOLERANCE = 2e-3  # recipes round the times of a shifted grid
+
+
+class Phase(BaseModel):
+    """The steps from noise level `start` down to `end`, flow times in [0, 1] of the student's grid; share: of the run's student steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    start: float = Field(ge=0, le=1)
+    end: float = Field(ge=0, le=1)
+    share: float = Field(default=1.0, gt=0)
+
+
+class PhasedDMDConfig(DMD2Config):
+    """dmd2's keys, and: phases: their step intervals, from noise to data. first_phase: where this run begins; later ones than 1 need the
+    experts before them from `student.init`. margin: least distance of a matching level from the phase's end, as a share of the range."""
+
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    first_phase: int = Field(1, ge=1)
+    margin: float = Field(0.02, gt=0, lt=1)
+
+
+def expert_name(base: str, phase: int) -> str:
+    """`student`, `student_2`, ...: the role of phase 1, 2, ..."""
+    return base if phase == 1 else f"{base}_{phase}"
+
+
+class PhasedDMD(DMD2):
+    """Roles: student, student_2, ... (an expert for each phase), fake_score, fake_score_2, ..., discriminator (with `gan`), teacher."""
+
+    Config = PhasedDMDConfig
+    config: PhasedDMDConfig  # type: ignore[assignment]
+
+    def __init__(self, config: Any, setting: Any) -> None:
+        super().__init__(config, setting)
+        grid = setting.grid.tolist()
+        # The grid's own times, to its precision.
+        self._ends = [min((*grid, 0.0), key=lambda t, end=phase.end: abs(t - end * setting.path.t_max)) for phase in config.phases]
+        self._spans = _spans(config, setting.train_steps)
+
+    @classmethod
+    def roles_for(cls, config: PhasedDMDConfig) -> dict[str, RoleSpec]:  # type: ignore[override]
+        shared = super().roles_for(config)
+        experts = {expert_name(base, k): shared.pop(base) for base in ("student", "fake_score") for k in [1]}
+        for k in range(2, len(config.phases) + 1):
+            experts |= {expert_name(base, k): experts[base] for base in ("student", "fake_score")}
+        return experts | shared
+
+    @classmethod
+    def check(cls, config: PhasedDMDConfig, facts: Facts) -> None:  # type: ignore[override]
+        super().check(config, facts)
+        _check_phases(config, facts)
+        missing = [name for k in range(1, config.first_phase) if (name := expert_name("student", k)) not in facts.trained]
+        if missing:
+            raise UserError(
+                f"recipe key distiller.first_phase: {config.first_phase} starts after an expert that has not been trained ({missing[0]}); "
+                "give student.init the folder of a run that trained it"
+            )
+        if config.renoise != "euler":
+            raise UserError(f"recipe key distiller.renoise: {config.renoise}, but a phase ends at a noise level, which only euler steps reach")
+        if config.rollout.times != "grid":
+            raise UserError("recipe key distiller.rollout.times: sampled, but phases divide the student's own grid; use grid")
+
+    def phase_at(self, step: int) -> int:
+        """1, 2, ...: the phase of student step `step`."""
+        return next(k for k, (start, stop) in self._spans.items() if start <= step < stop)
+
+    def span(self, role: str) -> tuple[int, int] | None:
+        base = re.fullmatch(r"(.*)_(\d+)", role)
+        phase = int(base[2]) if base else 1
+        if role == "discriminator" or phase not in self._spans:
+            return super().span(role)
+        start, stop = self._spans[phase]
+        return start, stop - start
+
+    def students(self) -> list[tuple[str, float]]:
+        return [(expert_name("student", k), end) for k, end in enumerate(self._ends, 1)]
+
+    def student_at(self, step: int) -> str:
+        return expert_name("student", self.phase_at(step))
+
+    def fake_at(self, step: int) -> str:
+        return expert_name("fake_score", self.phase_at(step))
+
+    def first_step(self, step: int) -> int:
+        return self._spans[self.phase_at(step)][0]
+
+    def segment(self, step: int) -> Segment:
+        k = self.phase_at(step)
+        grid, ends = self.setting.grid.tolist(), [float("inf"), *self._ends]
+        own = [i for i, t in enumerate(grid) if ends[k] < t <= ends[k - 1]]
+        first = 1 if self.config.anchor and k == 1 else own[0]
+        return Segment(first, own[-1] + 1, self._ends[k - 1])
+
+    def updates(self, step: int) -> list[Update]:
+        first, *others = super().updates(step)
+        k = self.phase_at(step)
+        if step == self._spans[k][0] and k > self.config.first_phase:
+            first = Update(first.trains, first.terms, first.blends, settles=(expert_name("student", k - 1),))
+        return [first, *others]
+
+    def _times(self, times: TimeSampling, uniform: Tensor, step: int, below: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        end, t_max = self.segment(step).end, self.setting.path.t_max
+        if end == 0:
+            return super()._times(times, uniform, step, below)
+        floor = end / t_max + self.config.margin
+        if below is not None:
+            times = times.up_to(max(below.item() / t_max, floor + self.config.margin))
+        t = times.above(uniform, floor, teacher_shift=self.setting.shift) * t_max
+        return t, full_like(t, end)
+
+
+def _spans(config: PhasedDMDConfig, train_steps: int) -> dict[int, tuple[int, int]]:
+    """(first, one past the last) student step of each phase that this run trains."""
+    phases = range(config.first_phase, len(config.phases) + 1)
+    total, done, edges = sum(config.phases[k - 1].share for k in phases), 0.0, [0]
+    for k in phases:
+        done += config.phases[k - 1].share
+        edges.append(round(train_steps * done / total))
+    return dict(zip(phases, pairwise(edges), strict=True))
+
+
+def _check_phases(config: PhasedDMDConfig, facts: Facts) -> None:
+    phases, grid = config.phases, [t / facts.end for t in facts.grid]
+    if phases[0].start != 1 or phases[-1].end != 0:
+        raise UserError(f"{KEY}: they run from {phases[0].start} to {phases[-1].end}; together they must tile [0, 1], from 1 down to 0")
+    for before, after in pairwise(phases):
+        if before.end != after.start:
+            raise UserError(
+                f"{KEY}: one ends at {before.end} and the next starts at {after.start}; together they must tile [0, 1] without gap or overlap"
+            )
+        if min(abs(before.end - t) for t in grid[1:] or [-1]) > _TOLERANCE:
+            raise UserError(
+                f"{KEY}: boundary {before.end} is none of the student's times {[round(t, 4) for t in grid[1:]]}, at which a phase can end"
+            )
+    for phase in phases:
+        if not phase.start > phase.end:
+            raise UserError(f"{KEY}: start {phase.start} must be above end {phase.end}")
+    if config.first_phase > len(phases):
+        raise UserError(f"recipe key distiller.first_phase: {config.first_phase}, but there are {len(phases)} phases")
+    for k, (start, stop) in _spans(config, facts.train_steps).items():
+        if start == stop:
+            raise UserError(f"recipe key train.steps: {facts.train_steps} leaves phase {k} no student step")
+    hi = min(times.hi for times in (config.match_times, config.critic_times))
+    if any(hi <= phase.end + config.margin for phase in phases):
+        raise UserError(f"recipe key distiller.margin: no noise level between {phases[0].end} + {config.margin} and {hi} is left to match at")
+    own = [sum(phases[0].end + _TOLERANCE < t for t in grid)]
+    if config.anchor is not None and own[0] < 2:
+        raise UserError("recipe key distiller.anchor: the first phase has one step, which the anchor would take; it needs two")
