@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List or show the recipes that come with fastgen.")
 app.add_typer(recipes_app, name="recipes")
+cache_app = typer.Typer(help="Draw once what several runs use.")
+app.add_typer(cache_app, name="cache")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.")]
 Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key=value]...", help="Overrides, such as train.steps=50.")]  # noqa: UP045
@@ -93,16 +96,32 @@ def sample(
     output: Annotated[Path, typer.Option(help="PNG file.")],
     steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Network evaluations (default: the student's).")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; the next ones count up.")] = 0,
+    first_step_from_teacher: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=MOST_STEPS, metavar="N", help="For diversity: N steps of the teacher replace the student's first one."),
+    ] = None,
+    first_step_guidance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="W", help="The teacher's guidance in them (default: 1, none)."),
+    ] = None,
 ) -> None:
     """Draw pictures with an exported student."""
     from fastgen import pictures, terminal
-    from fastgen.generator import load_student
+    from fastgen.generator import load_student, load_teacher_of
 
+    if first_step_guidance is not None and first_step_from_teacher is None:
+        raise UserError("--first-step-guidance: needs --first-step-from-teacher")
+    guidance = 1.0 if first_step_guidance is None else first_step_guidance
+    if not 1 <= guidance < math.inf:
+        raise UserError(f"--first-step-guidance: {guidance:g} is not a number from 1 (no guidance) up")
     if output.suffix.lower() != ".png":
         raise UserError(f"--output: {str(output)!r} must end in .png")
     _check_file(output)
     terminal.quiet()
     student = load_student(student_dir)
+    if first_step_from_teacher is not None:
+        student.times_after_first(steps)  # refuses before the teacher is loaded
+        student = student.with_first_step(load_teacher_of(student_dir, guidance=guidance), first_step_from_teacher)
     images = student(prompt, [seed + i for i in range(len(prompt))], steps)
     pictures.save_png(pictures.picture_row(images), output)
     terminal.note(f"picture: {output}")
@@ -180,6 +199,31 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shi
     from fastgen.config import find_recipe, read_text
 
     terminal.echo(read_text(find_recipe(name)).rstrip())
+
+
+@cache_app.command("pairs")
+def cache_pairs(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option(help="Folder of the pairs; one that holds some of them is continued.")],
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option(min=1, help="Pairs in all.")] = 10_000,
+    steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Sampling steps (default: the teacher's).")] = None,  # noqa: UP045
+    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun: order 2, twice the evaluations.")] = "euler",
+    batch: Annotated[int, typer.Option(min=1, help="Pairs drawn at once.")] = 64,
+) -> None:
+    """Draw noise-sample pairs from a recipe's teacher, for data.pairs; the same command goes on where one was interrupted."""
+    from fastgen import caching, terminal
+    from fastgen.config import Recipe
+
+    read, bars = Recipe.load(recipe, overrides or []), terminal.Bars()
+    bars.start("drawing pairs", count)
+    try:
+        folder, made = caching.cache_pairs(
+            read, output, count=count, steps=steps, solver=solver, batch=batch, progress=lambda done: bars.update(done, {})
+        )
+    finally:  # a bar left running hides the terminal's cursor
+        bars.finish()
+    terminal.note(f"pairs: {output} holds {folder.manifest.count}, {made} of them new")
 
 
 @app.command()

@@ -6,27 +6,47 @@ draws when it is given one such generator per prompt. So seed by seed the pictur
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgen import conditioning
+from fastgen import conditioning, timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import UserError
 from fastgen.families import find_family
 from fastgen.families.base import Family
 from fastgen.files import reading
-from fastgen.sampling import Predict, few_step
+from fastgen.sampling import Predict, few_step, walk
 
 
 def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Unit noise (B, *shape) fp32, one CPU generator a sample."""
     return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def first_step_times(family: Family, end: Tensor, steps: int) -> Tensor:
+    """Path times (steps + 1,), fp64, of a teacher's way from its noise end to path time `end` (scalar), which is hit exactly.
+
+    Evenly spaced in the teacher's unshifted time: t_i = t_max S(u_i), u_i = 1 - (1 - S^-1(end/t_max)) i/steps, where
+    S(u) = s u/(1 + (s - 1) u) with the family's shift s, and S^-1 is the same with 1/s.
+    """
+    t_max = family.path.t_max
+    times = timesteps.between(1.0, end.item() / t_max, steps, shift=family.shift) * t_max
+    times[-1] = end
+    return times
+
+
+class FirstStep(NamedTuple):
+    """Who takes a student's first step, and in how many steps of its own."""
+
+    teacher: ImageGenerator
+    steps: int
 
 
 class ImageGenerator:
@@ -52,6 +72,26 @@ class ImageGenerator:
         self.device = torch.device(device)
         self.predict = predict if guidance == 1 else guided(predict, guidance, self._encode([negative_prompt]))
         self._encoded: dict[str, Conditioning] = {}
+        self._first: FirstStep | None = None
+
+    def with_first_step(self, teacher: ImageGenerator, steps: int) -> ImageGenerator:
+        """The same student with its first evaluation replaced by its teacher (Gandikota & Bau 2025, arXiv:2503.10637): no training.
+
+        Few-step students settle structure, and lose diversity, in that step. From the same noise the teacher, with its own generator's
+        guidance (the paper finds little or none best), takes `steps` steps of its probability-flow ODE down to the student's second
+        time (`first_step_times`), and the student goes on from there. They are the steps that every teacher takes here: Euler, which on
+        VP and TrigFlow means DDIM. The paper hands over at the teacher's node nearest to the student's second time; here at that time.
+        UserError for less than one step and for a teacher whose latents or path are not the student's, and, when drawing, for a student
+        of one step, which would have nothing left to do.
+        """
+        if steps < 1:
+            raise UserError(f"--first-step-from-teacher: the teacher takes 1 step or more, got {steps}")
+        theirs, ours = ((family.path, family.latent.shape) for family in (teacher.family, self.family))
+        if theirs != ours:
+            raise UserError(f"--first-step-from-teacher: the teacher has latents {theirs[1]} on {theirs[0]}, the student {ours[1]} on {ours[0]}")
+        combined = copy.copy(self)
+        combined._first = FirstStep(teacher, steps)
+        return combined
 
     def times(self, steps: int | None = None) -> Tensor:
         """The grid (N,), fp64 path times; an explicit grid serves its own number of steps only."""
@@ -60,11 +100,28 @@ class ImageGenerator:
             raise UserError(f"--steps: {steps}, but this student was made for {self.steps}: its second time is part of its weights; train another")
         return self.family.grid(steps, self.explicit_grid if steps == self.steps else None)
 
+    def times_after_first(self, steps: int | None = None) -> Tensor:
+        """The grid without its first time, (N - 1,): what `with_first_step` leaves to the student. UserError where that is nothing."""
+        times = self.times(steps)
+        if len(times) < 2:
+            raise UserError("--first-step-from-teacher: a student that takes 1 step has none left after the teacher's; it needs --steps 2 or more")
+        return times[1:]
+
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """Latents (B, *shape) of one sample a (prompt, seed) pair."""
         noise = noise_from_seeds(seeds, self.family.latent.shape).to(self.device)
-        return few_step(self.predict, noise, self.times(steps).to(self.device), self.conditioning(prompts), renoise="euler")
+        if self._first is None:
+            times, start = self.times(steps), None
+        else:
+            teacher, count = self._first
+            times = self.times_after_first(steps)
+            start = teacher._partly_denoised(noise, prompts, first_step_times(teacher.family, times[0], count)).to(self.device)
+        return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), renoise="euler", start=start)
+
+    def _partly_denoised(self, noise: Tensor, prompts: Sequence[str], times: Tensor) -> Tensor:
+        """Samples (B, *shape) at times[-1] after evaluations at the times before it."""
+        return walk(self.predict, noise.to(self.device), times.to(self.device), self.conditioning(prompts), renoise="euler")
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """Pixels (B, 3, H, W) fp32 in [0, 1], on the CPU."""
@@ -144,6 +201,20 @@ def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> I
         grid=call.get("sigmas"),
         device=device,
         own_steps_only=manifest.get("own_steps_only", False),
+    )
+
+
+def load_teacher_of(student: Path, *, guidance: float | None = None, device: torch.device | str = "cpu") -> ImageGenerator:
+    """The teacher that an exported student's fastgen.json names, with the student's text length and size; guidance: by default its own there."""
+    manifest = read_manifest(student)
+    source, call = manifest["teacher"], manifest["call"]
+    return load_teacher(
+        source["pretrained"],
+        guidance=source["guidance"] if guidance is None else guidance,
+        negative_prompt=source["negative_prompt"],
+        device=device,
+        max_sequence_length=call.get("max_sequence_length"),
+        resolution=call.get("height"),
     )
 
 

@@ -40,31 +40,42 @@ def few_step(
     *,
     renoise: Renoise,
     grad_at: int | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Run x0 predictions at `times` (N,), descending, in the predictor's path time; returns x0 (B, ...) in the noise's dtype.
 
     Between two evaluations the sample moves as `walk` says. With `grad_at=j` this is backward simulation (Yin et al. 2024b, sec. 4.5):
     evaluations before j run without gradients and the x0 of evaluation j is returned, the only one in the graph. Without it the
-    caller's gradient mode holds and all N run.
+    caller's gradient mode holds and all N run. start: as for `walk`.
     """
     last = len(times) - 1 if grad_at is None else grad_at
     assert 0 <= last < len(times), f"grad_at {grad_at} is none of the {len(times)} evaluations"
     with torch.no_grad() if grad_at is not None else nullcontext():
-        x = walk(predict, noise, times[: last + 1], cond, rng, renoise=renoise)
+        x = walk(predict, noise, times[: last + 1], cond, rng, renoise=renoise, start=start)
     return predict(x, times[last].expand(len(x)), cond).to(noise.dtype)
 
 
-def walk(predict: Predict, noise: Tensor, times: Tensor, cond: Conditioning, rng: SampleRng | None = None, *, renoise: Renoise) -> Tensor:
+def walk(
+    predict: Predict,
+    noise: Tensor,
+    times: Tensor,
+    cond: Conditioning,
+    rng: SampleRng | None = None,
+    *,
+    renoise: Renoise,
+    start: Tensor | None = None,
+) -> Tensor:
     """The sample (B, ...) that stands at times[-1] after evaluations at all times (N,) before it, started from unit noise.
 
     Each prediction is moved to the next noise level: `euler` keeps its own eps (deterministic; on Flow exactly x + (t' - t) velocity,
     i.e. DDIM on any path), `stochastic` draws fresh noise from `rng` (consistency sampling, Song et al. 2023, alg. 1), `fixed` reuses
-    the initial noise.
+    the initial noise. start: the sample (B, ...) at times[0] where something else has brought it there; unit noise at the path's scale
+    if None.
     """
     if renoise == "stochastic" and rng is None:
         raise ValueError("stochastic renoising needs an rng")
     path = predict.path
-    x = initial(path, noise, times)
+    x = initial(path, noise, times) if start is None else start
     for i in range(len(times) - 1):
         t = times[i].expand(len(x))
         x0 = predict(x, t, cond)

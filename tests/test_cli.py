@@ -126,6 +126,40 @@ def test_sample_draws_what_load_student_draws(
     assert torch.equal(pixels, torch.cat(list((expected * 255).round().byte()), dim=2))
 
 
+def test_the_teacher_takes_the_first_step(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prompts, file = ["the digit two", "any digit"], tmp_path / "row.png"
+    options = ["--steps", "3", "--first-step-from-teacher", "4"]
+    arguments = [word for prompt in prompts for word in ("--prompt", prompt)]
+    student = load_student(run_dir / "student")
+    shown = []
+    for guidance in (None, 3.0):
+        given = [] if guidance is None else ["--first-step-guidance", str(guidance)]
+        capfd.readouterr()
+        assert cli.main(["sample", str(run_dir / "student"), *arguments, "--seed", "5", *options, *given, "--output", str(file)]) == 0
+        assert capfd.readouterr() == (f"picture: {file}\n", "")
+        teacher = fastgen.load_teacher("fastgen:digits", guidance=guidance or 1.0)
+        expected = student.with_first_step(teacher, 4)(prompts, [5, 6], 3)
+        pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+        assert torch.equal(pixels, torch.cat(list((expected * 255).round().byte()), dim=2))
+        shown.append(expected)
+    alone = student(prompts, [5, 6], 3)
+    assert min((shown[0] - alone).abs().max(), (shown[1] - alone).abs().max(), (shown[0] - shown[1]).abs().max()) > 1e-2
+
+
+def test_a_student_of_one_step_has_no_place_for_the_teachers(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastgen.generator.load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded first"))
+    arguments = ["sample", str(run_dir / "student"), "--prompt", "any digit", "--output", str(tmp_path / "new.png")]
+    capfd.readouterr()
+    assert cli.main([*arguments, "--first-step-from-teacher", "4"]) == 2
+    out, err = capfd.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith("error: --first-step-from-teacher: a student that takes 1 step")
+    assert "--steps 2 or more" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_report_is_written_where_it_is_told(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(run_dir), "--output", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out == f"report: {tmp_path / 'page.html'}\n"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from diffusers import FlowMapEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -23,7 +26,9 @@ from fastgen.export import StudentInfo, export_student
 from fastgen.families import resolve_source
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import MIXTURES, Toy
-from fastgen.generator import ImageGenerator, generate_pictures, noise_from_seeds, read_manifest
+from fastgen.generator import ImageGenerator, first_step_times, generate_pictures, load_teacher_of, noise_from_seeds, read_manifest
+from fastgen.path import Flow, Kind, TrigFlow, VarianceExploding, VariancePreserving
+from fastgen.path import Path as NoisingPath
 
 TOKENS = 16
 
@@ -171,3 +176,140 @@ def test_read_manifest_says_why_a_folder_is_no_student(tmp_path: Path) -> None:
     (tmp_path / "fastgen.json").write_text("[]")
     with pytest.raises(UserError, match=r"fastgen\.json' has format None"):
         load_student(tmp_path)
+
+
+SEEDS = list(range(20, 28))
+PATHS: list[NoisingPath] = [Flow(), TrigFlow(), VariancePreserving(), VarianceExploding()]
+SECOND = 0.15  # the student's second time, as a share of the path's range
+
+
+class Recorded:
+    """A predictor that remembers samples and times it was asked about."""
+
+    def __init__(self, family: Toy) -> None:
+        self.inner = Predictor(Denoiser(family.load_backbone(), family), family)
+        self.path = family.path
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, kind: Kind = "x0", path: NoisingPath | None = None) -> Tensor:
+        self.calls.append((x.clone(), t.clone()))
+        return self.inner(x, t, cond, kind, path)
+
+
+def gaussian(path: NoisingPath, **settings: Any) -> tuple[ImageGenerator, Recorded]:
+    """The closed-form Gaussian with noise at its own scale."""
+    family = Toy("toy:gaussian", path=path)
+    predict = Recorded(family)
+    return ImageGenerator(family, predict, **{"steps": 3, "grid": [1.0, SECOND, SECOND / 2]} | settings), predict
+
+
+MEAN, COVARIANCE = torch.tensor([0.5, -0.3]).double(), torch.tensor([[0.49, 0.0], [0.0, 0.16]]).double()
+
+
+def by_hand(path: NoisingPath, x: Tensor, times: list[float]) -> Tensor:
+    """Euler steps of the ODE on Flow and VE, DDIM steps on the others, from the definitions, in float64."""
+    schedule = oracle.SCHEDULES[type(path).__name__]
+    for t, following in pairwise(times):
+        now = torch.full((len(x),), t, dtype=torch.float64)
+        if isinstance(path, Flow | VarianceExploding):
+            x = x + (following - t) * oracle.gaussian_prediction("velocity", x, now, schedule, MEAN, COVARIANCE)
+        else:
+            x0, eps = (oracle.gaussian_prediction(kind, x, now, schedule, MEAN, COVARIANCE) for kind in ("x0", "eps"))
+            x = schedule.noisy(x0, eps, torch.full_like(now, following))
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
+def test_the_student_starts_where_the_teachers_first_step_ends(path: NoisingPath, steps: int) -> None:
+    (teacher, asked), (student, answered) = gaussian(path), gaussian(path)
+    plain = student.latents([""] * 8, SEEDS)
+    answered.calls.clear()
+    result = student.with_first_step(teacher, steps).latents([""] * 8, SEEDS)
+
+    scale = path.t_max if isinstance(path, VarianceExploding) else 1.0
+    start = (noise_from_seeds(SEEDS, (2,)) * scale).double()
+    times = [path.t_max * (1 - (1 - SECOND) * i / steps) for i in range(steps + 1)]
+    assert torch.equal(asked.calls[0][0].double(), start)  # the same noise as without the teacher
+    assert [t[0].item() for _, t in asked.calls] == pytest.approx(times[:-1], rel=1e-12)
+    handed_over, _ = answered.calls[0]
+    assert [t[0].item() for _, t in answered.calls] == [SECOND * path.t_max, SECOND / 2 * path.t_max]
+    assert (handed_over - by_hand(path, start, times)).abs().max() <= 1e-6 * max(1, scale)
+    expected = by_hand(path, handed_over.double(), [SECOND * path.t_max, SECOND / 2 * path.t_max])
+    assert (answered.calls[1][0] - expected).abs().max() <= 1e-6 * max(1, scale)
+
+    assert torch.equal(student.latents([""] * 8, SEEDS), plain)  # the student itself is as it was
+    if steps == 1:
+        assert (result - plain).abs().max() <= 1e-5  # this student is its teacher
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
+def test_many_steps_of_the_teacher_are_its_ode(path: NoisingPath) -> None:
+    errors = []
+    for steps in (50, 400):
+        (teacher, asked), (student, answered) = gaussian(path), gaussian(path)
+        student.with_first_step(teacher, steps).latents([""] * 8, SEEDS)
+        assert len(asked.calls) == steps
+        schedule = oracle.SCHEDULES[type(path).__name__]
+        exact = oracle.gaussian_ode_map(asked.calls[0][0].double(), path.t_max, SECOND * path.t_max, schedule, MEAN, COVARIANCE)
+        errors.append((answered.calls[0][0] - exact).abs().max().item())
+    assert errors[1] < 5e-3
+    assert errors[0] / errors[1] == pytest.approx(8, rel=0.25)  # first order
+
+
+def test_the_teachers_times_are_its_own_schedules(sd3_folder: Path) -> None:
+    family = SD3(sd3_folder)
+    assert family.shift == 3
+    # Where the student's second time is a node of the teacher's grid, the teacher's times are the nodes down to it.
+    for count, node in ((4, 2), (10, 7), (25, 1)):
+        own = family.grid(count)
+        assert (first_step_times(family, own[node], node) - own[: node + 1]).abs().max() < 1e-6
+    times = first_step_times(family, torch.tensor(0.6, dtype=torch.float64), 3)
+    assert times.tolist() == pytest.approx([1, 21 / 23, 15 / 19, 0.6], abs=1e-12)  # 3u/(1 + 2u) at u = 1, 7/9, 5/9, 1/3
+    assert times[-1].item() == 0.6
+    toy = Toy("toy:gaussian", path=VarianceExploding())
+    assert first_step_times(toy, torch.tensor(20.0), 3).tolist() == pytest.approx([80, 60, 40, 20])
+
+
+def test_the_teacher_brings_its_guidance_and_the_student_its_grid(sd3_folder: Path, teacher: ImageGenerator) -> None:
+    family = teacher.family
+    student = load_teacher(sd3_folder, steps=2, guidance=1.0, max_sequence_length=TOKENS)
+    for steps in (2, 3):  # the student's own number, and another with a grid of its own
+        rest = [*family.grid(steps)[1:].tolist(), 0.0]
+        x = noise_from_seeds([3, 4, 5], family.latent.shape)
+        times = first_step_times(family, family.grid(steps)[1], 2).tolist()
+        with torch.no_grad():
+            for t, following in pairwise(times):
+                x = x + (following - t) * teacher.predict(x, torch.full((3,), t), teacher.conditioning(PROMPTS), "velocity")
+            for t, following in pairwise(rest):
+                x = x + (following - t) * student.predict(x, torch.full((3,), t), student.conditioning(PROMPTS), "velocity")
+        assert (student.with_first_step(teacher, 2).latents(PROMPTS, [3, 4, 5], steps) - x).abs().max() < 1e-5
+    other = student.with_first_step(student, 2).latents(PROMPTS, [3, 4, 5], steps)
+    assert (other - x).abs().max() > 1e-3
+
+
+def test_a_first_step_that_cannot_be_taken_is_refused(teacher: ImageGenerator) -> None:
+    (gauss, _), (exploding, _) = gaussian(Flow()), gaussian(VarianceExploding())
+    for steps in (0, -1):
+        with pytest.raises(UserError, match=f"--first-step-from-teacher: the teacher takes 1 step or more, got {steps}"):
+            gauss.with_first_step(gauss, steps)
+    with pytest.raises(UserError, match=r"teacher has latents \(2,\) on VarianceExploding\(\), the student \(2,\) on Flow\(\)"):
+        gauss.with_first_step(exploding, 1)
+    with pytest.raises(UserError, match=r"the student \(2,\) on Flow"):
+        gauss.with_first_step(teacher, 1)
+    short, _ = gaussian(Flow(), steps=1, grid=None)
+    both = short.with_first_step(gauss, 2)
+    with pytest.raises(UserError, match=r"a student that takes 1 step .* --steps 2 or more"):
+        both.latents([""], [0])
+    assert both.latents([""], [0], 2).isfinite().all()
+
+
+def test_load_teacher_of_a_student_follows_its_manifest(sd3_folder: Path, tmp_path: Path) -> None:
+    family = SD3(sd3_folder, max_sequence_length=TOKENS, resolution=24)
+    origin = {"pretrained": str(sd3_folder), "guidance": 4.0, "negative_prompt": NEGATIVE}
+    folder = export_student(student_role(family), family, student_info(teacher=origin), tmp_path / "student")
+    for guidance in (None, 1.5):
+        found = load_teacher_of(folder, guidance=guidance)
+        same = load_teacher(sd3_folder, guidance=guidance or 4.0, negative_prompt=NEGATIVE, max_sequence_length=TOKENS, resolution=24)
+        assert torch.equal(found(PROMPTS, [0, 1, 2], 2), same(PROMPTS, [0, 1, 2], 2))
+        assert math.isclose(found.guidance, guidance or 4.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgen.conditioning import Conditioning
 from fastgen.path import Flow, Kind, Path, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.rng import SampleRng
-from fastgen.sampling import Renoise, few_step, initial, ode
+from fastgen.sampling import Renoise, few_step, initial, ode, walk
 
 PATHS: list[Path] = [Flow(), TrigFlow(), VariancePreserving(), VarianceExploding()]
 MEAN = torch.tensor([0.6, -0.4], dtype=torch.float64)
@@ -124,6 +124,20 @@ def test_euler_with_a_single_time_is_the_predictor_on_pure_noise(path: Path) -> 
         assert torch.equal(x, noise() * scale)
         assert torch.equal(t, times.expand(8))
         assert torch.equal(result, predict.answers[0])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("renoise", ["euler", "fixed"])
+def test_a_sampler_goes_on_where_another_stopped(path: Path, renoise: Renoise) -> None:
+    times = TIMES * path.t_max
+    whole = few_step(Exact(path), noise(), times, {}, renoise=renoise)
+    assert torch.equal(few_step(Exact(path), noise(), times, {}, renoise=renoise, start=initial(path, noise(), times)), whole)
+    for stop in (1, 2, 3):
+        predict = Exact(path)
+        start = walk(Exact(path), noise(), times[: stop + 1], {}, renoise=renoise)
+        assert torch.equal(few_step(predict, noise(), times[stop:], {}, renoise=renoise, start=start), whole)
+        assert torch.equal(predict.calls[0][0], start)
+        assert [t[0].item() for _, t, _ in predict.calls] == times[stop:].tolist()
 
 
 def test_samples_keep_the_noises_dtype() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgen.data import digits
 from fastgen.errors import UserError, nearest
-from fastgen.evaluation.diversity import pairwise_distance
+from fastgen.evaluation.diversity import mode_entropy, pairwise_distance, vendi_score
 from fastgen.evaluation.fid import FeatureStatistics, bootstrap_floor, frechet_distance, half_floor
 
 FLOOR_REPEATS = 20
@@ -49,6 +49,7 @@ class Protocol(ABC):
 
     name: str
     image_shape: tuple[int, int, int]
+    metrics: tuple[str, ...]  # names of what `measure` returns
 
     @property
     @abstractmethod
@@ -77,8 +78,12 @@ class Protocol(ABC):
             raise UserError(f"protocol {self.name} measures images of shape {self.image_shape}, the model makes {tuple(shape)}")
 
     def hash(self) -> str:
-        """sha256 over every subset's name, prompts and seeds."""
-        content = {name: [subset.prompts, subset.seeds] for name, subset in self.subsets.items()}
+        """sha256 over the metrics' names and every subset's name, prompts and seeds.
+
+        Results are cached under it: those of fewer metrics are not found any more. A metric that changes its meaning needs a new name.
+        """
+        subsets = {name: [subset.prompts, subset.seeds] for name, subset in self.subsets.items()}
+        content = {"metrics": sorted(self.metrics), "subsets": subsets}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -141,6 +146,16 @@ class Digits(Protocol):
 
     name = "digits"
     image_shape = (3, 8, 8)
+    metrics = (
+        "fd_digits",
+        "fd_digits_named",
+        "fd_digits_pixel",
+        "prompt_accuracy",
+        "parity_accuracy",
+        "diversity",
+        "vendi",
+        "mode_entropy",
+    )
 
     def __init__(self, classifier: Classifier | None = None) -> None:
         """Measure with `classifier`, by default the bundled one (loaded at first use)."""
@@ -161,10 +176,14 @@ class Digits(Protocol):
         }
 
     def measure(self, images: Mapping[str, Tensor]) -> dict[str, float]:
-        """fd_digits, fd_digits_pixel, parity_accuracy and diversity of `open`; fd_digits_named and prompt_accuracy of `named`.
+        """fd_digits_named and prompt_accuracy of `named`, all other `metrics` of `open`.
 
         fd_*: Fréchet distance to all real images, of classifier features (64-d) or 8x8 grey values in [-1, 1] (64-d). Accuracies are
-        fractions of images whose predicted digit agrees with the prompt. diversity: mean feature distance of two samples of one prompt.
+        fractions of images whose predicted digit agrees with the prompt. Over the samples of one prompt text, mean over texts:
+        diversity is the mean feature distance of two samples; vendi the Vendi score of the features as they are (not negative, but
+        cosines of real digits average 0.42, far from saturation: real digits of one class score 1.2 to 1.5, all of them 7.9);
+        mode_entropy the effective number of predicted digits, at most 10, of the generic prompts alone: there every digit is a right
+        answer, while a wrong parity would pass for diversity.
         Raises UserError for images that are not (3, 8, 8), ValueError for a missing or incomplete subset and values outside [0, 1].
         """
         for name, subset in self.subsets.items():
@@ -172,23 +191,28 @@ class Digits(Protocol):
                 raise ValueError(f"subset {name!r} needs {len(subset.prompts)} images, got {len(images.get(name, ()))}")
             self.check_image(images[name].shape[1:])
         named, free, real = self._view(images["named"]), self._view(images["open"]), self._real
-        guessed = free.digits[-len(self._parities) :] % 2
+        texts, num_generic = self.subsets["open"].prompts, self.count("mode_entropy")
+        guessed = free.digits[num_generic:] % 2
         return {
             "fd_digits": frechet_distance(free.feature_statistics, real.feature_statistics),
             "fd_digits_named": frechet_distance(named.feature_statistics, real.feature_statistics),
             "fd_digits_pixel": frechet_distance(free.pixel_statistics, real.pixel_statistics),
             "prompt_accuracy": float((named.digits == self._labels).double().mean()),
             "parity_accuracy": float((guessed == self._parities).double().mean()),
-            "diversity": pairwise_distance(free.features, self.subsets["open"].prompts),
+            "diversity": pairwise_distance(free.features, texts),
+            "vendi": vendi_score(free.features, texts),
+            "mode_entropy": mode_entropy(free.digits[:num_generic], texts[:num_generic]),
         }
 
     def count(self, metric: str) -> int:
-        return len(self._parities) if metric == "parity_accuracy" else len(self._labels)
+        parity, everything = len(self._parities), len(self._labels)
+        return {"parity_accuracy": parity, "mode_entropy": everything - parity}.get(metric, everything)
 
     def floors(self) -> list[Row]:
-        """Both distances of resampled real images (bootstrap, and half against half over split seeds); real diversity and accuracy.
+        """Both distances of resampled real images (bootstrap, and half against half over split seeds); real diversities and accuracy.
 
-        `named` and `open` have equal size and reference, so the floor of fd_digits is also that of fd_digits_named.
+        `named` and `open` have equal size and reference, so the floor of fd_digits is also that of fd_digits_named. vendi and
+        mode_entropy depend on the number of samples, so they are means over draws of one real image for each open prompt.
         """
         real, n = self._real, len(self._labels)
         rows: list[Row] = []
@@ -200,7 +224,7 @@ class Digits(Protocol):
         accuracy = float((real.digits == self._labels).double().mean())
         rows.append(Row(name="diversity", model="real", value=self._real_diversity(), n=n))
         rows.append(Row(name="prompt_accuracy", model="real", value=accuracy, n=n))
-        return rows
+        return rows + self._real_samples()
 
     def extractor_hash(self) -> str:
         """sha256 over the classifier's parameter names, shapes and fp32 bytes."""
@@ -246,14 +270,31 @@ class Digits(Protocol):
         logits = torch.cat([self.classifier(batch) for batch in signed.split(512)])
         return Measured(features=features, digits=logits.argmax(1), pixels=signed.mean(1).flatten(1))
 
-    def _real_diversity(self) -> float:
-        """`diversity` of the real images that each open prompt describes: all for a generic text, those of its parity for the others."""
+    @cached_property
+    def _described(self) -> dict[str, Tensor]:
+        """Rows of the real images that each open prompt describes: all for a generic text, those of its parity for the others."""
         odd = self._labels % 2
-        everything = torch.ones_like(odd, dtype=torch.bool)
-        described = dict.fromkeys(digits.GENERIC, everything) | {text: odd == p for p in (0, 1) for text in digits.PARITY[p]}
-        features = torch.cat([self._real.features[rows] for rows in described.values()])
-        groups = [text for text, rows in described.items() for _ in range(int(rows.sum()))]
-        return pairwise_distance(features, groups)
+        generic = dict.fromkeys(digits.GENERIC, torch.arange(len(odd)))
+        return generic | {text: torch.where(odd == p)[0] for p in (0, 1) for text in digits.PARITY[p]}
+
+    def _real_diversity(self) -> float:
+        groups = [text for text, rows in self._described.items() for _ in rows]
+        return pairwise_distance(self._real.features[torch.cat(list(self._described.values()))], groups)
+
+    def _real_samples(self) -> list[Row]:
+        """vendi and mode_entropy of real images in place of the generated ones: as many for each text, none twice, drawn again by seed."""
+        texts = sorted(self.subsets["open"].prompts, key=list(self._described).index)  # generic ones stay first
+        num_generic = self.count("mode_entropy")
+        scores: list[list[float]] = []
+        for seed in range(FLOOR_REPEATS):
+            generator = torch.Generator().manual_seed(seed)
+            drawn = [rows[torch.randperm(len(rows), generator=generator)[: texts.count(text)]] for text, rows in self._described.items()]
+            shown = self._real.digits[torch.cat(drawn)[:num_generic]]
+            scores.append([vendi_score(self._real.features[torch.cat(drawn)], texts), mode_entropy(shown, texts[:num_generic])])
+        return [
+            Row(name=name, model="real", value=float(over.mean()), n=self.count(name), std=float(over.std()), std_over="seeds")
+            for name, over in zip(("vendi", "mode_entropy"), torch.tensor(scores, dtype=torch.float64).T, strict=True)
+        ]
 
 
 PROTOCOLS: dict[str, Callable[[], Protocol]] = {Digits.name: Digits}

@@ -24,6 +24,8 @@ COLUMNS = (
     Column("FD named", "fd_digits_named", 2),
     Column("FD pixel", "fd_digits_pixel", 2),
     Column("diversity", "diversity", 2),
+    Column("Vendi", "vendi", 2),
+    Column("modes", "mode_entropy", 2),
     Column("training s", "training_seconds", 0),
     Column("s/1000 images", "seconds_per_1000_images", 2),
     Column("images/s", "seconds_per_1000_images", 0, rate=True),

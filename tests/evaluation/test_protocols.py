@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastgen.data import digits
 from fastgen.errors import UserError
-from fastgen.evaluation.diversity import pairwise_distance
+from fastgen.evaluation.diversity import mode_entropy, pairwise_distance, vendi_score
 from fastgen.evaluation.fid import FeatureStatistics, frechet_distance
 from fastgen.evaluation.protocols import Digits, load_protocol, quantise
 
@@ -55,9 +56,20 @@ def test_seeds_are_disjoint_and_the_hash_is_fixed(protocol: Digits):
     assert free.seeds == tuple(range(10_000, 10_000 + N))
     assert protocol.hash() == Digits(protocol.classifier).hash()
     content = {"named": [list(named.prompts), list(named.seeds)], "open": [list(free.prompts), list(free.seeds)]}
-    assert protocol.hash() == hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    # Published numbers name this hash: a change of it is a new protocol and needs a new name.
-    assert protocol.hash().startswith("e8a5cf3837e25632")
+    # What is generated for published numbers: a change of it is a new protocol and needs a new name.
+    assert hashlib.sha256(json.dumps(content).encode()).hexdigest().startswith("e8a5cf3837e25632")
+    whole = json.dumps({"metrics": sorted(protocol.metrics), "subsets": content})
+    assert protocol.hash() == hashlib.sha256(whole.encode()).hexdigest()
+
+
+def test_results_of_fewer_metrics_are_cached_under_another_hash(protocol: Digits):
+    class Older(Digits):
+        metrics = Digits.metrics[:-2]
+
+    class Reordered(Digits):
+        metrics = Digits.metrics[::-1]
+
+    assert Older(protocol.classifier).hash() != protocol.hash() == Reordered(protocol.classifier).hash()
 
 
 def test_unknown_protocol_names_what_is_allowed():
@@ -83,6 +95,7 @@ def test_quantise_refuses_what_is_no_image(bad: float, message: str):
 
 def test_real_images_score_zero_distance_and_the_classifiers_accuracy(protocol: Digits, real: Tensor, by_prompt: Tensor, labels: Tensor):
     values = protocol.measure({"named": real, "open": by_prompt})
+    assert tuple(values) == protocol.metrics
     predicted = protocol.classifier(real * 2 - 1).argmax(1)
     assert values["fd_digits"] == pytest.approx(0, abs=1e-6)
     assert values["fd_digits_named"] == pytest.approx(0, abs=1e-6)
@@ -106,7 +119,23 @@ def test_values_are_those_of_the_quantised_images(protocol: Digits, real: Tensor
     assert values["fd_digits"] == pytest.approx(frechet_distance(of_free, of_real), rel=1e-5)
     assert values["fd_digits_named"] == pytest.approx(frechet_distance(of_named, of_real), rel=1e-5)
     assert values["fd_digits_pixel"] == pytest.approx(frechet_distance(pixels, real_pixels), rel=1e-5)
-    assert values["diversity"] == pytest.approx(pairwise_distance(features[1], protocol.subsets["open"].prompts), rel=1e-5)
+    texts = protocol.subsets["open"].prompts
+    assert values["diversity"] == pytest.approx(pairwise_distance(features[1], texts), rel=1e-5)
+    assert values["vendi"] == pytest.approx(vendi_score(features[1], texts), rel=1e-5)
+    shown = protocol.classifier(seen[1]).argmax(1)
+    assert values["mode_entropy"] == pytest.approx(mode_entropy(shown[:899], texts[:899]), rel=1e-5)
+
+
+def test_a_wrong_parity_is_no_mode(protocol: Digits, real: Tensor, by_prompt: Tensor):
+    """Generic prompts alone count, where no digit is wrong."""
+    wrong = by_prompt.clone()
+    wrong[899:] = wrong[899:].flip(0)
+    before, after = (protocol.measure({"named": real, "open": free}) for free in (by_prompt, wrong))
+    assert after["parity_accuracy"] < 0.5 < before["parity_accuracy"]
+    assert after["mode_entropy"] == before["mode_entropy"]
+    threes = by_prompt.clone()
+    threes[:899] = real[digits.load_images()[1] == 3][0]
+    assert protocol.measure({"named": real, "open": threes})["mode_entropy"] == 1
 
 
 def test_noise_is_far_and_guesses(protocol: Digits):
@@ -133,7 +162,22 @@ def test_one_image_per_prompt_has_no_diversity(protocol: Digits, real: Tensor):
     collapsed = real[torch.tensor([texts.index(text) for text in protocol.subsets["open"].prompts])]
     values = protocol.measure({"named": real, "open": collapsed})
     assert values["diversity"] == 0
+    assert values["vendi"] == pytest.approx(1, abs=1e-9)
+    assert values["mode_entropy"] == 1
     assert values["fd_digits"] > 1
+
+
+def real_samples(protocol: Digits, real: Tensor, labels: Tensor) -> list[dict[str, float]]:
+    """What `measure` says of real images in place of generated ones, drawn independently of `floors`: none twice for one text."""
+    everything = range(N)
+    allowed = {text: [i for i in everything if labels[i] % 2 == p] for p in (0, 1) for text in digits.PARITY[p]}
+    samples = []
+    for seed in range(100, 116):
+        draw = random.Random(seed)
+        decks = {text: draw.sample(allowed.get(text, everything), 400) for text in sorted(set(protocol.subsets["open"].prompts))}
+        shown = torch.tensor([decks[text].pop() for text in protocol.subsets["open"].prompts])
+        samples.append(protocol.measure({"named": real, "open": real[shown]}))
+    return samples
 
 
 def test_floors_are_small_and_real_diversity_is_that_of_the_described_images(protocol: Digits, real: Tensor, labels: Tensor):
@@ -150,6 +194,13 @@ def test_floors_are_small_and_real_diversity_is_that_of_the_described_images(pro
     features = protocol.classifier.features((real * 255).round() / 255 * 2 - 1).double()
     everything, even, odd = (torch.pdist(features[rows]).mean() for rows in (labels >= 0, labels % 2 == 0, labels % 2 == 1))
     assert floors["diversity", None]["value"] == pytest.approx(float(3 * everything + 2 * even + 2 * odd) / 7, rel=1e-6)
+    samples = real_samples(protocol, real, labels)
+    for name, n in (("vendi", 1797), ("mode_entropy", 899)):
+        row, over = floors[name, None], torch.tensor([values[name] for values in samples], dtype=torch.float64)
+        assert (row["n"], row.get("std_over")) == (n, "seeds")
+        assert abs(row["value"] - float(over.mean())) < float(over.std())  # four standard errors of 16 draws' mean
+        assert row.get("std", 0) == pytest.approx(float(over.std()), rel=0.8)
+    assert 9 < floors["mode_entropy", None]["value"] < 10
     accuracy = floors["prompt_accuracy", None]
     assert accuracy["value"] == protocol.measure({"named": real, "open": real})["prompt_accuracy"]
     assert accuracy["n"] == N
