@@ -1,7 +1,8 @@
 """How good are the students, and what do they cost? Makes README's results table and its sample grid.
 
-    python benchmarks/quality.py                    # trains every listed recipe with three seeds, measures, writes
-    python benchmarks/quality.py --readme           # also puts table and grid into README.md
+    python benchmarks/quality.py                                   # trains every listed recipe with three seeds, measures, writes
+    python benchmarks/quality.py --readme                          # also puts table and grid into README.md
+    python benchmarks/quality.py --recipes digits_scm_2step        # only that one; the others' rows stay as they are
 
 Each recipe is trained and exported as a user would; students and teacher are measured with protocol `digits`. Rows go to
 benchmarks/results/quality_digits.jsonl, one measurement a line, with provenance.
@@ -30,6 +31,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 RECIPES = (
     "digits_dmd2_1step",
     "digits_dmd2_4step",
+    "digits_dmd2_gan_1step",
+    "digits_dmd2_gan_4step",
+    "digits_phased_dmd_4step",
+    "digits_f_distill_1step",
     "digits_scm_2step",
     "digits_rcm_2step",
     "digits_tbcm_2step",
@@ -77,6 +82,12 @@ def sample_grid(students: Sequence[Path]) -> Any:
     return pictures.picture_grid(rows, prompts)
 
 
+def kept_rows(recipes: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    """The rows of earlier measurements of other recipes, provenance included."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [row for row in rows if row["model"] in RECIPES and row["model"] not in recipes]
+
+
 def write_readme(table: str, path: Path = ROOT / "README.md") -> None:
     """Replace what stands between README's markers."""
     begin, end = "<!-- quality:begin -->\n", "<!-- quality:end -->"
@@ -87,23 +98,26 @@ def write_readme(table: str, path: Path = ROOT / "README.md") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="run folders; finished ones are used again")
     parser.add_argument("--readme", action="store_true", help="put the table and the grid into README.md")
     arguments = parser.parse_args()
-    bars = Bars()
-    rows: list[Any] = teacher_rows(bars)
-    for recipe in arguments.recipes:
-        rows += over_seeds(recipe, [train_and_measure(recipe, seed, arguments.work, bars) for seed in arguments.seeds])
+    bars, output = Bars(), RESULTS / "quality_digits.jsonl"
     protocol = load_protocol("digits")
-    rows += protocol.floors()
-    origin = runner.provenance(protocol, model_hash=runner.hash_folder(run.resolve_source(TEACHER)))
+    origin = {"seeds": arguments.seeds, "provenance": runner.provenance(protocol, model_hash=runner.hash_folder(run.resolve_source(TEACHER)))}
+    students = [
+        {**row, **origin}
+        for recipe in arguments.recipes
+        for row in over_seeds(recipe, [train_and_measure(recipe, seed, arguments.work, bars) for seed in arguments.seeds])
+    ]
+    students += kept_rows(arguments.recipes, output)
+    students.sort(key=lambda row: RECIPES.index(row["model"]))
+    rows: list[Any] = [*({**row, **origin} for row in teacher_rows(bars)), *students, *({**row, **origin} for row in protocol.floors())]
     RESULTS.mkdir(exist_ok=True)
-    lines = [json.dumps({**row, "seeds": arguments.seeds, "provenance": origin}) for row in rows]
-    (RESULTS / "quality_digits.jsonl").write_text("\n".join(lines) + "\n")
-    students = [arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in arguments.recipes]
-    pictures.save_png(sample_grid(students), RESULTS / "digits_grid.png")
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = [arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in RECIPES]
+    pictures.save_png(sample_grid([folder for folder in folders if folder.is_dir()]), RESULTS / "digits_grid.png")
     table = markdown_table(rows)
     print(table)
     if arguments.readme:

@@ -215,14 +215,8 @@ def cache_pairs(
     from fastgen import caching, terminal
     from fastgen.config import Recipe
 
-    read, bars = Recipe.load(recipe, overrides or []), terminal.Bars()
-    bars.start("drawing pairs", count)
-    try:
-        folder, made = caching.cache_pairs(
-            read, output, count=count, steps=steps, solver=solver, batch=batch, progress=lambda done: bars.update(done, {})
-        )
-    finally:  # a bar left running hides the terminal's cursor
-        bars.finish()
+    read = Recipe.load(recipe, overrides or [])
+    folder, made = caching.cache_pairs(read, output, count=count, steps=steps, solver=solver, batch=batch, progress=terminal.Bars())
     terminal.note(f"pairs: {output} holds {folder.manifest.count}, {made} of them new")
 
 

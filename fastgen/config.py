@@ -75,8 +75,19 @@ class MethodBlock(BaseModel):
 
 
 class DataBlock(Block):
+    """pairs: how many noise-sample pairs the teacher draws when the run starts, or a folder made by `fastgen cache pairs`."""
+
     prompts: str | None = None
     images: str | None = None
+    pairs: int | str | None = None
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _number_or_folder(cls, pairs: Any) -> Any:
+        number = isinstance(pairs, int) and not isinstance(pairs, bool) and pairs >= 1
+        if not (pairs is None or number or (isinstance(pairs, str) and pairs)):
+            raise ValueError("a number of pairs, 1 or more, or a folder made by `fastgen cache pairs`")
+        return pairs
 
 
 class OptimizerBlock(Block):

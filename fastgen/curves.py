@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,64 @@ Line = tuple[list[int], list[float]]  # steps, values
 COLOURS = ("#3b82c4", "#d9742b", "#2f9e77", "#c2508f", "#8a6fd1", "#b5952a", "#4aa5b8", "#9a6a4f")
 INK = "#7f7f7e"  # text and axes, replaced by the page's own colour
 _NOT_CURVES = ("step", "seconds")
+
+
+class Panel(NamedTuple):
+    """How a group of scalars is shown: `title` above its curves, `caption` below."""
+
+    title: str
+    caption: str = ""
+
+
+# In the order of a run's page; other groups come before the speed, under their own names. The captions are of distribution matching, the
+# one family that logs these groups.
+PANELS = {
+    "loss": Panel("losses"),
+    "drift": Panel(
+        "drift from the teacher: differences",
+        "Pictures of the averaged student minus the teacher's of the same noise and prompts; 0 is perfect. mean: brightness. "
+        "saturation: share of black and white pixels.",
+    ),
+    "drift_ratio": Panel(
+        "drift from the teacher: ratios",
+        "The same pictures, student over teacher; 1 is perfect. std: contrast. spread: distance between pictures; where it falls they "
+        "become too alike.",
+    ),
+    "match": Panel(
+        "distribution matching",
+        "gap: mean size of the gradient that the student follows, which falls as its distribution nears the teacher's; swings together with a "
+        "rising critic loss mean that the critic lags. real fake: distance of the two scores' predictions. normaliser: what it is divided by.",
+    ),
+    "sample": Panel(
+        "the student's samples while training",
+        "Mean and standard deviation of all latent values; swings are those of brightness and contrast.",
+    ),
+    "critic": Panel(
+        "critic loss by noise level",
+        "The fake score's denoising loss in each quarter of the noise range. More varied samples are harder to denoise, so a slow rise is "
+        "healthy; a jump without a new phase means that the critic does not follow the student.",
+    ),
+    "discriminate": Panel(
+        "discriminator",
+        "Mean logits of real data and of the student's samples. They should stay near each other; far apart, the student learns little from them.",
+    ),
+    "grad_norm": Panel("gradient norms"),
+    "lr": Panel("learning rates"),
+}
+_LAST = "samples_per_second"
+# Scalars that are shown in another group than the one they are logged in, or under another name, in the order of their legends.
+_PLACES = {
+    "drift/std": ("drift_ratio", "std"),
+    "drift/spread": ("drift_ratio", "spread"),
+    "match/gan": ("loss", "gan"),
+    "match/sample_mean": ("sample", "mean"),
+    "match/sample_std": ("sample", "std"),
+    "match/real_fake": ("match", "real fake"),
+    "critic/loss_t0": ("critic", "nearest data"),
+    "critic/loss_t1": ("critic", "second quarter"),
+    "critic/loss_t2": ("critic", "third quarter"),
+    "critic/loss_t3": ("critic", "nearest noise"),
+}
 
 
 def _lines(rows: Rows) -> dict[str, Line]:
@@ -33,9 +91,11 @@ def _lines(rows: Rows) -> dict[str, Line]:
 def by_group(rows: Rows) -> dict[str, dict[str, Line]]:
     """One panel for each group of scalars."""
     panels: dict[str, dict[str, Line]] = {}
-    for name, line in _lines(rows).items():
+    lines, listed = _lines(rows), list(_PLACES)
+    for name in sorted(lines, key=lambda name: listed.index(name) if name in listed else -1):
         group, _, rest = name.partition("/")
-        panels.setdefault(group, {})[rest or name] = line
+        place, label = _PLACES.get(name, (group, rest or name))
+        panels.setdefault(place, {})[label] = lines[name]
     return _ordered(panels)
 
 
@@ -49,13 +109,18 @@ def by_scalar(runs: Mapping[str, Rows]) -> dict[str, dict[str, Line]]:
 
 
 def _ordered(panels: Mapping[str, dict[str, Line]]) -> dict[str, dict[str, Line]]:
-    """Losses, gradient norms, learning rates, then what else there is, speed last."""
-    places = {"loss": 0, "grad_norm": 1, "lr": 2, "samples_per_second": 4}
-    return dict(sorted(panels.items(), key=lambda item: places.get(item[0].partition("/")[0], 3)))
+    """In the order of PANELS, then what else there is, speed last."""
+    known = list(PANELS)
+
+    def place(name: str) -> tuple[bool, int]:
+        group = name.partition("/")[0]
+        return group == _LAST, known.index(group) if group in known else len(known)
+
+    return {name: panels[name] for name in sorted(panels, key=place)}
 
 
-def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[str]:
-    """Inline SVG, one for each panel."""
+def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[tuple[str, str]]:
+    """Inline SVG and caption of each panel."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -66,20 +131,20 @@ def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[str]:
     inks: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
     pictures = []
     with rc_context({**style, **spines, **fills, **inks}):
-        for title, lines in groups.items():
+        for name, lines in groups.items():
             figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-            _draw(figure.add_subplot(), title, lines)
+            _draw(figure.add_subplot(), name, lines)
             file = io.StringIO()
             FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-            pictures.append(_inline(file.getvalue(), title))
+            pictures.append((_inline(file.getvalue(), name), PANELS[name].caption if name in PANELS else ""))
     return pictures
 
 
-def _draw(axes: Axes, title: str, lines: Mapping[str, Line]) -> None:
+def _draw(axes: Axes, name: str, lines: Mapping[str, Line]) -> None:
     """One panel: each line as logged (faint) and smoothed; learning rates and short runs are not smoothed."""
-    for i, (name, (steps, values)) in enumerate(lines.items()):
+    for i, (label, (steps, values)) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
-        smooth = title.partition("/")[0] != "lr" and len(values) >= 30
+        smooth = name.partition("/")[0] != "lr" and len(values) >= 30
         marker = "o" if len(values) == 1 else ""
         axes.plot(
             *_envelope(steps, values),
@@ -87,18 +152,18 @@ def _draw(axes: Axes, title: str, lines: Mapping[str, Line]) -> None:
             alpha=0.3 if smooth else 1.0,
             linewidth=0.7 if smooth else 1.4,
             marker=marker,
-            label="" if smooth else name,
+            label="" if smooth else label,
         )
         if smooth:
-            axes.plot(*_thinned(steps, _smoothed(values)), color=colour, linewidth=1.5, label=name)
+            axes.plot(*_thinned(steps, _smoothed(values)), color=colour, linewidth=1.5, label=label)
     if _wide_range([value for _, values in lines.values() for value in values]):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    axes.set_title(title.replace("_", " "), loc="left", fontsize=10)
+    axes.set_title(PANELS[name].title if name in PANELS else name.replace("_", " "), loc="left", fontsize=10)
     axes.set_xlabel("step")
     axes.grid(alpha=0.15, color=INK)
-    if list(lines) != [title]:
+    if list(lines) != [name]:
         axes.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 6)
 
 

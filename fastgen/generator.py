@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from fastgen.errors import UserError
 from fastgen.families import find_family
 from fastgen.families.base import Family
 from fastgen.files import reading
-from fastgen.sampling import Predict, few_step, walk
+from fastgen.sampling import Experts, Predict, few_step, walk
 
 
 def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -144,6 +145,8 @@ _NEEDED = {
     "call.": ("num_inference_steps", "guidance_scale"),
     "teacher.": ("pretrained", "guidance", "negative_prompt"),
 }
+_EXPERT = ("end", "steps", "where")
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # unless told this name, diffusers looks for a pickle
 
 
 def generate_pictures(generator: ImageGenerator, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, batch: int = 256) -> Tensor:
@@ -167,7 +170,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != 1:
         raise UserError(f"{str(path)!r} has format {version!r}, this fastgen reads 1")
     blocks = {"": manifest, "call.": manifest.get("call"), "teacher.": manifest.get("teacher")}
-    missing = [prefix + name for prefix, block in blocks.items() for name in _NEEDED[prefix] if not isinstance(block, dict) or name not in block]
+    blocks |= {f"experts.{k}.": expert for k, expert in enumerate(manifest.get("experts", []))}
+    needed = {prefix: _NEEDED.get(prefix, _EXPERT) for prefix in blocks}
+    missing = [prefix + name for prefix, block in blocks.items() for name in needed[prefix] if not isinstance(block, dict) or name not in block]
     if missing:
         raise UserError(f"{str(path)!r} has no {missing[0]!r}; export the student again")
     if manifest["weights"] not in ("full", "lora"):
@@ -176,25 +181,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageGenerator:
-    """An exported student (full weights or LoRA folder) with the settings of its fastgen.json."""
+    """An exported student (full weights or LoRA folder, one network or several experts) with the settings of its fastgen.json."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     call = manifest["call"]
-    adapter = "student" if manifest["weights"] == "lora" else None
+    is_lora = manifest["weights"] == "lora"
     family = find_family(
-        manifest["teacher"]["pretrained"] if adapter else folder,
+        manifest["teacher"]["pretrained"] if is_lora else folder,
         max_sequence_length=call.get("max_sequence_length"),
         resolution=call.get("height"),
     )
-    backbone = family.load_backbone()
-    if adapter:
-        weights = "pytorch_lora_weights.safetensors"  # unless told this name, diffusers looks for a pickle
-        with reading(folder / weights):
-            load = backbone.load_lora_adapter
-            load(folder, prefix=family.component, weight_name=weights, adapter_name=adapter)  # type: ignore[operator]
+    experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
+    load = _load_adapters if is_lora else _load_networks
+    predictors = [Predictor(denoiser, family) for denoiser in load(family, folder, [expert["where"] for expert in experts], device)]
     return ImageGenerator(
         family,
-        Predictor(Denoiser(backbone.to(device), family, adapter=adapter), family),
+        predictors[0] if len(predictors) == 1 else Experts(predictors, [expert["end"] for expert in experts]),
         steps=call["num_inference_steps"],
         guidance=call["guidance_scale"],
         negative_prompt=manifest["teacher"]["negative_prompt"],
@@ -202,6 +204,28 @@ def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> I
         device=device,
         own_steps_only=manifest.get("own_steps_only", False),
     )
+
+
+def _load_adapters(family: Family, folder: Path, places: Sequence[str], device: torch.device | str) -> list[Denoiser]:
+    """The adapters in `places` below `folder`, on one network."""
+    backbone: Any = family.load_backbone()
+    names = [place or "student" for place in places]
+    for place, name in zip(places, names, strict=True):
+        with reading(folder / place / ADAPTER_FILE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one network are meant
+            backbone.load_lora_adapter(folder / place, prefix=family.component, weight_name=ADAPTER_FILE, adapter_name=name)
+    backbone.to(device)
+    return [Denoiser(backbone, family, adapter=name) for name in names]
+
+
+def _load_networks(family: Family, folder: Path, places: Sequence[str], device: torch.device | str) -> list[Denoiser]:
+    """The pipeline's own network, and those in the other `places` below `folder`."""
+    first: Any = family.load_backbone()
+    networks = [first]
+    for place in places[1:]:
+        with reading(folder / place):
+            networks.append(type(first).from_pretrained(folder, subfolder=place, use_safetensors=True).float().eval())
+    return [Denoiser(network.to(device), family) for network in networks]
 
 
 def load_teacher_of(student: Path, *, guidance: float | None = None, device: torch.device | str = "cpu") -> ImageGenerator:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from fastgen import checkpoint
 from fastgen.config import OptimizerBlock, Recipe, Tuning, validate
 from fastgen.data.images import CaptionedImages, load_images
+from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
 from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, Facts, MethodConfig
@@ -38,6 +39,7 @@ class Plan:
     family: Family
     prompts: dict[str, float] | None
     images: CaptionedImages | None
+    pairs: PairFolder | None = None  # None also where data.pairs is a number
 
     @property
     def roles(self) -> dict[str, RoleSpec]:
@@ -72,9 +74,9 @@ class Plan:
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with the method's defaults filled in and local files as absolute paths, so that it holds in any folder."""
-        data = {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json")}
-        for block, key in (("teacher", "pretrained"), ("data", "prompts"), ("data", "images")):
-            data[block][key] = _absolute(data[block][key])
+        data = {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json"), "teacher": resolved_teacher(self.recipe)}
+        for key in ("prompts", "images", "pairs"):
+            data["data"][key] = _absolute(data["data"][key])
         if data["student"]["init"] != "teacher":
             data["student"]["init"] = _absolute(data["student"]["init"])
         return data
@@ -85,7 +87,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     _check_optimizers(recipe, method.roles_for(config))
-    _check_data(recipe, needs_latents=method.needs_latents(config))
+    _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     if recipe.evaluate.protocol is not None:
         load_protocol(recipe.evaluate.protocol)
     elif recipe.evaluate.every:
@@ -98,7 +100,10 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     _check_inputs(recipe, method.roles_for(config), family)
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     images = None if recipe.data.images is None else load_images(recipe.data.images)
-    planned = Plan(recipe, method, config, family, prompts, images)
+    pairs = open_folder(recipe.data.pairs) if isinstance(recipe.data.pairs, str) else None
+    if pairs is not None:
+        pairs.check(resolved_teacher(recipe), family.latent.shape)
+    planned = Plan(recipe, method, config, family, prompts, images, pairs)
     _check_networks(planned)
     return planned
 
@@ -116,8 +121,14 @@ def _facts(recipe: Recipe, family: Family) -> Facts:
     )
 
 
-def _absolute(source: str | None) -> str | None:
-    path = Path(source).expanduser() if source else None
+def resolved_teacher(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's teacher block, a local folder as its absolute path: who the teacher is, in any folder."""
+    return recipe.teacher.model_dump(mode="json") | {"pretrained": _absolute(recipe.teacher.pretrained)}
+
+
+def _absolute(source: Any) -> Any:
+    """An existing file or folder by its absolute path; anything else, such as a number or a bundled name, as it is."""
+    path = Path(source).expanduser() if isinstance(source, str) and source else None
     return str(path.resolve()) if path and path.exists() else source
 
 
@@ -157,7 +168,7 @@ def _check_inputs(recipe: Recipe, roles: Mapping[str, RoleSpec], family: Family)
         )
 
 
-def _check_data(recipe: Recipe, *, needs_latents: bool) -> None:
+def _check_data(recipe: Recipe, *, needs_latents: bool, needs_pairs: bool) -> None:
     if needs_latents and recipe.data.images is None:
         raise UserError(f"recipe key data.images: missing; {recipe.distiller.name} trains on images")
     if not needs_latents and recipe.data.prompts is None:
@@ -165,6 +176,13 @@ def _check_data(recipe: Recipe, *, needs_latents: bool) -> None:
     unused = "prompts" if needs_latents else "images"
     if getattr(recipe.data, unused) is not None:
         raise UserError(f"recipe key data.{unused}: {recipe.distiller.name} does not use it; remove it")
+    if needs_pairs and recipe.data.pairs is None:
+        raise UserError(
+            f"recipe key data.pairs: missing; {recipe.distiller.name} regresses on noise-sample pairs: "
+            "give a number, or a folder made by `fastgen cache pairs`"
+        )
+    if recipe.data.pairs is not None and not needs_pairs:
+        raise UserError(f"recipe key data.pairs: {recipe.distiller.name} does not use them without distiller.regression; remove it")
 
 
 def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:

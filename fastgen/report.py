@@ -51,6 +51,7 @@ METRICS = {
     "diversity": Metric("diversity"),
     "lpips_diversity": Metric("LPIPS diversity", "", 3),
     "vendi": Metric("Vendi score"),
+    "mode_entropy": Metric("modes"),
     "seconds_per_1000_images": Metric("images/s", "↑", 0),
     "peak_memory_bytes": Metric("peak memory, MiB", "↓", 0),
 }
@@ -101,7 +102,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     page = {
         "title": run.title,
         "subtitle": f"{run.folder.name} · {run.date}",
-        "notes": _missing(run),
+        "notes": _notes(run),
         "tiles": _tiles(run),
         "results": _table({"": _rows(run, floors=False)}, columns),
         "floors": _table({"": _rows(run, floors=True)}, columns),
@@ -129,7 +130,7 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
     page = {
         "title": f"Comparison of {_count(len(runs), 'run')}",
         "subtitle": " · ".join(f"{name}: {run.title}" for name, run in runs.items()),
-        "notes": [f"{name}: {note}" for name, run in runs.items() for note in _missing(run)],
+        "notes": [f"{name}: {note}" for name, run in runs.items() for note in _notes(run)],
         "tiles": [],
         "results": _table({name: _rows(run, floors=False) for name, run in runs.items()}, columns),
         "floors": _table({name: _rows(run, floors=True) for name, run in runs.items()}, columns),
@@ -193,8 +194,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def _notes(run: Run) -> list[str]:
+    """What went wrong in training, and what keeps this from being the report of a finished run."""
+    warnings = [f"Warning at step {row['step']}: {text}" for row in run.steps for text in row.get("warnings", [])]
+    return warnings + _missing(run)
+
+
 def _missing(run: Run) -> list[str]:
-    """What keeps this from being the report of a finished run, a sentence each."""
+    """What the report of a finished run has and this one has not, a sentence each."""
     planned, done = run.value("train", "steps"), run.steps[-1]["step"] if run.steps else 0
     notes = []
     if isinstance(planned, int) and done < planned:

@@ -15,20 +15,22 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from fastgen import checkpoint, pictures, report
+from fastgen import checkpoint, diagnostics, pictures, report
 from fastgen.config import Recipe, read_yaml, validate
 from fastgen.data import training
+from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
 from fastgen.distillers.base import Setting
 from fastgen.errors import UserError
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
-from fastgen.export import StudentInfo, Verification, export_lora, export_student, verify
+from fastgen.export import Expert, StudentInfo, Verification, export_lora, export_student, verify
 from fastgen.families import resolve_source
 from fastgen.files import write_atomically
-from fastgen.generator import ImageGenerator, generate_pictures, load_student, load_teacher, read_manifest
+from fastgen.generator import ImageGenerator, generate_pictures, load_student, load_teacher_of, read_manifest
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan, plan
 from fastgen.roles import Roles, build_roles
+from fastgen.runlog import RunLog
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Metrics, Trainer
 
@@ -56,6 +58,9 @@ class Progress:
 
     def update(self, done: int, numbers: Mapping[str, float]) -> None:
         """`done` of the total, with the numbers that matter now."""
+
+    def warn(self, message: str) -> None:
+        """Something has gone wrong that does not stop the work."""
 
     def finish(self) -> None:
         """The counted work is over."""
@@ -90,7 +95,7 @@ class Run:
         student = role == "student"
         return ImageGenerator(
             family,
-            self.roles[role].predictor,
+            self.trainer.distiller.sampler(self.trainer.models) if student else self.roles[role].predictor,
             steps=recipe.student.steps if student else family.own_call["num_inference_steps"],
             guidance=self.plan.guidance if student else recipe.teacher.guidance,
             negative_prompt=recipe.teacher.negative_prompt,
@@ -109,6 +114,8 @@ def build(plan: Plan, progress: Progress) -> Run:
     grid = family.grid(recipe.student.steps, plan.grid)
     defaults = Defaults.on(family.path, grid, recipe.teacher.guidance)
     roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults)
+    if recipe.student.init != "teacher":
+        checkpoint.load_students(Path(recipe.student.init).expanduser(), roles)
     negative = family.encode_prompts([recipe.teacher.negative_prompt])
     setting = Setting(
         path=family.path,
@@ -118,10 +125,34 @@ def build(plan: Plan, progress: Progress) -> Run:
         negative={key: value.to(parallel.device) for key, value in negative.items()},
         shift=family.shift,
         train_steps=recipe.train.steps,
+        decode=family.decode,
     )
     distiller = plan.method(plan.method_config, setting)
-    trainer = Trainer(distiller, roles, data, recipe.optimizer, recipe.train, parallel)
+    trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
     return Run(plan, roles, data, trainer, parallel)
+
+
+def _pairs(run: Run, progress: Progress) -> Pairs:
+    """The noise-sample pairs that the recipe names: of a folder, or drawn from the teacher now."""
+    recipe, family = run.plan.recipe, run.plan.family
+    if run.plan.pairs is not None:
+        return run.plan.pairs.load()
+    assert isinstance(recipe.data.pairs, int)
+    times = family.grid(family.own_call["num_inference_steps"]).to(run.parallel.device)
+    teacher = TeacherSampler(run.trainer.distiller.setting.guide(run.trainer.models["teacher"]), times, family.latent.shape)
+    weights = training.prompt_weights(run.plan.prompts, run.plan.images)
+    progress.start("drawing pairs", recipe.data.pairs)
+    try:
+        return make_pairs(
+            teacher,
+            run.data.conditioning,
+            weights,
+            range(recipe.data.pairs),
+            seed=recipe.train.seed,
+            progress=lambda done: progress.update(done, {}),
+        )
+    finally:  # a bar left running hides the terminal's cursor
+        progress.finish()
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:
@@ -154,6 +185,8 @@ def train(
         raise UserError(f"--overwrite: {str(run_dir)!r} holds the recipe itself, which would be replaced; choose another --output")
     _check_folder(run_dir, planned, resume=resume, overwrite=overwrite)
     run = build(planned, progress)
+    if recipe.data.pairs is not None:
+        run.trainer.data = training.with_pairs(run.data, _pairs(run, progress), planned.family, run.parallel.device)
     if overwrite:
         _remove_run(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -163,7 +196,7 @@ def train(
             newest = checkpoint.latest(run_dir)
             progress.stage(f"resuming from {newest}")
             checkpoint.load(newest, run.trainer)
-        _truncate_metrics(run_dir / "metrics.jsonl", run.trainer.step)
+        RunLog(run_dir).truncate(run.trainer.step)
     _train(run, run_dir, progress)
     if only != "train":
         _finish(run, run_dir, progress)
@@ -191,7 +224,7 @@ def _remove_run(run_dir: Path) -> None:
     """Delete what a run writes, and nothing else that lies there."""
     for name in ("recipe.yaml", "metrics.jsonl", "results.json", "report.html"):
         (run_dir / name).unlink(missing_ok=True)
-    for name in ("samples", "checkpoints", "student"):
+    for name in ("samples", "checkpoints", "student", "tensorboard"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
@@ -223,13 +256,6 @@ def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, below in data.items() for key, value in _flatten(below, f"{prefix}.{name}" if prefix else name).items()}
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps that the interrupted run had logged past its last checkpoint."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(line + "\n" for line in lines))
-
-
 def _train(run: Run, run_dir: Path, progress: Progress) -> None:
     settings, trainer = run.plan.recipe.train, run.trainer
     resolved = run.plan.resolved()
@@ -237,17 +263,26 @@ def _train(run: Run, run_dir: Path, progress: Progress) -> None:
     samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
     evaluations = _evaluations(run)
     run.plan.family.free_encoders()
-    with _signals() as caught, (run_dir / "metrics.jsonl").open("a", buffering=1) as log:
+    watch = diagnostics.Watch()
+    with _signals() as caught, RunLog(run_dir) as log:
+        for row in log.rows():  # of the part that is resumed
+            watch(row)
 
         def after_step(step: int, metrics: Metrics) -> None:
             done = step == settings.steps
+            if samples and (done or step % settings.sample_every == 0):
+                metrics = {**metrics, **samples.draw(step)}
             if run.plan.recipe.evaluate.every and (done or step % run.plan.recipe.evaluate.every == 0):
                 metrics = {**metrics, **evaluations()}
-            log.write(json.dumps({"step": step, **{key: float(f"{value:.6g}") for key, value in metrics.items()}}) + "\n")
+            row: dict[str, Any] = {"step": step, **{key: float(f"{value:.6g}") for key, value in metrics.items()}}
+            if warnings := watch(row):
+                row["warnings"] = warnings
+            log.write(row)
+            for warning in warnings:
+                progress.warn(f"warning at step {step}: {warning}")
             if done or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+                log.flush()
                 save()
-            if samples and (done or step % settings.sample_every == 0):
-                samples.draw(step)
             progress.update(step, metrics)
 
         progress.start("training", settings.steps, trainer.step)
@@ -257,6 +292,7 @@ def _train(run: Run, run_dir: Path, progress: Progress) -> None:
             progress.finish()
         if caught:
             if trainer.step < settings.steps:
+                log.flush()
                 save()
             raise Interrupted(caught[0], trainer.step)
 
@@ -296,11 +332,13 @@ class Samples:
             teacher = run.generator("teacher")
             self.rows.append((f"teacher, {teacher.steps} steps", self._pictures(teacher)))
 
-    def draw(self, step: int) -> None:
-        """Write `step_NNNNNN.png` from the averaged weights."""
+    def draw(self, step: int) -> Metrics:
+        """Write `step_NNNNNN.png` from the averaged weights; returns the student's drift from the teacher, where there is one."""
         with self.run.trainer.ema.applied():
-            student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", self._pictures(self.student))
+            drawn = self._pictures(self.student)
+        student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", drawn)
         pictures.save_png(pictures.picture_grid([*self.rows, student], self.prompts), self.folder / f"step_{step:06d}.png")
+        return diagnostics.drift(drawn, self.rows[0][1]) if self.rows else {}
 
     def _pictures(self, generator: ImageGenerator) -> torch.Tensor:
         """In batches no larger than training's own."""
@@ -337,11 +375,10 @@ def _finish(run: Run, run_dir: Path, progress: Progress) -> None:
     report.write_report(run_dir)
 
 
-def _averaged(run: Run) -> Any:
-    """The student's role with its averaged weights, for good."""
-    role = run.roles["student"]
-    role.load_state_dict(run.trainer.ema.shadow)
-    return role
+def _averaged(run: Run) -> list[Expert]:
+    """The student's experts, with their averaged weights for good."""
+    run.trainer.ema.settle()
+    return [Expert(run.roles[name], end) for name, end in run.trainer.distiller.students()]
 
 
 def require_verified(result: Verification, folder: Path) -> None:
@@ -367,10 +404,10 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False) -> Path:
         raise UserError("--lora: this run trained with student.tune: full, so it has no adapter; export it without --lora")
     run = build(planned, Progress())
     checkpoint.load(checkpoint.latest(run_dir), run.trainer)
-    role = _averaged(run)
+    student = _averaged(run)
     if as_lora:
-        return export_lora(role, planned.family, run.info(), output)
-    return export_student(role, planned.family, run.info(), output, dtype=planned.recipe.export.dtype)
+        return export_lora(student, planned.family, run.info(), output)
+    return export_student(student, planned.family, run.info(), output, dtype=planned.recipe.export.dtype)
 
 
 def evaluate(
@@ -396,16 +433,8 @@ def evaluate(
     progress.stage(f"measuring {folder} with protocol {protocol}")
     rows = measure(measured, student, "student", steps or [student.steps], progress)
     if teacher:
-        source = manifest["teacher"]
-        base = load_teacher(
-            source["pretrained"],
-            guidance=source["guidance"],
-            negative_prompt=source["negative_prompt"],
-            device=device,
-            max_sequence_length=manifest["call"].get("max_sequence_length"),
-            resolution=manifest["call"].get("height"),
-        )
-        rows += _teacher_rows(measured, base, source, teacher_steps or [base.steps], progress)
+        base = load_teacher_of(folder, device=device)
+        rows += _teacher_rows(measured, base, manifest["teacher"], teacher_steps or [base.steps], progress)
     rows += runner.cached(f"floors/{measured.hash()}/{measured.extractor_hash()}", measured.floors)
     provenance = runner.provenance(measured, device=device, model_hash=runner.hash_folder(folder))
     runner.write_results(output or folder / "results.json", protocol, rows, provenance)

@@ -55,6 +55,10 @@ class Bars(run.Progress):
         if self.bar is not None:
             self.bar.update(self.task, completed=done, numbers=shown)
 
+    def warn(self, message: str) -> None:
+        # Its console is the bar's, which moves down; whole, so that no line break falls into a recipe key.
+        self.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def finish(self) -> None:
         if self.bar is not None:
             self.bar.stop()

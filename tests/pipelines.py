@@ -6,13 +6,21 @@ tokenizers, and the scheduler that shifts twice. Random weights, but everything 
 
 from __future__ import annotations
 
+import io
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fastgen import export
+from fastgen.export import StudentInfo
 from fastgen.families.base import Family
 from fastgen.families.sd3 import SD3
 from fastgen.roles import LoraTuning, Role, build_roles, trainable
@@ -109,6 +117,13 @@ def student_role(family: Family, *, tuning: LoraTuning | None = None, noise: flo
     return role
 
 
+def student_info(source: Any, **settings: Any) -> StudentInfo:
+    teacher = {"pretrained": str(source), "guidance": 4.0, "negative_prompt": NEGATIVE}
+    sampling = {"steps": 4, "grid": None, "guidance": 1.0}
+    origin = {"method": "dmd2", "teacher": teacher, "prompts": PROMPTS, "recipe": {"train": {"seed": 0}}}
+    return StudentInfo(**sampling | origin | settings)
+
+
 def adapter_tuning() -> LoraTuning:
     """alpha differs from rank, so a lost alpha shows."""
     return LoraTuning(rank=4, alpha=12.0, targets=SD3.lora_targets)
@@ -119,3 +134,52 @@ def draw(pipeline: Any, prompts: list[str], seeds: list[int], **call: Any) -> Te
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.from_numpy(pipeline(prompts, generator=generators, output_type="np", **call).images).permute(0, 3, 1, 2)
+
+
+def without_fastgen(monkeypatch: pytest.MonkeyPatch, script: str, names: dict[str, Any]) -> None:
+    """Run a script in this interpreter with every fastgen module made impossible to import."""
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "fastgen"]:
+            patch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+        exec(compile(script, "script", "exec"), names)
+
+
+@pytest.fixture
+def same_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verify's child script runs here: a new interpreter takes ten seconds to import diffusers, and two tests do that for all."""
+
+    def run(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(input))
+            try:
+                without_fastgen(monkeypatch, command[-1], {})
+            except Exception as error:
+                return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(export.subprocess, "run", run)
+
+
+def card_snippet(folder: Path) -> str:
+    """The code of the model card, with the student's folder filled in."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert "STUDENT_DIR" in snippet
+    assert not re.search(r"(import|from) fastgen", snippet)
+    return snippet.replace("STUDENT_DIR", str(folder))
+
+
+def run_snippet(monkeypatch: pytest.MonkeyPatch, folder: Path) -> np.ndarray:
+    """The card's snippet, run where fastgen cannot be imported: its picture (H, W, 3), 8-bit."""
+    names: dict[str, Any] = {}
+    without_fastgen(monkeypatch, card_snippet(folder), names)
+    return np.asarray(names["image"])
+
+
+def assert_shows(image: np.ndarray, picture: Tensor) -> None:
+    """image: (H, W, 3), 8-bit; picture: (1, 3, H, W) in [0, 1], of which it must be the rounded value, ties within 1e-5 either way."""
+    assert image.dtype == np.uint8
+    assert np.abs(image - 255 * picture[0].permute(1, 2, 0).double().numpy()).max() <= 0.5 + 255e-5
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

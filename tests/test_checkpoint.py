@@ -91,7 +91,11 @@ def test_every_file_is_json_or_holds_the_tensors_of_the_run(tmp_path: Path) -> N
     trainer = stop_at(dmd2(), 3)
     path = checkpoint.save(tmp_path, trainer, RECIPE, keep=2)
     roles, kinds = ("student", "fake_score"), ("role", "optimizer")
-    assert {file.name for file in path.iterdir()} == {"state.json", "ema_student.safetensors", *(f"{k}_{r}.safetensors" for k in kinds for r in roles)}
+    assert {file.name for file in path.iterdir()} == {
+        "state.json",
+        "ema_student.safetensors",
+        *(f"{k}_{r}.safetensors" for k in kinds for r in roles),
+    }
     for role in roles:
         assert_bitwise_equal(load_file(path / f"role_{role}.safetensors"), trainer.roles[role].state_dict())
     assert_bitwise_equal(load_file(path / "ema_student.safetensors"), {**trainer.ema["student"].shadow, "updates": torch.tensor(3)})

@@ -84,7 +84,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 
 
 def test_a_run_folder_holds_everything(run_dir: Path) -> None:
-    assert {path.name for path in run_dir.iterdir()} == {"recipe.yaml", "metrics.jsonl", "samples", "checkpoints", "student", "report.html"}
+    assert {path.name for path in run_dir.iterdir()} == {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "samples",
+        "checkpoints",
+        "student",
+        "report.html",
+        "tensorboard",
+    }
     resolved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     assert resolved["train"]["steps"] == 3
     assert resolved["distiller"]["weight"] == "normalised"  # the method's defaults are filled in

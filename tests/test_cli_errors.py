@@ -12,9 +12,10 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
-from fastgen import cli, run
+from fastgen import checkpoint, cli, run
 from fastgen.assets import DIGITS_TEACHER
 from fastgen.config import Recipe
+from fastgen.data.pair_folder import Manifest
 
 RECIPE = "digits_dmd2_1step"
 TO = ("--output", "new")
@@ -71,7 +72,9 @@ def make_runs(root: Path) -> None:
         (root / name / "recipe.yaml").write_text(yaml.safe_dump(resolved))
         (root / name / "metrics.jsonl").write_text('{"step": 1, "loss/match": 0.5}\n')
     (root / "run/checkpoints/step_000001").mkdir(parents=True)
-    (root / "run/checkpoints/step_000001/state.json").write_text(json.dumps({"format": 1, "step": 1, "seconds": 1.0, "recipe": resolved}))
+    (root / "run/checkpoints/step_000001/state.json").write_text(
+        json.dumps({"format": checkpoint.FORMAT, "step": 1, "seconds": 1.0, "recipe": resolved})
+    )
     (root / "run_bad_recipe/recipe.yaml").write_text("train: [")
     (root / "run_without_metrics").mkdir()
     (root / "run_without_metrics/recipe.yaml").write_text("train: {}")
@@ -100,6 +103,24 @@ def make_files(root: Path) -> None:
     for name, metadata in images.items():
         (root / f"images_{name}").mkdir()
         (root / f"images_{name}/metadata.jsonl").write_text(metadata)
+    make_pairs(root)
+
+
+def make_pairs(root: Path) -> None:
+    """Folders of noise-sample pairs of the bundled teacher, none drawn yet."""
+    teacher = {"pretrained": "fastgen:digits", "guidance": 1.5, "negative_prompt": "", "max_sequence_length": None}
+    drawing: dict[str, Any] = {"solver": "euler", "steps": 1, "grid": (1.0,), "seed": 0, "prompts": "", "count": 3}
+    folders = {
+        "unfinished": Manifest(teacher=teacher, shape=(2, 8, 8), **drawing),
+        "guided": Manifest(teacher=teacher | {"guidance": 9.0}, shape=(2, 8, 8), **drawing),
+        "large": Manifest(teacher=teacher, shape=(16, 128, 128), **drawing),
+    }
+    for name, manifest in folders.items():
+        (root / f"pairs_{name}").mkdir()
+        (root / f"pairs_{name}/pairs.json").write_text(manifest.model_dump_json())
+    (root / "pairs_broken").mkdir()
+    (root / "pairs_broken/pairs.json").write_text("{")
+    (root / "reward.py").write_text("NUMBER = 3\ndef flat(pixels, prompts):\n    return pixels.mean((1, 2, 3))\n")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +142,14 @@ def train(*overrides: str, options: tuple[str, ...] = TO) -> tuple[str, ...]:
 
 def images(folder: str) -> tuple[str, ...]:
     return train("distiller={name: flow_matching}", "optimizer={student: {lr: 1e-3}}", f"data={{images: {folder}}}")
+
+
+def dmd(pairs: str, *overrides: str) -> tuple[str, ...]:
+    return train("distiller={name: dmd}", f"data.pairs={pairs}", *overrides)
+
+
+def cache_pairs(*options: str) -> tuple[str, ...]:
+    return ("cache", "pairs", RECIPE, *(options if "--output" in options else (*options, *TO)))
 
 
 def sample(folder: str, *options: str) -> tuple[str, ...]:
@@ -172,7 +201,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "device not here": (train("train.device=cuda"), ("recipe key train.device: 'cuda'", "available: auto, cpu")),
     "device that does not exist": (train("train.device=tpu"), ("recipe key train.device", "'tpu'", "cuda:N")),
     # names
-    "unknown distiller": (train("distiller.name=dmd3"), ("recipe key distiller.name: 'dmd3'", f"{ALLOWED} 'dmd2'")),
+    "unknown distiller": (train("distiller.name=dmd22"), ("recipe key distiller.name: 'dmd22'", f"{ALLOWED} 'dmd2'")),
     "unknown family": (train("teacher.family=sd4"), ("recipe key teacher.family: 'sd4'", f"{ALLOWED} 'sd3'", "auto")),
     "unknown optimizer role": (train("optimizer.critic.lr=1"), ("recipe key optimizer.critic", "fake_score, student")),
     "missing optimizer role": (train("optimizer={student: {lr: 1}}"), ("recipe key optimizer.fake_score: missing",)),
@@ -199,6 +228,42 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "images line broken": (images("images_bad_line"), ("recipe key data.images", "line 1", "'file_name'")),
     "images line without text": (images("images_no_text"), ("recipe key data.images", "line 1", "'text'")),
     "images file missing": (images("images_no_file"), ("recipe key data.images", "line 1", "a.png")),
+    "pairs missing": (dmd("null"), ("recipe key data.pairs: missing; dmd", "a number", "`fastgen cache pairs`")),
+    "no pairs": (dmd("0"), ("recipe key data.pairs", "1 or more", "`fastgen cache pairs`", "given: 0")),
+    "half a pair": (dmd("1.5"), ("recipe key data.pairs", "1 or more", "1.5")),
+    "pairs that are a boolean": (dmd("true"), ("recipe key data.pairs", "a number of pairs", "True")),
+    "pairs from nowhere": (dmd("nowhere"), ("recipe key data.pairs: 'nowhere' is no folder", "`fastgen cache pairs`")),
+    "pairs from another folder": (dmd("full"), ("recipe key data.pairs: 'full' is no folder",)),
+    "pairs that cannot be read": (dmd("pairs_broken"), ("recipe key data.pairs", "'pairs_broken/pairs.json' cannot be read")),
+    "pairs not all there": (dmd("pairs_unfinished"), ("recipe key data.pairs: 'pairs_unfinished' holds 0 of 3",)),
+    "pairs of other guidance": (dmd("pairs_guided"), ("recipe key data.pairs: 'pairs_guided'", "teacher.guidance 9.0", "has 1.5")),
+    "pairs of another shape": (dmd("pairs_large"), ("recipe key data.pairs: 'pairs_large'", "(16, 128, 128)", "(2, 8, 8)")),
+    "pairs given to dmd2": (train("data.pairs=100"), ("recipe key data.pairs", "dmd2", "distiller.regression")),
+    "pairs for several steps": (train("data.pairs=100", "distiller.regression={}", "student.steps=4"),
+        ("recipe key distiller.regression", "student.steps is 4")),
+    # rewards
+    "reward of no form": (train("distiller.reward.name=digits"), ("recipe key distiller.reward.name: 'digits'", "module:function")),
+    "unknown bundled reward": (train("distiller.reward.name=fastgen:clip"), ("recipe key distiller.reward.name", "'fastgen:clip'", "digits")),
+    "reward in no module": (train("distiller.reward.name=nowhere:f"), ("recipe key distiller.reward.name", "cannot import 'nowhere'")),
+    "reward in no file": (train("distiller.reward.name=nowhere.py:f"), ("recipe key distiller.reward.name", "no file 'nowhere.py'")),
+    "reward not in its file": (train("distiller.reward.name=reward.py:flt"), ("recipe key distiller.reward.name", "'flt'", f"{ALLOWED} 'flat'")),
+    "reward that is no function": (train("distiller.reward.name=reward.py:NUMBER"), ("recipe key distiller.reward.name", "not a function")),
+    # caches
+    "cache without a command": (("cache",), ("Missing command", "fastgen cache --help")),
+    "cache of something else": (("cache", "latents"), ("'latents'", "fastgen cache --help")),
+    "cache pairs without output": (("cache", "pairs", RECIPE), ("--output",)),
+    "cache no pairs": (cache_pairs("--count", "0"), ("--count", "1")),
+    "cache pairs in no steps": (cache_pairs("--steps", "0"), ("--steps", "1")),
+    "cache pairs in no batch": (cache_pairs("--batch", "0"), ("--batch", "1")),
+    "cache pairs with an unknown solver": (cache_pairs("--solver", "rk4"), ("--solver", "'rk4'", "euler", "heun")),
+    "cache pairs of no recipe": (("cache", "pairs", "nowhere", *TO), ("no recipe 'nowhere'",)),
+    "cache pairs of no teacher": (cache_pairs("teacher.pretrained=./nowhere"), ("recipe key teacher.pretrained", "'./nowhere'")),
+    "cache pairs without prompts": (cache_pairs("data.prompts=null"), ("recipe key data.prompts: missing", "data.images")),
+    "cache pairs over other files": (cache_pairs("--output", "full"), ("--output: 'full'", "other files")),
+    "cache pairs over a file": (cache_pairs("--output", "empty.txt"), ("--output: 'empty.txt'", "is a file")),
+    "cache pairs below a file": (cache_pairs("--output", "empty.txt/x"), ("--output: 'empty.txt/x'", "'", "is a file")),
+    "cache pairs among others": (cache_pairs("--output", "pairs_guided"), ("--output: 'pairs_guided'", "teacher.guidance 9.0, not 1.5")),
+    "cache pairs among unreadable ones": (cache_pairs("--output", "pairs_broken"), ("'pairs_broken/pairs.json' cannot be read",)),
     # teachers
     "teacher folder missing": (train("teacher.pretrained=./nowhere"), ("recipe key teacher.pretrained", "'./nowhere'", "hub id")),
     "teacher folder without index": (train("teacher.pretrained=./full"), ("recipe key teacher.pretrained", "'./full'", "model_index.json")),
@@ -354,7 +419,7 @@ def test_an_output_that_ends_in_dots_does_not_hide_what_it_replaces(
 
 def test_the_table_covers_every_command() -> None:
     commands: set[str] = {arguments[0] for arguments, _ in CASES.values()}
-    assert {"train", "export", "verify", "sample", "evaluate", "report", "recipes"} <= commands
+    assert {"train", "export", "verify", "sample", "evaluate", "report", "recipes", "cache"} <= commands
     assert len(CASES) >= 40
 
 

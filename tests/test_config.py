@@ -261,7 +261,7 @@ def test_an_explicit_grid_must_fit_its_steps_and_descend(overrides: list[str], w
         (["distiller={name: flow_matching}", "optimizer={student: {lr: 1}}"], "data.images: missing; flow_matching trains on images"),
         (["evaluate.protocol=null", "evaluate.every=5"], "evaluate.every: needs evaluate.protocol"),
         (["evaluate.protocol=digit"], "evaluate.protocol): did you mean 'digits'?"),
-        (["distiller.name=dmd"], "distiller.name: 'dmd' is not a method; did you mean 'dmd2'?"),
+        (["distiller.name=dmd22"], "distiller.name: 'dmd22' is not a method; did you mean 'dmd2'?"),
         (["teacher.family=sd4"], "teacher.family: 'sd4' is not a family; did you mean 'sd3'?"),
     ],
 )

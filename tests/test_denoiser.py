@@ -11,6 +11,7 @@ from fastgen.conditioning import Conditioning, select
 from fastgen.denoiser import Denoiser, Predictor, guided, linear
 from fastgen.families.toy import Mixture, Toy
 from fastgen.path import KINDS, Flow, Kind, Path, TrigFlow, VarianceExploding, VariancePreserving
+from fastgen.surgery.heads import Heads
 
 PATHS: list[Path] = [Flow(), TrigFlow(), VariancePreserving(), VarianceExploding()]
 WEIGHTS, MEANS, VARIANCES = [0.3, 0.5, 0.2], [[-1.0, 0.0], [0.8, 0.6], [0.4, -1.0]], [[0.09, 0.04], [0.06, 0.12], [0.05, 0.05]]
@@ -240,3 +241,42 @@ def test_hooks_are_gone_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="inside"):
         denoiser(samples(2), torch.full((2,), 0.5), {}, (0, 1))
     assert not any(block._forward_hooks for block in family.blocks(denoiser.backbone))
+
+
+# Discriminator heads
+
+
+def judge(taps: tuple[int, ...] = (2, 0), *, autocast: torch.dtype | None = None) -> Predictor:
+    """The mixture's network in fp32 with heads that are no longer zero."""
+    family = Toy("toy:mixture")
+    heads = Heads(taps, [64] * len(taps), seed=0)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    return Predictor(Denoiser(family.load_backbone(), family, autocast=autocast, heads=heads), family)
+
+
+def test_logits_are_the_heads_on_the_tapped_blocks() -> None:
+    predict, x, t = judge(), samples(5).float(), torch.linspace(0.1, 0.9, 5)
+    denoiser: Denoiser = predict.denoiser  # type: ignore[assignment]
+    third, first = denoiser(x, t, {}, (2, 0)).features
+    assert denoiser.heads is not None
+    assert torch.equal(predict.logits(x, t, {}), denoiser.heads([third, first]))
+    assert predict.logits(x, t, {}).abs().min() > 1e-4
+    judged = denoiser(x, t, {}, (1,), judge=True)
+    assert torch.equal(judged.prediction, denoiser(x, t, {}).prediction)
+    assert torch.equal(judged.features[0], denoiser(x, t, {}, (1,)).features[0])
+    assert len(judged.features) == 1
+    assert denoiser(x, t, {}).logits is None
+
+
+def test_logits_have_gradients_in_the_samples() -> None:
+    predict = judge()
+    predict.denoiser.double()  # type: ignore[attr-defined]
+    x, t = samples(3).requires_grad_(), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: predict.logits(x, t, {}), (x,))
+
+
+def test_logits_are_fp32_under_autocast() -> None:
+    logits = judge(autocast=torch.bfloat16).logits(samples(4).float(), torch.full((4,), 0.5), {})
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, judge().logits(samples(4).float(), torch.full((4,), 0.5), {}), rtol=0.05, atol=0.02)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from pipelines import NEGATIVE, PROMPTS, adapter_tuning, draw, student_role, tiny_sd3
+from pipelines import NEGATIVE, PROMPTS, adapter_tuning, assert_shows, draw, edit_json, run_snippet, student_info, student_role, tiny_sd3
+from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,15 +27,8 @@ from fastgen.families.sd3 import SD3
 from fastgen.generator import ImageGenerator, load_student, load_teacher, read_manifest
 from fastgen.roles import Role, Roles, build_roles, trainable
 
-TOKENS, STEPS = 16, 4
+TOKENS = 16
 SEEDS = [0, 1, 2]
-
-
-def student_info(source: Any, **settings: Any) -> StudentInfo:
-    teacher = {"pretrained": str(source), "guidance": 4.0, "negative_prompt": NEGATIVE}
-    sampling = {"steps": STEPS, "grid": None, "guidance": 1.0}
-    origin = {"method": "dmd2", "teacher": teacher, "prompts": PROMPTS, "recipe": {"train": {"seed": 0}}}
-    return StudentInfo(**sampling | origin | settings)
 
 
 def pictures(role: Role, info: StudentInfo) -> Tensor:
@@ -68,30 +57,6 @@ def copied(exported: tuple[Path, Tensor], tmp_path: Path) -> Path:
     return shutil.copytree(exported[0], tmp_path / "student")
 
 
-def without_fastgen(monkeypatch: pytest.MonkeyPatch, script: str, names: dict[str, Any]) -> None:
-    """Run a script in this interpreter with every fastgen module made impossible to import."""
-    with monkeypatch.context() as patch:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "fastgen"]:
-            patch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
-        exec(compile(script, "script", "exec"), names)
-
-
-@pytest.fixture
-def same_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """verify's child script runs here: a new interpreter takes ten seconds to import diffusers, and two tests do that for all."""
-
-    def run(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdin", io.StringIO(input))
-            try:
-                without_fastgen(monkeypatch, command[-1], {})
-            except Exception as error:
-                return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(export.subprocess, "run", run)
-
-
 def test_plain_diffusers_loads_native_classes_and_draws_the_roles_pictures(exported: tuple[Path, Tensor], sd3_folder: Path) -> None:
     folder, expected = exported
     index = json.loads((folder / "model_index.json").read_text())
@@ -106,7 +71,7 @@ def test_plain_diffusers_loads_native_classes_and_draws_the_roles_pictures(expor
     assert type(pipeline.scheduler) is FlowMapEulerDiscreteScheduler
     drawn = draw(pipeline, PROMPTS, SEEDS, **read_manifest(folder)["call"])
     assert (drawn - expected).abs().max() <= 1e-5
-    teacher = load_teacher(sd3_folder, steps=STEPS, guidance=1.0, max_sequence_length=TOKENS)
+    teacher = load_teacher(sd3_folder, steps=4, guidance=1.0, max_sequence_length=TOKENS)
     assert (teacher(PROMPTS, SEEDS) - expected).abs().max() > 1e-3, "the perturbed student must differ from its teacher"
 
 
@@ -159,10 +124,6 @@ def test_verify_passes_with_guidance_other_sizes_and_an_explicit_grid(
     folder = export_student(student_role(family), family, student_info(sd3_folder, **settings), tmp_path / "student")
     result = verify(folder, seeds=SEEDS)
     assert result.passed, result
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.usefixtures("same_interpreter")
@@ -352,34 +313,20 @@ def test_export_lora_of_a_full_student_is_refused(sd3_folder: Path, family: SD3,
     assert not list(tmp_path.iterdir())
 
 
-def run_snippet(monkeypatch: pytest.MonkeyPatch, folder: Path) -> np.ndarray:
-    """The card's snippet, run where fastgen cannot be imported: its picture (H, W, 3), 8-bit."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert "STUDENT_DIR" in snippet
-    assert "import fastgen" not in snippet
-    names: dict[str, Any] = {}
-    without_fastgen(monkeypatch, snippet.replace("STUDENT_DIR", str(folder)), names)
-    return np.asarray(names["image"])
-
-
-def eight_bit(picture: Tensor) -> np.ndarray:
-    return (picture[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_the_cards_snippet_draws_our_picture_without_fastgen(
     sd3_folder: Path, family: SD3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance: float, dtype: str
 ) -> None:
     folder = export_student(student_role(family), family, student_info(sd3_folder, guidance=guidance), tmp_path / "student", dtype=dtype)
-    np.testing.assert_array_equal(run_snippet(monkeypatch, folder), eight_bit(load_student(folder)(PROMPTS[:1], [0])))
+    assert_shows(run_snippet(monkeypatch, folder), load_student(folder)(PROMPTS[:1], [0]))
 
 
 def test_the_snippet_of_an_explicit_grid_and_of_an_adapter(sd3_folder: Path, family: SD3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gridded = export_student(student_role(family), family, student_info(sd3_folder, grid=[1.0, 0.8, 0.3], steps=3), tmp_path / "gridded")
     adapter = export_lora(adapter_roles(family)["student"], family, student_info(sd3_folder), tmp_path / "adapter")
     for folder in (gridded, adapter):
-        np.testing.assert_array_equal(run_snippet(monkeypatch, folder), eight_bit(load_student(folder)(PROMPTS[:1], [0])))
+        assert_shows(run_snippet(monkeypatch, folder), load_student(folder)(PROMPTS[:1], [0]))
 
 
 @pytest.mark.usefixtures("same_interpreter")
@@ -388,7 +335,7 @@ def test_an_adapter_for_the_bundled_teacher_verifies_and_its_snippet_runs(tmp_pa
     info = student_info("fastgen:digits", prompts=["the digit seven"], guidance=1.5)
     folder = export_lora(adapter_roles(family)["student"], family, info, tmp_path / "student")
     assert verify(folder).passed
-    np.testing.assert_array_equal(run_snippet(monkeypatch, folder), eight_bit(load_student(folder)(["the digit seven"], [0])))
+    assert_shows(run_snippet(monkeypatch, folder), load_student(folder)(["the digit seven"], [0]))
 
 
 @pytest.mark.usefixtures("same_interpreter")

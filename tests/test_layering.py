@@ -19,13 +19,14 @@ PACKAGE = Path(fastgen.__file__).parent
 # Each layer may import itself and those before it.
 LAYERS = [
     {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "discovery"},
-    {"denoiser", "families", "surgery", "data", "generator", "assets"},
+    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards"},
     {"roles", "ema", "parallel"},
     {"distillers"},
     {"trainer", "checkpoint"},
-    {"export", "evaluation", "report", "card", "curves", "pictures", "doctor"},
+    {"export", "evaluation", "report", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"},
     {"plan"},
     {"run"},
+    {"caching"},
     {"terminal", "cli", "__main__"},
 ]
 # A script that trains the bundled teacher with the whole package; nothing imports it.
@@ -93,7 +94,7 @@ def test_every_layer_names_existing_modules() -> None:
 def test_distillers_take_only_specs_from_roles(module: str) -> None:
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "fastgen.roles":
-            assert {alias.name for alias in node.names} <= {"RoleSpec", "trainable", "frozen"}
+            assert {alias.name for alias in node.names} <= {"RoleSpec", "student", "trainable", "judge", "frozen"}
         elif isinstance(node, ast.ImportFrom) and node.module == "fastgen":
             assert "roles" not in {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):

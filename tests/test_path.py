@@ -344,3 +344,113 @@ def test_prior_scale() -> None:
 def test_paths_compare_by_value() -> None:
     assert VariancePreserving() == VariancePreserving(0.1, 20.0) != VariancePreserving(0.1, 19.0)
     assert Flow() == Flow() != TrigFlow()
+
+
+# From one noise level to another
+
+
+def fractions(name: str, *values: float) -> list[Tensor]:
+    """(1,) float64 times at fractions of the range; on VE of its lower end, where data and noise are of one size."""
+    scale = 4.0 if name == "VarianceExploding" else oracle.SCHEDULES[name].end
+    return [torch.tensor([value * scale], dtype=torch.float64) for value in values]
+
+
+def noisy_law(name: str, t: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of x_t for data N(mean, covariance), from the definition of the path."""
+    alpha, sigma = oracle.SCHEDULES[name].alpha(t), oracle.SCHEDULES[name].sigma(t)
+    return alpha * mean, alpha**2 * covariance + sigma**2 * torch.eye(len(mean), dtype=mean.dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bridge_carries_the_law_of_one_level_to_that_of_another(name: str) -> None:
+    for s, t in (fractions(name, 0.2, 0.7), fractions(name, 0.5, 0.5), fractions(name, 0.0, 0.6)):
+        alpha, sigma = PATHS[name].bridge(s, t)
+        (mean_s, covariance_s), (mean_t, covariance_t) = (noisy_law(name, u, MEANS[0], COVARIANCES[0]) for u in (s, t))
+        assert_near(alpha * mean_s, mean_t, 1e-12)
+        assert_near(alpha**2 * covariance_s + sigma**2 * torch.eye(2, dtype=torch.float64), covariance_t, 1e-12)
+    assert PATHS[name].bridge(t, t)[1].item() == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bridges_compose(name: str) -> None:
+    """s -> r -> t is s -> t: factors multiply, and the first noise is scaled on the way."""
+    s, r, t = fractions(name, 0.15, 0.4, 0.8)
+    (first, noise_1), (second, noise_2), (whole, noise) = (PATHS[name].bridge(*ends) for ends in ((s, r), (r, t), (s, t)))
+    assert_near(first * second, whole, 1e-12)
+    assert_near((second * noise_1) ** 2 + noise_2**2, noise**2, 1e-12)
+
+
+def test_bridge_by_hand() -> None:
+    """Flow from .5 to .7: alpha .3/.5, sigma^2 .49 - .36 .25."""
+    alpha, sigma = Flow().bridge(torch.tensor([0.5]), torch.tensor([0.7]))
+    assert (alpha.item(), sigma.item()) == (pytest.approx(0.6), pytest.approx(0.4**0.5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_x_s", "of_eps"),
+    [
+        ("score", 0, -1.58114),
+        ("eps", 0, 1.10680),
+        ("x0", 2, -0.47434),
+        ("velocity", -2, 1.58114),
+        ("v", -1.4, 0.3 * 1.10680 + 0.7 * 0.47434),
+    ],
+)
+def test_bridge_targets_by_hand(kind: str, of_x_s: float, of_eps: float) -> None:
+    """Factors of x_s and eps on Flow from .5 to .7; v = alpha eps - sigma x0 = .3 eps' - .7 x0'."""
+    s, t, one, none = torch.tensor([0.5]).double(), torch.tensor([0.7]).double(), torch.ones(1, 1).double(), torch.zeros(1, 1).double()
+    factors = [Flow().bridge_target(*pair, s, t, kind)[1].item() for pair in ((one, none), (none, one))]  # type: ignore[arg-type]
+    assert factors == pytest.approx([of_x_s, of_eps], abs=6e-6)
+    points = [Flow().bridge_target(*pair, s, t, kind)[0].item() for pair in ((one, none), (none, one))]  # type: ignore[arg-type]
+    assert points == pytest.approx([0.6, 0.63246], abs=6e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mean_of_a_bridge_target_is_the_exact_prediction(name: str, kind: str) -> None:
+    """T2. (x_s, eps) given x_t is Gaussian for x_s ~ N(m, S), and the target is affine in it, so its mean is the target of the means."""
+    s, t = fractions(name, 0.4, 0.7)
+    schedule, eye, x = oracle.SCHEDULES[name], torch.eye(2, dtype=torch.float64), normal(5, 2)
+    alpha = schedule.alpha(t) / schedule.alpha(s)
+    sigma = (schedule.sigma(t) ** 2 - alpha**2 * schedule.sigma(s) ** 2).sqrt()
+    mean, covariance = MEANS[1], COVARIANCES[1]
+    # N(m, S) stands at s, so x_t is N(alpha_t|s m, alpha_t|s^2 S + sigma_t|s^2 I)
+    whitened = torch.linalg.solve(alpha**2 * covariance + sigma**2 * eye, (x - alpha * mean).T).T
+    x_s, eps = mean + alpha * whitened @ covariance, sigma * whitened
+    score, (alpha_t, sigma_t) = -whitened, schedule.at(t, x)
+    expected = oracle.kind_of(kind, (x + sigma_t**2 * score) / alpha_t, -sigma_t * score, t, schedule)
+    same, target = PATHS[name].bridge_target(x_s, eps, s.expand(5), t.expand(5), kind)  # type: ignore[arg-type]
+    assert_near(same, x, 1e-12)
+    assert_near(target, expected, 1e-9)
+
+
+def test_the_mean_of_a_bridge_target_over_a_mixture() -> None:
+    """T2 by Monte Carlo on Flow: x_s given x_t is drawn exactly, 2e5 times; the naive target eps - x_s is off by .4."""
+    s, t, x = 0.5, 0.7, 0.6
+    alpha, sigma = 0.6, 0.4**0.5
+    weights, means, variances = torch.tensor([[0.4, 0.6], [-1.0, 0.8], [0.05, 0.1]], dtype=torch.float64)
+    whole = alpha**2 * variances + sigma**2
+    share = (weights.log() - 0.5 * whole.log() - 0.5 * (x - alpha * means) ** 2 / whole).softmax(0)
+    index = torch.multinomial(share, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    spread = (variances * sigma**2 / whole).sqrt()
+    x_s = ((means + alpha * variances / whole * (x - alpha * means))[index] + spread[index] * normal(200_000, seed=1))[:, None]
+    eps = (x - alpha * x_s) / sigma
+
+    at = torch.tensor([[x]], dtype=torch.float64)
+    score = oracle.derivative(lambda y: (weights * (-0.5 * (y - alpha * means) ** 2 / whole).exp() / whole.sqrt()).sum(-1, keepdim=True).log(), at)
+    x0, noise = (at + t**2 * score) / (1 - t), -t * score
+    times = [torch.full((len(x_s),), value, dtype=torch.float64) for value in (s, t)]
+    for kind in KINDS:
+        expected = oracle.kind_of(kind, x0, noise, torch.tensor([t], dtype=torch.float64), oracle.SCHEDULES["Flow"]).item()
+        assert Flow().bridge_target(x_s, eps, *times, kind)[1].mean().item() == pytest.approx(expected, abs=1e-2)
+    assert abs((eps - x_s).mean().item() - (noise - x0).item()) > 0.3
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["2-D", "4-D", "5-D"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bridge_from_data_gives_the_ordinary_target(name: str, shape: tuple[int, ...]) -> None:
+    schedule, t, x0, eps = oracle.SCHEDULES[name], inner_times(name), normal(*shape), normal(*shape, seed=1)
+    for kind in KINDS:
+        x, target = PATHS[name].bridge_target(x0, eps, torch.zeros(3, dtype=torch.float64), t, kind)
+        assert_near(x, schedule.noisy(x0, eps, t), 1e-12)
+        assert_near(target, oracle.kind_of(kind, x0, eps, t, schedule), 1e-12)

@@ -179,6 +179,42 @@ def test_curves_have_a_panel_for_each_group_and_go_through_the_logged_values(tmp
     assert x2 > x1 and y2 > y1
 
 
+def test_groups_of_distribution_matching_have_panels_that_say_how_to_read_them(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    names = ["match/gap", "match/gan", "match/real_fake", "match/sample_std", "match/sample_mean", "critic/loss_t3", "critic/loss_t0"]
+    names += ["discriminate/real", "discriminate/fake", "drift/mean", "drift/std", "drift/saturation", "drift/spread", "lr/student", "loss/match"]
+    rows = [{"step": i, "samples_per_second": 9.0, "custom/kept": 1.0, **dict.fromkeys(names, 0.5)} for i in range(1, 6)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = write_report(run).read_text(encoding="utf-8")
+    figures = re.findall(r'<figure><svg role="img" aria-label="(\w+)".*?</figure>', html, re.DOTALL)
+    assert figures == ["loss", "drift", "drift_ratio", "match", "sample", "critic", "discriminate", "lr", "custom", "samples_per_second"]
+    texts = {name: re.findall(r"<text[^>]*>([^<]*)</text>", html[html.index(f'aria-label="{name}"') :].split("</svg>")[0]) for name in figures}
+    shown = {name: [text for text in texts[name] if re.search("[a-z]", text) and text != "step"] for name in figures}
+    assert shown["drift"] == ["drift from the teacher: differences", "mean", "saturation"]
+    assert shown["drift_ratio"] == ["drift from the teacher: ratios", "std", "spread"]
+    assert shown["match"] == ["distribution matching", "gap", "real fake"]
+    assert shown["critic"] == ["critic loss by noise level", "nearest data", "nearest noise"]
+    assert shown["sample"] == ["the student's samples while training", "mean", "std"]
+    assert shown["loss"] == ["losses", "match", "gan"]
+    captions = dict(re.findall(r'aria-label="(\w+)"(?:(?!</figure>).)*</svg>\s*<figcaption>(.*?)</figcaption>', html, re.DOTALL))
+    assert captions.keys() == {"drift", "drift_ratio", "match", "sample", "critic", "discriminate"}
+    assert "0 is perfect" in captions["drift"] and "1 is perfect" in captions["drift_ratio"]
+
+
+def test_warnings_stand_at_the_top(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", complete=False, steps=9)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[6] = json.dumps(json.loads(lines[6]) | {"warnings": ["critic lag: <b>1</b>; raise it", "mode loss: so near"]})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    notes = ["Warning at step 7: critic lag: &lt;b&gt;1&lt;/b&gt;; raise it", "Warning at step 7: mode loss: so near"]
+    html = write_report(run).read_text(encoding="utf-8")
+    listed = re.findall(r"<li>(.*?)</li>", html)
+    assert listed[:2] == notes and "reached step 9 of 40" in listed[2]
+    assert html.index(notes[0]) < html.index("<h2>Results")
+    write_comparison([run, _write_run(tmp_path / "other")], tmp_path / "both.html")
+    assert [f"run: {note}" for note in notes] == re.findall(r"<li>(.*?)</li>", (tmp_path / "both.html").read_text(encoding="utf-8"))[:2]
+
+
 def test_an_interrupted_run_is_reported_as_such(tmp_path: Path) -> None:
     run = _write_run(tmp_path / "run", steps=7, complete=False)
     with open(run / "metrics.jsonl", "a") as file:

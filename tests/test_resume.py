@@ -80,7 +80,7 @@ def assert_same_end(resumed: Path, whole: Path) -> None:
     """Equal final weights, averages and moments, bit for bit, and the same metrics, each step once."""
     end = f"checkpoints/step_{STEPS:06d}"
     files = sorted(path.name for path in (whole / end).glob("*.safetensors"))
-    assert {"ema.safetensors", "role_student.safetensors", "role_fake_score.safetensors", "optimizer_student.safetensors"} <= set(files)
+    assert {"ema_student.safetensors", "role_student.safetensors", "role_fake_score.safetensors", "optimizer_student.safetensors"} <= set(files)
     assert sorted(path.name for path in (resumed / end).glob("*.safetensors")) == files
     for name in files:
         got, want = load_file(resumed / end / name), load_file(whole / end / name)
@@ -144,7 +144,7 @@ def short(folder: Path, output: Path, *overrides: str, **options: Any) -> Path:
 
 
 def final(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "checkpoints/step_000006/ema.safetensors")
+    return load_file(run_dir / "checkpoints/step_000006/ema_student.safetensors")
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_refused_commands_change_nothing(whole: Path, folder: Path, capsys: pyte
         (["--resume", "distiller.critic_updates=2"], "--resume: recipe key distiller.critic_updates is 2,"),
         (["--resume", "distiller.weight=kl"], "--resume: recipe key distiller.weight is 'kl',"),
         (["--overwrite", "train.stepz=5"], "recipe key train.stepz: unknown key"),
-        (["--overwrite", "distiller.name=dmd3"], "recipe key distiller.name: 'dmd3' is not a method"),
+        (["--overwrite", "distiller.name=dmd22"], "recipe key distiller.name: 'dmd22' is not a method"),
         (["--overwrite", "data.prompts=nowhere.txt"], "recipe key data.prompts: no file 'nowhere.txt'"),
         (["--overwrite", f"data.prompts={folder / 'bad.txt'}"], "a closed-form teacher's prompt is"),
         (["--overwrite", "train.device=tpu"], "recipe key train.device: "),

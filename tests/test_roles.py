@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgen.conditioning import Conditioning
 from fastgen.families.base import Family
 from fastgen.families.toy import Toy
-from fastgen.roles import LoraTuning, Role, Roles, RoleSpec, build_roles, frozen, trainable
+from fastgen.roles import LoraTuning, Role, Roles, RoleSpec, build_roles, frozen, judge, student, trainable
 from fastgen.surgery import lora
 
 SPECS = {"student": trainable(), "fake_score": trainable(), "teacher": frozen()}
@@ -342,3 +342,85 @@ def test_adapters_start_from_the_seed_alone() -> None:
     assert all(torch.equal(one[key], same[key]) for key in one)
     random = [key for key in one if "lora_A" in key]
     assert random and not any(torch.equal(one[key], other[key]) for key in random)
+
+
+# Blending, and roles that share a network
+
+
+def product(role: Role, target: str) -> Tensor:
+    """What an adapter adds to a layer's weight, without its scale."""
+    state = role.state_dict()
+    return state[f"{target}.lora_B.{role.name}.weight"] @ state[f"{target}.lora_A.{role.name}.weight"]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.03, 1.0])
+def test_blending_moves_every_weight_of_the_network(case: Case, weight: float) -> None:
+    roles = case.roles(adapters=False, specs={"student": trainable(), "fake_score": trainable(heads="auto"), "teacher": frozen()})
+    perturb(roles["student"], 0)
+    perturb(roles["fake_score"], 1)
+    student, fake = ({k: v.clone() for k, v in roles[name].state_dict().items()} for name in ("student", "fake_score"))
+    roles["fake_score"].blend(roles["student"], weight)
+    heads = {name for name in fake if name.startswith("heads.")}
+    assert heads and fake.keys() - heads == student.keys()
+    assert_equal(roles["fake_score"].state_dict(), fake | {name: (1 - weight) * fake[name] + weight * value for name, value in student.items()})
+    assert all(torch.equal(value, student[name]) for name, value in roles["student"].state_dict().items())
+
+
+def test_blending_adapters_moves_their_factors() -> None:
+    """Each factor exactly, hence their product only roughly: (1 - w) B A + w B' A' and terms of order w (1 - w)."""
+    case, weight = toy_case(), 0.25
+    roles = case.roles(adapters=True)
+    perturb(roles["student"], 0)
+    perturb(roles["fake_score"], 1)
+    student, fake = ({k: v.clone() for k, v in roles[name].state_dict().items()} for name in ("student", "fake_score"))
+    before = {name: product(roles[name], "out") for name in ("student", "fake_score")}
+    roles["fake_score"].blend(roles["student"], weight)
+    moved = {name: 0.75 * value + 0.25 * student[name.replace(".fake_score.", ".student.")] for name, value in fake.items()}
+    assert_equal(roles["fake_score"].state_dict(), moved)
+    assert all(torch.equal(value, student[name]) for name, value in roles["student"].state_dict().items())
+    # the average of products less the product of averages: w (1 - w) (B' - B)(A' - A)
+    difference = {
+        kind: student[f"out.lora_{kind}.student.weight"] - fake[f"out.lora_{kind}.fake_score.weight"] for kind in ("A", "B")
+    }  # fmt: skip
+    average = 0.75 * before["fake_score"] + 0.25 * before["student"]
+    error = weight * (1 - weight) * difference["B"] @ difference["A"]
+    torch.testing.assert_close(average - product(roles["fake_score"], "out"), error, rtol=1e-4, atol=1e-6)
+    roles["fake_score"].blend(roles["student"], 1.0)
+    torch.testing.assert_close(case.run(roles["fake_score"]), case.run(roles["student"]))
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_a_discriminator_trains_heads_on_the_teachers_own_network(case: Case, adapters: bool) -> None:
+    roles = case.roles(adapters=adapters, specs=SPECS | {"discriminator": judge("auto")})
+    network, teacher = roles["discriminator"].denoiser, roles["teacher"].denoiser
+    assert network.backbone is teacher.backbone
+    assert (network.adapter, network.heads is not None, teacher.heads) == (None, True, None)
+    names = roles["discriminator"].parameters()
+    assert names and all(name.startswith("heads.heads.") for name in names)
+    assert all(parameter.requires_grad for parameter in names.values())
+    perturb(roles["student"], 0)
+    perturb(roles["discriminator"], 1)
+    output = roles["discriminator"].module(case.x, case.t, case.cond, judge=True)
+    assert torch.equal(output.prediction, case.run(roles["teacher"]))
+    assert network.heads is not None and output.logits is not None
+    assert output.logits.shape == (len(case.x), len(network.heads.taps))
+    clear(roles)
+    with roles.training(["discriminator"]):
+        roles["discriminator"].module(case.x, case.t, case.cond, judge=True).logits.sum().backward()
+    assert gradients(roles["discriminator"]).keys() == names.keys()
+    trained = {id(parameter) for parameter in names.values()}
+    for role in roles.values():
+        assert all((parameter.grad is None) == (id(parameter) not in trained) for parameter in role.denoiser.parameters())
+
+
+def test_experts_of_one_base_keep_their_adapters_apart() -> None:
+    """`student` is a prefix of `student_2`."""
+    case = toy_case()
+    roles = case.roles(adapters=True, specs={"student": student(), "student_2": student(), "teacher": frozen()})
+    teacher = case.run(roles["teacher"])
+    perturb(roles["student"], 0)
+    assert torch.equal(case.run(roles["student_2"]), teacher)
+    assert not torch.allclose(case.run(roles["student"]), teacher, atol=1e-3)
+    assert all(".student_2." in name for name in roles["student_2"].parameters())
+    assert all(".student." in name for name in roles["student"].parameters())
+    assert (roles["student"].spec.averaged, roles["teacher"].spec.averaged) == (True, False)

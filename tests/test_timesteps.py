@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from fastgen.timesteps import TimeSampling, grid, logit_normal, shifted, u_shaped, uniform
+from fastgen.timesteps import TimeSampling, between, grid, logit_normal, shifted, u_shaped, uniform
 
 
 def cdf(density: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
@@ -134,3 +134,66 @@ def test_time_sampling_draws_then_shifts_then_squeezes() -> None:
 def test_time_sampling_refuses(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         TimeSampling.model_validate(wrong)
+
+
+# Parts of a range
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_times_between_are_a_part_of_the_shifted_schedule(shift: float) -> None:
+    """From the shift of 7/8 to that of 1/2 in three steps: the shifts of 7/8, 6/8, 5/8, 4/8."""
+    schedule = grid(8, shift=shift)
+    part = between(schedule[1].item(), schedule[4].item(), 3, shift=shift)
+    assert part.dtype == torch.float64
+    assert (part - schedule[1:5]).abs().max() < 1e-14
+    assert (part[0], part[-1]) == (schedule[1], schedule[4])
+
+
+def test_times_between_reach_their_ends_exactly() -> None:
+    times = between(1.0, 0.0, 7, shift=5.0)
+    assert (times[0], times[-1]) == (1, 0)
+    assert (times[:-1] - grid(7, shift=5.0)).abs().max() < 1e-15
+    assert between(0.93, 0.1, 1, shift=3.3).tolist() == [0.93, 0.1]
+
+
+@pytest.mark.parametrize("name", ["uniform", "logit_normal", "u_shaped"])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.3, 0.7])
+def test_above_is_the_law_given_that_the_time_is_above(name: str, shift: float, floor: float) -> None:
+    """Its quantiles against those of the kept among a million draws of the whole law; below its support nothing is cut."""
+    sampling = TimeSampling(name=name, lo=0.2, hi=0.9, shift=shift, mean=0.3)  # type: ignore[arg-type]
+    whole = sampling.quantile((torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000, teacher_shift=1.0)
+    kept = whole[whole >= floor]
+    quantiles = kept[((U * len(kept)).long())]
+    assert (sampling.above(U, floor, teacher_shift=1.0) - quantiles).abs().max() < 2e-4
+    if floor <= 0.2:
+        assert torch.equal(sampling.above(U, floor, teacher_shift=1.0), sampling.quantile(U, teacher_shift=1.0))
+
+
+def test_above_draws_uniformly_before_the_shift() -> None:
+    """Phased DMD, section 3.4: Wan's first phase ends at .8333, the shift by 5 of 1/2, so its times are the shifts of U(1/2, 1)."""
+    times = TimeSampling().above(U, 5 / 6, teacher_shift=5.0)
+    assert (times - shifted(0.5 + 0.5 * U, 5.0)).abs().max() < 1e-12
+
+
+def test_above_stays_above_at_both_ends_of_the_draws() -> None:
+    u = torch.tensor([0.0, 2**-24, 1 - 2**-24])
+    for floor in (0.02, 1 / 3, 0.8533333, 0.97):
+        times = TimeSampling(lo=0.02, hi=0.98).above(u, floor, teacher_shift=3.0)
+        assert times.dtype == torch.float32
+        assert (times >= torch.tensor(floor)).all()
+        assert (times <= 0.98).all()
+
+
+@pytest.mark.parametrize("floor", [0.5, 0.7])
+def test_above_refuses_a_law_that_ends_below(floor: float) -> None:
+    with pytest.raises(ValueError, match=f"no time of this distribution is above {floor}"):
+        TimeSampling(hi=0.5).above(U, floor, teacher_shift=1.0)
+
+
+def test_up_to_squeezes_the_law() -> None:
+    sampling = TimeSampling(name="logit_normal", lo=0.1, hi=0.9, shift=2.0, mean=0.5)
+    whole = (sampling.quantile(U, teacher_shift=1.0) - 0.1) / 0.8
+    assert (sampling.up_to(0.5).quantile(U, teacher_shift=1.0) - (0.1 + 0.4 * whole)).abs().max() < 1e-14
+    assert sampling.up_to(0.95) == sampling
+    assert (sampling.up_to(0.05).lo, sampling.up_to(0.05).hi) == (0.05, 0.05)

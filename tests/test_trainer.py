@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer, weights
 
-from fastgen.distillers.base import Batch, Distiller, Loss, Models, Update
+from fastgen.distillers.base import Batch, Blend, Distiller, Loss, Models, Update
 from fastgen.distillers.dmd2 import DMD2
 from fastgen.distillers.flow_matching import FlowMatching
 from fastgen.errors import TrainingFailed
@@ -303,3 +304,82 @@ def test_a_terms_graph_is_freed_before_the_next_term_is_built() -> None:
     toy_trainer(toy_method(Watching, toy_setting(family)), family, micro_batch=4).train_step()
     assert Watching.alive_with_graph == [True, True]
     assert Watching.alive_at_second == [False, False]
+
+
+class Experts(Distiller):
+    """Trains `student` at even steps and `student_2` at odd ones; a judge is blended and experts settle as the test says."""
+
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "student_2": student(), "judge": trainable()}
+    blends: tuple[Blend, ...] = ()
+    settles: tuple[str, ...] = ()
+
+    def updates(self, step: int) -> list[Update]:
+        return [Update(("student_2" if step % 2 else "student",), (self.pull,), self.blends, self.settles)]
+
+    def pull(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
+        x, t = rng.normal("x", (2,)), 0.1 + 0.8 * rng.uniform("t")
+        return Loss(models["student_2" if step % 2 else "student"](x, t, batch.cond).square().mean())
+
+    def span(self, role: str) -> tuple[int, int] | None:
+        return (1, 5) if role == "student_2" else None
+
+
+def experts(**options: Any) -> Trainer:
+    family = Toy("toy:mixture", width=16)
+    return toy_trainer(toy_method(Experts, toy_setting(family)), family, **{"optimizers": SGD, "steps": 6, **options})
+
+
+def flat(values: Iterable[Tensor]) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in values])
+
+
+def test_only_the_averages_of_trained_roles_move() -> None:
+    trainer = experts()
+    for updates in ((1, 0), (1, 1), (2, 1)):
+        before = {name: flat(average.shadow.values()) for name, average in trainer.ema.items()}
+        counts = {name: average.updates for name, average in trainer.ema.items()}
+        trainer.train_step()
+        for name, now in zip(("student", "student_2"), updates, strict=True):
+            assert trainer.ema[name].updates == now
+            assert torch.equal(flat(trainer.ema[name].shadow.values()), before[name]) == (now == counts[name])
+    assert trainer.ema.keys() == {"student", "student_2"}
+
+
+def test_an_update_settles_then_blends_then_trains() -> None:
+    """The judge moves a quarter of its way to the average that `student` has just taken over, and neither takes part in the step."""
+    trainer = experts(ema=0.5)
+    for _ in range(3):
+        trainer.train_step()
+    average, judge = flat(trainer.ema["student"].shadow.values()), flat(trainer.parameters["judge"])
+    expert = flat(trainer.parameters["student_2"])
+    assert (average - flat(trainer.parameters["student"])).abs().max() > 1e-4
+    vars(trainer.distiller).update(blends=(Blend("judge", "student", 0.25),), settles=("student",))
+    trainer.train_step()
+    assert torch.equal(flat(trainer.parameters["student"]), average)
+    torch.testing.assert_close(flat(trainer.parameters["judge"]), 0.75 * judge + 0.25 * average, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(flat(trainer.parameters["student_2"]), expert)
+    assert torch.equal(flat(trainer.ema["student"].shadow.values()), average)
+
+
+def test_all_averages_are_applied_and_settled_together() -> None:
+    trainer = experts()
+    for _ in range(4):
+        trainer.train_step()
+    weights = {name: flat(trainer.parameters[name]) for name in trainer.ema}
+    averages = {name: flat(average.shadow.values()) for name, average in trainer.ema.items()}
+    with trainer.ema.applied():
+        assert all(torch.equal(flat(trainer.parameters[name]), value) for name, value in averages.items())
+    assert all(torch.equal(flat(trainer.parameters[name]), value) for name, value in weights.items())
+    trainer.ema.settle()
+    assert all(torch.equal(flat(trainer.parameters[name]), value) for name, value in averages.items())
+    assert all(not torch.equal(weights[name], value) for name, value in averages.items())
+
+
+def test_a_role_that_trains_in_part_of_the_run_has_its_schedule_there() -> None:
+    """Linear from .1: `student` over the run's six steps, `student_2` over steps 1 to 5."""
+    trainer, rates = experts(optimizers=SGD.model_copy(update={"schedule": "linear"})), []
+    trainer.step = 2
+    trainer.run([lambda step, metrics: rates.append({key: value for key, value in metrics.items() if key.startswith("lr/")})])
+    assert rates == [
+        pytest.approx(row) for row in ({"lr/student": 0.1 * 4 / 6}, {"lr/student_2": 0.06}, {"lr/student": 0.1 * 2 / 6}, {"lr/student_2": 0.02})
+    ]

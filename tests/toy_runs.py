@@ -66,14 +66,16 @@ def toy_trainer(
     latents: Tensor | None = None,
     optimizers: OptimizerBlock | dict[str, OptimizerBlock] | None = None,
     dtype: torch.dtype = torch.float32,
+    roles: Roles | None = None,
     **train: Any,
 ) -> Trainer:
-    """Prompts are equally likely; latents (N, D), if given, all carry the first prompt. One optimizer block serves every role."""
+    """Prompts are equally likely; latents (N, D), if given, all carry the first prompt. One optimizer block serves every role.
+    roles: instead of the method's own."""
     data = training.prepare(family, dict.fromkeys(prompts, 1.0), None, CPU)
     if latents is not None:
         one = (torch.tensor([0]), torch.ones(1, dtype=torch.float64))
         data = training.TrainingData(data.prompts, data.cond, data.cumulative, latents, [one] * len(latents))
-    roles = toy_roles(distiller, family, dtype=dtype)
+    roles = toy_roles(distiller, family, dtype=dtype) if roles is None else roles
     block = optimizers or optimizer_block(lr=1e-3)
     blocks = block if isinstance(block, dict) else dict.fromkeys(roles.trained, block)
     settings = TrainBlock(**{"steps": 4, "batch_size": 8, "ema": 0.9, "shard": "none", **train})
@@ -96,8 +98,8 @@ class Recorded(Predictor):
         super().__init__(self._noting(predictor.denoiser), predictor.family)
 
     def _noting(self, denoiser: Callable[..., Output]) -> Callable[..., Output]:
-        def call(x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Output:
-            output = denoiser(x, t, cond)
+        def call(x: Tensor, t: Tensor, cond: dict[str, Tensor], **options: Any) -> Output:
+            output = denoiser(x, t, cond, **options)
             self.inputs.append((x.detach().clone(), t.clone(), cond))
             self.in_graph.append(output.prediction.requires_grad)
             return output

@@ -3,60 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
+from fastgen.data import weighted
 from fastgen.data.images import CaptionedImages
+from fastgen.data.pairs import Pairs
 from fastgen.families.base import Family
 from fastgen.rng import SampleRng
 
 
-def _cumulative(weights: Sequence[float]) -> Tensor:
-    total = torch.tensor(weights, dtype=torch.float64).cumsum(0)
-    return total / total[-1]
+@dataclass(frozen=True)
+class PairBatch:
+    """Unit noise (B, *shape), the teacher's samples of it x0 (B, *shape), both fp32, and their conditioning (B, ...)."""
 
-
-def _draw(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    return torch.searchsorted(cumulative, uniform.double().cpu(), right=True).clamp(max=len(cumulative) - 1)
+    noise: Tensor
+    x0: Tensor
+    cond: Conditioning
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one micro-batch: conditioning (B, ...) and its prompts, and clean latents (B, *shape) where the method asks for them."""
+    """Samples of one micro-batch: conditioning (B, ...) and its prompts, clean latents (B, *shape) where the method asks for them, and
+    pairs, as many as samples but with prompts of their own, where it asks for these."""
 
     size: int
     cond: Conditioning
     latents: Tensor | None = None
     prompts: tuple[str, ...] = ()
+    pairs: PairBatch | None = None
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Pairs, and for each the row of its prompt in the conditioning `cond` (P, ...), which lies on the run's device."""
+
+    pairs: Pairs
+    rows: Tensor
+    cond: Conditioning
+
+    def draw(self, rng: SampleRng) -> PairBatch:
+        """One pair for each of the rng's samples, drawn with replacement."""
+        index = _uniform_rows(len(self.pairs), rng.uniform("pair")).cpu()
+        noise, x0 = self.pairs.noise(index).to(rng.device), self.pairs.x0[index].to(rng.device)
+        return PairBatch(noise, x0, conditioning.select(self.cond, self.rows[index]))
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """prompts (P,) with their conditioning (P, ...) on the device; latents (N, *shape) and, per image, its captions' rows in
-    `prompts` with cumulative probabilities, where the method trains on images."""
+    `prompts` with cumulative probabilities, where the method trains on images; pairs where it trains on these."""
 
     prompts: list[str]
     cond: Conditioning
     cumulative: Tensor
     latents: Tensor | None = None
     captions: list[tuple[Tensor, Tensor]] | None = None
+    pairs: PairTable | None = None
 
     def draw(self, rng: SampleRng) -> Batch:
         """One sample for each of the rng's, drawn with replacement."""
+        pairs = None if self.pairs is None else self.pairs.draw(rng)
+        rows, latents = self._rows(rng)
+        cond = conditioning.select(self.cond, rows)
+        return Batch(len(rows), cond, latents, tuple(self.prompts[row] for row in rows.tolist()), pairs)
+
+    def _rows(self, rng: SampleRng) -> tuple[Tensor, Tensor | None]:
+        """Prompts' rows (B,), with the latents (B, *shape) of images whose captions they are."""
         if self.latents is None or self.captions is None:
-            return self._batch(_draw(self.cumulative, rng.uniform("prompt")))
-        images = (rng.uniform("image").double() * len(self.latents)).long().clamp(max=len(self.latents) - 1)
+            return weighted.rows(self.cumulative, rng.uniform("prompt")), None
+        images = _uniform_rows(len(self.latents), rng.uniform("image"))
         uniform = rng.uniform("caption").cpu()
         captions = [self.captions[image] for image in images.tolist()]
-        rows = torch.stack([index[_draw(cumulative, uniform[i])] for i, (index, cumulative) in enumerate(captions)])
-        return self._batch(rows, self.latents[images.to(self.latents.device)])
+        rows = torch.stack([index[weighted.rows(cumulative, uniform[i])] for i, (index, cumulative) in enumerate(captions)])
+        return rows, self.latents[images.to(self.latents.device)]
 
-    def _batch(self, rows: Tensor, latents: Tensor | None = None) -> Batch:
-        return Batch(len(rows), conditioning.select(self.cond, rows), latents, tuple(self.prompts[row] for row in rows.tolist()))
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning (B, ...) of prompts that are among its own."""
+        row = {text: i for i, text in enumerate(self.prompts)}
+        return conditioning.select(self.cond, torch.tensor([row[prompt] for prompt in prompts]))
+
+
+def _uniform_rows(count: int, uniform: Tensor) -> Tensor:
+    return (uniform.double() * count).long().clamp(max=count - 1)
+
+
+def prompt_weights(prompts: Mapping[str, float] | None, images: CaptionedImages | None) -> Mapping[str, float]:
+    """The prompts a run draws, with their weights: those of the images' captions where it has images, else those given."""
+    table = prompts if images is None else _caption_weights(images)
+    assert table, "a run needs prompts or captioned images"
+    return table
 
 
 def prepare(
@@ -67,20 +107,30 @@ def prepare(
     progress: Callable[[str], None] = lambda message: None,
 ) -> TrainingData:
     """Encode every prompt and image once. Images bring their own captions; prompts serve methods that train without images."""
-    table = prompts if images is None else _caption_weights(images)
-    assert table, "a run needs prompts or captioned images"
+    table = prompt_weights(prompts, images)
     texts = list(table)
     progress(f"encoding {len(texts)} prompts")
     cond = conditioning.to(family.encode_prompts(texts), device)
-    cumulative = _cumulative(list(table.values()))
+    cumulative = weighted.cumulative(table.values())
     if images is None:
         return TrainingData(texts, cond, cumulative)
     progress(f"encoding {len(images)} images")
     resolution = family.latent.size[-1] * family.pixels_per_latent
     latents = torch.cat([family.encode_latents(batch.to(device)) for batch in images.batches(resolution)]).to(device)
     row = {text: i for i, text in enumerate(texts)}
-    captions = [(torch.tensor([row[text] for text in image]), _cumulative(list(image.values()))) for image in images.captions]
+    captions = [(torch.tensor([row[text] for text in image]), weighted.cumulative(image.values())) for image in images.captions]
     return TrainingData(texts, cond, cumulative, latents, captions)
+
+
+def with_pairs(data: TrainingData, pairs: Pairs, family: Family, device: torch.device) -> TrainingData:
+    """The same data with pairs beside it; their prompts need not be the data's own, and those that are not are encoded now."""
+    texts, encoded = list(dict.fromkeys(pairs.prompts)), set(data.prompts)
+    known, new = [text for text in texts if text in encoded], [text for text in texts if text not in encoded]
+    parts = [data.conditioning(known)] if known else []
+    if new:
+        parts.append(conditioning.to(family.encode_prompts(new), device))
+    row = {text: i for i, text in enumerate([*known, *new])}
+    return replace(data, pairs=PairTable(pairs, torch.tensor([row[prompt] for prompt in pairs.prompts]), conditioning.cat(parts)))
 
 
 def _caption_weights(images: CaptionedImages) -> dict[str, float]:

@@ -24,14 +24,14 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen import rewards
-from fastgen.distillers import gan, losses
+from fastgen.distillers import gan, losses, regression
 from fastgen.distillers.anchor import AnchorConfig, anchor_loss
 from fastgen.distillers.base import Batch, Blend, Distiller, Facts, Loss, MethodConfig, Models, Update
 from fastgen.distillers.gan import GANConfig
 from fastgen.distillers.matching import DecoupledConfig, Matched, guidance_gradient, loss_by_time, matching_gradient
 from fastgen.distillers.regression import RegressionConfig, regression_loss
 from fastgen.distillers.rollout import ON_GRID, WHOLE, RolloutConfig, Sample, Segment, student_samples
-from fastgen.distillers.running import new_mean, update_mean
+from fastgen.distillers.running import new_log_mean, update_log_mean
 from fastgen.errors import UserError
 from fastgen.rewards import RewardConfig
 from fastgen.rng import SampleRng
@@ -76,7 +76,7 @@ class DMD2(Distiller):
     def __init__(self, config: Any, setting: Any) -> None:
         super().__init__(config, setting)
         if config.reward is not None:
-            self.statistics["reward"] = new_mean(1)
+            self.statistics["reward"] = new_log_mean()
             self._reward = rewards.load_reward(config.reward.name)
 
     @classmethod
@@ -97,10 +97,8 @@ class DMD2(Distiller):
 
     @classmethod
     def check(cls, config: DMD2Config, facts: Facts) -> None:
-        if config.regression is not None and facts.steps != 1:
-            raise UserError(f"recipe key distiller.regression: a pair says where one step from noise leads, but student.steps is {facts.steps}")
-        if config.regression is not None and config.regression.warmup >= facts.train_steps:
-            raise UserError(f"recipe key distiller.regression.warmup: {config.regression.warmup} leaves none of train.steps {facts.train_steps}")
+        if config.regression is not None:
+            regression.check(config.regression, facts)
         if config.decoupled is not None and facts.guidance == 1:
             raise UserError("recipe key distiller.decoupled: teacher.guidance is 1, so there is no guidance to match apart")
         if config.anchor is not None and facts.steps == 1:
@@ -229,8 +227,8 @@ class DMD2(Distiller):
             return None
         assert self.setting.decode is not None
         pixels = self.setting.decode(sample.x0).clamp(0, 1)
-        weights = (self.config.reward.beta * self._reward(pixels, batch.prompts).double()).exp()
-        return weights / update_mean(self.statistics["reward"], weights, torch.zeros_like(weights, dtype=torch.long), _REWARD_DECAY)
+        weights = rewards.log_weights(self._reward(pixels, batch.prompts), self.config.reward.beta)
+        return (weights - update_log_mean(self.statistics["reward"], weights, _REWARD_DECAY)).exp()
 
     def _sample(self, models: Models, batch: Batch, rng: SampleRng, step: int, *, train: bool) -> Sample:
         config, data = self.config, batch.latents if self.config.inputs == "data" else None

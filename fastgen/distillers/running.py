@@ -6,6 +6,20 @@ import torch
 from torch import Tensor
 
 
+def new_log_mean() -> Tensor:
+    """(2,) fp64: logarithms of a decayed sum and of the decayed number of samples."""
+    return torch.full((2,), -torch.inf, dtype=torch.float64)
+
+
+@torch.no_grad()
+def update_log_mean(state: Tensor, values: Tensor, decay: float) -> Tensor:
+    """Take in exp(values), values (B,), and return the logarithm () of their running mean, fp64; exp itself may overflow."""
+    values = values.double()
+    fresh = torch.stack([values.logsumexp(0), torch.tensor(float(len(values)), dtype=torch.float64, device=values.device).log()])
+    state.copy_(torch.logaddexp(state.to(values.device) + torch.tensor(decay, dtype=torch.float64).log(), fresh))
+    return (state[0] - state[1]).to(values.device)
+
+
 def new_mean(count: int) -> Tensor:
     """(2, count) fp64 zeros: decayed sums and decayed numbers of samples."""
     return torch.zeros(2, count, dtype=torch.float64)

@@ -71,9 +71,7 @@ class TSCD(Distiller):
     def check(cls, config: TSCDConfig, facts: Facts) -> None:
         last, steps = config.stages[-1].segments, facts.steps
         if steps % last:
-            raise UserError(
-                f"recipe key distiller.stages: the last stage has {last} segments, of which student.steps {steps} is not a multiple"
-            )
+            raise UserError(f"recipe key distiller.stages: the last stage has {last} segments, of which student.steps {steps} is not a multiple")
 
     def updates(self, step: int) -> list[Update]:
         return [Update(("student",), (self.consistency,))]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
@@ -33,6 +34,8 @@ class Family(ABC):
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
     component: ClassVar[str] = "transformer"  # the pipeline's attribute that is distilled
+    # The attribute of a second network, to which the pipeline itself gives the times below its `boundary_ratio`, a share of the path's range.
+    second_component: ClassVar[str | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = ()
     pixels_per_latent: int = 1  # spatial stride of the VAE
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
@@ -93,8 +96,14 @@ class Family(ABC):
         """Normalised latents (B, *latent.shape) of pixels (B, 3, H, W) in [-1, 1]; the posterior's mode, no sampling."""
 
     @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) fp32 of latents (B, *latent.shape), black at 0 and white at 1 but not clamped, so that gradients reach
+        latents which over- or undershoot. The decoder itself gets no gradients; it loads on first use and stays until `free_encoders`."""
+
+    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1], as the pipeline itself decodes."""
+        return self.decode(latents).clamp(0, 1)
 
     @abstractmethod
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -17,6 +18,19 @@ from fastgen.errors import UserError
 from fastgen.families.base import Family, LatentSpec
 from fastgen.files import reading
 from fastgen.path import Flow
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No graph built inside reaches the parameters; afterwards they are as a live pipeline's owner had them."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 class SD3(Family):
@@ -130,7 +144,7 @@ class SD3(Family):
 
             assert self.folder is not None
             with reading(self.folder / "vae"):
-                self._vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True).float().eval()
+                self._vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True).float().eval().requires_grad_(False)
         return self._vae
 
     def _vae_near(self, x: Tensor) -> Any:
@@ -143,11 +157,11 @@ class SD3(Family):
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
         return (latents - config.shift_factor) * config.scaling_factor
 
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         vae, config = self._vae_near(latents), self.vae.config
-        pixels = vae.decode(latents.to(vae.device, vae.dtype) / config.scaling_factor + config.shift_factor, return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        with _frozen(vae):
+            pixels = vae.decode(latents.to(vae.device, vae.dtype) / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        return pixels.float() / 2 + 0.5
 
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
         # FlowMatchEuler would shift its grid twice: this pipeline passes no sigmas (diffusers#13243).

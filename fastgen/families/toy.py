@@ -156,8 +156,11 @@ class Toy(Family):
     def encode_latents(self, pixels: Tensor) -> Tensor:
         return pixels
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         return latents
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return latents  # vectors are no pixels: nothing bounds them
 
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
         raise UserError("a closed-form teacher has no diffusers pipeline to export; train it with --only train")

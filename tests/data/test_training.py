@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from pipelines import sd3_folder as sd3_folder
 from torch import Tensor
 
 from fastgen.data.images import CaptionedImages, load_images
-from fastgen.data.training import TrainingData, prepare
+from fastgen.data.pairs import Pairs
+from fastgen.data.training import TrainingData, prepare, prompt_weights, with_pairs
 from fastgen.families.base import LatentSpec
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import Toy
@@ -37,9 +38,12 @@ def test_prompts_are_drawn_with_their_weights() -> None:
     shares = {"0": 0.05, "3": 0.5, "": 0.15, "5": 0.3}
     data = prepare(Toy("toy:ring"), shares, None, CPU)
     assert data.prompts == list(shares)
-    cond, latents = data.draw(rng())
-    assert latents is None
-    drawn = cond["component"]
+    batch = data.draw(rng())
+    assert batch.latents is None
+    assert batch.pairs is None
+    assert batch.size == COUNT
+    drawn = batch.cond["component"]
+    assert batch.prompts == tuple("" if component < 0 else str(component) for component in drawn.tolist())
     counts = torch.stack([(drawn == component).sum() for component in (0, 3, -1, 5)])
     assert counts.sum() == COUNT
     assert chi_square(counts, list(shares.values())) < 4
@@ -48,12 +52,12 @@ def test_prompts_are_drawn_with_their_weights() -> None:
 
 def test_a_prompt_of_weight_zero_is_never_drawn_wherever_it_stands() -> None:
     data = prepare(Toy("toy:ring"), {"0": 0.0, "1": 0.5, "2": 0.0, "3": 0.5, "4": 0.0}, None, CPU)
-    assert set(data.draw(rng())[0]["component"].tolist()) == {1, 3}
+    assert set(data.draw(rng()).cond["component"].tolist()) == {1, 3}
 
 
 def test_weights_need_not_sum_to_one() -> None:
     data = prepare(Toy("toy:ring"), {"1": 6.0, "2": 2.0}, None, CPU)
-    assert (data.draw(rng())[0]["component"] == 1).double().mean() == pytest.approx(0.75, abs=0.03)
+    assert (data.draw(rng()).cond["component"] == 1).double().mean() == pytest.approx(0.75, abs=0.03)
 
 
 def test_the_extremes_of_the_uniform_numbers_stay_in_the_table() -> None:
@@ -62,14 +66,14 @@ def test_the_extremes_of_the_uniform_numbers_stay_in_the_table() -> None:
             return torch.tensor([0.0, 1 - 2**-24])
 
     data = prepare(Toy("toy:ring"), dict.fromkeys("01234", 0.2), None, CPU)
-    assert data.draw(Fixed(0, (), [0, 1]))[0]["component"].tolist() == [0, 4]
+    assert data.draw(Fixed(0, (), [0, 1])).cond["component"].tolist() == [0, 4]
     latents = torch.arange(7.0)[:, None]
     captions = [(torch.tensor([0, 1]), torch.tensor([0.5, 1.0], dtype=torch.float64))] * 7
     images = TrainingData(data.prompts, data.cond, data.cumulative, latents, captions)
-    cond, drawn = images.draw(Fixed(0, (), [0, 1]))
-    assert drawn is not None
-    assert drawn.flatten().tolist() == [0, 6]
-    assert cond["component"].tolist() == [0, 1]
+    batch = images.draw(Fixed(0, (), [0, 1]))
+    assert batch.latents is not None
+    assert batch.latents.flatten().tolist() == [0, 6]
+    assert batch.cond["component"].tolist() == [0, 1]
 
 
 def vectors() -> tuple[Toy, CaptionedImages]:
@@ -79,40 +83,40 @@ def vectors() -> tuple[Toy, CaptionedImages]:
 
 
 @pytest.fixture
-def paired(monkeypatch: pytest.MonkeyPatch) -> TrainingData:
+def captioned(monkeypatch: pytest.MonkeyPatch) -> TrainingData:
     family, images = vectors()
     family.latent = LatentSpec(2, (1,))
     monkeypatch.setattr(CaptionedImages, "batches", lambda self, resolution: iter([torch.stack(self.sources)]))
     return prepare(family, {"7": 1.0}, images, CPU)
 
 
-def test_captions_belong_to_their_image_with_their_probabilities(paired: TrainingData) -> None:
-    cond, latents = paired.draw(rng())
-    assert latents is not None
-    assert latents.shape == (COUNT, 2)
-    image, component = latents[:, 0].long(), cond["component"]
+def test_captions_belong_to_their_image_with_their_probabilities(captioned: TrainingData) -> None:
+    batch = captioned.draw(rng())
+    assert batch.latents is not None
+    assert batch.latents.shape == (COUNT, 2)
+    image, component = batch.latents[:, 0].long(), batch.cond["component"]
+    assert batch.prompts == tuple(map(str, component.tolist()))
     pairs = {(0, 0): 1 / 12, (0, 1): 1 / 4, (1, 2): 1 / 3, (2, 3): 1 / 6, (2, 1): 1 / 6}
     counts = torch.stack([((image == i) & (component == c)).sum() for i, c in pairs])
     assert counts.sum() == COUNT, "a caption of another image was drawn"
     assert chi_square(counts, list(pairs.values())) < 4
 
 
-def test_images_bring_their_own_prompts(paired: TrainingData) -> None:
-    assert set(paired.prompts) == {"0", "1", "2", "3"}
-    weights = paired.cumulative.diff(prepend=torch.zeros(1, dtype=torch.float64))
-    assert dict(zip(paired.prompts, weights.tolist(), strict=True)) == pytest.approx({"0": 1 / 12, "1": 5 / 12, "2": 1 / 3, "3": 1 / 6})
+def test_images_bring_their_own_prompts(captioned: TrainingData) -> None:
+    assert set(captioned.prompts) == {"0", "1", "2", "3"}
+    weights = captioned.cumulative.diff(prepend=torch.zeros(1, dtype=torch.float64))
+    assert dict(zip(captioned.prompts, weights.tolist(), strict=True)) == pytest.approx({"0": 1 / 12, "1": 5 / 12, "2": 1 / 3, "3": 1 / 6})
 
 
-@pytest.mark.parametrize("make", [lambda paired: paired, lambda _: prepare(Toy("toy:ring"), {"1": 1.0, "2": 2.0}, None, CPU)])
-def test_a_samples_row_depends_on_its_own_id_alone(paired: TrainingData, make: Callable[[TrainingData], TrainingData]) -> None:
-    data = make(paired)
-    cond, latents = data.draw(rng(range(64)))
-    part, part_latents = data.draw(rng(range(40, 50)))
-    assert torch.equal(part["component"], cond["component"][40:50])
-    if latents is not None and part_latents is not None:
-        assert torch.equal(part_latents, latents[40:50])
-    other, _ = data.draw(rng(range(64), step=1))
-    assert not torch.equal(other["component"], cond["component"])
+@pytest.mark.parametrize("make", [lambda captioned: captioned, lambda _: prepare(Toy("toy:ring"), {"1": 1.0, "2": 2.0}, None, CPU)])
+def test_a_samples_row_depends_on_its_own_id_alone(captioned: TrainingData, make: Callable[[TrainingData], TrainingData]) -> None:
+    data = make(captioned)
+    whole, part = data.draw(rng(range(64))), data.draw(rng(range(40, 50)))
+    assert torch.equal(part.cond["component"], whole.cond["component"][40:50])
+    assert part.prompts == whole.prompts[40:50]
+    if whole.latents is not None and part.latents is not None:
+        assert torch.equal(part.latents, whole.latents[40:50])
+    assert not torch.equal(data.draw(rng(range(64), step=1)).cond["component"], whole.cond["component"])
 
 
 def test_latents_and_conditioning_are_the_familys_encoding(sd3_folder: Path, tmp_path: Path) -> None:
@@ -133,11 +137,71 @@ def test_latents_and_conditioning_are_the_familys_encoding(sd3_folder: Path, tmp
     assert data.latents.shape == (3, *family.latent.shape)
     encoded = family.encode_prompts(data.prompts)
     assert all(torch.equal(value, encoded[key]) for key, value in data.cond.items())
-    cond, latents = data.draw(rng(range(60)))
-    assert latents is not None
-    image = (latents[:, None] == data.latents).flatten(2).all(-1).double().argmax(1)
-    row = (cond["pooled_projections"][:, None] == encoded["pooled_projections"]).all(-1).double().argmax(1)
-    assert set(zip(image.tolist(), [data.prompts[i] for i in row.tolist()], strict=True)) == {
-        (i, text) for i in range(3) for text in (f"picture {i}", "noise")
-    }
+    batch = data.draw(rng(range(60)))
+    assert batch.latents is not None
+    image = (batch.latents[:, None] == data.latents).flatten(2).all(-1).double().argmax(1)
+    row = (batch.cond["pooled_projections"][:, None] == encoded["pooled_projections"]).all(-1).double().argmax(1)
+    assert batch.prompts == tuple(data.prompts[i] for i in row.tolist())
+    assert set(zip(image.tolist(), batch.prompts, strict=True)) == {(i, text) for i in range(3) for text in (f"picture {i}", "noise")}
     assert not any(tensor.requires_grad for tensor in (data.latents, *data.cond.values()))
+
+
+PAIR_PROMPTS = ("0", "6", "0", "", "3")
+
+
+def with_five_pairs(data: TrainingData, family: Toy | None = None) -> TrainingData:
+    """Pair i has seed 10 + i and x0 = (i, -i)."""
+    x0 = torch.arange(5.0)[:, None] * torch.tensor([1.0, -1.0])
+    return with_pairs(data, Pairs(torch.arange(10, 15), PAIR_PROMPTS, x0), family or Toy("toy:ring"), CPU)
+
+
+def test_pairs_are_drawn_evenly_each_with_its_own_noise_and_prompt() -> None:
+    data = with_five_pairs(prepare(Toy("toy:ring"), {"0": 0.9, "1": 0.1}, None, CPU))
+    pairs = data.draw(rng()).pairs
+    assert pairs is not None
+    index = pairs.x0[:, 0].long()
+    assert chi_square(torch.bincount(index, minlength=5), [0.2] * 5) < 4
+    assert torch.equal(pairs.x0[:, 1], -pairs.x0[:, 0])
+    noise = torch.cat([torch.randn((1, 2), generator=torch.Generator().manual_seed(10 + i)) for i in range(5)])
+    assert torch.equal(pairs.noise, noise[index])
+    assert torch.equal(pairs.cond["component"], torch.tensor([0, 6, 0, -1, 3])[index])
+
+
+def test_pairs_and_prompts_are_drawn_independently_and_pairs_change_no_other_draw() -> None:
+    plain = prepare(Toy("toy:ring"), {"0": 0.5, "1": 0.5}, None, CPU)
+    batch, before = with_five_pairs(plain).draw(rng()), plain.draw(rng())
+    assert batch.pairs is not None
+    assert torch.equal(batch.cond["component"], before.cond["component"])
+    joint = 5 * batch.cond["component"] + batch.pairs.x0[:, 0].long()
+    assert chi_square(torch.bincount(joint, minlength=10), [0.1] * 10) < 4
+
+
+def test_a_samples_pair_depends_on_its_own_id_alone() -> None:
+    data = with_five_pairs(prepare(Toy("toy:ring"), {"0": 1.0}, None, CPU))
+    whole, part, later = (data.draw(rng(ids, step=step)).pairs for ids, step in ((range(64), 0), (range(40, 50), 0), (range(64), 1)))
+    assert whole is not None and part is not None and later is not None
+    assert torch.equal(part.x0, whole.x0[40:50])
+    assert torch.equal(part.noise, whole.noise[40:50])
+    assert torch.equal(part.cond["component"], whole.cond["component"][40:50])
+    assert not torch.equal(later.x0, whole.x0)
+
+
+def test_only_prompts_that_are_new_are_encoded_for_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, encoded = Toy("toy:ring"), list[str]()
+    data = prepare(family, {"0": 0.5, "3": 0.5}, None, CPU)
+    encode = family.encode_prompts
+
+    def noting(prompts: Sequence[str]) -> dict[str, Tensor]:
+        encoded.extend(prompts)
+        return encode(prompts)
+
+    monkeypatch.setattr(family, "encode_prompts", noting)
+    table = with_five_pairs(data, family).pairs
+    assert encoded == ["6", ""]
+    assert table is not None
+    assert torch.equal(table.cond["component"][table.rows], torch.tensor([0, 6, 0, -1, 3]))
+
+
+def test_the_prompts_of_pairs_are_weighted_as_the_runs_own() -> None:
+    assert prompt_weights({"0": 0.25, "1": 0.75}, None) == {"0": 0.25, "1": 0.75}
+    assert prompt_weights(None, vectors()[1]) == pytest.approx({"0": 1 / 12, "1": 5 / 12, "2": 1 / 3, "3": 1 / 6})

@@ -390,3 +390,48 @@ def test_a_broken_model_index_is_one_clear_line(tmp_path: Path) -> None:
         (tmp_path / "model_index.json").write_text(text)
         with pytest.raises(UserError, match=r"model_index\.json' is not JSON with a '_class_name'"):
             find_family(tmp_path)
+
+
+def test_gradients_through_decode_are_those_through_the_vae(family: SD3, stock: Any) -> None:
+    latents = 3 * torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    mine, theirs = latents.clone().requires_grad_(), latents.clone().requires_grad_()
+    direction = torch.randn((2, 3, 16, 16), generator=torch.Generator().manual_seed(1))
+    pixels = family.decode(mine)
+    config = stock.vae.config
+    expected = stock.vae.decode(theirs / config.scaling_factor + config.shift_factor, return_dict=False)[0] / 2 + 0.5
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+    gradients = (torch.autograd.grad((output * direction).sum(), x)[0] for output, x in ((pixels, mine), (expected, theirs)))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_decode_latents_is_decode_clamped_and_without_gradients(family: SD3) -> None:
+    latents = 20 * torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    pixels, clamped = family.decode(latents), family.decode_latents(latents.clone().requires_grad_())
+    assert pixels.min() < 0 or pixels.max() > 1, "the clamp must matter for this test to mean anything"
+    assert torch.equal(clamped, pixels.clamp(0, 1))
+    assert not clamped.requires_grad
+
+
+def test_decoding_in_training_loads_the_vae_once_and_leaves_it_frozen(sd3_folder: Path) -> None:
+    family = SD3(sd3_folder)
+    family.free_encoders()  # as a run does before it trains
+    latents = torch.ones((1, 4, 8, 8), requires_grad=True)
+    family.decode(latents).sum().backward()
+    vae = family.vae
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    assert not vae.training
+    family.decode(latents).sum().backward()
+    assert family.vae is vae
+    assert latents.grad is not None
+    assert latents.grad.abs().max() > 0
+
+
+def test_decoding_with_a_live_pipeline_gives_its_vae_no_gradients_and_leaves_it_as_it_was(live: Any) -> None:
+    required = [parameter.requires_grad for parameter in live.vae.parameters()]
+    assert all(required)
+    latents = torch.ones((1, 4, 8, 8), requires_grad=True)
+    SD3(live).decode(latents).sum().backward()
+    assert latents.grad is not None
+    assert all(parameter.grad is None for parameter in live.vae.parameters())
+    assert [parameter.requires_grad for parameter in live.vae.parameters()] == required

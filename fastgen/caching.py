@@ -1,0 +1,72 @@
+"""What `fastgen cache` makes once for several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastgen import conditioning
+from fastgen.conditioning import Conditioning
+from fastgen.config import Recipe
+from fastgen.data.images import load_images
+from fastgen.data.pair_folder import Manifest, PairFolder, create_folder
+from fastgen.data.pairs import Solver, TeacherSampler
+from fastgen.data.prompts import load_prompts
+from fastgen.data.training import prompt_weights
+from fastgen.errors import UserError
+from fastgen.families.base import Family
+from fastgen.generator import load_teacher
+from fastgen.parallel import choose_device
+from fastgen.plan import resolved_teacher
+from fastgen.run import Progress
+
+
+def cache_pairs(
+    recipe: Recipe,
+    output: Path,
+    *,
+    count: int,
+    steps: int | None = None,
+    solver: Solver = "euler",
+    batch: int = 64,
+    progress: Progress | None = None,
+) -> tuple[PairFolder, int]:
+    """Draw noise-sample pairs from a recipe's guided teacher into the folder `output`; returns it and how many pairs are new.
+
+    Of the recipe it takes teacher, data, train.seed and train.device. steps: by default the teacher's own. A folder of the same drawing is
+    continued, also to a larger count. UserError before anything is written.
+    """
+    progress = progress or Progress()
+    images = None if recipe.data.images is None else load_images(recipe.data.images)
+    if recipe.data.prompts is None and images is None:
+        raise UserError("recipe key data.prompts: missing; pairs are drawn for prompts, or for the captions of data.images")
+    prompts = prompt_weights(None if images else load_prompts(str(recipe.data.prompts)), images)
+    block = recipe.teacher
+    teacher = load_teacher(
+        block.pretrained,
+        family=block.family,
+        steps=steps,
+        guidance=block.guidance,
+        negative_prompt=block.negative_prompt,
+        device=choose_device(recipe.train.device),
+        max_sequence_length=block.max_sequence_length,
+        resolution=block.resolution,
+    )
+    sampler = TeacherSampler(teacher.predict, teacher.times().to(teacher.device), teacher.family.latent.shape, solver)
+    manifest = Manifest.describe(sampler, resolved_teacher(recipe), prompts, seed=recipe.train.seed, count=count)
+    folder = create_folder(output, manifest)
+    progress.start("drawing pairs", folder.manifest.count, held := folder.held())
+    try:
+        folder.complete(sampler, lambda texts: _encode(teacher.family, texts), prompts, batch=batch, progress=lambda done: progress.update(done, {}))
+    finally:  # a bar left running hides the terminal's cursor
+        progress.finish()
+    return folder, folder.manifest.count - held
+
+
+def _encode(family: Family, prompts: Sequence[str]) -> Conditioning:
+    """Each distinct prompt of a batch once; kept no longer, for thousands of prompts of a large teacher fill the memory."""
+    distinct = list(dict.fromkeys(prompts))
+    row = {prompt: i for i, prompt in enumerate(distinct)}
+    return conditioning.select(family.encode_prompts(distinct), torch.tensor([row[prompt] for prompt in prompts]))

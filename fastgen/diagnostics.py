@@ -1,0 +1,203 @@
+"""What goes wrong when distributions are matched, told from the numbers that a run logs: drift from the teacher, and the known ways to collapse.
+
+`drift` compares pictures. `Watch` reads the rows of metrics.jsonl one by one and warns of four signatures, with the numbers that
+show it and what helps. The thresholds come from runs on the digits teacher (shipped recipes of one to four steps, and ones made to
+fail) and on the closed-form ring of eight modes. Saturation, mode loss and a discriminator that wins were not seen there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Numbers = Mapping[str, float]  # finite scalars of one student step
+
+GREY_LEVEL = 1 / 255
+
+# Steps that a logged number is averaged over: single batches scatter by a fifth.
+SMOOTHING = 10
+# Steps that critic lag looks back: long enough for one of its swings, short enough to forget that a one-step student began as a point, where
+# the critic's loss is next to nothing.
+LAG_WINDOW = 200
+# Multiple of its recent minimum that the critic's loss has risen to. Samples that spread out are harder to denoise, but the digits recipes
+# stay below 1.25; a critic's learning rate 70 times below the student's gave 4, a single critic update on the ring 7.
+LAG_LOSS = 2.0
+# Multiple of its own minimum since then that the gap has risen to. With a critic that follows, the gap falls while the loss rises: the
+# digits recipes stay below 1.2; the two runs above gave 2.7 and 10.
+LAG_GAP = 1.5
+# Share of clipped pixels beyond the teacher's own: on digits, where that is large, healthy draws lie within -.03 and .04.
+SATURATED = 0.1
+# Spread of the student's pictures over the teacher's: healthy draws lie within .87 and 1.1.
+SPREAD_LOST = 0.6
+# Mean logit of real minus that of fake: at 8 a sample is told apart with odds of 50 to 1 on either side, and its gradient says little.
+LOGITS_APART = 8.0
+# Student steps on which they have been so far apart in a row: a discriminator may win for a while.
+LOGITS_PATIENCE = 50
+
+
+def drift(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """How a student's pictures differ from its teacher's of the same noise and prompts.
+
+    student, teacher: (N, C, …) pixels in [0, 1]. `drift/mean`: the student's mean minus the teacher's. `drift/std`: ratio of the pixels'
+    standard deviations, averaged over channels. `drift/saturation`: share of pixels within a grey level of 0 or 1, minus the teacher's.
+    `drift/spread`: ratio of the mean RMS distances between two pictures, absent where there is one picture. 0, 1, 0, 1 are perfect.
+    """
+    deviations = [pixels.transpose(0, 1).flatten(1).std(1, correction=0) for pixels in (student, teacher)]
+    numbers = {
+        "drift/mean": student.mean() - teacher.mean(),
+        "drift/std": _ratio(*deviations).mean(),
+        "drift/saturation": _saturated(student) - _saturated(teacher),
+    }
+    if len(student) > 1:
+        numbers["drift/spread"] = _ratio(_spread(student), _spread(teacher))
+    return {name: value.item() for name, value in numbers.items()}
+
+
+def _ratio(student: Tensor, teacher: Tensor) -> Tensor:
+    # Teacher pictures that are blank, or all the same, to within a grey level give no scale to compare with.
+    return student / teacher.clamp(min=GREY_LEVEL)
+
+
+def _saturated(pixels: Tensor) -> Tensor:
+    return ((pixels <= GREY_LEVEL) | (pixels >= 1 - GREY_LEVEL)).float().mean()
+
+
+def _spread(pixels: Tensor) -> Tensor:
+    """Mean RMS distance of two different pictures."""
+    flat = pixels.flatten(1)
+    return torch.pdist(flat).mean() / flat.shape[1] ** 0.5
+
+
+class Watch:
+    """Warnings of a run, each at most once. All it knows comes from the rows, so a resumed run's watch is made by showing it the old ones."""
+
+    def __init__(self) -> None:
+        self._signatures: dict[str, Signature] = {
+            "critic lag": CriticLag(),
+            "saturation": Saturation(),
+            "mode loss": ModeLoss(),
+            "discriminator won": DiscriminatorWon(),
+        }
+
+    def __call__(self, row: Mapping[str, Any]) -> list[str]:
+        """What one row of metrics.jsonl gives reason to warn of, in the form `signature: evidence; remedy`."""
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+        found = {name: evidence for name, signature in self._signatures.items() if (evidence := signature.seen(numbers))}
+        return [f"{name}: {evidence}; {self._signatures.pop(name).remedy}" for name, evidence in found.items()]
+
+
+class Signature(Protocol):
+    """One way to fail."""
+
+    remedy: str
+
+    def seen(self, numbers: Numbers) -> str | None:
+        """The evidence, once this step's numbers complete it."""
+        ...
+
+
+class CriticLag:
+    """The fake score no longer follows the student: its loss on the student's samples rises, and the gap between the scores swings.
+
+    Each set of trained roles has a history of its own, because a phase of phased_dmd starts with another student and fake score.
+    """
+
+    remedy = "raise distiller.critic_updates or optimizer.fake_score.lr, lower optimizer.student.lr, or set distiller.ida (dmd2 and its relatives)"
+
+    def __init__(self) -> None:
+        self._histories: dict[frozenset[str], _Smoothed] = {}
+
+    def seen(self, numbers: Numbers) -> str | None:
+        if not {"loss/critic", "match/gap"} <= numbers.keys():
+            return None
+        trained = frozenset(name for name in numbers if name.startswith("lr/"))
+        history = self._histories.setdefault(trained, _Smoothed())
+        history.add(numbers["loss/critic"], numbers["match/gap"])
+        losses, gaps = zip(*history.recent, strict=True)
+        lowest = min(losses)
+        narrowest = min(gaps[losses.index(lowest) :])
+        if losses[-1] < LAG_LOSS * lowest or gaps[-1] < LAG_GAP * narrowest:
+            return None
+        return (
+            f"the fake score no longer follows the student: within {LAG_WINDOW} steps loss/critic has risen from {lowest:.3g} to {losses[-1]:.3g} "
+            f"and match/gap swings, now from {narrowest:.3g} to {gaps[-1]:.3g}"
+        )
+
+
+class _Smoothed:
+    """The last moving averages of pairs of numbers, unbiased from the first pair on."""
+
+    def __init__(self) -> None:
+        self.recent: deque[tuple[float, float]] = deque(maxlen=LAG_WINDOW)
+        self._sums, self._weight = (0.0, 0.0), 0.0
+
+    def add(self, *pair: float) -> None:
+        keep = 1 - 1 / SMOOTHING
+        first, second = (keep * total + value / SMOOTHING for total, value in zip(self._sums, pair, strict=True))
+        self._sums, self._weight = (first, second), keep * self._weight + 1 / SMOOTHING
+        self.recent.append((first / self._weight, second / self._weight))
+
+
+class Saturation:
+    """The student clips more pixels than its teacher, two draws in a row."""
+
+    remedy = "lower teacher.guidance, or match its part at noise levels of its own with distiller.decoupled (dmd2 and its relatives)"
+
+    def __init__(self) -> None:
+        self._before = -math.inf
+
+    def seen(self, numbers: Numbers) -> str | None:
+        if not {"drift/saturation", "match/gap"} <= numbers.keys():
+            return None
+        before, self._before = self._before, numbers["drift/saturation"]
+        if min(before, self._before) < SATURATED:
+            return None
+        return f"in the last two draws {before:.0%} and {self._before:.0%} more of the student's pixels than of the teacher's are black or white"
+
+
+class ModeLoss:
+    """The student's pictures are much more alike than the teacher's, two draws in a row, and do not recover: a student that began as a
+    point has a small spread too, but a rising one.
+
+    Pictures are needed. `match/sample_std` does not tell: what varies within one picture dominates it, so repeating a single good
+    picture leaves it where it was, and in a student that began as a point, or in a phase that ends at a noisy sample, it has no scale.
+    """
+
+    remedy = (
+        "use distiller.regression, a GAN term (distiller.gan), f_distill with its divergence js, phased_dmd, or distiller.anchor "
+        "(dmd2 and its relatives)"
+    )
+
+    def __init__(self) -> None:
+        self._before = math.inf
+
+    def seen(self, numbers: Numbers) -> str | None:
+        if not {"drift/spread", "match/gap"} <= numbers.keys():
+            return None
+        before, self._before = self._before, numbers["drift/spread"]
+        if before >= SPREAD_LOST or self._before > before:
+            return None
+        return f"the student's pictures lie {before:.2f} and then {self._before:.2f} times as far apart as the teacher's"
+
+
+class DiscriminatorWon:
+    """Real and fake logits stay far apart, so that the student learns little from the discriminator."""
+
+    remedy = "raise distiller.gan.r1, or lower distiller.gan.weight or the learning rate of the role that judges"
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def seen(self, numbers: Numbers) -> str | None:
+        if not {"discriminate/real", "discriminate/fake"} <= numbers.keys():
+            return None
+        real, fake = numbers["discriminate/real"], numbers["discriminate/fake"]
+        self._steps = self._steps + 1 if real - fake > LOGITS_APART else 0
+        if self._steps < LOGITS_PATIENCE:
+            return None
+        return f"for {self._steps} steps the mean logits have been more than {LOGITS_APART:g} apart, real {real:.3g} and fake {fake:.3g} now"

@@ -1,0 +1,78 @@
+"""What a run writes down at every step: a line of metrics.jsonl, and the same numbers as TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
+
+from fastgen.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Row = Mapping[str, Any]  # "step", scalars by name, and "warnings": [text, …] where something has gone wrong
+
+
+class RunLog:
+    """metrics.jsonl and tensorboard/ of a run folder; writes only as a context manager.
+
+    A resumed run appends to metrics.jsonl, once `truncate` has dropped what is to be done again, and starts another event file with its
+    first row. That one tells TensorBoard to forget what it has read of this step and of later ones.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path, self.events = run_dir / "metrics.jsonl", run_dir / "tensorboard"
+        self._file: IO[str] | None = None
+        self._board: SummaryWriter | None = None
+
+    def __enter__(self) -> RunLog:
+        self._file = self.path.open("a", buffering=1)  # made even before the first row: it is what tells a run from other folders
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What stands in metrics.jsonl; a last line that a kill cut short is left out."""
+        text = self.path.read_text() if self.path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def truncate(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which an interrupted run had logged past its last checkpoint."""
+        if self.path.is_file():
+            write_atomically(self.path, "".join(_line(row) for row in self.rows() if row["step"] <= step))
+
+    def write(self, row: Row) -> None:
+        """Add a row; its line is on disk at once, its events after `flush`."""
+        assert self._file is not None, "a RunLog writes only as a context manager"
+        self._file.write(_line(row))
+        self._board = self._board or _board(self.events, row["step"])
+        for name, value in row.items():
+            if name == "warnings":
+                self._board.add_text(name, "  \n".join(value), row["step"])
+            elif name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Put the events on disk. Due before each checkpoint, or a run killed after it would go on with a gap in its events."""
+        if self._board is not None:
+            self._board.flush()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _board(folder: Path, first_step: int) -> SummaryWriter:
+    # tensorboard's own switch for working without TensorFlow, which is slow to import and talks on stderr.
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)

@@ -1,0 +1,165 @@
+"""Noise-sample pairs: the closed form's own ODE map on every path, the guided teacher's own sampler, and pair i a function of i alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy_runs import MEAN, VARIANCE
+
+from fastgen.data.pairs import Pairs, Solver, TeacherSampler, cat, make_pairs
+from fastgen.denoiser import Denoiser, Predictor
+from fastgen.errors import TrainingFailed
+from fastgen.families.toy import Toy
+from fastgen.generator import load_teacher
+from fastgen.path import Flow, Path, TrigFlow, VarianceExploding, VariancePreserving
+from fastgen.sampling import Predict
+
+GAUSSIAN = {"": 1.0}
+WEIGHTED = {"0": 0.2, "1": 0.0, "2": 0.5, "": 0.3}
+
+
+def karras(count: int) -> Tensor:
+    """Times for VE, whose range is wide (Karras et al. 2022, eq. 5)."""
+    return (80 ** (1 / 7) + torch.arange(count) / (count - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+
+
+def predictor(family: Toy) -> Predictor:
+    return Predictor(Denoiser(family.load_backbone(), family), family)
+
+
+def sampler(family: Toy, times: Tensor | int, *, predict: Predict | None = None, solver: Solver = "euler") -> TeacherSampler:
+    times = family.grid(times) if isinstance(times, int) else times
+    return TeacherSampler(predict or predictor(family), times.double(), family.latent.shape, solver)
+
+
+def made(family: Toy, teacher: TeacherSampler, ids: range, prompts: dict[str, float] | None = None, **options: Any) -> Pairs:
+    return make_pairs(teacher, family.encode_prompts, prompts or GAUSSIAN, ids, **{"seed": 3, **options})
+
+
+def gaussian_map(path: Path, noise: Tensor, start: Tensor) -> Tensor:
+    """Where the probability-flow ODE leads from unit noise (B, 2): it keeps (x - alpha m) / std of toy:gaussian."""
+    alpha, sigma = path.coeffs(start)
+    x = noise.double() * path.prior_scale(start)
+    return MEAN + (VARIANCE / (alpha**2 * VARIANCE + sigma**2)).sqrt() * (x - alpha * MEAN)
+
+
+@pytest.mark.parametrize("path", [Flow(), TrigFlow(), VariancePreserving(), VarianceExploding()], ids=lambda path: type(path).__name__)
+def test_a_pair_is_the_ode_map_of_its_noise(path: Path) -> None:
+    family = Toy("toy:gaussian", path=path, kind="x0")
+    errors = {}
+    runs: list[tuple[int, Solver]] = [(40, "euler"), (40, "heun"), (80, "heun")]
+    for count, solver in runs:
+        teacher = sampler(family, karras(count) if isinstance(path, VarianceExploding) else count, solver=solver)
+        pairs = made(family, teacher, range(50))
+        exact = gaussian_map(path, pairs.noise(torch.arange(50)), teacher.times[0])
+        errors[count, solver] = (pairs.x0 - exact).abs().max().item()
+    assert pairs.x0.dtype == torch.float32
+    assert errors[40, "heun"] < 0.5 * errors[40, "euler"] < 0.05
+    assert errors[80, "heun"] < min(0.4 * errors[40, "heun"], 0.01)  # order 2
+
+
+def test_heun_and_euler_cost_what_they_say() -> None:
+    family = Toy("toy:gaussian")
+    calls: list[float] = []
+    inner = predictor(family)
+
+    class Counting(Predictor):
+        def __call__(self, x: Tensor, t: Tensor, *rest: Any, **options: Any) -> Tensor:
+            calls.append(t[0].item())
+            assert not torch.is_grad_enabled()
+            return inner(x, t, *rest, **options)
+
+    predict = Counting(inner.denoiser, family)
+    made(family, sampler(family, 4, predict=predict), range(2))
+    assert calls == [1.0, 0.75, 0.5, 0.25]
+    calls.clear()
+    made(family, sampler(family, 4, predict=predict, solver="heun"), range(2))
+    assert calls == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_euler_pairs_are_the_teachers_own_samples_guidance_included() -> None:
+    teacher = load_teacher("toy:mixture", steps=6, guidance=2.5, negative_prompt="1")
+    family: Any = teacher.family
+    pairs = made(family, TeacherSampler(teacher.predict, teacher.times(), family.latent.shape), range(20), WEIGHTED)
+    assert torch.equal(pairs.x0, teacher.latents(pairs.prompts, pairs.seeds.tolist()))
+    predict, x = predictor(family), pairs.noise(torch.arange(20))
+    cond, negative = family.encode_prompts(pairs.prompts), family.encode_prompts(["1"] * 20)
+    with torch.no_grad():  # an Euler step of the guided velocity, written out
+        for t, t_next in zip(torch.linspace(1, 1 / 6, 6), torch.linspace(5 / 6, 0, 6), strict=True):
+            given, without = (predict(x, t.expand(20), c, "velocity") for c in (cond, negative))
+            x = x + (t_next - t) * (without + 2.5 * (given - without))
+    torch.testing.assert_close(pairs.x0, x, rtol=0, atol=2e-5)
+
+
+def test_fewer_pairs_are_the_first_of_more_in_any_batches() -> None:
+    family = Toy("toy:mixture")
+    teacher = sampler(family, 3)
+    many = made(family, teacher, range(37), WEIGHTED, batch=37)
+    few = made(family, teacher, range(10), WEIGHTED, batch=4)
+    rest = made(family, teacher, range(10, 37), WEIGHTED, batch=5)
+    joined = cat([few, rest])
+    assert len(few) == 10
+    assert torch.equal(joined.seeds, many.seeds)
+    assert joined.prompts == many.prompts
+    torch.testing.assert_close(joined.x0, many.x0, rtol=0, atol=1e-6)
+
+
+def test_pairs_differ_among_each_other_and_between_seeds() -> None:
+    family = Toy("toy:mixture")
+    one, other = (made(family, sampler(family, 2), range(200), WEIGHTED, seed=seed) for seed in (3, 4))
+    assert len(set(one.seeds.tolist()) | set(other.seeds.tolist())) == 400
+    assert one.prompts != other.prompts
+    assert len(one.x0.unique(dim=0)) == 200
+
+
+def test_prompts_are_drawn_with_their_weights() -> None:
+    family = Toy("toy:mixture")
+    pairs = made(family, sampler(family, 1), range(3000), WEIGHTED, batch=3000)
+    shares = {prompt: pairs.prompts.count(prompt) / 3000 for prompt in WEIGHTED}
+    assert shares["1"] == 0
+    assert shares == pytest.approx(WEIGHTED, abs=0.03)
+
+
+def test_each_pair_is_conditioned_on_its_own_prompt() -> None:
+    family = Toy("toy:mixture")
+    pairs = made(family, sampler(family, 60, solver="heun"), range(150), {"0": 0.5, "2": 0.5})
+    for prompt, component in (("0", 0), ("2", 2)):
+        rows = torch.tensor([i for i, given in enumerate(pairs.prompts) if given == prompt])
+        mixture = family.mixture
+        # A component is a Gaussian: its own map, mean + std noise, from t = 1 on Flow.
+        exact = mixture.means[component] + mixture.variances[component].sqrt() * pairs.noise(rows)
+        assert (pairs.x0[rows] - exact).abs().max() < 0.02
+
+
+def test_progress_is_told_how_far_it_is() -> None:
+    family, seen = Toy("toy:gaussian"), list[int]()
+    made(family, sampler(family, 1), range(5, 18), batch=5, progress=seen.append)
+    assert seen == [10, 15, 18]
+
+
+def test_a_teacher_that_breaks_is_noticed() -> None:
+    family = Toy("toy:gaussian")
+    backbone: Any = family.load_backbone()
+    torch.nn.init.constant_(backbone.out.bias, torch.nan)
+    broken = Predictor(Denoiser(backbone, family), family)
+    with pytest.raises(TrainingFailed, match="samples of pairs 2 to 3 are not finite"):
+        made(family, sampler(family, 1, predict=broken), range(2, 9), batch=2)
+
+
+def test_the_conditioning_goes_to_the_samplers_device() -> None:
+    """Encoders answer on the CPU; the teacher may be elsewhere. `meta` stands for it."""
+    family, devices = Toy("toy:gaussian"), list[str]()
+
+    class There:
+        path = Flow()
+
+        def __call__(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], *rest: Any) -> Tensor:
+            devices.extend(tensor.device.type for tensor in (x, t, *cond.values()))
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        make_pairs(TeacherSampler(There(), torch.ones(1, device="meta"), (2,)), family.encode_prompts, GAUSSIAN, range(2), seed=0)  # type: ignore[arg-type]
+    assert devices == ["meta"] * 3

@@ -1,0 +1,270 @@
+"""f-distill's factor for each sample: which ratio it sees, how it is normalised, and that it makes the divergence's own gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from matching_cases import affine_network, batch_of, double, draws, gaussian_network
+from safetensors.torch import load_file
+from test_dmd2 import disturb
+from test_gan import disturb_heads
+from torch import Tensor
+from torch.distributions import Normal
+from toy_runs import normal, optimizer_block, rng, toy_method, toy_roles, toy_setting, toy_trainer, weights
+
+from fastgen import checkpoint
+from fastgen.config import validate
+from fastgen.distillers.base import Facts
+from fastgen.distillers.divergences import Name
+from fastgen.distillers.dmd2 import DMD2
+from fastgen.distillers.f_distill import FDistill
+from fastgen.distillers.matching import Matched
+from fastgen.distillers.rollout import Sample
+from fastgen.errors import UserError
+from fastgen.families.toy import Mixture, Toy
+from fastgen.path import Flow, VarianceExploding
+from fastgen.path import Path as NoisePath
+from fastgen.trainer import Trainer
+
+torch.set_num_threads(1)
+NAMES = get_args(Name)
+# r^2 f''(r), from the table of the paper
+H: dict[str, Any] = {
+    "reverse_kl": lambda r: 1.0,
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+    "js": lambda r: r / (1 + r),
+    "squared_hellinger": lambda r: r**0.5 / 4,
+    "forward_kl": lambda r: r,
+    "jeffreys": lambda r: 1 + r,
+    "neyman_chi2": lambda r: 2 / r,
+    "pearson_chi2": lambda r: 2 * r**2,
+}
+
+
+class Judge:
+    """A discriminator whose logits are given by a function of (x, t)."""
+
+    def __init__(self, logits: Any) -> None:
+        self.given = logits
+
+    def logits(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return self.given(x, t)
+
+
+def f_distill(divergence: str, *, path: NoisePath | None = None, **keys: Any) -> Any:
+    return toy_method(FDistill, toy_setting(Toy("toy:mixture", path=path), grid=[0.7]), divergence=divergence, **keys)
+
+
+def factors(method: Any, logits: Tensor, t: Tensor) -> list[float]:
+    """The factors of samples with these logits (B, num_taps) at path times t (B,)."""
+    x = torch.zeros(len(t), 2, dtype=torch.float64)
+    matched, sample = Matched(x, t, t, x, t), Sample(x, x, t[0])
+    return method.factors({"discriminator": Judge(lambda x, t: logits)}, batch_of(len(t)), sample, matched).tolist()
+
+
+def by_hand(divergence: str, history: list[tuple[Tensor, Tensor]], decay: float, end: float) -> list[float]:
+    """Factors of the last of several calls, sample by sample, from the whole history: a call that came n calls ago weighs decay^n."""
+    calls = []
+    for logits, t in history:
+        ratios = [min(max(2.718281828459045 ** min(max(sum(row) / len(row), -10), 10), 0.1), 20) for row in logits.tolist()]
+        calls.append([(r, min(int(10 * time / end), 9)) for r, time in zip(ratios, t.tolist(), strict=True)])
+
+    def mean(seen: list[list[float]]) -> float:
+        weight = [decay ** (len(seen) - 1 - i) for i in range(len(seen))]
+        return sum(w * sum(values) for w, values in zip(weight, seen, strict=True)) / sum(w * len(v) for w, v in zip(weight, seen, strict=True))
+
+    normalised = []
+    for i, call in enumerate(calls):
+        past = calls[: i + 1]
+        normalised.append([H[divergence](r / mean([[q for q, other in earlier if other == place] for earlier in past])) for r, place in call])
+    return [h / mean(normalised) for h in normalised[-1]]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6])
+@pytest.mark.parametrize("divergence", NAMES)
+def test_factors_over_three_calls_by_hand(divergence: str, decay: float) -> None:
+    """Bins of a tenth of the range, on VE of its 80; logits far beyond the limits of the ratio among them, and bins that stay empty."""
+    for path, end in ((Flow(), 1.0), (VarianceExploding(), 80.0)):
+        method, history = f_distill(divergence, path=path, ratio_decay=decay), []
+        for seed in range(3):
+            t = end * double(0.0, 0.05, 0.31, 0.399, 0.42, 0.99, 1.0, 0.33)
+            history.append((4 * normal(8, 2, seed=seed) + seed, t))
+            assert factors(method, *history[-1]) == pytest.approx(by_hand(divergence, history, decay, end), rel=1e-9)
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_without_decay_factors_are_1_on_average(divergence: str) -> None:
+    method = f_distill(divergence, ratio_decay=0)
+    for seed in range(3):
+        got = factors(method, 2 * normal(50, 3, seed=seed) - 1, torch.rand(50, generator=torch.Generator().manual_seed(seed)).double())
+        assert sum(got) / 50 == pytest.approx(1, abs=1e-12)
+        assert (max(got) - min(got) > 0.1) == (divergence != "reverse_kl")
+
+
+def test_covering_divergences_count_what_the_student_lacks() -> None:
+    """A sample that passes for real is where the teacher has more mass: it weighs more for those that cover, less for those that seek."""
+    for divergence in NAMES:
+        lacking, plenty = factors(f_distill(divergence), double([1.0], [-1.0]), double(0.5, 0.5))
+        covers = divergence in ("js", "squared_hellinger", "forward_kl", "jeffreys", "pearson_chi2")
+        assert (lacking > plenty) == covers
+        assert (lacking == plenty) == (divergence == "reverse_kl")
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_the_gradient_is_that_of_the_divergence(divergence: str) -> None:
+    """With the exact ratio and the exact weight: -E[h(r) alpha (s_p - s_q) dx/d(m, s)]/E[h(r)], by quadrature over x_t.
+
+    Teacher N(.4, .5^2), student N(0, .6^2) with samples m + s z; the quadrature of the method is over 150 x 150 quantiles of (z, eps).
+    """
+    t, mean, deviation = 0.5, 0.4, 0.5
+    quantiles = torch.special.ndtri((torch.arange(150, dtype=torch.float64) + 0.5) / 150)
+    quantiles = quantiles / quantiles.square().mean().sqrt()
+    z, eps = quantiles.repeat_interleave(150)[:, None], quantiles.repeat(150)[:, None]
+    a, b = double([0.6]).requires_grad_(), double(0.0).requires_grad_()
+    real, fake = (Normal((1 - t) * m, ((1 - t) ** 2 * s**2 + t**2) ** 0.5) for m, s in ((mean, deviation), (0.0, 0.6)))
+    models: dict[str, Any] = {
+        "student": affine_network(Flow(), "velocity", a, b, 1.0),
+        "fake_score": gaussian_network(Flow(), "velocity", double(fake.loc.item()), double([fake.scale.item() ** 2])),
+        "teacher": gaussian_network(Flow(), "velocity", double(real.loc.item()), double([real.scale.item() ** 2])),
+        "discriminator": Judge(lambda x, t: real.log_prob(x) - fake.log_prob(x)),
+    }
+    family = Toy(Mixture([1.0], [[0.0]], [[1.0]]))
+    config: dict[str, Any] = {"weight": "kl", "match_times": {"lo": t, "hi": t}, "gan": {"start": 1}, "ratio_decay": 0}
+    method: Any = toy_method(FDistill, toy_setting(family, grid=[0.9]), divergence=divergence, **config)
+    value = method.match(models, batch_of(len(z)), draws({"noise": z, "match_noise": eps}), 0).value
+    got = [gradient.item() for gradient in torch.autograd.grad(value, [b, a])]
+
+    x = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    q, h = fake.log_prob(x).exp(), H[divergence]((real.log_prob(x) - fake.log_prob(x)).exp()) * torch.ones_like(x)
+    pull = -q * h * (1 - t) * ((real.loc - x) / real.scale**2 - (fake.loc - x) / fake.scale**2)
+    given = 0.6 * (1 - t) * (x - fake.loc) / fake.scale**2  # E[z | x_t]
+    want = [(pull.sum() / (q * h).sum()).item(), ((pull * given).sum() / (q * h).sum()).item()]
+    assert got == pytest.approx(want, rel=2e-2)
+
+
+def test_reverse_kl_is_dmd2() -> None:
+    family = Toy("toy:mixture")
+    setting = toy_setting(family, grid=(0.9, 0.5))
+    ours: Any = toy_method(FDistill, setting, divergence="reverse_kl")
+    theirs: Any = toy_method(DMD2, setting, gan={})
+    roles = toy_roles(ours, family)
+    disturb(roles, "student", "fake_score")
+    disturb_heads(roles)
+    own = list(roles["student"].parameters().values())
+    for step in range(3):
+        losses = [method.match(roles.predictors(), batch_of(6), rng(6, step), step).value for method in (ours, theirs)]
+        assert losses[0].item() == losses[1].item()
+        for a, b in zip(*(torch.autograd.grad(loss, own) for loss in losses), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_an_untrained_discriminator_leaves_dmd2(divergence: str) -> None:
+    family = Toy("toy:mixture")
+    setting = toy_setting(family, grid=[0.7])
+    ours: Any = toy_method(FDistill, setting, divergence=divergence)
+    roles = toy_roles(ours, family)
+    disturb(roles, "fake_score")
+    theirs: Any = toy_method(DMD2, setting, gan={})
+    losses = [method.match(roles.predictors(), batch_of(6), rng(6), 0).value.item() for method in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    disturb_heads(roles)
+    changed = ours.match(roles.predictors(), batch_of(6), rng(6), 0).value.item()
+    assert (abs(changed / theirs.match(roles.predictors(), batch_of(6), rng(6), 0).value.item() - 1) > 1e-4) == (divergence != "reverse_kl")
+
+
+@pytest.mark.parametrize("features", ["teacher", "fake_score"])
+def test_each_samples_gradient_gets_its_factor_without_a_gradient_in_the_discriminator(features: Any) -> None:
+    family = Toy("toy:mixture")
+    setting, config = toy_setting(family, grid=[0.7]), {"gan": {"features": features, "start": 1}}
+    ours: Any = toy_method(FDistill, setting, divergence="js", **config)
+    theirs: Any = toy_method(DMD2, setting, **config)
+    roles = toy_roles(ours, family, dtype=torch.float64)
+    disturb(roles, "fake_score")
+    disturb_heads(roles)
+    shift = torch.zeros(6, 2, dtype=torch.float64, requires_grad=True)
+    models: dict[str, Any] = dict(roles.predictors())
+    student = models["student"]
+    models["student"] = lambda x, t, cond: student(x, t, cond) + shift  # a sample of its own for every row
+    models["student"].path = Flow()
+    g = [torch.autograd.grad(method.match(models, batch_of(6), rng(6), 0).value, shift)[0] for method in (ours, theirs)]
+    ratio = g[0] / g[1]
+    torch.testing.assert_close(ratio[:, 0], ratio[:, 1])
+    t = 0.02 + 0.96 * rng(6).uniform("match_time")
+    with torch.no_grad():
+        noised = (1 - t)[:, None] * student(rng(6).normal("noise", (2,)), torch.full((6,), 0.7), batch_of(6).cond) + t[:, None] * rng(6).normal(
+            "match_noise", (2,)
+        )
+        logits = roles["discriminator" if features == "teacher" else "fake_score"].predictor.logits(noised, t, batch_of(6).cond)
+    torch.testing.assert_close(ratio[:, 0], double(*by_hand("js", [(logits, t)], 0.9, 1.0)), rtol=1e-4, atol=1e-6)
+    assert ratio[:, 0].std() > 1e-3
+    assert all(parameter.grad is None for role in roles.values() for parameter in role.denoiser.parameters())
+
+
+def run(**options: Any) -> Trainer:
+    family = Toy("toy:mixture", width=16)
+    method = toy_method(FDistill, toy_setting(family, grid=[0.7]), critic_updates=2, gan={"weight": 0.1})
+    latents = family.mixture.sample(40, torch.Generator().manual_seed(0)).float()
+    return toy_trainer(method, family, latents=latents, optimizers=optimizer_block(lr=1e-2), **{"steps": 6, **options})
+
+
+def test_a_resumed_run_goes_on_with_the_running_means(tmp_path: Path) -> None:
+    """Bit for bit; without them it would not."""
+    whole = run()
+    whole.run([], should_stop=lambda: whole.step == 3)
+    folder = checkpoint.save(tmp_path, whole, {}, keep=1)
+    saved = load_file(folder / "statistics.safetensors")
+    assert saved.keys() == {"ratio", "h"}
+    assert (saved["ratio"].shape, saved["h"][1].item()) == ((2, 10), pytest.approx(8 * (1 + 0.9 + 0.81)))
+    ends = []
+    for forget in (False, True):
+        resumed = run()
+        checkpoint.load(folder, resumed)
+        assert all(torch.equal(value, saved[name]) for name, value in resumed.distiller.statistics.items())
+        if forget:
+            for value in resumed.distiller.statistics.values():
+                value.zero_()
+        resumed.run([])
+        ends.append(weights(resumed))
+    whole.run([])
+    assert all(torch.equal(ends[0][key], value) for key, value in weights(whole).items())
+    assert any(not torch.equal(ends[1][key], value) for key, value in weights(whole).items())
+
+
+def test_statistics_of_another_shape_are_refused(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, run(), {}, keep=1)
+    other = run()
+    other.distiller.statistics["ratio"] = torch.zeros(2, 5, dtype=torch.float64)
+    with pytest.raises(UserError, match="statistics of the method do not match"):
+        checkpoint.load(folder, other)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"gan": None},
+            "recipe key distiller.gan: null, but divergence js needs the ratio that a discriminator estimates",
+        ),
+        (
+            {"divergence": "renyi"},
+            "recipe key distiller.divergence: Input should be 'reverse_kl', 'softened_reverse_kl', 'js', 'squared_hellinger', 'forward_kl', "
+            "'jeffreys', 'neyman_chi2' or 'pearson_chi2' (given: 'renyi')",
+        ),
+        ({"ratio_decay": 1}, "recipe key distiller.ratio_decay: Input should be less than 1 (given: 1)"),
+    ],
+)
+def test_mistakes_in_the_config_name_the_key(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        FDistill.check(validate(FDistill.Config, {"name": "f_distill", **keys}, "distiller"), Facts(1, 1.0, (1.0,), 1.0))
+    assert str(caught.value) == message
+
+
+def test_reverse_kl_does_without_a_discriminator() -> None:
+    config = validate(FDistill.Config, {"name": "f_distill", "divergence": "reverse_kl", "gan": None}, "distiller")
+    FDistill.check(config, Facts(1, 1.0, (1.0,), 1.0))
+    assert FDistill.roles_for(config).keys() == {"student", "fake_score", "teacher"}
+    assert (FDistill.needs_latents(config), FDistill.needs_latents(FDistill.Config(name="f_distill"))) == (False, True)

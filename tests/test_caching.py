@@ -1,0 +1,129 @@
+"""`fastgen cache pairs`: what it writes is what the stock pipeline draws from the same seeds, and a recipe trains on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pipelines import draw
+
+from fastgen import cli
+from fastgen.caching import cache_pairs
+from fastgen.config import Recipe
+from fastgen.data.pair_folder import open_folder
+from fastgen.data.pairs import TeacherSampler, make_pairs
+from fastgen.families.sd3 import SD3
+from fastgen.generator import load_teacher
+from fastgen.plan import plan
+from fastgen.run import Progress
+
+DIGITS: dict[str, Any] = {
+    "teacher": {"pretrained": "fastgen:digits", "guidance": 1.5},
+    "student": {"steps": 1},
+    "distiller": {"name": "dmd"},
+    "data": {"prompts": "fastgen:digits"},
+    "optimizer": {"student": {"lr": 1e-4}, "fake_score": {"lr": 1e-4}},
+    "train": {"steps": 2, "batch_size": 4, "seed": 7, "device": "cpu"},
+}
+TOY = DIGITS | {"teacher": {"pretrained": "toy:mixture", "guidance": 2.0, "negative_prompt": "1"}}
+
+
+def recipe(tmp_path: Path, base: dict[str, Any] = DIGITS) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(base))
+    return path
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "0", "weight": 3}\n{"prompt": "2"}\n')
+    return recipe(tmp_path, TOY | {"data": {"prompts": str(tmp_path / "prompts.jsonl")}})
+
+
+def test_the_pairs_are_the_stock_pipelines_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "pairs"
+    assert cli.main(["cache", "pairs", str(recipe(tmp_path)), "--output", str(output), "--count", "6", "--steps", "3", "--batch", "4"]) == 0
+    assert capsys.readouterr().out == f"pairs: {output} holds 6, 6 of them new\n"
+    pairs, family = open_folder(output).load(), SD3("fastgen:digits")
+    pipeline = family.load_pipeline(None, family.export_scheduler())
+    call = family.call_arguments(3, 1.5) | {"negative_prompt": [""] * 6}
+    expected = draw(pipeline, list(pairs.prompts), pairs.seeds.tolist(), **call)
+    assert (family.decode_latents(pairs.x0) - expected).abs().max() < 1e-5
+    assert expected.std() > 0.1
+    assert cli.main(["cache", "pairs", str(recipe(tmp_path)), "--output", str(output), "--count", "6", "--steps", "3"]) == 0
+    assert capsys.readouterr().out == f"pairs: {output} holds 6, 0 of them new\n"
+
+
+def test_they_are_the_pairs_that_a_run_of_the_recipe_would_draw_itself(toy: Path, tmp_path: Path) -> None:
+    read = Recipe.load(toy)
+    folder, made = cache_pairs(read, tmp_path / "pairs", count=12)
+    assert made == 12
+    planned, teacher = plan(Recipe.load(toy, ["data.pairs=12"]), only="train"), load_teacher("toy:mixture", guidance=2.0, negative_prompt="1")
+    assert planned.prompts is not None
+    sampler = TeacherSampler(teacher.predict, planned.family.grid(25), planned.family.latent.shape)
+    own = make_pairs(sampler, planned.family.encode_prompts, planned.prompts, range(12), seed=7)
+    cached = folder.load()
+    assert torch.equal(cached.seeds, own.seeds)
+    assert cached.prompts == own.prompts
+    assert set(own.prompts) == {"0", "2"}
+    torch.testing.assert_close(cached.x0, own.x0, rtol=0, atol=1e-6)
+
+
+def test_options_reach_the_manifest_and_the_sampler(toy: Path, tmp_path: Path) -> None:
+    assert (
+        cli.main(
+            ["cache", "pairs", str(toy), "teacher.guidance=3", "--output", str(tmp_path / "p"), "--count", "2", "--solver", "heun", "--steps", "5"]
+        )
+        == 0
+    )
+    manifest = open_folder(tmp_path / "p").manifest
+    assert (manifest.solver, manifest.steps, manifest.seed, manifest.count, manifest.shape) == ("heun", 5, 7, 2, (2,))
+    assert manifest.grid == pytest.approx((1.0, 0.8, 0.6, 0.4, 0.2))
+    assert manifest.teacher == {"pretrained": "toy:mixture", "guidance": 3.0, "negative_prompt": "1", "max_sequence_length": None}
+
+
+def test_captions_serve_where_the_recipe_has_images(tmp_path: Path) -> None:
+    captioned = Recipe.load(recipe(tmp_path, DIGITS | {"data": {"images": "fastgen:digits"}}))
+    prompted = Recipe.load(recipe(tmp_path))
+    pairs = [cache_pairs(read, tmp_path / name, count=5, steps=1)[0].load() for name, read in (("captions", captioned), ("prompts", prompted))]
+    assert len(set(pairs[0].prompts)) > 1
+    assert all("digit" in prompt or "number" in prompt or "handwritten" in prompt for prompt in pairs[0].prompts)
+    assert torch.equal(pairs[0].seeds, pairs[1].seeds)
+
+
+def test_a_recipe_takes_the_folder_only_for_its_own_teacher(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_pairs(Recipe.load(toy), tmp_path / "pairs", count=3)
+    monkeypatch.chdir(tmp_path)
+    planned = plan(Recipe.load(toy, ["data.pairs=pairs"]), only="train")
+    assert planned.pairs is not None
+    assert len(planned.pairs.load()) == 3
+    assert planned.resolved()["data"]["pairs"] == str(tmp_path / "pairs")  # holds in any folder
+    assert plan(Recipe.load(toy, ["data.pairs=9"]), only="train").resolved()["data"]["pairs"] == 9
+    with pytest.raises(ValueError, match=r"recipe key data\.pairs: 'pairs' was drawn with teacher\.guidance 2\.0, this recipe has 4\.0"):
+        plan(Recipe.load(toy, ["data.pairs=pairs", "teacher.guidance=4"]), only="train")
+    with pytest.raises(ValueError, match=r"recipe key data\.pairs: 'pairs' was drawn with teacher\.pretrained 'toy:mixture'"):
+        plan(Recipe.load(recipe(tmp_path), ["data.pairs=pairs", "teacher.guidance=2"]), only="train")
+
+
+def test_progress_counts_from_what_is_there_and_ends_even_after_a_failure(toy: Path, tmp_path: Path) -> None:
+    events: list[Any] = []
+
+    class Noting(Progress):
+        def start(self, what: str, total: int, done: int = 0) -> None:
+            events.append((what, total, done))
+
+        def update(self, done: int, numbers: Any) -> None:
+            events.append(done)
+            if done > 8:
+                raise KeyboardInterrupt
+
+        def finish(self) -> None:
+            events.append("end")
+
+    cache_pairs(Recipe.load(toy), tmp_path / "p", count=4)
+    with pytest.raises(KeyboardInterrupt):
+        cache_pairs(Recipe.load(toy), tmp_path / "p", count=10, batch=3, progress=Noting())
+    assert events == [("drawing pairs", 10, 4), 7, 10, "end"]
