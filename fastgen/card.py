@@ -1,22 +1,104 @@
-"""The words that go with an exported student: how plain diffusers must call it, and its model card, from its fastgen.json."""
+"""The words that go with an exported student: the plain diffusers code that draws with it, and its model card, from its fastgen.json.
+
+`verify` runs the same code, built by `loading` and `calling`. It is code, and a fastgen.json may come from anywhere: what is not
+quoted here must be an identifier.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from fastgen.errors import UserError
+from fastgen.generator import ADAPTER_FILE
+
+# What a LoRA student's scheduler is where its fastgen.json does not name another.
+SCHEDULER = "FlowMapEulerDiscreteScheduler"
 
 
 def call_snippet(manifest: dict[str, Any], folder: str = "STUDENT_DIR") -> str:
     """Python that draws a picture with plain diffusers."""
-    arguments = "".join(f"    {key}={value!r},\n" for key, value in manifest["call"].items())
+    picture = calling(manifest, repr(manifest["prompts"][0]), generator="torch.Generator().manual_seed(0)")
+    return f"{loading(manifest, folder)}image = {picture}.images[0]\n"
+
+
+def loading(manifest: dict[str, Any], folder: str) -> str:
+    """Python that loads the student as `pipe`. Where callers change experts themselves it also defines `switch`, which does so between
+    steps, and starts with the first; UserError for names that are no identifiers."""
     if manifest["weights"] == "lora":
-        load = (
-            f"import torch\nfrom diffusers import {manifest['pipeline']}, FlowMapEulerDiscreteScheduler\n\n"
-            f'pipe = {manifest["pipeline"]}.from_pretrained("{manifest["base"]}", torch_dtype=torch.float32)\npipe.load_lora_weights("{folder}")\n'
-            f'pipe.scheduler = FlowMapEulerDiscreteScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'
-        )
+        loaded = _load_adapters(manifest, folder)
     else:
-        load = f'import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{folder}")\n'
-    return f"{load}image = pipe(\n    {manifest['prompts'][0]!r},\n{arguments}    generator=torch.Generator().manual_seed(0),\n).images[0]\n"
+        loaded = f"import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({_quoted(folder)})\n"
+    return loaded + (_switching(manifest, folder) if switched_by_caller(manifest) else "")
+
+
+def calling(manifest: dict[str, Any], prompt: str, **arguments: str) -> str:
+    """The call of `pipe` with the student's own arguments. prompt and arguments: Python expressions."""
+    own = {_identifier(key): repr(value) for key, value in manifest["call"].items()}
+    if switched_by_caller(manifest):
+        own["callback_on_step_end"] = "switch"
+    lines = "".join(f"    {key}={value},\n" for key, value in {**own, **arguments}.items())
+    return f"pipe(\n    {prompt},\n{lines})"
+
+
+def switched_by_caller(manifest: dict[str, Any]) -> bool:
+    """Whether a plain call must be told to change experts: pipelines with a boundary of their own do it by themselves."""
+    return "experts" in manifest and "boundary_ratio" not in manifest
+
+
+def _load_adapters(manifest: dict[str, Any], folder: str) -> str:
+    pipeline, scheduler, place = _identifier(manifest["pipeline"]), _identifier(manifest.get("scheduler", SCHEDULER)), _quoted(folder)
+    if "experts" in manifest:
+        names = [_quoted(expert["where"]) for expert in manifest["experts"]]
+        adapters = [f'{place}, subfolder={name}, weight_name="{ADAPTER_FILE}", adapter_name={name}' for name in names]
+    else:
+        adapters = [place]
+    return (
+        f"import torch\nfrom diffusers import {pipeline}, {scheduler}\n\n"
+        f"pipe = {pipeline}.from_pretrained({_quoted(manifest['base'])}, torch_dtype=torch.float32)\n"
+        + "".join(f"pipe.load_lora_weights({arguments})\n" for arguments in adapters)
+        + f'pipe.scheduler = {scheduler}.from_pretrained({place}, subfolder="scheduler")\n'
+    )
+
+
+# A pipeline reads its network anew at each step, and calls back after it: the next step is `step + 1`.
+_SWITCHING = """
+experts = {{
+{experts}}}  # by the first step of each
+
+
+def switch(pipe, step, timestep, kwargs):
+    if step + 1 in experts:
+        {after}
+    return kwargs
+
+
+{before}  # before each call
+"""
+
+
+def _switching(manifest: dict[str, Any], folder: str) -> str:
+    first, *others = manifest["experts"]
+    if manifest["weights"] == "lora":
+        experts, use = [_quoted(expert["where"]) for expert in manifest["experts"]], "pipe.set_adapters({})"
+    else:
+        network = f"pipe.{_identifier(first['where'])}"
+        load = f"type({network}).from_pretrained({_quoted(folder)}, subfolder={{}})"
+        experts, use = [network, *(load.format(_quoted(expert["where"])) for expert in others)], f"{network} = {{}}"
+    starts = [int(expert["steps"][0]) for expert in manifest["experts"]]
+    lines = "".join(f"    {start}: {expert},\n" for start, expert in zip(starts, experts, strict=True))
+    return _SWITCHING.format(experts=lines, after=use.format("experts[step + 1]"), before=use.format("experts[0]"))
+
+
+def _quoted(text: str) -> str:
+    """A Python string literal."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _identifier(name: str) -> str:
+    if not name.isidentifier():
+        raise UserError(f"fastgen.json names {name!r}, which no exported student does; export the student again")
+    return name
 
 
 def model_card(manifest: dict[str, Any]) -> str:
@@ -42,5 +124,23 @@ def model_card(manifest: dict[str, Any]) -> str:
     )
     if manifest.get("own_steps_only"):
         how = f"{how[:-1]}, and other numbers of steps give no sensible picture:"
+    experts = [_experts_text(manifest), ""] if "experts" in manifest else []
     snippet = f"```python\n{call_snippet(manifest)}```"
-    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", how, "", snippet, ""])
+    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *experts, how, "", snippet, ""])
+
+
+def _experts_text(manifest: dict[str, Any]) -> str:
+    experts = manifest["experts"]
+    shares = ", ".join(f"`{expert['where']}` takes {_steps_text(expert['steps'])}" for expert in experts)
+    text = f"It has {len(experts)} experts, which divide the steps: {shares}. "
+    if not switched_by_caller(manifest):
+        return f"{text}The pipeline itself changes between them, at its `boundary_ratio` {manifest['boundary_ratio']:.4g}."
+    text += (
+        "The code below changes between them after these steps, so it holds for this number of steps; fastgen itself goes by time and takes any. "
+        "Without it the pipeline draws every step with the same network."
+    )
+    return text if manifest["weights"] == "lora" else f"{text} `pipe.to` moves the first expert alone: move the others too."
+
+
+def _steps_text(steps: list[int]) -> str:
+    return f"step {steps[0] + 1}" if len(steps) == 1 else f"steps {steps[0] + 1} to {steps[-1] + 1}"

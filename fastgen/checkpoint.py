@@ -95,6 +95,8 @@ def trained_students(run_dir: Path) -> tuple[str, ...]:
     """Names of the averaged roles in a run's newest checkpoint that have been trained. UserError for a folder without one."""
     if not run_dir.is_dir():
         raise UserError(f"recipe key student.init: {str(run_dir)!r} is neither teacher nor the folder of a run")
+    if not checkpoints(run_dir / "checkpoints"):
+        raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no checkpoint")
     folder, trained = latest(run_dir), []
     for file in sorted(folder.glob("ema_*.safetensors")):
         with reading(file):

@@ -2,6 +2,10 @@
 
 The folder holds native classes only: the teacher's pipeline with the student's network and the scheduler whose grid the student
 was trained on. What a stock call must be passed stands in fastgen.json["call"] and in the model card.
+
+A student of several experts fills both networks of a pipeline that has two and changes between them by itself. On any other pipeline,
+and for more experts than two, the pipeline holds the first and `expert_2/`, ... the others, and the call changes them between steps:
+every pipeline reads its network anew at each step, so this form needs no exception. Adapters are `expert_1/`, `expert_2/`, ...
 """
 
 from __future__ import annotations
@@ -14,23 +18,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastgen
 from fastgen import card
+from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.families import resolve_source
 from fastgen.families.base import Family
 from fastgen.generator import load_student, read_manifest
 from fastgen.roles import Role
+from fastgen.sampling import Experts
 from fastgen.surgery import lora
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,29 +57,101 @@ class StudentInfo:
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
 
 
-def export_student(role: Role, family: Family, info: StudentInfo, output: Path, *, dtype: str = "fp32") -> Path:
-    """Write the student's whole pipeline to `output`, which appears only when complete; LoRA students are merged, and scalar inputs
-    folded into the time embedding, for good."""
-    if role.denoiser.adapter is not None:
-        lora.merge(role.denoiser.backbone, role.denoiser.adapter)
-    info = replace(info, own_steps_only="second_time" in role.spec.inputs)
-    role.denoiser.fold_inputs(family.grid(info.steps, info.grid))
-    scheduler = family.export_scheduler(info.grid)
-    pipeline = _converted(family.load_pipeline(role.denoiser.backbone, scheduler), DTYPES[dtype])
+class Expert(NamedTuple):
+    """A network of a student, and the path time that its share of sampling ends at: 0 for the last."""
+
+    role: Role
+    end: float = 0.0
+
+
+def export_student(student: Role | Sequence[Expert], family: Family, info: StudentInfo, output: Path, *, dtype: str = "fp32") -> Path:
+    """Write the student's whole pipeline to `output`, which appears only when complete; student: one role, or experts from noise to data.
+
+    Scalar inputs are folded into the time embedding for good. So is a single adapter merged; several share one network, and each is
+    merged into a copy.
+    """
+    experts = _experts(student)
+    info = replace(info, own_steps_only=any("second_time" in expert.role.spec.inputs for expert in experts))
+    times = family.grid(info.steps, info.grid)
+    shares, places = _shares(experts, times), _places(family, len(experts))
+    boundary = _boundary(times, shares) / family.path.t_max if family.second_component in places else None
+
+    def network(k: int) -> nn.Module:
+        denoiser = experts[k].role.denoiser
+        return _plain_network(_copied(denoiser) if denoiser.adapter and len(experts) > 1 else denoiser, times[shares[k]])
 
     def write(folder: Path) -> None:
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        pipeline = family.load_pipeline(network(0), family.export_scheduler(info.grid))
+        if family.second_component is not None:
+            pipeline.register_modules(**{family.second_component: None if boundary is None else network(1)})
+            pipeline.register_to_config(boundary_ratio=boundary)
+        _converted(pipeline, DTYPES[dtype]).save_pretrained(folder, safe_serialization=True)
+        for k, place in enumerate(places):
+            if place not in (family.component, family.second_component):
+                expert: Any = _in_dtype(network(k), DTYPES[dtype])
+                expert.save_pretrained(folder / place, safe_serialization=True)
         _load_encoders_as_fp32(folder)
 
-    return _publish(output, write, info, family, "full", dtype)
+    ends = [expert.end for expert in experts] if boundary is None else [boundary * family.path.t_max, 0.0]
+    division = _division(ends, shares, places) | ({} if boundary is None else {"boundary_ratio": boundary})
+    return _publish(output, write, lambda folder: _manifest(folder, info, family, "full", dtype, division))
+
+
+def _experts(student: Role | Sequence[Expert]) -> list[Expert]:
+    return [Expert(student)] if isinstance(student, Role) else list(student)
+
+
+def _shares(experts: Sequence[Expert], times: Tensor) -> list[list[int]]:
+    """Indices of the times (N,) at which each expert is evaluated, as our sampler decides it."""
+    divided = Experts([expert.role.predictor for expert in experts], [expert.end for expert in experts])
+    shares = [[i for i, t in enumerate(times.tolist()) if divided.at(t) is own] for own in divided.predictors]
+    assert all(shares), "every expert serves a step of the grid"
+    return shares
+
+
+def _places(family: Family, count: int) -> list[str]:
+    """Where each of `count` whole experts lies below the export's folder."""
+    if count == 2 and family.second_component is not None:
+        return [family.component, family.second_component]
+    return [family.component, *(f"expert_{k}" for k in range(2, count + 1))]
+
+
+def _boundary(times: Tensor, shares: Sequence[Sequence[int]]) -> float:
+    """A path time halfway between the last of the first expert's times and the first of the second's, so that neither rounding nor
+    whether the boundary itself is high or low (pipelines say high, our sampler low) can matter."""
+    return (times[shares[0][-1]].item() + times[shares[1][0]].item()) / 2
+
+
+def _division(ends: Sequence[float], shares: Sequence[Sequence[int]], places: Sequence[str]) -> dict[str, Any]:
+    """What fastgen.json says of several experts; nothing of one. end: the path time down to which each serves; steps: of the student's
+    own grid, from 0; where: its folder."""
+    rows = [{"end": end, "steps": list(share), "where": place} for end, share, place in zip(ends, shares, places, strict=True)]
+    return {"experts": rows} if len(rows) > 1 else {}
+
+
+def _copied(denoiser: Denoiser) -> Denoiser:
+    return Denoiser(copy.deepcopy(denoiser.backbone), denoiser.family, adapter=denoiser.adapter, inputs=denoiser.inputs)
+
+
+def _plain_network(denoiser: Denoiser, times: Tensor) -> nn.Module:
+    """The denoiser's network, turned into the plain architecture for good; times: (N,) path times at which it has to be right."""
+    if denoiser.adapter is not None:
+        lora.merge(denoiser.backbone, denoiser.adapter)
+    denoiser.fold_inputs(times)
+    return denoiser.backbone
 
 
 def _converted(pipeline: Any, dtype: torch.dtype) -> Any:
     """The pipeline in `dtype`. Modules that change are copies, because the role or a live teacher goes on using them."""
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
-    other = {name: module for name, module in modules.items() if any(p.dtype != dtype for p in module.parameters())}
-    pipeline.register_modules(**{name: copy.deepcopy(module).to(dtype) for name, module in other.items()})
+    changed = {name: converted for name, module in modules.items() if (converted := _in_dtype(module, dtype)) is not module}
+    pipeline.register_modules(**changed)
     return pipeline
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module itself where it is in `dtype` already, else a copy."""
+    return copy.deepcopy(module).to(dtype) if any(p.dtype != dtype for p in module.parameters()) else module
 
 
 def _load_encoders_as_fp32(folder: Path) -> None:
@@ -85,25 +163,47 @@ def _load_encoders_as_fp32(folder: Path) -> None:
             path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
 
 
-def export_lora(role: Role, family: Family, info: StudentInfo, output: Path) -> Path:
-    """Write the student's adapter alone, with the scheduler that goes with it; it loads on the plain teacher pipeline."""
+def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentInfo, output: Path) -> Path:
+    """Write the student's adapter alone, or its experts' adapters, with the scheduler that goes with them; they load on the plain
+    teacher pipeline. UserError where adapters cannot hold the student."""
+    experts = _experts(student)
+    for expert in experts:
+        _check_adapter(expert.role, info)
+    scheduler = family.export_scheduler(info.grid)
+    pipeline = family.load_pipeline(experts[0].role.denoiser.backbone, scheduler)
+    if family.second_component is not None and getattr(pipeline, family.second_component, None) is not None:
+        raise UserError(
+            f"--lora: the teacher's {type(pipeline).__name__} divides sampling between two networks, and this student's adapters belong to one; "
+            "export it without --lora"
+        )
+    places = [f"expert_{k}" for k in range(1, len(experts) + 1)] if len(experts) > 1 else [""]
+    division = _division([expert.end for expert in experts], _shares(experts, family.grid(info.steps, info.grid)), places)
+
+    def write(folder: Path) -> None:
+        for expert, place in zip(experts, places, strict=True):
+            _save_adapter(type(pipeline), family, expert.role, folder / place)
+        scheduler.save_pretrained(folder / "scheduler")
+
+    return _publish(output, write, lambda folder: _manifest(folder, info, family, "lora", "fp32", division | _base(info, scheduler)))
+
+
+def _check_adapter(role: Role, info: StudentInfo) -> None:
     if role.denoiser.adapter is None:
         raise UserError("--lora: this student was trained with student.tune: full, so it has no adapter; export it without --lora")
     if role.spec.inputs:
         what = role.spec.inputs[0].replace("_", " ")
         raise UserError(f"--lora: {info.method} gave this student a {what} input, which an adapter cannot hold; export it without --lora")
-    backbone, adapter = role.denoiser.backbone, role.denoiser.adapter
-    layers = {key: value.contiguous() for key, value in lora.state_dict(backbone, adapter).items()}
-    config = backbone.peft_config[adapter].to_dict()  # type: ignore[index, union-attr]
-    pipeline_class = type(family.load_pipeline(backbone, family.export_scheduler(info.grid)))
 
-    def write(folder: Path) -> None:
-        pipeline_class.save_lora_weights(
-            folder, **{f"{family.component}_lora_layers": layers, f"{family.component}_lora_adapter_metadata": _plain(config)}
-        )
-        family.export_scheduler(info.grid).save_pretrained(folder / "scheduler")
 
-    return _publish(output, write, info, family, "lora", "fp32")
+def _save_adapter(pipeline_class: Any, family: Family, role: Role, folder: Path) -> None:
+    """`pytorch_lora_weights.safetensors` in diffusers' key format, with rank and alpha in its header."""
+    backbone: Any = role.denoiser.backbone
+    assert role.denoiser.adapter is not None
+    layers = {key: value.contiguous() for key, value in lora.state_dict(backbone, role.denoiser.adapter).items()}
+    config = backbone.peft_config[role.denoiser.adapter].to_dict()
+    pipeline_class.save_lora_weights(
+        folder, **{f"{family.component}_lora_layers": layers, f"{family.component}_lora_adapter_metadata": _plain(config)}
+    )
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +214,7 @@ def _is_json(value: Any) -> bool:
     return isinstance(value, (str, int, float, bool, list, set, dict, type(None)))
 
 
-def _publish(output: Path, write: Any, info: StudentInfo, family: Family, weights: str, dtype: str) -> Path:
+def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Path], dict[str, Any]]) -> Path:
     """Write into a sibling folder and rename it to `output`; a failure leaves what was there, and no half student."""
     target = Path(os.path.abspath(output))
     partial, old = (target.with_name(f".{state}_{target.name}") for state in ("partial", "old"))
@@ -123,7 +223,7 @@ def _publish(output: Path, write: Any, info: StudentInfo, family: Family, weight
     try:
         partial.mkdir(parents=True)
         write(partial)
-        manifest = _manifest(partial, info, family, weights, dtype)
+        manifest = describe(partial)
         (partial / "README.md").write_text(card.model_card(manifest))
         (partial / "fastgen.json").write_text(json.dumps(manifest, indent=1) + "\n")
         _swap(partial, target, old)
@@ -145,7 +245,8 @@ def _swap(partial: Path, target: Path, old: Path) -> None:
         raise
 
 
-def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str) -> dict[str, Any]:
+def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
+    """more: what only some students have."""
     return {
         "format": 1,
         "weights": weights,
@@ -157,7 +258,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "call": family.call_arguments(info.steps, info.guidance, info.grid) | _negative_prompt(info),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher,
-        **({"base": _base(info.teacher["pretrained"])} if weights == "lora" else {}),
+        **more,
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},
         "sha256": _hashes(folder),
@@ -188,10 +289,13 @@ def _negative_prompt(info: StudentInfo) -> dict[str, str]:
     return {"negative_prompt": text} if text and info.guidance > 1 else {}
 
 
-def _base(pretrained: str) -> str:
-    """What plain diffusers loads the teacher from: a hub id as it is, else its folder on this machine."""
+def _base(info: StudentInfo, scheduler: Any) -> dict[str, str]:
+    """What plain diffusers loads an adapter's teacher from (a hub id as it is, else its folder on this machine), and the scheduler's class
+    where it is another than most."""
+    pretrained, name = info.teacher["pretrained"], type(scheduler).__name__
     is_hub_id = pretrained.count("/") == 1 and not Path(pretrained).is_dir()
-    return pretrained if is_hub_id else str(resolve_source(pretrained).resolve())
+    base = pretrained if is_hub_id else str(resolve_source(pretrained).resolve())
+    return {"base": base} | ({} if name == card.SCHEDULER else {"scheduler": name})
 
 
 @dataclass(frozen=True)
@@ -207,7 +311,7 @@ class Verification:
         return self.grid_error <= TOLERANCE and self.picture_error <= TOLERANCE
 
 
-# Runs in its own interpreter, in which importing fastgen fails: what users of plain diffusers get.
+# Runs in its own interpreter, in which importing fastgen fails: what users of plain diffusers get. The program is the model card's own.
 _PLAIN_DIFFUSERS = """
 import json, sys
 sys.modules["fastgen"] = None
@@ -215,16 +319,8 @@ import numpy, torch
 job = json.load(sys.stdin)
 import diffusers
 diffusers.utils.logging.set_verbosity_error()
-if job["base"]:
-    pipe = diffusers.DiffusionPipeline.from_pretrained(job["base"], torch_dtype=torch.float32)
-    pipe.load_lora_weights(job["folder"])
-    name = json.load(open(job["folder"] + "/scheduler/scheduler_config.json"))["_class_name"]
-    pipe.scheduler = getattr(diffusers, name).from_pretrained(job["folder"], subfolder="scheduler")
-else:
-    pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"])
-pipe.set_progress_bar_config(disable=True)
-generators = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
-images = pipe(job["prompts"], generator=generators, output_type="np", **job["call"]).images
+prompts, generators = job["prompts"], [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
+exec(job["program"])
 numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().numpy())
 """
 
@@ -247,16 +343,10 @@ def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3)) -> Verification
 
 
 def _plain_diffusers(folder: Path, manifest: dict[str, Any], prompts: list[str], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    is_lora = manifest["weights"] == "lora"
+    drawn = card.calling(manifest, "prompts", generator="generators", output_type='"np"')
+    program = f"{card.loading(manifest, str(folder.resolve()))}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}.images\n"
     with tempfile.TemporaryDirectory() as scratch:
-        job = {
-            "folder": str(folder.resolve()),
-            "base": manifest["base"] if is_lora else None,
-            "prompts": prompts,
-            "seeds": list(seeds),
-            "call": manifest["call"],
-            "output": f"{scratch}/plain.npz",
-        }
+        job = {"program": program, "prompts": prompts, "seeds": list(seeds), "output": f"{scratch}/plain.npz"}
         # `-P` keeps the current folder off the path; the child needs nothing of ours.
         done = subprocess.run([sys.executable, "-P", "-c", _PLAIN_DIFFUSERS], input=json.dumps(job), capture_output=True, text=True, check=False)
         if done.returncode != 0:

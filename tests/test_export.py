@@ -11,14 +11,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from pipelines import NEGATIVE, PROMPTS, adapter_tuning, assert_shows, draw, edit_json, run_snippet, student_info, student_role, tiny_sd3
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgen import export
+from fastgen import card, export
 from fastgen.errors import UserError
 from fastgen.export import StudentInfo, export_lora, export_student, verify
 from fastgen.families import resolve_source
@@ -285,6 +291,20 @@ def test_a_lora_export_draws_the_roles_pictures_on_the_plain_teacher(sd3_folder:
     state = load_file(weights)
     assert len(state) == len(roles["student"].parameters())
     assert all(key.startswith("transformer.") and ".lora_" in key for key in state)
+
+
+def test_an_adapters_code_loads_the_scheduler_that_its_family_exports(sd3_folder: Path, tmp_path: Path) -> None:
+    class Other(SD3):
+        def export_scheduler(self, grid: Any = None) -> Any:
+            return FlowMatchEulerDiscreteScheduler(shift=1.5)
+
+    family = Other(sd3_folder, max_sequence_length=TOKENS)
+    folder = export_lora(adapter_roles(family)["student"], family, student_info(sd3_folder), tmp_path / "student")
+    assert read_manifest(folder)["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    names: dict[str, Any] = {}
+    exec(card.loading(read_manifest(folder), str(folder)), names)
+    assert type(names["pipe"].scheduler) is FlowMatchEulerDiscreteScheduler
+    assert names["pipe"].scheduler.config["shift"] == 1.5
 
 
 @pytest.mark.usefixtures("same_interpreter")

@@ -67,11 +67,10 @@ class PhasedDMD(DMD2):
 
     @classmethod
     def roles_for(cls, config: PhasedDMDConfig) -> dict[str, RoleSpec]:  # type: ignore[override]
-        shared = super().roles_for(config)
-        experts = {expert_name(base, k): shared.pop(base) for base in ("student", "fake_score") for k in [1]}
+        roles = super().roles_for(config)
         for k in range(2, len(config.phases) + 1):
-            experts |= {expert_name(base, k): experts[base] for base in ("student", "fake_score")}
-        return experts | shared
+            roles |= {expert_name(base, k): roles[base] for base in ("student", "fake_score")}
+        return roles
 
     @classmethod
     def check(cls, config: PhasedDMDConfig, facts: Facts) -> None:  # type: ignore[override]
@@ -168,7 +167,8 @@ def _check_phases(config: PhasedDMDConfig, facts: Facts) -> None:
     for k, (start, stop) in _spans(config, facts.train_steps).items():
         if start == stop:
             raise UserError(f"recipe key train.steps: {facts.train_steps} leaves phase {k} no student step")
-    hi = min(times.hi for times in (config.match_times, config.critic_times))
+    others = (block.times for block in (config.gan, config.decoupled) if block is not None)
+    hi = min(times.hi for times in (config.match_times, config.critic_times, *others))
     if any(hi <= phase.end + config.margin for phase in phases):
         raise UserError(f"recipe key distiller.margin: no noise level between {phases[0].end} + {config.margin} and {hi} is left to match at")
     own = [sum(phases[0].end + _TOLERANCE < t for t in grid)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def test_the_loss_by_hand_on_flow(grid: tuple[float, ...], shift: float) -> None
     times = [shift * u / (1 + (shift - 1) * u) for u in between]
     x = noise
     with torch.no_grad():
-        for t, t_next in zip(times, times[1:], strict=False):
+        for t, t_next in pairwise(times):
             x = x + (t_next - t) * (x - guided_x0(roles, x, t)) / t
     velocity = roles["student"].denoiser(noise, torch.full((COUNT,), grid[0]).double(), batch_of(COUNT, 1).cond).prediction
     want = 0.05 * (velocity - (noise - x) / (grid[0] - grid[1])).square().mean()
@@ -73,7 +74,7 @@ def test_the_loss_by_hand_on_ve() -> None:
     times = [first + (second - first) * i / 3 for i in range(4)]
     start = x = noise * first
     with torch.no_grad():
-        for t, t_next in zip(times, times[1:], strict=False):
+        for t, t_next in pairwise(times):
             x = x + (t_next - t) * (x - guided_x0(roles, x, t)) / t
     target = (start / 41 - x / 5) / (40 / 41 - 4 / 5)
     x0 = roles["student"].predictor(start, torch.full((COUNT,), first).double(), batch_of(COUNT, 1).cond)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toy_runs import Recorded, optimizer_block, toy_method, toy_roles, toy_setting, toy_trainer
+from toy_runs import Recorded, normal, optimizer_block, toy_method, toy_roles, toy_setting, toy_trainer
 
-from fastgen.config import validate
+from fastgen.config import Recipe, validate
+from fastgen.data.training import PairBatch
 from fastgen.denoiser import guided
 from fastgen.distillers.base import Batch, Setting, Update
+from fastgen.distillers.dmd import DMD
 from fastgen.distillers.dmd2 import DMD2
-from fastgen.distillers.rollout import student_samples
+from fastgen.distillers.f_distill import FDistill
+from fastgen.distillers.phased_dmd import PhasedDMD
+from fastgen.distillers.rollout import Sample, student_samples
 from fastgen.errors import UserError
 from fastgen.families.toy import Mixture, Toy
 from fastgen.path import Flow, Path, VarianceExploding
+from fastgen.plan import plan
 from fastgen.rng import SampleRng
 from fastgen.roles import Roles
 from fastgen.sampling import few_step
@@ -356,3 +362,213 @@ def test_a_guided_student_recovers_the_shifted_gaussian() -> None:
     x = samples(trainer, 0)
     assert ((x.mean(0) - mean) / std).abs().max() <= 0.1
     assert (x.std(0) / std - 1).abs().max() <= 0.1
+
+
+# Options
+
+CONFIGS: dict[str, tuple[type[DMD2], dict[str, Any]]] = {
+    "dmd2": (DMD2, {}),
+    "gan": (DMD2, {"gan": {"r1": 0.1}}),
+    "gan on the fake score": (DMD2, {"gan": {"features": "fake_score", "r1": 0.1}}),
+    "anchor": (DMD2, {"anchor": {"evaluations": 2}}),
+    "decoupled": (DMD2, {"decoupled": {}}),
+    "ida": (DMD2, {"ida": 0.03}),
+    "noised data": (DMD2, {"inputs": "data"}),
+    "sampled rollout": (DMD2, {"rollout": {"times": "sampled", "steps": 3}, "renoise": "stochastic"}),
+    "reward": (DMD2, {"reward": {"name": "matching_cases:first_coordinate"}}),
+    "regression": (DMD2, {"regression": {}}),
+    "dmd": (DMD, {}),
+    "f_distill": (FDistill, {}),
+    "f_distill on the fake score": (FDistill, {"gan": {"features": "fake_score"}}),
+    "phased": (PhasedDMD, {"phases": [{"start": 1, "end": 0.4}, {"start": 0.4, "end": 0}]}),
+    "phased with everything": (
+        PhasedDMD,
+        {
+            "phases": [{"start": 1, "end": 0.4}, {"start": 0.4, "end": 0}],
+            "gan": {"features": "fake_score"}, "anchor": {"evaluations": 2}, "decoupled": {}, "ida": 0.03,
+            "reward": {"name": "matching_cases:first_coordinate"},
+        },
+    ),
+}  # fmt: skip
+IN_GRAPH = {"critic": 0, "discriminate": 0, "match": 1, "anchor": 1, "regress": 1}
+
+
+def whole_batch(count: int) -> Batch:
+    """With latents, prompts and pairs."""
+    cond = {"component": torch.full((count,), 1)}
+    latents, noise, samples = normal(3, count, 2).float()
+    return Batch(count, cond, latents, ("1",) * count, PairBatch(noise, samples, cond))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_with_every_option_gradients_stay_in_the_roles_that_train(name: str) -> None:
+    """In every update of a first and a last step; one evaluation of the student is in the graph of its own terms, none in the others'."""
+    (kind, keys), family = CONFIGS[name], Toy("toy:mixture", width=16)
+    setting = toy_setting(family, grid=[0.7] if name in ("regression", "dmd") else GRID, guidance=2.0, negative="2")
+    method: Any = toy_method(kind, replace(setting, train_steps=4, decode=lambda latents: latents), critic_updates=1, **keys)
+    roles = toy_roles(method, family)
+    disturb(roles, *(role for role in roles.trained if role != "discriminator"))
+    for step in (0, 3):
+        for update in method.updates(step):
+            for term in update.terms:
+                models = {role: Recorded(predictor) for role, predictor in roles.predictors().items()}
+                with roles.training(update.trains):
+                    term(models, whole_batch(5), rng(range(5), step), step).value.backward()
+                students = [flag for role, model in models.items() if role.startswith("student") for flag in model.in_graph]
+                assert sum(students) == IN_GRAPH[term.__name__]
+            for role in roles.values():
+                has = [parameter for parameter in role.parameters().values() if parameter.grad is not None]
+                assert bool(has) == (role.name in update.trains), f"{role.name} after {[term.__name__ for term in update.terms]}"
+                role.denoiser.zero_grad(set_to_none=True)
+
+
+def test_inputs_from_data_are_noised_but_for_the_first_step() -> None:
+    """One evaluation each: of (1 - t) x0 + t noise at the exit's time, of pure noise where the exit is the first step."""
+    family = Toy("toy:mixture")
+    roles, method = toy_roles(DMD2, family), toy_method(DMD2, toy_setting(family, grid=GRID), inputs="data")
+    batch, exits = whole_batch(5), set()
+    assert batch.latents is not None
+    for step in range(16):
+        models = {name: Recorded(predictor) for name, predictor in roles.predictors().items()}
+        method.updates(0)[-1].terms[0](models, batch, rng(range(5), step), step)
+        ((x, t, _),) = models["student"].inputs
+        noise, at = rng(range(5), step).normal("noise", (2,)), t[0].item()
+        want = noise if at == GRID[0] else (1 - at) * batch.latents + at * noise
+        torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-6)
+        exits.add(at)
+    assert exits == set(GRID)
+    assert (DMD2.needs_latents(method.config), DMD2.needs_latents(DMD2.Config(name="dmd2"))) == (True, False)
+
+
+def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> None:
+    """exp(2 r) of pixels within [0, 1], over sums that fade by .9 a call, in each sample's gradient."""
+    family = Toy("toy:mixture")
+    setting = replace(toy_setting(family, grid=[0.7]), decode=lambda latents: 0.5 - latents)
+    method: Any = toy_method(DMD2, setting, reward={"name": "matching_cases:first_coordinate", "beta": 2.0})
+    plain: Any = toy_method(DMD2, setting)
+    roles = toy_roles(DMD2, family, dtype=torch.float64)
+    disturb(roles, "student", "fake_score")
+    shift = torch.zeros(5, 2, dtype=torch.float64, requires_grad=True)
+    models: dict[str, Any] = dict(roles.predictors())
+    student = models["student"]
+    models["student"] = lambda x, t, cond: student(x, t, cond) + shift
+    models["student"].path = Flow()
+    total, count, clamped = 0.0, 0.0, 0
+    for step in range(3):
+        draws, batch = rng(range(5), step), whole_batch(5)
+        x0 = student(draws.normal("noise", (2,)), torch.full((5,), 0.7), batch.cond)[:, 0].detach()
+        x0 = 0.5 - x0
+        clamped += int(((x0 < 0) | (x0 > 1)).sum())
+        weights = (2 * x0.clamp(0, 1)).exp()
+        total, count = 0.9 * total + weights.sum().item(), 0.9 * count + 5
+        got, alone = (torch.autograd.grad(m.match(models, batch, draws, step).value, shift)[0] for m in (method, plain))
+        torch.testing.assert_close(got / alone, (weights * count / total)[:, None].expand(5, 2), rtol=1e-5, atol=1e-7)
+    assert 0 < clamped < 15
+
+
+def test_rewards_beyond_the_range_of_exp() -> None:
+    family = Toy("toy:mixture")
+    setting = replace(toy_setting(family), decode=lambda latents: latents)
+    method: Any = toy_method(DMD2, setting, reward={"name": "matching_cases:first_coordinate", "beta": 1e4})
+    x0 = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.9999, 0.0]])
+    sample = Sample(x0, x0, torch.tensor(1.0))
+    mean = (2 + 2.718281828**-1) / 4
+    got = method.factors({}, whole_batch(4), sample, None)
+    assert got.tolist() == pytest.approx([1 / mean, 1 / mean, 0, 2.718281828**-1 / mean], rel=1e-3)
+
+
+def test_the_fake_score_moves_towards_the_student_after_each_of_its_updates() -> None:
+    """Exactly by the share given, with full weights; the fake score's own learning rate is next to nothing here."""
+    family = Toy("toy:mixture", width=16)
+    method = toy_method(DMD2, toy_setting(family, grid=[0.7]), critic_updates=2, ida=0.25)
+    sgd = optimizer_block(name="sgd", lr=0.1, betas=(0.0, 0.0))
+    trainer = toy_trainer(method, family, optimizers={"student": sgd, "fake_score": sgd.model_copy(update={"lr": 1e-12})})
+    disturb(trainer.roles, "fake_score")
+
+    def flat(role: str) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in trainer.parameters[role]])
+
+    want = flat("fake_score")
+    for step in range(3):
+        if step:
+            want = 0.75 * want + 0.25 * flat("student")
+        trainer.train_step()
+        torch.testing.assert_close(flat("fake_score"), want, rtol=1e-6, atol=1e-7)
+    assert (flat("student") - want).abs().max() > 1e-3
+
+
+def test_a_warmup_regresses_alone_before_matching_begins() -> None:
+    family = Toy("toy:mixture")
+    setting = replace(toy_setting(family), train_steps=9)
+    for kind, critics in ((DMD2, 5), (DMD, 1)):
+        method: Any = toy_method(kind, setting, regression={"warmup": 2}, ida=0.1)
+        for step in range(6):
+            updates = method.updates(step)
+            terms = [[term.__name__ for term in update.terms] for update in updates]
+            assert terms == ([["regress"]] if step < 2 else [["critic"]] * critics + [["match", "regress"]])
+            assert updates[-1].trains == ("student",)
+            assert bool(updates[0].blends) == (step > 2)
+    assert (DMD2.needs_pairs(method.config), DMD2.needs_pairs(DMD2.Config(name="dmd2"))) == (True, False)
+
+
+def test_the_regression_by_hand() -> None:
+    """weight |x0 - y|^2 at the pairs' noise and prompts, which are not the batch's, conditioned on the grid's time."""
+    family = Toy("toy:mixture")
+    method: Any = toy_method(DMD, toy_setting(family, grid=[0.7]), regression={"weight": 0.4})
+    roles, batch = toy_roles(method, family, dtype=torch.float64), whole_batch(5)
+    disturb(roles, "student")
+    noise, target = normal(2, 5, 2)
+    other = {"component": torch.tensor([0, 1, 2, -1, 0])}
+    loss = method.regress(roles.predictors(), replace(batch, pairs=PairBatch(noise, target, other)), rng(range(5)), 0)
+    velocity = roles["student"].denoiser(noise, torch.full((5,), 0.7, dtype=torch.float64), other).prediction
+    distance = (noise - 0.7 * velocity - target).square().mean()
+    torch.testing.assert_close(loss.value, 0.4 * distance)
+    torch.testing.assert_close(loss.logs["distance"], distance.detach())
+
+
+def test_dmd_weighs_its_gradient_with_alpha() -> None:
+    assert (DMD.Config(name="dmd").weight, DMD.Config(name="dmd").critic_updates, DMD2.Config(name="dmd2").weight) == ("alpha", 1, "normalised")
+
+
+PAIRS = ["data.pairs=8"]
+IMAGES = ["data.prompts=null", "data.images=fastgen:digits"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distiller.gan={}", "optimizer.discriminator.lr=1e-3"], "recipe key data.images: missing; dmd2 trains on images"),
+        (["distiller.inputs=data"], "recipe key data.images: missing; dmd2 trains on images"),
+        (
+            [*IMAGES, "distiller.gan.taps=[0, 99]", "optimizer.discriminator.lr=1e-3"],
+            "recipe key distiller.gan.taps: no block 99; this network has blocks 0 to ",
+        ),
+        ([*IMAGES, "distiller.gan.taps=[0]"], "recipe key optimizer.discriminator: missing; dmd2 trains student, fake_score, discriminator"),
+        (
+            ["distiller.decoupled={}", "teacher.guidance=1"],
+            "recipe key distiller.decoupled: teacher.guidance is 1, so there is no guidance to match apart",
+        ),
+        (["distiller.anchor={}"], "recipe key distiller.anchor: a one-step student has no step beside its first; it needs student.steps >= 2"),
+        (
+            [*PAIRS, "distiller.regression={}", "student.steps=4"],
+            "recipe key distiller.regression: a pair says where one step from noise leads, but student.steps is 4",
+        ),
+        ([*PAIRS, "distiller.regression.warmup=250"], "recipe key distiller.regression.warmup: 250 leaves none of train.steps 250"),
+        (["distiller.regression.metric=l1"], "recipe key distiller.regression.metric: Input should be 'latent' or 'lpips' (given: 'l1')"),
+        (["distiller.regression={}"], "recipe key data.pairs: missing; dmd2 regresses on noise-sample pairs"),
+        (["distiller.ida=1"], "recipe key distiller.ida: Input should be less than 1 (given: 1)"),
+        (["distiller.reward.name=brightness"], "recipe key distiller.reward.name: 'brightness' is none of fastgen:digits, module:function, "),
+        (["distiller.name=dmd", "distiller.regression=null"], "recipe key distiller.regression: null, but dmd is dmd2 with the regression; "),
+        (
+            [*PAIRS, "distiller.name=dmd", "student.steps=4"],
+            "recipe key student.steps: 4, but dmd distils to one step; use dmd2 or phased_dmd for more",
+        ),
+        (["distiller.name=f_distill"], "recipe key optimizer.discriminator: missing; f_distill trains student, fake_score, discriminator"),
+        (["distiller.name=f_distill", "distiller.gan=null"], "recipe key distiller.gan: null, but divergence js needs the ratio "),
+        (["student.init=nowhere"], "recipe key student.init: 'nowhere' is neither teacher nor the folder of a run"),
+    ],
+)
+def test_options_that_do_not_fit_the_recipe(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(Recipe.load("digits_dmd2_1step", overrides))
+    assert str(caught.value).startswith(message)
