@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from fastgen import checkpoint
-from fastgen.config import OptimizerBlock, Recipe, Tuning, validate
+from fastgen.config import OptimizerBlock, Recipe, Tuning, read_yaml, validate
 from fastgen.data.images import CaptionedImages, load_images
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
@@ -94,6 +94,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
         raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
     teacher = recipe.teacher
     family = find_family(teacher.pretrained, teacher.family, max_sequence_length=teacher.max_sequence_length, resolution=teacher.resolution)
+    _check_teacher(teacher.pretrained)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
     method.check(config, _facts(recipe, family))
@@ -152,6 +153,13 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
             raise UserError(f"recipe key optimizer.{name}: missing; {recipe.distiller.name} trains {', '.join(trained)}")
     if recipe.train.micro_batch and recipe.train.batch_size % recipe.train.micro_batch:
         raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
+
+
+def _check_teacher(pretrained: str) -> None:
+    """Refuse a student of several experts, of which only the first would be taken."""
+    manifest = Path(pretrained).expanduser() / "fastgen.json"
+    if manifest.is_file() and "experts" in read_yaml(manifest):
+        raise UserError(f"recipe key teacher.pretrained: {pretrained!r} is a student of several experts, which cannot teach yet")
 
 
 def _optimizer_key(role: str, recipe: Recipe) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from fastgen import run
 from fastgen.config import Recipe, Tuning, apply_override, find_recipe, read_yaml, shipped_recipes, validate
 from fastgen.distillers import distiller_class, distiller_names
 from fastgen.errors import UserError, nearest
+from fastgen.families import resolve_source
 
 BASE = "digits_dmd2_1step"
 RECIPES = sorted(shipped_recipes())
@@ -348,3 +351,13 @@ def test_every_distiller_refuses_unknown_keys(name: str) -> None:
 def test_nearest_suggests_only_what_is_close() -> None:
     assert nearest("stpes", ["steps", "seed"]) == "did you mean 'steps'? allowed: seed, steps"
     assert nearest("xyz", ["steps", "seed"]) == "allowed: seed, steps"
+
+
+def test_a_student_of_several_experts_is_no_teacher(tmp_path: Path) -> None:
+    folder = tmp_path / "phased"
+    shutil.copytree(resolve_source("fastgen:digits"), folder)
+    manifest = json.loads((folder / "fastgen.json").read_text())
+    run.plan(load(f"teacher.pretrained={folder}"))
+    (folder / "fastgen.json").write_text(json.dumps({**manifest, "experts": [{"end": 0.5}, {"end": 0.0}]}))
+    with pytest.raises(UserError, match="recipe key teacher.pretrained: .* is a student of several experts"):
+        run.plan(load(f"teacher.pretrained={folder}"))

@@ -443,7 +443,7 @@ def test_inputs_from_data_are_noised_but_for_the_first_step() -> None:
 def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> None:
     """exp(2 r) of pixels within [0, 1], over sums that fade by .9 a call, in each sample's gradient."""
     family = Toy("toy:mixture")
-    setting = replace(toy_setting(family, grid=[0.7]), decode=lambda latents: 0.5 - latents)
+    setting = replace(toy_setting(family, grid=[0.7]), decode=lambda latents: 10 * latents - 10)
     method: Any = toy_method(DMD2, setting, reward={"name": "matching_cases:first_coordinate", "beta": 2.0})
     plain: Any = toy_method(DMD2, setting)
     roles = toy_roles(DMD2, family, dtype=torch.float64)
@@ -456,10 +456,9 @@ def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> N
     total, count, clamped = 0.0, 0.0, 0
     for step in range(3):
         draws, batch = rng(range(5), step), whole_batch(5)
-        x0 = student(draws.normal("noise", (2,)), torch.full((5,), 0.7), batch.cond)[:, 0].detach()
-        x0 = 0.5 - x0
-        clamped += int(((x0 < 0) | (x0 > 1)).sum())
-        weights = (2 * x0.clamp(0, 1)).exp()
+        red = 10 * student(draws.normal("noise", (2,)), torch.full((5,), 0.7), batch.cond)[:, 0].detach() - 10
+        clamped += int(((red < 0) | (red > 1)).sum())
+        weights = (2 * red.clamp(0, 1)).exp()
         total, count = 0.9 * total + weights.sum().item(), 0.9 * count + 5
         got, alone = (torch.autograd.grad(m.match(models, batch, draws, step).value, shift)[0] for m in (method, plain))
         torch.testing.assert_close(got / alone, (weights * count / total)[:, None].expand(5, 2), rtol=1e-5, atol=1e-7)

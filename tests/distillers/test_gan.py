@@ -12,7 +12,7 @@ from matching_cases import batch_of, double
 from test_dmd2 import disturb
 from torch import Tensor
 from torch.nn.functional import softplus
-from toy_runs import Recorded, normal, rng, toy_method, toy_roles, toy_setting, toy_trainer
+from toy_runs import Recorded, normal, optimizer_block, rng, toy_method, toy_roles, toy_setting, toy_trainer
 
 from fastgen.config import validate
 from fastgen.distillers import gan
@@ -248,6 +248,20 @@ def test_the_teacher_is_itself_after_steps_and_after_an_error(features: Any, ada
         trainer.train_step()
     assert torch.equal(teacher(), before)
     assert required == {key: p.requires_grad for role in roles.values() for key, p in role.denoiser.named_parameters()}
+
+
+@FEATURES
+def test_micro_batches_change_nothing(features: Any) -> None:
+    """Weights after two plain SGD steps, hence gradients; heads start off zero."""
+    ends, sgd = [], optimizer_block(name="sgd", lr=0.1, betas=(0.0, 0.0))
+    for size in (None, 1, 4):
+        method, roles, batch = case(features=features, dtype=torch.float32, r1=0.5, weight=0.5)
+        trainer = toy_trainer(method, Toy("toy:mixture", width=32), latents=batch.latents, roles=roles, optimizers=sgd, micro_batch=size)
+        for _ in range(2):
+            trainer.train_step()
+        ends.append(torch.cat([p.detach().flatten() for own in trainer.parameters.values() for p in own]))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

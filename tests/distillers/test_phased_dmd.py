@@ -171,6 +171,29 @@ def test_the_gradient_in_the_sample_reaches_the_exit_by_its_share_of_the_step() 
         assert gradient.tolist() == pytest.approx([4 * (5 / 6 - sample.t.item()), 0], abs=1e-5)
 
 
+@pytest.mark.parametrize("end", [5 / 6, 0.2])
+def test_the_critics_loss_is_the_papers(end: float) -> None:
+    """Phased DMD, section 3.3: clamp(1/sigma^2, 0, 10) |sigma u - ((a_s^2 s_t + a_t s_s^2)/a_s^2 eps - sigma/a_s x_s)|^2, sigma = sigma_t|s;
+    from .2 on to .9 the clamp is at work for some levels and not for others."""
+    method = phased([{"start": 1, "end": end}, {"start": end, "end": 0}], grid=(1.0, end), critic_times={"lo": 0.2, "hi": 0.95}, shift=1.0)
+    roles = toy_roles(method, Toy("toy:mixture"), dtype=torch.float64)
+    disturb(roles, "student", "fake_score")
+    draws, count = rng(40), 40
+    loss = method.critic(roles.predictors(), batch_of(count), draws, 0)
+    noise, eps = draws.normal("noise", (2,)).double(), draws.normal("critic_noise", (2,)).double()
+    floor = (end + 0.02 - 0.2) / 0.75
+    t = (0.2 + 0.75 * (floor + (1 - floor) * draws.uniform("critic_time").double()))[:, None]
+    with torch.no_grad():
+        x_s = noise + (end - 1) * roles["student"].denoiser(noise, torch.ones(count).double(), batch_of(count).cond).prediction
+        alpha_s, alpha_t = 1 - end, 1 - t
+        sigma = (t**2 - (alpha_t / alpha_s) ** 2 * end**2).sqrt()
+        u = roles["fake_score"].denoiser(alpha_t / alpha_s * x_s + sigma * eps, t[:, 0], batch_of(count).cond).prediction
+        error = sigma * u - ((alpha_s**2 * t + alpha_t * end**2) / alpha_s**2 * eps - sigma / alpha_s * x_s)
+        weight = (1 / sigma**2).clamp(0, 10)
+    assert bool((weight == 10).any()) == (end == 0.2)
+    torch.testing.assert_close(loss.value.double(), (weight * error**2).mean(), rtol=1e-4, atol=1e-6)
+
+
 def test_one_phase_is_dmd2() -> None:
     ours, family = phased([{"start": 1, "end": 0}]), Toy("toy:mixture")
     theirs: Any = toy_method(DMD2, ours.setting)
