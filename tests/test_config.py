@@ -359,5 +359,5 @@ def test_a_student_of_several_experts_is_no_teacher(tmp_path: Path) -> None:
     manifest = json.loads((folder / "fastgen.json").read_text())
     run.plan(load(f"teacher.pretrained={folder}"))
     (folder / "fastgen.json").write_text(json.dumps({**manifest, "experts": [{"end": 0.5}, {"end": 0.0}]}))
-    with pytest.raises(UserError, match="recipe key teacher.pretrained: .* is a student of several experts"):
+    with pytest.raises(UserError, match=r"recipe key teacher.pretrained: .* is a student of several experts"):
         run.plan(load(f"teacher.pretrained={folder}"))
