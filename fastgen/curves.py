@@ -36,13 +36,13 @@ PANELS = {
     ),
     "drift_ratio": Panel(
         "drift from the teacher: ratios",
-        "The same pictures, student over teacher; 1 is perfect. std: contrast. spread: distance between pictures; where it falls they "
-        "become too alike.",
+        "The same pictures, student over teacher; 1 is perfect. std: contrast. spread: distance between pictures of one prompt; where it "
+        "falls they become too alike.",
     ),
     "match": Panel(
         "distribution matching",
-        "gap: mean size of the gradient that the student follows, which falls as its distribution nears the teacher's; swings together with a "
-        "rising critic loss mean that the critic lags. real fake: distance of the two scores' predictions. normaliser: what it is divided by.",
+        "gradient: mean size of what the student follows, which falls as its distribution nears the teacher's; swings together with a rising "
+        "critic loss mean that the critic lags. gap: distance of the real and the fake score's predictions. normaliser: what it is divided by.",
     ),
     "sample": Panel(
         "the student's samples while training",
@@ -68,7 +68,6 @@ _PLACES = {
     "match/gan": ("loss", "gan"),
     "match/sample_mean": ("sample", "mean"),
     "match/sample_std": ("sample", "std"),
-    "match/real_fake": ("match", "real fake"),
     "critic/loss_t0": ("critic", "nearest data"),
     "critic/loss_t1": ("critic", "second quarter"),
     "critic/loss_t2": ("critic", "third quarter"),

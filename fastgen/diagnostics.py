@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,9 +27,9 @@ LAG_WINDOW = 200
 # Multiple of its recent minimum that the critic's loss has risen to. Samples that spread out are harder to denoise, but the digits recipes
 # stay below 1.25; a critic's learning rate 70 times below the student's gave 4, a single critic update on the ring 7.
 LAG_LOSS = 2.0
-# Multiple of its own minimum since then that the gap has risen to. With a critic that follows, the gap falls while the loss rises: the
+# Multiple of its own minimum since then that the gradient has risen to. With a critic that follows, it falls while the loss rises: the
 # digits recipes stay below 1.2; the two runs above gave 2.7 and 10.
-LAG_GAP = 1.5
+LAG_GRADIENT = 1.5
 # Share of clipped pixels beyond the teacher's own: on digits, where that is large, healthy draws lie within -.03 and .04.
 SATURATED = 0.1
 # Spread of the student's pictures over the teacher's: healthy draws lie within .87 and 1.1.
@@ -40,12 +40,14 @@ LOGITS_APART = 8.0
 LOGITS_PATIENCE = 50
 
 
-def drift(student: Tensor, teacher: Tensor) -> dict[str, float]:
+def drift(student: Tensor, teacher: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """How a student's pictures differ from its teacher's of the same noise and prompts.
 
-    student, teacher: (N, C, …) pixels in [0, 1]. `drift/mean`: the student's mean minus the teacher's. `drift/std`: ratio of the pixels'
-    standard deviations, averaged over channels. `drift/saturation`: share of pixels within a grey level of 0 or 1, minus the teacher's.
-    `drift/spread`: ratio of the mean RMS distances between two pictures, absent where there is one picture. 0, 1, 0, 1 are perfect.
+    student, teacher: (N, C, …) pixels in [0, 1]; prompts: N, those that repeat with other noise each time. `drift/mean`: the student's mean
+    minus the teacher's. `drift/std`: ratio of the pixels' standard deviations, averaged over channels. `drift/saturation`: share of pixels
+    within a grey level of 0 or 1, minus the teacher's. `drift/spread`: ratio of the mean RMS distances between two pictures of one prompt,
+    averaged over prompts and absent where none repeats (pictures of different prompts would differ although the noise changed nothing).
+    0, 1, 0, 1 are perfect.
     """
     deviations = [pixels.transpose(0, 1).flatten(1).std(1, correction=0) for pixels in (student, teacher)]
     numbers = {
@@ -53,8 +55,10 @@ def drift(student: Tensor, teacher: Tensor) -> dict[str, float]:
         "drift/std": _ratio(*deviations).mean(),
         "drift/saturation": _saturated(student) - _saturated(teacher),
     }
-    if len(student) > 1:
-        numbers["drift/spread"] = _ratio(_spread(student), _spread(teacher))
+    groups = [[i for i, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)]
+    if repeated := [group for group in groups if len(group) > 1]:
+        spreads = (torch.stack([_spread(pixels[group]) for group in repeated]).mean() for pixels in (student, teacher))
+        numbers["drift/spread"] = _ratio(*spreads)
     return {name: value.item() for name, value in numbers.items()}
 
 
@@ -102,7 +106,7 @@ class Signature(Protocol):
 
 
 class CriticLag:
-    """The fake score no longer follows the student: its loss on the student's samples rises, and the gap between the scores swings.
+    """The fake score no longer follows the student: its loss on the student's samples rises, and the gradient swings.
 
     Each set of trained roles has a history of its own, because a phase of phased_dmd starts with another student and fake score.
     """
@@ -113,19 +117,19 @@ class CriticLag:
         self._histories: dict[frozenset[str], _Smoothed] = {}
 
     def seen(self, numbers: Numbers) -> str | None:
-        if not {"loss/critic", "match/gap"} <= numbers.keys():
+        if not {"loss/critic", "match/gradient"} <= numbers.keys():
             return None
         trained = frozenset(name for name in numbers if name.startswith("lr/"))
         history = self._histories.setdefault(trained, _Smoothed())
-        history.add(numbers["loss/critic"], numbers["match/gap"])
-        losses, gaps = zip(*history.recent, strict=True)
+        history.add(numbers["loss/critic"], numbers["match/gradient"])
+        losses, gradients = zip(*history.recent, strict=True)
         lowest = min(losses)
-        narrowest = min(gaps[losses.index(lowest) :])
-        if losses[-1] < LAG_LOSS * lowest or gaps[-1] < LAG_GAP * narrowest:
+        smallest = min(gradients[losses.index(lowest) :])
+        if losses[-1] < LAG_LOSS * lowest or gradients[-1] < LAG_GRADIENT * smallest:
             return None
         return (
             f"the fake score no longer follows the student: within {LAG_WINDOW} steps loss/critic has risen from {lowest:.3g} to {losses[-1]:.3g} "
-            f"and match/gap swings, now from {narrowest:.3g} to {gaps[-1]:.3g}"
+            f"and match/gradient swings, now from {smallest:.3g} to {gradients[-1]:.3g}"
         )
 
 
@@ -152,7 +156,7 @@ class Saturation:
         self._before = -math.inf
 
     def seen(self, numbers: Numbers) -> str | None:
-        if not {"drift/saturation", "match/gap"} <= numbers.keys():
+        if not {"drift/saturation", "match/gradient"} <= numbers.keys():
             return None
         before, self._before = self._before, numbers["drift/saturation"]
         if min(before, self._before) < SATURATED:
@@ -161,7 +165,7 @@ class Saturation:
 
 
 class ModeLoss:
-    """The student's pictures are much more alike than the teacher's, two draws in a row, and do not recover: a student that began as a
+    """The student's pictures of one prompt are much more alike than the teacher's, two draws in a row, and do not recover: a student that began as a
     point has a small spread too, but a rising one.
 
     Pictures are needed. `match/sample_std` does not tell: what varies within one picture dominates it, so repeating a single good
@@ -177,12 +181,12 @@ class ModeLoss:
         self._before = math.inf
 
     def seen(self, numbers: Numbers) -> str | None:
-        if not {"drift/spread", "match/gap"} <= numbers.keys():
+        if not {"drift/spread", "match/gradient"} <= numbers.keys():
             return None
         before, self._before = self._before, numbers["drift/spread"]
         if before >= SPREAD_LOST or self._before > before:
             return None
-        return f"the student's pictures lie {before:.2f} and then {self._before:.2f} times as far apart as the teacher's"
+        return f"the student's pictures of one prompt lie {before:.2f} and then {self._before:.2f} times as far apart as the teacher's"
 
 
 class DiscriminatorWon:

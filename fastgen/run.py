@@ -36,7 +36,7 @@ from fastgen.trainer import Metrics, Trainer
 
 # What may differ between a run and its continuation: nothing that changes a number.
 _RESUMABLE = ("train.checkpoint_every", "train.keep", "train.sample_every", "train.device", "evaluate", "export")
-_SAMPLE_PROMPTS = 16
+_SAMPLES, _SAMPLE_PROMPTS = 16, 4  # pictures; the prompts they share, whose spread tells whether modes are lost
 
 
 class Interrupted(Exception):
@@ -323,7 +323,8 @@ class Samples:
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.folder = run, folder
-        self.prompts = _spread(run.data.prompts, _SAMPLE_PROMPTS)
+        prompts = _spread(run.data.prompts, _SAMPLE_PROMPTS)
+        self.prompts = [prompt for prompt in prompts for _ in range(_SAMPLES // len(prompts))]
         self.seeds = list(range(len(self.prompts)))
         self.student = run.generator("student")
         self.student.conditioning(self.prompts)  # while the text encoders are still there
@@ -338,7 +339,7 @@ class Samples:
             drawn = self._pictures(self.student)
         student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", drawn)
         pictures.save_png(pictures.picture_grid([*self.rows, student], self.prompts), self.folder / f"step_{step:06d}.png")
-        return diagnostics.drift(drawn, self.rows[0][1]) if self.rows else {}
+        return diagnostics.drift(drawn, self.rows[0][1], self.prompts) if self.rows else {}
 
     def _pictures(self, generator: ImageGenerator) -> torch.Tensor:
         """In batches no larger than training's own."""

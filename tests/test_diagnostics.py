@@ -23,6 +23,9 @@ from fastgen.families.toy import Toy
 Row = dict[str, Any]
 
 
+ONE = ["a cat"] * 9
+
+
 def uniform(*shape: int, low: float = 0.2, high: float = 0.8) -> torch.Tensor:
     return low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
@@ -30,37 +33,49 @@ def uniform(*shape: int, low: float = 0.2, high: float = 0.8) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(5, 3, 4, 6), (4, 3, 2, 3, 5)], ids=["images", "videos"])
 def test_drift_of_a_student_that_halves_contrast(shape: tuple[int, ...]) -> None:
     teacher = uniform(*shape)
-    got = drift(0.5 * teacher + 0.1, teacher)
+    prompts = ONE[: len(teacher)]
+    got = drift(0.5 * teacher + 0.1, teacher, prompts)
     want = {"drift/mean": 0.1 - 0.5 * teacher.mean().item(), "drift/std": 0.5, "drift/saturation": 0.0, "drift/spread": 0.5}
     assert got == pytest.approx(want, abs=1e-6)
-    assert drift(teacher, teacher) == pytest.approx({"drift/mean": 0, "drift/std": 1, "drift/saturation": 0, "drift/spread": 1}, abs=1e-6)
+    assert drift(teacher, teacher, prompts) == pytest.approx({"drift/mean": 0, "drift/std": 1, "drift/saturation": 0, "drift/spread": 1}, abs=1e-6)
 
 
 def test_drift_averages_the_channels_own_deviations() -> None:
     teacher = uniform(6, 3, 4, 4, low=0.4, high=0.5)
     factors, offsets = (torch.tensor(numbers).view(3, 1, 1) for numbers in ([1.0, 2.0, 0.5], [0.3, -0.3, 0.0]))
-    assert drift(factors * teacher + offsets, teacher)["drift/std"] == pytest.approx(3.5 / 3, abs=1e-5)
+    assert drift(factors * teacher + offsets, teacher, ONE[:6])["drift/std"] == pytest.approx(3.5 / 3, abs=1e-5)
 
 
 def test_drift_counts_pixels_within_a_grey_level_of_the_ends() -> None:
     student, teacher = torch.full((2, 3, 2, 2), 0.5), torch.full((2, 3, 2, 2), 0.5)
     student.view(-1)[:6] = torch.tensor([0, 1, 1 / 255, 254 / 255, 1.5 / 255, 253.5 / 255])
     teacher.view(-1)[:1] = 1
-    assert drift(student, teacher)["drift/saturation"] == pytest.approx((4 - 1) / 24)
+    assert drift(student, teacher, ONE[:2])["drift/saturation"] == pytest.approx((4 - 1) / 24)
 
 
 def test_drift_spread_is_the_mean_distance_of_pairs() -> None:
     student, teacher = uniform(5, 3, 4, 4), uniform(5, 3, 4, 4).flip(0).square()
     student[3] = student[1]
     lengths = [sum((images[i] - images[j]).square().mean().sqrt().item() for i, j in combinations(range(5), 2)) / 10 for images in (student, teacher)]
-    assert drift(student, teacher)["drift/spread"] == pytest.approx(lengths[0] / lengths[1], rel=1e-5)
+    assert drift(student, teacher, ONE[:5])["drift/spread"] == pytest.approx(lengths[0] / lengths[1], rel=1e-5)
+
+
+def test_drift_spread_sees_a_student_that_ignores_its_noise() -> None:
+    """Each prompt has one picture, whatever the noise; between prompts the pictures differ as the teacher's do."""
+    prompts, teacher = ["a", "b", "c"] * 3 + ["once"], uniform(10, 3, 4, 4)
+    student = teacher[[0, 1, 2] * 3 + [9]]
+    assert drift(student, teacher, prompts)["drift/spread"] == pytest.approx(0, abs=1e-6)
+    pairs = [(i, j) for i, j in combinations(range(10), 2) if prompts[i] == prompts[j]]
+    lengths = [sum((images[i] - images[j]).square().mean().sqrt().item() for i, j in pairs) for images in (teacher.square(), teacher)]
+    assert drift(teacher.square(), teacher, prompts)["drift/spread"] == pytest.approx(lengths[0] / lengths[1], rel=1e-5)
 
 
 def test_drift_without_pairs_or_without_contrast_to_compare_with() -> None:
-    assert "drift/spread" not in drift(uniform(1, 3, 4, 4), uniform(1, 3, 4, 4))
-    blank = drift(uniform(3, 3, 4, 4), torch.zeros(3, 3, 4, 4))
+    assert "drift/spread" not in drift(uniform(2, 3, 4, 4), uniform(2, 3, 4, 4), ["a", "b"])
+    blank = drift(uniform(3, 3, 4, 4), torch.zeros(3, 3, 4, 4), ONE[:3])
     assert all(math.isfinite(value) for value in blank.values())
-    assert drift(torch.zeros(3, 3, 4, 4), torch.zeros(3, 3, 4, 4)) == {"drift/mean": 0, "drift/std": 0, "drift/saturation": 0, "drift/spread": 0}
+    nothing = drift(torch.zeros(3, 3, 4, 4), torch.zeros(3, 3, 4, 4), ONE[:3])
+    assert nothing == {"drift/mean": 0, "drift/std": 0, "drift/saturation": 0, "drift/spread": 0}
 
 
 def watched(rows: Iterable[Row], watch: Watch | None = None) -> list[tuple[int, str]]:
@@ -71,7 +86,7 @@ def watched(rows: Iterable[Row], watch: Watch | None = None) -> list[tuple[int, 
 
 def critic_rows(losses: Sequence[float], gaps: Sequence[float], roles: Sequence[str] = ("student", "fake_score")) -> list[Row]:
     lr = {f"lr/{role}": 1e-3 for role in roles}
-    return [{"loss/critic": loss, "match/gap": gap, **lr} for loss, gap in zip(losses, gaps, strict=True)]
+    return [{"loss/critic": loss, "match/gradient": gap, **lr} for loss, gap in zip(losses, gaps, strict=True)]
 
 
 def line(start: float, end: float, steps: int) -> list[float]:
@@ -105,7 +120,7 @@ def test_critic_lag_is_seen_when_the_gap_swings_back() -> None:
         critic_rows(line(0.5, 3, 2000), line(0.2, 0.5, 2000)),
         critic_rows([0.5] * 50 + [2.5] + [0.5] * 50, [0.3] * 50 + [2.0] + [0.3] * 50),
         critic_rows(line(0.5, 0.5, 60), line(0.2, 0.2, 60)) + critic_rows(line(3, 3, 60), line(1, 1, 60), ["student_2", "fake_score_2"]),
-        [{key: value for key, value in row.items() if key != "match/gap"} for row in critic_rows(line(0.5, 5, 99), line(0.2, 2, 99))],
+        [{key: value for key, value in row.items() if key != "match/gradient"} for row in critic_rows(line(0.5, 5, 99), line(0.2, 2, 99))],
     ],
     ids=["samples spread out", "gap alone", "over thousands of steps", "one bad batch", "the next phase", "no matching"],
 )
@@ -115,15 +130,15 @@ def test_what_is_no_critic_lag(rows: list[Row]) -> None:
 
 def draws(name: str, *values: float) -> list[Row]:
     """Rows of draws, with rows between them that have none."""
-    return [row for value in values for row in ({"match/gap": 0.3}, {"match/gap": 0.3, f"drift/{name}": value})]
+    return [row for value in values for row in ({"match/gradient": 0.3}, {"match/gradient": 0.3, f"drift/{name}": value})]
 
 
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
         ("saturation", (0.02, 0.11, 0.25), (5, "saturation: in the last two draws 11% and 25% more")),
-        ("spread", (0.9, 0.55, 0.52), (5, "mode loss: the student's pictures lie 0.55 and then 0.52 times as far apart")),
-        ("spread", (0.4, 0.5, 0.5), (5, "mode loss: the student's pictures lie 0.50 and then 0.50 times")),
+        ("spread", (0.9, 0.55, 0.52), (5, "mode loss: the student's pictures of one prompt lie 0.55 and then 0.52 times as far apart")),
+        ("spread", (0.4, 0.5, 0.5), (5, "mode loss: the student's pictures of one prompt lie 0.50 and then 0.50 times")),
     ],
 )
 def test_two_bad_draws_in_a_row_are_warned_of_once(name: str, values: tuple[float, ...], expected: tuple[int, str]) -> None:
@@ -153,7 +168,7 @@ def test_a_discriminator_that_stays_far_ahead() -> None:
 
 
 def test_numbers_that_are_not_finite_and_what_is_no_number_are_passed_over() -> None:
-    odd = [{"loss/critic": math.nan, "match/gap": 0.3}, {"loss/critic": 0.5, "match/gap": math.inf}, {"warnings": ["x"], "note": "y"}]
+    odd = [{"loss/critic": math.nan, "match/gradient": 0.3}, {"loss/critic": 0.5, "match/gradient": math.inf}, {"warnings": ["x"], "note": "y"}]
     rows = critic_rows(line(0.5, 2, 100), line(0.3, 1, 100))
     assert len(watched(rows[:30] + odd + rows[30:])) == 1
 

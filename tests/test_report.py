@@ -181,7 +181,7 @@ def test_curves_have_a_panel_for_each_group_and_go_through_the_logged_values(tmp
 
 def test_groups_of_distribution_matching_have_panels_that_say_how_to_read_them(tmp_path: Path) -> None:
     run = _write_run(tmp_path / "run")
-    names = ["match/gap", "match/gan", "match/real_fake", "match/sample_std", "match/sample_mean", "critic/loss_t3", "critic/loss_t0"]
+    names = ["match/gradient", "match/gan", "match/gap", "match/sample_std", "match/sample_mean", "critic/loss_t3", "critic/loss_t0"]
     names += ["discriminate/real", "discriminate/fake", "drift/mean", "drift/std", "drift/saturation", "drift/spread", "lr/student", "loss/match"]
     rows = [{"step": i, "samples_per_second": 9.0, "custom/kept": 1.0, **dict.fromkeys(names, 0.5)} for i in range(1, 6)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -192,7 +192,7 @@ def test_groups_of_distribution_matching_have_panels_that_say_how_to_read_them(t
     shown = {name: [text for text in texts[name] if re.search("[a-z]", text) and text != "step"] for name in figures}
     assert shown["drift"] == ["drift from the teacher: differences", "mean", "saturation"]
     assert shown["drift_ratio"] == ["drift from the teacher: ratios", "std", "spread"]
-    assert shown["match"] == ["distribution matching", "gap", "real fake"]
+    assert shown["match"] == ["distribution matching", "gradient", "gap"]
     assert shown["critic"] == ["critic loss by noise level", "nearest data", "nearest noise"]
     assert shown["sample"] == ["the student's samples while training", "mean", "std"]
     assert shown["loss"] == ["losses", "match", "gan"]

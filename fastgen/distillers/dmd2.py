@@ -212,7 +212,7 @@ class DMD2(Distiller):
         factor = self.factors(models, batch, sample, matched)
         gradient = gradient if factor is None else factor.reshape(-1, *[1] * (gradient.ndim - 1)).to(gradient) * gradient
         x0 = sample.x0.detach()
-        logs = {"gap": gradient.abs().mean(), "normaliser": matched.normaliser, "real_fake": matched.gap}
+        logs = {"gradient": gradient.abs().mean(), "normaliser": matched.normaliser, "gap": matched.gap}
         return gradient, logs | {"sample_mean": losses.per_sample_mean(x0), "sample_std": x0.std()}
 
     def _matched(self, models: Models, batch: Batch, sample: Sample, rng: SampleRng, step: int) -> Matched:

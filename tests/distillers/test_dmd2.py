@@ -289,7 +289,7 @@ def test_the_shifted_gaussian_is_a_guided_students_optimum() -> None:
     for means in ([[1.8, -1.4]], [[1.0, -0.5]]):
         models = toy_roles(DMD2, family).predictors()
         models["fake_score"] = toy_roles(DMD2, Toy(Mixture([1.0, 1.0], means * 2, [[0.3, 0.2]] * 2)))["teacher"].predictor
-        sizes.append(method.updates(0)[-1].terms[0](models, prompt(0, 64), rng(range(64)), 0).logs["gap"].item())
+        sizes.append(method.updates(0)[-1].terms[0](models, prompt(0, 64), rng(range(64)), 0).logs["gradient"].item())
     assert sizes[0] < 1e-5
     assert sizes[1] > 0.1
 
