@@ -31,7 +31,7 @@ from fastgen.distillers.gan import GANConfig
 from fastgen.distillers.matching import DecoupledConfig, Matched, guidance_gradient, loss_by_time, matching_gradient
 from fastgen.distillers.regression import RegressionConfig, regression_loss
 from fastgen.distillers.rollout import ON_GRID, WHOLE, RolloutConfig, Sample, Segment, student_samples
-from fastgen.distillers.running import new_log_mean, update_log_mean
+from fastgen.distillers.running import log_means, new_log_means
 from fastgen.errors import UserError
 from fastgen.rewards import RewardConfig
 from fastgen.rng import SampleRng
@@ -76,7 +76,7 @@ class DMD2(Distiller):
     def __init__(self, config: Any, setting: Any) -> None:
         super().__init__(config, setting)
         if config.reward is not None:
-            self.statistics["reward"] = new_log_mean()
+            self.statistics["reward"] = new_log_means()
             self._reward = rewards.load_reward(config.reward.name)
 
     @classmethod
@@ -209,7 +209,7 @@ class DMD2(Distiller):
             t, s = self._times(self.config.decoupled.times, rng.uniform("guidance_time"), step, below=sample.t)
             carried = self._carried(sample, rng.normal("guidance_noise", self.setting.shape), s, t)
             gradient = gradient + guidance_gradient(models["teacher"], carried, sample.x0, s, t, batch.cond, self.setting, self.config.weight)
-        factor = self.factors(models, batch, sample, matched)
+        factor = self.factors(models, batch, sample, matched, step)
         gradient = gradient if factor is None else factor.reshape(-1, *[1] * (gradient.ndim - 1)).to(gradient) * gradient
         x0 = sample.x0.detach()
         logs = {"gradient": gradient.abs().mean(), "normaliser": matched.normaliser, "gap": matched.gap}
@@ -221,14 +221,16 @@ class DMD2(Distiller):
         real = models["teacher"] if self.config.decoupled else self.setting.guide(models["teacher"])
         return matching_gradient(real, models[self.fake_at(step)], carried, sample.x0, s, t, batch.cond, self.config.weight)
 
-    def factors(self, models: Models, batch: Batch, sample: Sample, matched: Matched) -> Tensor | None:
-        """A factor (B,) for each sample's gradient, or None: here exp(beta reward) over its running mean (Re-DMD, eq. 7)."""
+    def factors(self, models: Models, batch: Batch, sample: Sample, matched: Matched, step: int) -> Tensor | None:
+        """A factor (B,) for each sample's gradient, or None: here exp(beta reward) over its running mean (Re-DMD, eq. 7),
+        and 1 in the first step, which has none."""
         if self.config.reward is None:
             return None
         assert self.setting.decode is not None
         pixels = self.setting.decode(sample.x0).clamp(0, 1)
         weights = rewards.log_weights(self._reward(pixels, batch.prompts), self.config.reward.beta)
-        return (weights - update_log_mean(self.statistics["reward"], weights, _REWARD_DECAY)).exp()
+        means = log_means(self.statistics["reward"], weights, torch.zeros_like(weights, dtype=torch.long), step, _REWARD_DECAY)
+        return (weights - torch.where(means.isnan(), weights, means)).exp()
 
     def _sample(self, models: Models, batch: Batch, rng: SampleRng, step: int, *, train: bool) -> Sample:
         config, data = self.config, batch.latents if self.config.inputs == "data" else None

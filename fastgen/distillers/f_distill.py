@@ -2,13 +2,15 @@
 
 r, the teacher's density over the student's at the noised sample, is read off the discriminator, so one is needed for every divergence but
 the reverse KL, whose h is constant. Two normalisations keep the factor at 1 on average: r by its mean within each tenth of the noise
-range (E_q[r] is 1 for the true ratio), then h by its mean. Both are running means, because a micro-batch may hold a few samples only.
+range (E_q[r] is 1 for the true ratio), then h by its mean. Both are running means over the steps before, where the paper takes those
+of the batch: a micro-batch may hold a few samples only, and gradients must not depend on its size.
 
 With a guided teacher the ratio is that of the data set to the student, not of the guided law, which has no samples.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.distillers.gan import GANConfig, log_ratio
 from fastgen.distillers.matching import Matched
 from fastgen.distillers.rollout import Sample
-from fastgen.distillers.running import new_mean, update_mean
+from fastgen.distillers.running import log_means, new_log_means
 from fastgen.errors import UserError
 
 _BINS = 10
@@ -29,8 +31,8 @@ _LOWEST, _HIGHEST = 0.1, 20.0  # of the ratio, as released
 
 
 class FDistillConfig(DMD2Config):
-    """dmd2's keys, and: divergence. ratio_decay: weight of the past in the running means at each student update; 0 normalises within the
-    batch alone."""
+    """dmd2's keys, and: divergence. ratio_decay: weight of the past in the running means at each student step; 0 normalises by the last
+    step alone."""
 
     divergence: Name = "js"
     ratio_decay: float = Field(0.9, ge=0, lt=1)
@@ -45,7 +47,7 @@ class FDistill(DMD2):
 
     def __init__(self, config: Any, setting: Any) -> None:
         super().__init__(config, setting)
-        self.statistics |= {"ratio": new_mean(_BINS), "h": new_mean(1)}
+        self.statistics |= {"ratio": new_log_means(_BINS), "h": new_log_means()}
 
     @classmethod
     def check(cls, config: FDistillConfig, facts: Facts) -> None:  # type: ignore[override]
@@ -53,19 +55,20 @@ class FDistill(DMD2):
         if config.gan is None and config.divergence != "reverse_kl":
             raise UserError(f"recipe key distiller.gan: null, but divergence {config.divergence} needs the ratio that a discriminator estimates")
 
-    def factors(self, models: Models, batch: Batch, sample: Sample, matched: Matched) -> Tensor | None:
-        others = super().factors(models, batch, sample, matched)
+    def factors(self, models: Models, batch: Batch, sample: Sample, matched: Matched, step: int) -> Tensor | None:
+        others = super().factors(models, batch, sample, matched, step)
         if self.config.gan is None:
             return others
-        logits = models[self.judge_at(0)].logits(matched.noised, matched.t, batch.cond)
-        own = self._normalised(log_ratio(logits).exp(), matched.t)
+        logits = models[self.judge_at(step)].logits(matched.noised, matched.t, batch.cond)
+        own = self._normalised(log_ratio(logits), matched.t, step)
         return own if others is None else own * others
 
-    def _normalised(self, ratio: Tensor, t: Tensor) -> Tensor:
-        """h (B,) of ratios (B,) at path times t, after both normalisations."""
-        decay = self.config.ratio_decay
+    def _normalised(self, log_ratio: Tensor, t: Tensor, step: int) -> Tensor:
+        """h (B,) of log r (B,) at path times t, after both normalisations; where no step came before, r and h as a ratio of 1 has them."""
+        h, decay = DIVERGENCES[self.config.divergence].h, self.config.ratio_decay
         bins = (t / self.setting.path.t_max * _BINS).long().clamp(max=_BINS - 1)
-        ratio = ratio.clamp(_LOWEST, _HIGHEST)
-        ratio = ratio / update_mean(self.statistics["ratio"], ratio, bins, decay)
-        h = DIVERGENCES[self.config.divergence].h(ratio)
-        return h / update_mean(self.statistics["h"], h, torch.zeros_like(bins), decay)
+        log_ratio = log_ratio.clamp(math.log(_LOWEST), math.log(_HIGHEST))
+        ratio = (log_ratio - log_means(self.statistics["ratio"], log_ratio, bins, step, decay).nan_to_num(0.0)).exp()
+        values = h(ratio).log()
+        means = log_means(self.statistics["h"], values, torch.zeros_like(bins), step, decay)
+        return (values - torch.where(means.isnan(), h(torch.ones_like(ratio)).log(), means)).exp()

@@ -1,4 +1,7 @@
-"""Running means that a method's terms keep, so that a factor per sample can be normalised although micro-batches are small."""
+"""Running means that a method's terms keep, so that a factor per sample can be normalised although micro-batches are small.
+
+A student step is normalised by the steps before it, not by itself, so its factors are the same however its batch is split.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,23 @@ import torch
 from torch import Tensor
 
 
-def new_log_mean() -> Tensor:
-    """(2,) fp64: logarithms of a decayed sum and of the decayed number of samples."""
-    return torch.full((2,), -torch.inf, dtype=torch.float64)
+def new_log_means(count: int = 1) -> Tensor:
+    """(5, count) fp64 for `log_means`: logarithms of the decayed sum and number of the steps before, of the present step's, and which that is."""
+    return torch.full((5, count), -torch.inf, dtype=torch.float64)
 
 
 @torch.no_grad()
-def update_log_mean(state: Tensor, values: Tensor, decay: float) -> Tensor:
-    """Take in exp(values), values (B,), and return the logarithm () of their running mean, fp64; exp itself may overflow."""
-    values = values.double()
-    fresh = torch.stack([values.logsumexp(0), torch.tensor(float(len(values)), dtype=torch.float64, device=values.device).log()])
-    state.copy_(torch.logaddexp(state.to(values.device) + torch.tensor(decay, dtype=torch.float64).log(), fresh))
-    return (state[0] - state[1]).to(values.device)
+def log_means(state: Tensor, values: Tensor, places: Tensor, step: int, decay: float) -> Tensor:
+    """Logarithms (B,), fp64, of the running means of exp(values) over the steps before `step`, NaN where a sample's place had none; takes in
+    values (B,) at places (B,) in [0, count) for the steps after it. exp itself may overflow.
 
-
-def new_mean(count: int) -> Tensor:
-    """(2, count) fp64 zeros: decayed sums and decayed numbers of samples."""
-    return torch.zeros(2, count, dtype=torch.float64)
-
-
-@torch.no_grad()
-def update_mean(state: Tensor, values: Tensor, places: Tensor, decay: float) -> Tensor:
-    """Take in values (B,) at places (B,) in [0, count) and return each sample's running mean (B,), fp64, its own batch included.
-
-    decay: weight that the past keeps at each call; 0 is the mean of this batch alone.
+    decay: weight that each step keeps in the next; 0 is the mean of the last step alone.
     """
-    own = state.to(values.device)
-    fresh = torch.zeros_like(own)
-    fresh[0].index_add_(0, places, values.double())
-    fresh[1].index_add_(0, places, torch.ones_like(values, dtype=torch.float64))
-    own = decay * own + fresh
-    state.copy_(own)
-    return (own[0] / own[1])[places]
+    own, values = state.to(values.device), values.double()
+    if bool((own[4] != step).any()):
+        past = torch.logaddexp(own[:2] + torch.tensor(decay, dtype=torch.float64).log(), own[2:4])
+        own = torch.cat([past, torch.full_like(past, -torch.inf), torch.full_like(own[:1], step)])
+    here = places == torch.arange(own.shape[1], device=values.device)[:, None]
+    fresh = torch.stack([values.where(here, -torch.inf).logsumexp(1), here.sum(1).double().log()])
+    state.copy_(torch.cat([own[:2], torch.logaddexp(own[2:4], fresh), own[4:]]))
+    return (own[0] - own[1])[places]

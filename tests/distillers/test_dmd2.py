@@ -441,7 +441,7 @@ def test_inputs_from_data_are_noised_but_for_the_first_step() -> None:
 
 
 def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> None:
-    """exp(2 r) of pixels within [0, 1], over sums that fade by .9 a call, in each sample's gradient."""
+    """exp(2 r) of pixels within [0, 1], over sums of the steps before, fading by .9 each, in each sample's gradient; the first step weighs all alike."""
     family = Toy("toy:mixture")
     setting = replace(toy_setting(family, grid=[0.7]), decode=lambda latents: 10 * latents - 10)
     method: Any = toy_method(DMD2, setting, reward={"name": "matching_cases:first_coordinate", "beta": 2.0})
@@ -459,9 +459,10 @@ def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> N
         red = 10 * student(draws.normal("noise", (2,)), torch.full((5,), 0.7), batch.cond)[:, 0].detach() - 10
         clamped += int(((red < 0) | (red > 1)).sum())
         weights = (2 * red.clamp(0, 1)).exp()
+        want = weights * count / total if step else torch.ones(5, dtype=torch.float64)
         total, count = 0.9 * total + weights.sum().item(), 0.9 * count + 5
         got, alone = (torch.autograd.grad(m.match(models, batch, draws, step).value, shift)[0] for m in (method, plain))
-        torch.testing.assert_close(got / alone, (weights * count / total)[:, None].expand(5, 2), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got / alone, want[:, None].expand(5, 2), rtol=1e-5, atol=1e-7)
     assert 0 < clamped < 15
 
 
@@ -472,7 +473,8 @@ def test_rewards_beyond_the_range_of_exp() -> None:
     x0 = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.9999, 0.0]])
     sample = Sample(x0, x0, torch.tensor(1.0))
     mean = (2 + 2.718281828**-1) / 4
-    got = method.factors({}, whole_batch(4), sample, None)
+    assert method.factors({}, whole_batch(4), sample, None, 0).tolist() == [1, 1, 1, 1]
+    got = method.factors({}, whole_batch(4), sample, None, 1)
     assert got.tolist() == pytest.approx([1 / mean, 1 / mean, 0, 2.718281828**-1 / mean], rel=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,50 +59,53 @@ def f_distill(divergence: str, *, path: NoisePath | None = None, **keys: Any) ->
     return toy_method(FDistill, toy_setting(Toy("toy:mixture", path=path), grid=[0.7]), divergence=divergence, **keys)
 
 
-def factors(method: Any, logits: Tensor, t: Tensor) -> list[float]:
+def factors(method: Any, logits: Tensor, t: Tensor, step: int = 0) -> list[float]:
     """The factors of samples with these logits (B, num_taps) at path times t (B,)."""
     x = torch.zeros(len(t), 2, dtype=torch.float64)
     matched, sample = Matched(x, t, t, x, t), Sample(x, x, t[0])
-    return method.factors({"discriminator": Judge(lambda x, t: logits)}, batch_of(len(t)), sample, matched).tolist()
+    return method.factors({"discriminator": Judge(lambda x, t: logits)}, batch_of(len(t)), sample, matched, step).tolist()
 
 
 def by_hand(divergence: str, history: list[tuple[Tensor, Tensor]], decay: float, end: float) -> list[float]:
-    """Factors of the last of several calls, sample by sample, from the whole history: a call that came n calls ago weighs decay^n."""
-    calls = []
+    """Factors of the last of several steps, sample by sample, from the whole history: of the steps before, the nth last weighs decay^n."""
+    steps = []
     for logits, t in history:
         ratios = [min(max(2.718281828459045 ** min(max(sum(row) / len(row), -10), 10), 0.1), 20) for row in logits.tolist()]
-        calls.append([(r, min(int(10 * time / end), 9)) for r, time in zip(ratios, t.tolist(), strict=True)])
+        steps.append([(r, min(int(10 * time / end), 9)) for r, time in zip(ratios, t.tolist(), strict=True)])
 
-    def mean(seen: list[list[float]]) -> float:
+    def mean(seen: list[list[float]], otherwise: float) -> float:
         weight = [decay ** (len(seen) - 1 - i) for i in range(len(seen))]
-        return sum(w * sum(values) for w, values in zip(weight, seen, strict=True)) / sum(w * len(v) for w, v in zip(weight, seen, strict=True))
+        number = sum(w * len(v) for w, v in zip(weight, seen, strict=True))
+        return sum(w * sum(values) for w, values in zip(weight, seen, strict=True)) / number if number else otherwise
 
     normalised = []
-    for i, call in enumerate(calls):
-        past = calls[: i + 1]
-        normalised.append([H[divergence](r / mean([[q for q, other in earlier if other == place] for earlier in past])) for r, place in call])
-    return [h / mean(normalised) for h in normalised[-1]]
+    for i, present in enumerate(steps):
+        past = steps[:i]
+        normalised.append([H[divergence](r / mean([[q for q, other in earlier if other == place] for earlier in past], 1.0)) for r, place in present])
+    return [h / mean(normalised[:-1], H[divergence](1.0)) for h in normalised[-1]]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.6])
 @pytest.mark.parametrize("divergence", NAMES)
-def test_factors_over_three_calls_by_hand(divergence: str, decay: float) -> None:
+def test_factors_over_three_steps_by_hand(divergence: str, decay: float) -> None:
     """Bins of a tenth of the range, on VE of its 80; logits far beyond the limits of the ratio among them, and bins that stay empty."""
     for path, end in ((Flow(), 1.0), (VarianceExploding(), 80.0)):
         method, history = f_distill(divergence, path=path, ratio_decay=decay), []
-        for seed in range(3):
-            t = end * double(0.0, 0.05, 0.31, 0.399, 0.42, 0.99, 1.0, 0.33)
-            history.append((4 * normal(8, 2, seed=seed) + seed, t))
-            assert factors(method, *history[-1]) == pytest.approx(by_hand(divergence, history, decay, end), rel=1e-9)
+        for step in range(3):
+            t = end * double(0.0, 0.05, 0.31, 0.399, 0.42, 0.99, 1.0, 0.33 + 0.2 * step)
+            history.append((4 * normal(8, 2, seed=step) + step, t))
+            assert factors(method, *history[-1], step) == pytest.approx(by_hand(divergence, history, decay, end), rel=1e-9)
 
 
 @pytest.mark.parametrize("divergence", NAMES)
-def test_without_decay_factors_are_1_on_average(divergence: str) -> None:
+def test_factors_are_1_on_average_once_the_ratios_are_known(divergence: str) -> None:
+    """The same batch again and again: the second step has its means of r, the third also those of h."""
     method = f_distill(divergence, ratio_decay=0)
-    for seed in range(3):
-        got = factors(method, 2 * normal(50, 3, seed=seed) - 1, torch.rand(50, generator=torch.Generator().manual_seed(seed)).double())
-        assert sum(got) / 50 == pytest.approx(1, abs=1e-12)
-        assert (max(got) - min(got) > 0.1) == (divergence != "reverse_kl")
+    logits, t = 2 * normal(50, 3, seed=1) - 1, torch.rand(50, generator=torch.Generator().manual_seed(1)).double()
+    first, _, third = (factors(method, logits, t, step) for step in range(3))
+    assert sum(third) / 50 == pytest.approx(1, abs=1e-12)
+    assert (max(third) - min(third) > 0.1) == (divergence != "reverse_kl")
+    assert (abs(sum(first) / 50 - 1) > 1e-2) == (divergence != "reverse_kl")
 
 
 def test_covering_divergences_count_what_the_student_lacks() -> None:
@@ -132,9 +136,10 @@ def test_the_gradient_is_that_of_the_divergence(divergence: str) -> None:
         "discriminator": Judge(lambda x, t: real.log_prob(x) - fake.log_prob(x)),
     }
     family = Toy(Mixture([1.0], [[0.0]], [[1.0]]))
-    config: dict[str, Any] = {"weight": "kl", "match_times": {"lo": t, "hi": t}, "gan": {"start": 1}, "ratio_decay": 0}
+    config: dict[str, Any] = {"weight": "kl", "match_times": {"lo": t, "hi": t}, "gan": {"start": 9}, "ratio_decay": 0}
     method: Any = toy_method(FDistill, toy_setting(family, grid=[0.9]), divergence=divergence, **config)
-    value = method.match(models, batch_of(len(z)), draws({"noise": z, "match_noise": eps}), 0).value
+    for step in range(3):  # the means are those of the steps before
+        value = method.match(models, batch_of(len(z)), draws({"noise": z, "match_noise": eps}), step).value
     got = [gradient.item() for gradient in torch.autograd.grad(value, [b, a])]
 
     x = torch.linspace(-6, 6, 4001, dtype=torch.float64)
@@ -218,7 +223,10 @@ def test_a_resumed_run_goes_on_with_the_running_means(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, whole, {}, keep=1)
     saved = load_file(folder / "statistics.safetensors")
     assert saved.keys() == {"ratio", "h"}
-    assert (saved["ratio"].shape, saved["h"][1].item()) == ((2, 10), pytest.approx(8 * (1 + 0.9 + 0.81)))
+    sums, counts, last, number, step = saved["h"].flatten().tolist()  # of two steps of 8 samples; of the third
+    assert (saved["ratio"].shape, step) == ((5, 10), 2)
+    assert [math.exp(n) for n in (counts, number)] == pytest.approx([8 * (1 + 0.9), 8])
+    assert math.isfinite(sums) and math.isfinite(last)
     ends = []
     for forget in (False, True):
         resumed = run()
@@ -226,12 +234,21 @@ def test_a_resumed_run_goes_on_with_the_running_means(tmp_path: Path) -> None:
         assert all(torch.equal(value, saved[name]) for name, value in resumed.distiller.statistics.items())
         if forget:
             for value in resumed.distiller.statistics.values():
-                value.zero_()
+                value.fill_(-torch.inf)
         resumed.run([])
         ends.append(weights(resumed))
     whole.run([])
     assert all(torch.equal(ends[0][key], value) for key, value in weights(whole).items())
     assert any(not torch.equal(ends[1][key], value) for key, value in weights(whole).items())
+
+
+def test_micro_batches_do_not_change_the_weights() -> None:
+    whole, *split = (run(micro_batch=size) for size in (8, 4, 1))
+    for trainer in (whole, *split):
+        trainer.run([])
+    for trainer in split:
+        for key, value in weights(trainer).items():
+            torch.testing.assert_close(value, weights(whole)[key], rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_of_another_shape_are_refused(tmp_path: Path) -> None:
