@@ -106,7 +106,7 @@ class Role:
     def blend(self, source: Role, weight: float) -> None:
         """Move this role's network towards another's of the same architecture: p <- (1 - weight) p + weight p'.
 
-        Adapters move factor by factor, which only approximates the average of the two products B A.
+        Adapters move factor by factor: as they start with the same A, that is the average of the two products B A to first order.
         """
         theirs = [lora.own_name(name, source.denoiser.adapter) for name in source.network_parameters()]
         by_name = dict(zip(theirs, source.network_parameters().values(), strict=True))

@@ -389,6 +389,18 @@ def test_blending_adapters_moves_their_factors() -> None:
     torch.testing.assert_close(case.run(roles["fake_score"]), case.run(roles["student"]))
 
 
+def test_a_fresh_adapter_blends_towards_the_students_product() -> None:
+    """Adapters of one run start with one A, so a share of the student's B adds that share of its product."""
+    roles = toy_case().roles(adapters=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in roles["student"].parameters().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=generator)
+    roles["fake_score"].blend(roles["student"], 0.03)
+    assert product(roles["student"], "out").abs().max() > 1e-2
+    torch.testing.assert_close(product(roles["fake_score"], "out"), 0.03 * product(roles["student"], "out"))
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_a_discriminator_trains_heads_on_the_teachers_own_network(case: Case, adapters: bool) -> None:
     roles = case.roles(adapters=adapters, specs=SPECS | {"discriminator": judge("auto")})

@@ -20,7 +20,7 @@ from fastgen.rng import derive_seed
 
 def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> None:
     """Add adapter `name` (A random from the seed, B = 0, so it starts as the identity) to every linear layer whose name ends in one
-    of `targets`."""
+    of `targets`. Adapters of one seed start with the same A, so that averages of their factors are near averages of their products."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -32,7 +32,7 @@ def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targ
     scale: Any = alpha  # peft takes fractions too, whatever its annotation says
     config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "adapter", name))
+        torch.manual_seed(derive_seed(seed, "adapter"))
         # Several adapters on one backbone are the design; peft warns from the second on.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, backbone, adapter_name=name)

@@ -441,7 +441,7 @@ def test_inputs_from_data_are_noised_but_for_the_first_step() -> None:
 
 
 def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> None:
-    """exp(2 r) of pixels within [0, 1], over sums of the steps before, fading by .9 each, in each sample's gradient; the first step weighs all alike."""
+    """exp(2 r) of pixels within [0, 1], over sums of the steps before, fading by .9 each, in each sample's gradient; 1 in the first step."""
     family = Toy("toy:mixture")
     setting = replace(toy_setting(family, grid=[0.7]), decode=lambda latents: 10 * latents - 10)
     method: Any = toy_method(DMD2, setting, reward={"name": "matching_cases:first_coordinate", "beta": 2.0})
