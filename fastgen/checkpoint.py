@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fastgen.files import reading, write_atomically
 from fastgen.roles import Roles
 from fastgen.trainer import Trainer
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -> Path:
@@ -33,7 +34,8 @@ def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -
     partial.mkdir(parents=True)
     for name, tensors in _tensors(trainer).items():
         _save_synced({key: value.contiguous().cpu() for key, value in tensors.items()}, partial / f"{name}.safetensors")
-    state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "recipe": recipe}
+    trained = [name for name in trainer.ema if trainer.distiller.finished(name, trainer.step)]
+    state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "recipe": recipe}
     write_atomically(partial / "state.json", json.dumps(state, indent=1))
     replaced = folder / f".old_{target.name}"
     if target.exists():  # the run was stopped again before another step was done
@@ -91,30 +93,26 @@ def load(checkpoint: Path, trainer: Trainer) -> None:
     trainer.step, trainer.seconds = state["step"], state["seconds"]
 
 
-def trained_students(run_dir: Path) -> tuple[str, ...]:
-    """Names of the averaged roles in a run's newest checkpoint that have been trained. UserError for a folder without one."""
+def trained_students(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the students in a run's newest checkpoint whose training is over, and the run's resolved recipe. UserError for a folder without."""
     if not run_dir.is_dir():
         raise UserError(f"recipe key student.init: {str(run_dir)!r} is neither teacher nor the folder of a run")
     if not checkpoints(run_dir / "checkpoints"):
         raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no checkpoint")
-    folder, trained = latest(run_dir), []
-    for file in sorted(folder.glob("ema_*.safetensors")):
-        with reading(file):
-            if load_file(file)["updates"] > 0:
-                trained.append(file.stem.removeprefix("ema_"))
-    return tuple(trained)
+    state = read_state(latest(run_dir))
+    return tuple(state["trained"]), state["recipe"]
 
 
-def load_students(run_dir: Path, roles: Roles) -> None:
-    """Take over the trained students of another run, those that `roles` has by the same names. UserError when they do not fit."""
-    for name in trained_students(run_dir):
-        if name in roles:
-            state = load_file(latest(run_dir) / f"ema_{name}.safetensors")
+def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> None:
+    """Take over those of another run's students in `names` whose training is over. UserError when they do not fit."""
+    for name in set(names) & set(trained_students(run_dir)[0]):
+        try:
+            with reading(latest(run_dir)):
+                state = load_file(latest(run_dir) / f"ema_{name}.safetensors")
             state.pop("updates")
-            try:
-                roles[name].load_state_dict(state)
-            except ValueError as error:
-                raise UserError(f"recipe key student.init: {str(run_dir)!r} holds another student than this recipe's: {error}") from error
+            roles[name].load_state_dict(state)
+        except ValueError as error:
+            raise UserError(f"recipe key student.init: {str(run_dir)!r} holds another student than this recipe's: {error}") from error
 
 
 def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:

@@ -268,6 +268,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings."""
+    if not isinstance(data, dict):
+        return {prefix: data}
+    return {key: value for name, below in data.items() for key, value in flatten(below, f"{prefix}.{name}" if prefix else name).items()}
+
+
 def read_text(path: Path) -> str:
     """A recipe as it was written, comments included; UserError when it is not text."""
     try:

@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 
 from fastgen import checkpoint
-from fastgen.config import OptimizerBlock, Recipe, Tuning, read_yaml, validate
+from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, read_yaml, validate
 from fastgen.data.images import CaptionedImages, load_images
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
 from fastgen.distillers import distiller_class
-from fastgen.distillers.base import Distiller, Facts, MethodConfig
+from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin
 from fastgen.errors import UserError, nearest
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, resolve_source
@@ -118,8 +118,22 @@ def _facts(recipe: Recipe, family: Family) -> Facts:
         grid=tuple(times.tolist()),
         end=family.path.t_max,
         train_steps=recipe.train.steps,
-        trained=() if student.init == "teacher" else checkpoint.trained_students(Path(student.init).expanduser()),
+        origin=None if student.init == "teacher" else _origin(recipe),
     )
+
+
+def _origin(recipe: Recipe) -> Origin:
+    """What student.init holds, compared with the recipe. UserError where it has no trained student."""
+    run_dir = Path(recipe.student.init).expanduser()
+    trained, before = checkpoint.trained_students(run_dir)
+    if not trained:
+        raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no student whose training is over")
+    old, new = (
+        flatten({key: before[key] for key in ("teacher", "student")}),
+        flatten({"teacher": resolved_teacher(recipe), "student": recipe.dump()["student"]}),
+    )
+    differs = [f"{key} {old.get(key)!r}, here {value!r}" for key, value in new.items() if old.get(key) != value and key != "student.init"]
+    return Origin(str(run_dir), trained, before["distiller"], tuple(differs))
 
 
 def resolved_teacher(recipe: Recipe) -> dict[str, Any]:

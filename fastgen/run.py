@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from fastgen import checkpoint, diagnostics, pictures, report
-from fastgen.config import Recipe, read_yaml, validate
+from fastgen.config import Recipe, flatten, read_yaml, validate
 from fastgen.data import training
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
 from fastgen.distillers.base import Setting
@@ -115,7 +115,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     defaults = Defaults.on(family.path, grid, recipe.teacher.guidance)
     roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults)
     if recipe.student.init != "teacher":
-        checkpoint.load_students(Path(recipe.student.init).expanduser(), roles)
+        checkpoint.load_students(Path(recipe.student.init).expanduser(), roles, plan.method.inherited(plan.method_config))
     negative = family.encode_prompts([recipe.teacher.negative_prompt])
     setting = Setting(
         path=family.path,
@@ -241,19 +241,13 @@ def _check_parents(folder: Path) -> None:
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten(before), flatten(now)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(_RESUMABLE)]
     if changed:
         raise UserError(
             f"--resume: recipe key {changed[0]} is {new.get(changed[0])!r}, the run in {str(run_dir)!r} has {old.get(changed[0])!r}; "
             "resume with the same recipe"
         )
-
-
-def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
-        return {prefix: data}
-    return {key: value for name, below in data.items() for key, value in _flatten(below, f"{prefix}.{name}" if prefix else name).items()}
 
 
 def _train(run: Run, run_dir: Path, progress: Progress) -> None:

@@ -100,7 +100,7 @@ def test_every_file_is_json_or_holds_the_tensors_of_the_run(tmp_path: Path) -> N
         assert_bitwise_equal(load_file(path / f"role_{role}.safetensors"), trainer.roles[role].state_dict())
     assert_bitwise_equal(load_file(path / "ema_student.safetensors"), {**trainer.ema["student"].shadow, "updates": torch.tensor(3)})
     state = json.loads((path / "state.json").read_text())
-    assert state == {"format": 2, "step": 3, "seconds": trainer.seconds, "recipe": RECIPE}
+    assert state == {"format": 3, "step": 3, "seconds": trainer.seconds, "trained": ["student"], "recipe": RECIPE}
     assert checkpoint.read_state(path) == state
 
 
@@ -156,7 +156,7 @@ def test_a_run_without_checkpoints_is_a_users_mistake(tmp_path: Path) -> None:
 def test_another_format_is_refused(saved: Path) -> None:
     state = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps({**state, "format": 1}))
-    with pytest.raises(UserError, match="has format 1; this version reads 2"):
+    with pytest.raises(UserError, match="has format 1; this version reads 3"):
         checkpoint.load(saved, dmd2())
 
 

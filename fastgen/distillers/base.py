@@ -32,7 +32,7 @@ class Loss:
 Models = Mapping[str, Predictor]
 Term = Callable[[Models, Batch, SampleRng, int], Loss]
 
-__all__ = ["Batch", "Blend", "Distiller", "Facts", "Loss", "MethodConfig", "Models", "Setting", "Term", "Update"]
+__all__ = ["Batch", "Blend", "Distiller", "Facts", "Loss", "MethodConfig", "Models", "Origin", "Setting", "Term", "Update"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,16 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The run that student.init names."""
+
+    folder: str
+    trained: tuple[str, ...]  # its students whose training is over
+    method: Mapping[str, Any]  # its distiller block
+    differs: tuple[str, ...] = ()  # keys of teacher and student with other values than this recipe's, each with both
+
+
+@dataclass(frozen=True)
 class Facts:
     """What the rest of a recipe tells a method before anything is loaded."""
 
@@ -92,7 +102,7 @@ class Facts:
     grid: tuple[float, ...]  # descending path times that the student is sampled at
     end: float  # the path's largest time
     train_steps: int = 1
-    trained: tuple[str, ...] = ()  # students that student.init brings, trained
+    origin: Origin | None = None  # of student.init
 
 
 class MethodConfig(BaseModel):
@@ -137,6 +147,16 @@ class Distiller(ABC):
     def span(self, role: str) -> tuple[int, int] | None:
         """(first, count) of the student steps in which a role trains, over which its learning rate's schedule runs; None: the whole run."""
         return None
+
+    def finished(self, role: str, step: int) -> bool:
+        """Whether a student's training, here or before this run, is over after `step` student steps; one that trains all along is always good."""
+        first, count = self.span(role) or (0, 1)
+        return step >= first + count
+
+    @classmethod
+    def inherited(cls, config: Any) -> list[str]:
+        """The students that `student.init` replaces."""
+        return [name for name, spec in cls.roles_for(config).items() if spec.averaged]
 
     def students(self) -> list[tuple[str, float]]:
         """The roles that make up the student, each with the path time that its share of sampling ends at; the last ends at 0."""

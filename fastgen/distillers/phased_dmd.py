@@ -76,16 +76,20 @@ class PhasedDMD(DMD2):
     def check(cls, config: PhasedDMDConfig, facts: Facts) -> None:  # type: ignore[override]
         super().check(config, facts)
         _check_phases(config, facts)
-        missing = [name for k in range(1, config.first_phase) if (name := expert_name("student", k)) not in facts.trained]
-        if missing:
-            raise UserError(
-                f"recipe key distiller.first_phase: {config.first_phase} starts after an expert that has not been trained ({missing[0]}); "
-                "give student.init the folder of a run that trained it"
-            )
+        _check_experts(config, facts)
         if config.renoise != "euler":
             raise UserError(f"recipe key distiller.renoise: {config.renoise}, but a phase ends at a noise level, which only euler steps reach")
         if config.rollout.times != "grid":
             raise UserError("recipe key distiller.rollout.times: sampled, but phases divide the student's own grid; use grid")
+
+    @classmethod
+    def inherited(cls, config: PhasedDMDConfig) -> list[str]:  # type: ignore[override]
+        """With first_phase > 1 the experts before it; its own start from the teacher, as their fake scores do."""
+        names = super().inherited(config)
+        return names[: config.first_phase - 1] or names
+
+    def finished(self, role: str, step: int) -> bool:
+        return self.span(role) is None or super().finished(role, step)
 
     def phase_at(self, step: int) -> int:
         """1, 2, ...: the phase of student step `step`."""
@@ -144,6 +148,25 @@ def _spans(config: PhasedDMDConfig, train_steps: int) -> dict[int, tuple[int, in
         done += config.phases[k - 1].share
         edges.append(round(train_steps * done / total))
     return dict(zip(phases, pairwise(edges), strict=True))
+
+
+def _check_experts(config: PhasedDMDConfig, facts: Facts) -> None:
+    """The experts before the first phase are there, finished, and were trained for what this recipe asks of them."""
+    needed = [expert_name("student", k) for k in range(1, config.first_phase)]
+    missing = [name for name in needed if facts.origin is None or name not in facts.origin.trained]
+    if missing:
+        raise UserError(
+            f"recipe key distiller.first_phase: {config.first_phase} starts after an expert that has not been trained ({missing[0]}); "
+            "give student.init the folder of a run that trained it to its phase's end"
+        )
+    if not needed or facts.origin is None:
+        return
+    ends = [phase["end"] for phase in facts.origin.method.get("phases", [{"end": 0.0}])]
+    for name, phase, end in zip(needed, config.phases, ends, strict=False):
+        if phase.end != end:
+            raise UserError(f"{KEY}: {name} of {facts.origin.folder!r} was trained to end at {end}, here its phase ends at {phase.end}")
+    if facts.origin.differs:
+        raise UserError(f"recipe key student.init: the experts of {facts.origin.folder!r} were trained with {facts.origin.differs[0]}")
 
 
 def _check_phases(config: PhasedDMDConfig, facts: Facts) -> None:

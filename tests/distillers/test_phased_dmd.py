@@ -375,6 +375,9 @@ def test_the_student_is_sampled_with_all_its_experts() -> None:
 # Experts of another run
 
 
+TRAIN = {"steps": 4, "batch_size": 4, "ema": 0.5, "checkpoint_every": 1, "keep": 9, "sample_every": 0, "device": "cpu"}
+
+
 def recipe(folder: Path, **distiller: Any) -> Any:
     (folder / "prompts.txt").write_text("0\n")
     data = {
@@ -383,7 +386,7 @@ def recipe(folder: Path, **distiller: Any) -> Any:
         "distiller": {"name": "phased_dmd", "critic_updates": 1, "phases": [{"start": 1, "end": 0.5}, {"start": 0.5, "end": 0}], **distiller},
         "data": {"prompts": str(folder / "prompts.txt")},
         "optimizer": {"student": {"lr": 1e-2}, "fake_score": {"lr": 1e-2}},
-        "train": {"steps": 4, "batch_size": 4, "ema": 0.5, "checkpoint_every": 1, "keep": 9, "sample_every": 0, "device": "cpu"},
+        "train": TRAIN,
     }
     return data
 
@@ -398,7 +401,7 @@ def test_a_later_phase_needs_the_experts_before_it(tmp_path: Path) -> None:
         plan(planned(recipe(tmp_path, first_phase=2)), only="train")
     assert str(caught.value) == (
         "recipe key distiller.first_phase: 2 starts after an expert that has not been trained (student); "
-        "give student.init the folder of a run that trained it"
+        "give student.init the folder of a run that trained it to its phase's end"
     )
 
 
@@ -414,23 +417,78 @@ def test_a_later_phase_goes_on_from_a_folder_with_the_experts_before_it(tmp_path
     assert int(checkpoint.load_file(checkpoint.latest(second) / "ema_student_2.safetensors")["updates"]) == 4
 
 
-def test_an_untrained_expert_does_not_count(tmp_path: Path) -> None:
-    method = phased([{"start": 1, "end": 0.5}, {"start": 0.5, "end": 0}], grid=(1.0, 0.75, 0.5, 0.25))
-    trainer = trainer_of(method)
-    checkpoint.save(tmp_path / "checkpoints", trainer, {}, keep=1)
-    assert checkpoint.trained_students(tmp_path) == ()
-    trainer.train_step()
-    checkpoint.save(tmp_path / "checkpoints", trainer, {}, keep=1)
-    assert checkpoint.trained_students(tmp_path) == ("student",)
+def test_an_unfinished_expert_does_not_count(tmp_path: Path) -> None:
+    trainer, trained = trainer_of(phased([*FOUR[:2], {"start": FOUR[1]["end"], "end": 0}])), []
+    for _ in range(7):
+        checkpoint.save(tmp_path / "checkpoints", trainer, {}, keep=1)
+        trained.append(checkpoint.trained_students(tmp_path)[0])
+        if trainer.step < 6:
+            trainer.train_step()
+    assert trained == [(), (), ("student",), ("student",), ("student", "student_2"), ("student", "student_2"), ("student", "student_2", "student_3")]
+
+
+def test_phases_one_run_each(tmp_path: Path) -> None:
+    """Three runs of one phase each end with the three experts; the run in between passes its own first one on."""
+    three = [{"start": 1, "end": 0.75}, {"start": 0.75, "end": 0.5}, {"start": 0.5, "end": 0}]
+    runs = [train(planned(recipe(tmp_path, phases=three) | {"train": TRAIN | {"steps": 6}}), tmp_path / "0", only="train")]
+    for k in (2, 3):
+        data = recipe(tmp_path, phases=three, first_phase=k) | {"train": TRAIN | {"steps": 8, "seed": k}}
+        runs.append(train(planned(data, init=str(runs[-1])), tmp_path / str(k), only="train"))
+
+    def saved(run: int, step: int, name: str) -> dict[str, Tensor]:
+        state = checkpoint.load_file(runs[run] / "checkpoints" / f"step_{step:06d}" / f"{name}.safetensors")
+        state.pop("updates", None)
+        return state
+
+    first, second = saved(0, 6, "ema_student"), saved(1, 8, "ema_student_2")
+    for step in (1, 8):
+        assert all(torch.equal(value, first[name]) for name, value in saved(2, step, "role_student").items())
+        assert all(torch.equal(value, second[name]) for name, value in saved(2, step, "role_student_2").items())
+    # what the first run made of the second phase is not gone on with: its fake score was not either
+    assert any(not torch.equal(value, saved(0, 6, "ema_student_2")[name]) for name, value in saved(1, 1, "role_student_2").items())
+
+
+@pytest.mark.parametrize(
+    ("distiller", "blocks", "message"),
+    [
+        (
+            {"phases": [{"start": 1, "end": 0.75}, {"start": 0.75, "end": 0}]},
+            {},
+            "recipe key distiller.phases: student of '{}' was trained to end at 0.5, here its phase ends at 0.75",
+        ),
+        ({}, {"teacher": {"guidance": 3.0}}, "recipe key student.init: the experts of '{}' were trained with teacher.guidance 1.0, here 3.0"),
+        (
+            {},
+            {"student": {"grid": [1.0, 0.8, 0.5, 0.25]}},
+            "recipe key student.init: the experts of '{}' were trained with student.grid [1.0, 0.75, 0.5, 0.25], here [1.0, 0.8, 0.5, 0.25]",
+        ),
+    ],
+)
+def test_experts_of_another_recipe_are_refused(tmp_path: Path, distiller: Any, blocks: Any, message: str) -> None:
+    first = train(planned(recipe(tmp_path)), tmp_path / "first", only="train")
+    data = recipe(tmp_path, **{"first_phase": 2, **distiller})
+    for name, keys in blocks.items():
+        data[name] |= keys
+    with pytest.raises(UserError) as caught:
+        plan(planned(data, init=str(first)), only="train")
+    assert str(caught.value) == message.format(first)
+
+
+def test_a_finished_sampler_is_no_expert(tmp_path: Path) -> None:
+    data = recipe(tmp_path)
+    data["distiller"] = {"name": "dmd2", "critic_updates": 1}
+    first = train(planned(data), tmp_path / "first", only="train")
+    with pytest.raises(UserError, match=r"distiller\.phases: student of .* was trained to end at 0\.0, here its phase ends at 0\.5"):
+        plan(planned(recipe(tmp_path, first_phase=2), init=str(first)), only="train")
 
 
 def test_another_students_folder_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(phased())
-    trainer.train_step()
+    trainer.run([])
     checkpoint.save(tmp_path / "checkpoints", trainer, {}, keep=1)
     roles = toy_roles(phased(), Toy("toy:mixture", width=32))
     with pytest.raises(UserError, match=r"recipe key student\.init: .* holds another student than this recipe's: weights of role 'student'"):
-        checkpoint.load_students(tmp_path, roles)
+        checkpoint.load_students(tmp_path, roles, ["student"])
 
 
 @pytest.mark.parametrize(
