@@ -86,8 +86,6 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     """Check everything a recipe names. UserError for the first mistake."""
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
-    _check_optimizers(recipe, method.roles_for(config))
-    _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     if recipe.evaluate.protocol is not None:
         load_protocol(recipe.evaluate.protocol)
     elif recipe.evaluate.every:
@@ -98,6 +96,8 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
     method.check(config, _facts(recipe, family))
+    _check_optimizers(recipe, method.roles_for(config))
+    _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     _check_inputs(recipe, method.roles_for(config), family)
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     images = None if recipe.data.images is None else load_images(recipe.data.images)
@@ -119,6 +119,8 @@ def _facts(recipe: Recipe, family: Family) -> Facts:
         end=family.path.t_max,
         train_steps=recipe.train.steps,
         origin=None if student.init == "teacher" else _origin(recipe),
+        images=recipe.data.images is not None,
+        exported=family.exportable,
     )
 
 

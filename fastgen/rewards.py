@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +92,7 @@ def _from_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"fastgen_reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up
     spec.loader.exec_module(module)
     return module
 
@@ -101,6 +104,12 @@ def _own(name: str, module: ModuleType, function: str) -> Callable[..., Any]:
         raise UserError(f"{KEY}: {name!r}: {module.__name__} has no {function!r}; {nearest(function, functions)}")
     if not callable(found):
         raise UserError(f"{KEY}: {name!r} is a {type(found).__name__}, not a function of (pixels, prompts)")
+    try:
+        inspect.signature(found).bind(None, None)
+    except TypeError as error:
+        raise UserError(f"{KEY}: {name!r} is no function of (pixels, prompts): {error}") from error
+    except ValueError:  # some builtins do not tell
+        pass
     return found
 
 

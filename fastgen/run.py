@@ -149,6 +149,7 @@ def _pairs(run: Run, progress: Progress) -> Pairs:
             weights,
             range(recipe.data.pairs),
             seed=recipe.train.seed,
+            batch=recipe.train.micro_batch or recipe.train.batch_size,
             progress=lambda done: progress.update(done, {}),
         )
     finally:  # a bar left running hides the terminal's cursor

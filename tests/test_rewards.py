@@ -90,6 +90,13 @@ def test_a_function_is_found_in_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(load_reward("my.reward.py:red")(picture, [""] * 3), picture[:, 0].mean((1, 2)))
 
 
+def test_a_file_may_define_dataclasses(tmp_path: Path) -> None:
+    """Which, with postponed annotations, look their own module up."""
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Weights:\n    red: float = 2.0\n"
+    (tmp_path / "own.py").write_text(f"{code}def f(pixels, prompts):\n    return Weights().red * pixels.mean((1, 2, 3))\n")
+    torch.testing.assert_close(load_reward(f"{tmp_path / 'own.py'}:f")(pixels(2), ["", ""]), 2 * pixels(2).mean((1, 2, 3)))
+
+
 def test_no_gradient_is_taken_through_a_reward() -> None:
     assert not load_reward(f"{__name__}:brightness")(pixels(2).requires_grad_(), ["", ""]).requires_grad
     assert not load_reward("fastgen:digits")(pixels(2).requires_grad_(), ["", "any digit"]).requires_grad
@@ -105,6 +112,7 @@ def test_no_gradient_is_taken_through_a_reward() -> None:
         ("no_such_module:f", r"'no_such_module:f': cannot import 'no_such_module' \(ModuleNotFoundError: .*\)"),
         ("./nowhere.py:f", r"'\./nowhere\.py:f': no file '\./nowhere\.py'"),
         (f"{__name__}:bright", rf"'{__name__}:bright': .* has no 'bright'; did you mean 'brightness'\?"),
+        ("builtins:len", r"'builtins:len' is no function of \(pixels, prompts\): too many positional arguments"),
         (f"{__name__}:NOT_A_FUNCTION", r"is a int, not a function of \(pixels, prompts\)"),
     ],
 )

@@ -7,12 +7,12 @@ diversity; regressed onto the teacher's guided trajectory it keeps the teacher's
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from fastgen import timesteps
 from fastgen.distillers import losses
-from fastgen.distillers.base import Batch, Setting
+from fastgen.distillers.base import Batch, Options, Setting
 from fastgen.path import Flow, expand_time
 from fastgen.rng import SampleRng
 from fastgen.sampling import Predict, initial, ode
@@ -20,11 +20,10 @@ from fastgen.sampling import Predict, initial, ode
 FLOW = Flow()
 
 
-class AnchorConfig(BaseModel):
+class AnchorConfig(Options):
     """weight: of the regression. evaluations: of the guided teacher, from noise to the student's second time; 6 of 24 is what LightX2V uses
     for four steps."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     weight: float = Field(default=0.05, gt=0)
     evaluations: int = Field(default=6, ge=1)
 
@@ -32,14 +31,14 @@ class AnchorConfig(BaseModel):
 def anchor_loss(student: Predict, teacher: Predict, batch: Batch, rng: SampleRng, setting: Setting, config: AnchorConfig) -> Tensor:
     """Scalar: weighted MSE between the student's velocity at the first step and the one that leads to the teacher's sample at its end.
 
-    Velocities are flow-matching ones, (x_t - x_t') / (t - t') in flow times, whatever the teacher's own path is.
+    Velocities are flow-matching ones, (x_t - x_t') / (t - t') in flow times, whatever the teacher's own path is. The teacher starts at
+    the noise end, where pure noise belongs, also where the student is told an earlier time.
     """
-    first, second = (setting.grid[:2] / setting.path.t_max).tolist()
-    times = timesteps.between(first, second, config.evaluations, shift=setting.shift) * setting.path.t_max
+    times = timesteps.between(1.0, setting.grid[1].item() / setting.path.t_max, config.evaluations, shift=setting.shift) * setting.path.t_max
     noise = rng.normal("noise", setting.shape)
     start = initial(setting.path, noise, setting.grid)
     with torch.no_grad():
-        anchor = ode(setting.guide(teacher), start, times.to(rng.device), batch.cond, solver="euler")
+        anchor = ode(setting.guide(teacher), initial(setting.path, noise, times), times.to(rng.device), batch.cond, solver="euler")
     ends = [setting.grid[i].to(rng.device).expand(batch.size) for i in (0, 1)]
     (x, t), (x_next, t_next) = (setting.path.retime(sample, time, FLOW) for sample, time in zip((start, anchor), ends, strict=True))
     target = (x - x_next) / expand_time(t - t_next, x)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from fastgen import timesteps
@@ -32,7 +32,7 @@ class Loss:
 Models = Mapping[str, Predictor]
 Term = Callable[[Models, Batch, SampleRng, int], Loss]
 
-__all__ = ["Batch", "Blend", "Distiller", "Facts", "Loss", "MethodConfig", "Models", "Origin", "Setting", "Term", "Update"]
+__all__ = ["Batch", "Blend", "Distiller", "Facts", "Loss", "MethodConfig", "Models", "Options", "Origin", "Setting", "Term", "Update"]
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,28 @@ class Facts:
     end: float  # the path's largest time
     train_steps: int = 1
     origin: Origin | None = None  # of student.init
+    images: bool = True  # whether data.images is given
+    exported: bool = False  # whether the student becomes a pipeline, which has one way to move between its steps: Euler's
 
 
-class MethodConfig(BaseModel):
-    """Base of every method's Config: unknown keys are refused."""
+class Options(BaseModel):
+    """Base of a block of keys: unknown ones are refused, and a block that is given in part keeps the rest of its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        defaults = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, BaseModel)}
+        partly = {name: value for name, value in given.items() if name in defaults and isinstance(value, Mapping)}
+        return {**given, **{name: {**defaults[name].model_dump(exclude_unset=True), **value} for name, value in partly.items()}}
+
+
+class MethodConfig(Options):
+    """Base of every method's Config."""
+
     name: str
 
 

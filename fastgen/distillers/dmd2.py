@@ -30,7 +30,7 @@ from fastgen.distillers.base import Batch, Blend, Distiller, Facts, Loss, Method
 from fastgen.distillers.gan import GANConfig
 from fastgen.distillers.matching import DecoupledConfig, Matched, guidance_gradient, loss_by_time, matching_gradient
 from fastgen.distillers.regression import RegressionConfig, regression_loss
-from fastgen.distillers.rollout import ON_GRID, WHOLE, RolloutConfig, Sample, Segment, student_samples
+from fastgen.distillers.rollout import ON_GRID, WHOLE, RolloutConfig, Sample, Segment, check_renoise, student_samples
 from fastgen.distillers.running import log_means, new_log_means
 from fastgen.errors import UserError
 from fastgen.rewards import RewardConfig
@@ -97,6 +97,14 @@ class DMD2(Distiller):
 
     @classmethod
     def check(cls, config: DMD2Config, facts: Facts) -> None:
+        check_renoise(config.renoise, facts)
+        if config.inputs == "data" and facts.steps == 1:
+            raise UserError("recipe key distiller.inputs: data, but a one-step student has no later step that would see them; remove it")
+        for key, uses in (("gan", config.gan is not None), ("inputs: data", config.inputs == "data")):
+            if uses and not facts.images:
+                raise UserError(f"recipe key distiller.{key}: needs real data; give data.images in place of data.prompts")
+        if config.gan is not None and config.gan.start >= (steps := cls.matching_steps(config, facts)):
+            raise UserError(f"recipe key distiller.gan.start: {config.gan.start} leaves none of the {steps} student steps in which matching goes on")
         if config.regression is not None:
             regression.check(config.regression, facts)
         if config.decoupled is not None and facts.guidance == 1:
@@ -107,6 +115,11 @@ class DMD2(Distiller):
             raise UserError("recipe key distiller.anchor: needs rollout.times: grid, on which the first step's end is known")
         if config.reward is not None:
             rewards.load_reward(config.reward.name)
+
+    @classmethod
+    def matching_steps(cls, config: DMD2Config, facts: Facts) -> int:
+        """The student steps in which one fake score is matched with; with several, the fewest."""
+        return facts.train_steps - (config.regression.warmup if config.regression else 0)
 
     def updates(self, step: int) -> list[Update]:
         config, trained = self.config, (self.student_at(step),)
@@ -183,7 +196,7 @@ class DMD2(Distiller):
         with torch.no_grad():
             gradient, logs = self._gradient(models, batch, sample, rng, step)
         value = losses.surrogate(sample.x, gradient)
-        if self.config.gan is not None and step >= self.config.gan.start:
+        if self.config.gan is not None and step - self.first_step(step) >= self.config.gan.start:
             t, s = self._times(self.config.gan.times, rng.uniform("gan_time"), step)
             carried = self._carried(sample, rng.normal("gan_noise", self.setting.shape), s, t)
             fooled = gan.generator_loss(models[self.judge_at(step)].logits(carried, t, batch.cond))

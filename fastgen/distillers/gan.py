@@ -9,34 +9,50 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import mse_loss, softplus
 
 from fastgen.conditioning import Conditioning, cat
 from fastgen.denoiser import Predictor
+from fastgen.distillers.base import Options
 from fastgen.path import Path
 from fastgen.surgery.heads import Taps
 from fastgen.timesteps import TimeSampling
 
 
-class GANConfig(BaseModel):
+class GANConfig(Options):
     """weight: of the student's adversarial loss beside the matching surrogate, both means over elements. features: whose blocks the
     heads listen to. `teacher` (default) is frozen, so the discriminator cannot bend the score estimate, and trains heads alone;
     `fake_score` is DMD2's own choice, in which the discriminator's loss also trains the fake score's network, weighted by
     fake_score_weight beside its denoising loss. taps: indices of blocks, or `auto` for those at 1/4, 1/2, 3/4. times: noise levels of
     the comparison. r1: weight of the approximate R1 penalty |D(x) - D(x + r1_noise n)|^2 on real data (Lin et al. 2025, APT, section
-    3.3). start: student steps before the discriminator enters the student's loss; it trains from the first."""
+    3.3). start: student steps of matching (in each phase anew, as a phase has its own fake score) before the discriminator enters the
+    student's loss; it trains from the first."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     weight: float = Field(default=3e-3, gt=0)
     features: Literal["teacher", "fake_score"] = "teacher"
     taps: Taps = "auto"
     fake_score_weight: float = Field(default=1e-2, gt=0)
     times: TimeSampling = TimeSampling(lo=0.001, hi=1.0)
     r1: float = Field(default=0.0, ge=0)
-    r1_noise: float = Field(default=0.1, ge=0)
+    r1_noise: float = Field(default=0.1, gt=0)
     start: int = Field(default=0, ge=0)
+
+    @field_validator("taps")
+    @classmethod
+    def _taps_differ(cls, taps: Taps) -> Taps:
+        if taps != "auto" and len(set(taps)) != max(1, len(taps)):
+            raise ValueError("auto, or one block or more, each named once")
+        return taps
+
+    @model_validator(mode="after")
+    def _effective(self) -> GANConfig:
+        if self.features == "teacher" and self.fake_score_weight != 1e-2:
+            raise ValueError("fake_score_weight needs features: fake_score; heads on the teacher train alone")
+        if not self.r1 and self.r1_noise != 0.1:
+            raise ValueError("r1_noise needs r1 above 0")
+        return self
 
 
 def judgement(judge: Predictor, real: Tensor, fake: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.distillers import losses
-from fastgen.distillers.base import Setting
+from fastgen.distillers.base import Options, Setting
 from fastgen.distillers.losses import MatchingWeight
 from fastgen.sampling import Predict
 from fastgen.timesteps import TimeSampling
@@ -23,11 +22,10 @@ from fastgen.timesteps import TimeSampling
 _QUARTERS = 4
 
 
-class DecoupledConfig(BaseModel):
+class DecoupledConfig(Options):
     """times: noise levels at which the guidance part is matched, squeezed below the student's current step: there is nothing to sharpen
     in what is not yet resolved (Decoupled DMD, arXiv:2511.22677)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     times: TimeSampling = TimeSampling(lo=0.02, hi=0.98)
 
 
@@ -47,9 +45,9 @@ def matching_gradient(
     """weight (mu_fake - mu_real) at noised (B, ...), t (B,) path time, of samples that stand at s (B,); x0: the student's own prediction."""
     mean_real, mean_fake = real(noised, t, cond), fake(noised, t, cond)
     scale = losses.normaliser(x0, mean_real)
-    gap = mean_fake - mean_real
     factor = losses.matching_weight(weight, real.path, s, t, scale, noised)
-    return Matched(factor * gap, scale.flatten(), losses.per_sample_mean(gap.abs()), noised, t)
+    gradient = losses.distribution_matching_gradient(mean_fake, mean_real, factor)
+    return Matched(gradient, scale.flatten(), losses.per_sample_mean((mean_fake - mean_real).abs()), noised, t)
 
 
 def guidance_gradient(

@@ -30,7 +30,8 @@ _TOLERANCE = 2e-3  # recipes round the times of a shifted grid
 
 
 class Phase(BaseModel):
-    """The steps from noise level `start` down to `end`, flow times in [0, 1] of the student's grid; share: of the run's student steps."""
+    """The steps from noise level `start` down to `end`, fractions in [0, 1] of the path's time, on Flow its times; share: of the run's
+    student steps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     start: float = Field(ge=0, le=1)
@@ -74,13 +75,13 @@ class PhasedDMD(DMD2):
 
     @classmethod
     def check(cls, config: PhasedDMDConfig, facts: Facts) -> None:  # type: ignore[override]
-        super().check(config, facts)
         _check_phases(config, facts)
         _check_experts(config, facts)
         if config.renoise != "euler":
             raise UserError(f"recipe key distiller.renoise: {config.renoise}, but a phase ends at a noise level, which only euler steps reach")
         if config.rollout.times != "grid":
             raise UserError("recipe key distiller.rollout.times: sampled, but phases divide the student's own grid; use grid")
+        super().check(config, facts)
 
     @classmethod
     def inherited(cls, config: PhasedDMDConfig) -> list[str]:  # type: ignore[override]
@@ -90,6 +91,10 @@ class PhasedDMD(DMD2):
 
     def finished(self, role: str, step: int) -> bool:
         return self.span(role) is None or super().finished(role, step)
+
+    @classmethod
+    def matching_steps(cls, config: PhasedDMDConfig, facts: Facts) -> int:  # type: ignore[override]
+        return min(stop - start for start, stop in _spans(config, facts.train_steps).values())
 
     def phase_at(self, step: int) -> int:
         """1, 2, ...: the phase of student step `step`."""
@@ -182,6 +187,10 @@ def _check_phases(config: PhasedDMDConfig, facts: Facts) -> None:
             raise UserError(
                 f"{KEY}: boundary {before.end} is none of the student's times {[round(t, 4) for t in grid[1:]]}, at which a phase can end"
             )
+    ends = [min(grid[1:], key=lambda t, end=phase.end: abs(t - end)) for phase in phases[:-1]]
+    for phase, before, after in zip(phases[1:], ends, ends[1:], strict=False):
+        if before == after:
+            raise UserError(f"{KEY}: the one from {phase.start} to {phase.end} has none of the student's times {[round(t, 4) for t in grid]}")
     for phase in phases:
         if not phase.start > phase.end:
             raise UserError(f"{KEY}: start {phase.start} must be above end {phase.end}")
@@ -195,5 +204,7 @@ def _check_phases(config: PhasedDMDConfig, facts: Facts) -> None:
     if any(hi <= phase.end + config.margin for phase in phases):
         raise UserError(f"recipe key distiller.margin: no noise level between {phases[0].end} + {config.margin} and {hi} is left to match at")
     own = [sum(phases[0].end + _TOLERANCE < t for t in grid)]
+    if config.anchor is not None and config.first_phase > 1:
+        raise UserError(f"recipe key distiller.anchor: it anchors the first phase, but first_phase is {config.first_phase}; remove it")
     if config.anchor is not None and own[0] < 2:
         raise UserError("recipe key distiller.anchor: the first phase has one step, which the anchor would take; it needs two")

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from fastgen.distillers.base import Batch, Loss, Models, Update
+from fastgen.distillers.base import Batch, Facts, Loss, Models, Update
 from fastgen.distillers.dmd2 import DMD2, DMD2Config
-from fastgen.distillers.rollout import RolloutConfig
+from fastgen.distillers.rollout import RolloutConfig, check_renoise
 from fastgen.distillers.scm import SCM, SCMConfig
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, student, trainable
@@ -59,6 +59,11 @@ class RCM(SCM):
     def roles_for(cls, config: RCMConfig) -> dict[str, RoleSpec]:
         # The regulariser needs the teacher's score even where the ODE is the data's.
         return cls.roles | super().roles_for(config)
+
+    @classmethod
+    def check(cls, config: RCMConfig, facts: Facts) -> None:  # type: ignore[override]
+        check_renoise(config.renoise, facts)
+        super().check(config, facts)
 
     def updates(self, step: int) -> list[Update]:
         first, *replays = super().updates(step)

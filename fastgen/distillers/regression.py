@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from fastgen import perceptual
 from fastgen.distillers import losses
-from fastgen.distillers.base import Batch, Facts, Setting
+from fastgen.distillers.base import Batch, Facts, Options, Setting
 from fastgen.errors import UserError
 from fastgen.sampling import Predict, few_step
 
 
-class RegressionConfig(BaseModel):
+class RegressionConfig(Options):
     """weight: beside the matching surrogate (DMD: 0.25 with lpips). metric: mean squared error of `latent`s, or `lpips` of the decoded
     pictures. warmup: student steps of regression alone before matching begins (DMD2's one-step SDXL: on 10,000 pairs)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     weight: float = Field(default=0.25, gt=0)
     metric: Literal["latent", "lpips"] = "latent"
     warmup: int = Field(default=0, ge=0)

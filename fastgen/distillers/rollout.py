@@ -5,24 +5,30 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastgen.conditioning import Conditioning
-from fastgen.distillers.base import Setting
+from fastgen.distillers.base import Facts, Options, Setting
+from fastgen.errors import UserError
 from fastgen.rng import SampleRng
 from fastgen.sampling import Predict, Renoise, walk
 from fastgen.timesteps import TimeSampling
 
 
-class RolloutConfig(BaseModel):
+class RolloutConfig(Options):
     """times: the student's own `grid`, or `sampled` anew each time: the noise end, then running minima of draws from `sampling`
     (Zheng et al. 2025, section 4). steps: most evaluations of a sampled rollout."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     times: Literal["grid", "sampled"] = "grid"
     steps: int = Field(default=4, ge=1)
     sampling: TimeSampling = TimeSampling()
+
+    @model_validator(mode="after")
+    def _effective(self) -> RolloutConfig:
+        if self.times == "grid" and (self.steps, self.sampling) != (4, TimeSampling()):
+            raise ValueError("steps and sampling need times: sampled")
+        return self
 
     def draw(self, setting: Setting, rng: SampleRng) -> Tensor:
         """Descending path times (N,) fp64, the same for the whole global batch."""
@@ -33,6 +39,12 @@ class RolloutConfig(BaseModel):
 
 
 ON_GRID = RolloutConfig()
+
+
+def check_renoise(renoise: Renoise, facts: Facts) -> None:
+    """UserError where rollouts would move otherwise between their steps than the exported student's sampler."""
+    if facts.exported and facts.steps > 1 and renoise != "euler":
+        raise UserError(f"recipe key distiller.renoise: {renoise}, but the student is sampled and exported with euler steps, so train it with them")
 
 
 class Segment(NamedTuple):
@@ -48,8 +60,8 @@ WHOLE = Segment()
 
 
 class Sample(NamedTuple):
-    """What a rollout ends with: x (B, *shape) at the segment's end, the x0 that its exit predicted (the same for end 0), and the
-    exit's path time ()."""
+    """What a rollout ends with: x (B, *shape) at the segment's end, the x0 that its exit predicted (the same for end 0), and the path
+    time () of the noise that the exit was given: its own, or for the first evaluation, which sees pure noise, the noise end."""
 
     x: Tensor
     x0: Tensor
@@ -77,7 +89,7 @@ def student_samples(
     times, path = rollout.draw(setting, rng), setting.path
     exit_at = segment.first + rng.shared_index("exit", (segment.stop or len(times)) - segment.first)
     noise, t = rng.normal("noise", setting.shape), times[exit_at]
-    each = t.expand(len(noise))
+    each, given = t.expand(len(noise)), t if exit_at else torch.full_like(t, path.t_max)
     with torch.no_grad():
         if data is None or exit_at == 0:
             x = walk(predict, noise, times[: exit_at + 1], cond, rng, renoise=renoise)
@@ -86,6 +98,6 @@ def student_samples(
     with torch.set_grad_enabled(train):
         x0 = predict(x, each, cond).to(noise.dtype)
         if segment.end == 0:
-            return Sample(x0, x0, t)
+            return Sample(x0, x0, given)
         end = torch.full_like(each, segment.end)
-        return Sample(path.mix(x0, path.convert(x0, x, each, "x0", "eps"), end).to(noise.dtype), x0, t)
+        return Sample(path.mix(x0, path.convert(x0, x, each, "x0", "eps"), end).to(noise.dtype), x0, given)

@@ -43,11 +43,11 @@ def guided_x0(roles: Roles, x: Tensor, t: float) -> Tensor:
 
 @pytest.mark.parametrize(("grid", "shift"), [((1.0, 0.75, 0.5), 1.0), ((1.0, 0.9, 0.75), 3.0), ((0.9, 0.3), 1.0)])
 def test_the_loss_by_hand_on_flow(grid: tuple[float, ...], shift: float) -> None:
-    """The student's velocity at the first step and the secant of four guided Euler steps, even before the shift."""
+    """The student's velocity at the first step and the secant to where four guided Euler steps, even before the shift, lead from noise at t = 1."""
     setting, roles = case(Flow(), grid, shift)
     config = AnchorConfig(weight=0.05, evaluations=4)
     noise = rng(COUNT).normal("noise", (2,)).double()
-    even = [t / (shift - (shift - 1) * t) for t in grid[:2]]
+    even = [t / (shift - (shift - 1) * t) for t in (1.0, grid[1])]
     between = [even[0] + (even[1] - even[0]) * i / 4 for i in range(5)]
     times = [shift * u / (1 + (shift - 1) * u) for u in between]
     x = noise
@@ -66,13 +66,13 @@ def test_the_loss_by_hand_on_flow(grid: tuple[float, ...], shift: float) -> None
 
 
 def test_the_loss_by_hand_on_ve() -> None:
-    """Teacher's steps in sigma from pure noise times sigma; velocities in flow time sigma/(1 + sigma), where x shrinks by 1 + sigma."""
+    """Teacher's steps in sigma from pure noise times 80; velocities in flow time sigma/(1 + sigma), where x shrinks by 1 + sigma."""
     grid = (0.5, 0.05)
     setting, roles = case(VarianceExploding(), grid, 1.0)
     first, second = 40.0, 4.0
     noise = rng(COUNT).normal("noise", (2,)).double()
-    times = [first + (second - first) * i / 3 for i in range(4)]
-    start = x = noise * first
+    times = [80 + (second - 80) * i / 3 for i in range(4)]
+    start, x = noise * first, noise * 80
     with torch.no_grad():
         for t, t_next in pairwise(times):
             x = x + (t_next - t) * (x - guided_x0(roles, x, t)) / t

@@ -538,8 +538,21 @@ IMAGES = ["data.prompts=null", "data.images=fastgen:digits"]
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["distiller.gan={}", "optimizer.discriminator.lr=1e-3"], "recipe key data.images: missing; dmd2 trains on images"),
-        (["distiller.inputs=data"], "recipe key data.images: missing; dmd2 trains on images"),
+        (["distiller.gan={}"], "recipe key distiller.gan: needs real data; give data.images in place of data.prompts"),
+        (
+            ["distiller.inputs=data", "student.steps=2"],
+            "recipe key distiller.inputs: data: needs real data; give data.images in place of data.prompts",
+        ),
+        ([*IMAGES, "distiller.inputs=data"], "recipe key distiller.inputs: data, but a one-step student has no later step that would see them; "),
+        (
+            ["distiller.renoise=stochastic", "student.steps=4"],
+            "recipe key distiller.renoise: stochastic, but the student is sampled and exported with ",
+        ),
+        ([*IMAGES, "distiller.gan.start=250"], "recipe key distiller.gan.start: 250 leaves none of the 250 student steps in which matching goes on"),
+        (
+            [*IMAGES, *PAIRS, "distiller.gan.start=50", "distiller.regression.warmup=200"],
+            "recipe key distiller.gan.start: 50 leaves none of the 50 student steps in which matching goes on",
+        ),
         (
             [*IMAGES, "distiller.gan.taps=[0, 99]", "optimizer.discriminator.lr=1e-3"],
             "recipe key distiller.gan.taps: no block 99; this network has blocks 0 to ",
@@ -564,7 +577,9 @@ IMAGES = ["data.prompts=null", "data.images=fastgen:digits"]
             [*PAIRS, "distiller.name=dmd", "student.steps=4"],
             "recipe key student.steps: 4, but dmd distils to one step; use dmd2 or phased_dmd for more",
         ),
-        (["distiller.name=f_distill"], "recipe key optimizer.discriminator: missing; f_distill trains student, fake_score, discriminator"),
+        (["distiller.name=f_distill"], "recipe key distiller.gan: needs real data; give data.images in place of data.prompts"),
+        ([*IMAGES, "distiller.name=f_distill"], "recipe key optimizer.discriminator: missing; f_distill trains student, fake_score, discriminator"),
+        (["distiller.rollout.steps=2"], "recipe key distiller.rollout: steps and sampling need times: sampled "),
         (["distiller.name=f_distill", "distiller.gan=null"], "recipe key distiller.gan: null, but divergence js needs the ratio "),
         (["student.init=nowhere"], "recipe key student.init: 'nowhere' is neither teacher nor the folder of a run"),
     ],
@@ -573,3 +588,12 @@ def test_options_that_do_not_fit_the_recipe(overrides: list[str], message: str) 
     with pytest.raises(UserError) as caught:
         plan(Recipe.load("digits_dmd2_1step", overrides))
     assert str(caught.value).startswith(message)
+
+
+def test_a_block_given_in_part_keeps_the_rest_of_its_default() -> None:
+    given = {"match_times": {"shift": 1}, "critic_times": {"name": "logit_normal", "lo": 0.1}, "gan": {"times": {"hi": 0.5}}}
+    config: Any = validate(DMD2.Config, {"name": "dmd2", **given}, "distiller")
+    assert (config.match_times.lo, config.match_times.hi, config.match_times.shift) == (0.02, 0.98, 1)
+    assert (config.critic_times.name, config.critic_times.lo, config.critic_times.hi) == ("logit_normal", 0.1, 1)
+    assert (config.gan.times.lo, config.gan.times.hi) == (0.001, 0.5)
+    assert validate(DMD2.Config, config.model_dump(mode="json"), "distiller") == config

@@ -39,12 +39,12 @@ def disturb_heads(roles: Roles) -> None:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name + key)))
 
 
-def case(*, adapters: bool = False, dtype: torch.dtype = torch.float64, **keys: Any) -> tuple[Any, Roles, Batch]:
+def case(*, adapters: bool = False, dtype: torch.dtype = torch.float64, autocast: torch.dtype | None = None, **keys: Any) -> tuple[Any, Roles, Batch]:
     """A one-step method with a discriminator, its roles with every network and head moved off its start, and a batch of real data."""
     family = Toy("toy:mixture", width=32)
     method: Any = toy_method(DMD2, toy_setting(family, grid=[0.7]), gan=keys)
     tuning = LoraTuning(rank=3, alpha=3.0, targets=family.lora_targets) if adapters else None
-    roles = build_roles(method.roles_for(method.config), family, family.load_backbone().to(dtype), tuning=tuning)
+    roles = build_roles(method.roles_for(method.config), family, family.load_backbone().to(dtype), tuning=tuning, autocast=autocast)
     if adapters:
         for name in ("student", "fake_score"):
             for i, (key, parameter) in enumerate(roles[name].parameters().items()):
@@ -87,6 +87,41 @@ def test_each_turn_reaches_only_what_it_trains(features: Any, adapters: bool) ->
                 role.denoiser.zero_grad(set_to_none=True)
             seen.append(term.__name__)
     assert seen == ["critic", "discriminate", "match"]
+
+
+@ADAPTERS
+@FEATURES
+def test_half_precision_changes_losses_and_gradients_little(features: Any, adapters: bool) -> None:
+    """Losses and gradients are fp32 under bf16 autocast; each term's are within a few percent of full precision's."""
+    results = []
+    for autocast in (None, torch.bfloat16):
+        method, roles, batch = case(adapters=adapters, dtype=torch.float32, autocast=autocast, features=features, weight=1.0)
+        critic, *_, improve = method.updates(0)
+        for update in (critic, improve):
+            own = [parameter for name in update.trains for parameter in roles[name].parameters().values()]
+            for term in update.terms:
+                with roles.training(update.trains):
+                    loss = term(roles.predictors(), batch, rng(COUNT), 0).value
+                    gradients = torch.autograd.grad(loss, own, allow_unused=True)
+                assert loss.dtype == torch.float32
+                assert all(gradient.dtype == torch.float32 for gradient in gradients if gradient is not None)
+                results.append((loss.item(), torch.cat([g.flatten() for g in gradients if g is not None])))
+    for (wide, gradient), (narrow, other) in zip(results[:3], results[3:], strict=True):
+        assert narrow == pytest.approx(wide, rel=0.05)
+        assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) >= 0.99
+
+
+def test_the_discriminator_enters_late_in_every_phase() -> None:
+    """`start` counts from where the present fake score's matching began."""
+    phases = [{"start": 1, "end": 0.6}, {"start": 0.6, "end": 0}]
+    grid = (1.0, 0.6)
+    family = Toy("toy:mixture", width=32)
+    setting = replace(toy_setting(family, grid=grid), train_steps=6)
+    method: Any = toy_method(PhasedDMD, setting, phases=phases, gan={"start": 2})
+    roles = toy_roles(method, family)
+    latents = family.mixture.sample(COUNT, torch.Generator().manual_seed(0)).float()
+    logged = [method.match(roles.predictors(), batch_of(COUNT, 1, latents), rng(COUNT, step), step).logs for step in range(6)]
+    assert ["gan" in logs for logs in logged] == [False, False, True, False, False, True]
 
 
 def one_step(roles: Roles, method: Any, draws: Any) -> Tensor:
@@ -271,6 +306,11 @@ def test_micro_batches_change_nothing(features: Any) -> None:
         ({"features": "student"}, "recipe key distiller.gan.features: Input should be 'teacher' or 'fake_score' (given: 'student')"),
         ({"tap": [1]}, "recipe key distiller.gan.tap: unknown key; did you mean 'taps'?"),
         ({"r1": -1}, "recipe key distiller.gan.r1: Input should be greater than or equal to 0 (given: -1)"),
+        ({"taps": []}, "recipe key distiller.gan.taps: auto, or one block or more, each named once (given: [])"),
+        ({"taps": [1, 1]}, "recipe key distiller.gan.taps: auto, or one block or more, each named once (given: [1, 1])"),
+        ({"r1": 1, "r1_noise": 0}, "recipe key distiller.gan.r1_noise: Input should be greater than 0 (given: 0)"),
+        ({"r1_noise": 0.2}, "recipe key distiller.gan: r1_noise needs r1 above 0"),
+        ({"fake_score_weight": 1}, "recipe key distiller.gan: fake_score_weight needs features: fake_score; heads on the teacher train alone"),
         ({"times": {"lo": 0.5, "hi": 0.2}}, "recipe key distiller.gan.times: lo must not exceed hi, got lo 0.5 and hi 0.2"),
     ],
 )

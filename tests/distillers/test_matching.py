@@ -186,7 +186,7 @@ def test_guidance_stays_below_the_students_own_level(grid: tuple[float, ...]) ->
     family, setting = guided_setting(grid=grid)
     method: Any = toy_method(DMD2, setting, decoupled={"times": {"lo": 0.02, "hi": 0.98}})
     models = {name: Recorded(predictor) for name, predictor in toy_roles(DMD2, family).predictors().items()}
-    exits = set()
+    exits, above_first = set(), False
     for step in range(30):
         calls = {name: len(model.inputs) for name, model in models.items()}
         method.match(models, batch_of(8, 0), rng(8, step), step)
@@ -194,10 +194,13 @@ def test_guidance_stays_below_the_students_own_level(grid: tuple[float, ...]) ->
         (matched, guidance) = models["teacher"].inputs[calls["teacher"] :]
         assert (len(matched[0]), guidance[2]["component"].tolist()) == (8, [2] * 8 + [0] * 8)
         assert torch.equal(guidance[1][:8], guidance[1][8:])
-        assert bool((guidance[1] <= exit_at * (1 + 1e-6)).all())
+        highest = 0.98 if exit_at == setting.grid[0] else exit_at  # the first evaluation sees pure noise, whatever time it is told
+        assert bool((guidance[1] <= highest * (1 + 1e-6)).all())
         assert bool((guidance[1] >= min(0.02, exit_at) * (1 - 1e-6)).all())
+        above_first |= bool((guidance[1] > setting.grid[0]).any())
         exits.add(round(exit_at, 3))
     assert exits == set(grid)
+    assert above_first == (grid[0] < 0.98)
 
 
 # The critic

@@ -536,6 +536,21 @@ KEY = "recipe key distiller.phases: "
             facts(),
             KEY + "start 0.625 must be above end 0.8333",
         ),
+        (
+            {"phases": [{"start": 1, "end": 0.834}, {"start": 0.834, "end": 0.832}, {"start": 0.832, "end": 0}]},
+            facts(),
+            KEY + "the one from 0.834 to 0.832 has none of the student's times [1.0, 0.9375, 0.8333, 0.625]",
+        ),
+        (
+            {"phases": TWO, "gan": {"start": 3}},
+            facts(),
+            "recipe key distiller.gan.start: 3 leaves none of the 3 student steps in which matching goes on",
+        ),
+        (
+            {"phases": TWO, "first_phase": 2, "anchor": {}},
+            facts(),
+            "recipe key distiller.anchor: it anchors the first phase, but first_phase is 2; remove it",
+        ),
         ({"phases": TWO, "first_phase": 3}, facts(), "recipe key distiller.first_phase: 3, but there are 2 phases"),
         ({"phases": FOUR}, facts(3), "recipe key train.steps: 3 leaves phase 3 no student step"),
         (
