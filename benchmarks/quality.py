@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from fastgen import generator, pictures, run
+from fastgen.config import Recipe, read_yaml
 from fastgen.data import digits
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.evaluation.table import markdown_table
+from fastgen.plan import plan
 from fastgen.terminal import Bars
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +46,11 @@ TEACHER, TEACHER_GUIDANCE, TEACHER_STEPS = "fastgen:digits", 1.5, (25, 4, 2, 1)
 
 
 def train_and_measure(recipe: str, seed: int, work: Path, bars: Bars) -> list[dict[str, Any]]:
-    """Rows of one student: the protocol's metrics and the training seconds. A finished run of the same recipe is used again."""
-    folder = work / f"{recipe}_seed{seed}"
-    if not (folder / "results.json").is_file():
-        run.train(recipe, folder, overrides=[f"train.seed={seed}"], overwrite=folder.exists(), progress=bars)
+    """Rows of one student: the protocol's metrics and the training seconds. A finished run of the very same recipe is used again."""
+    folder, asked = work / f"{recipe}_seed{seed}", Recipe.load(recipe, [f"train.seed={seed}"])
+    finished = (folder / "results.json").is_file() and read_yaml(folder / "recipe.yaml") == plan(asked).resolved()
+    if not finished:
+        run.train(asked, folder, overwrite=folder.exists(), progress=bars)
     rows = [row for row in runner.read_results(folder / "results.json")["metrics"] if row["model"] == "student"]
     seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     return [*rows, {**rows[0], "name": "training_seconds", "value": seconds, "n": 1}]
@@ -58,7 +61,8 @@ def over_seeds(recipe: str, runs: Sequence[list[dict[str, Any]]]) -> list[dict[s
     rows = []
     for same in zip(*runs, strict=True):
         values = [row["value"] for row in same]
-        rows.append({**same[0], "model": recipe, "value": statistics.mean(values), "std": statistics.stdev(values), "std_over": "seeds"})
+        spread = {"std": statistics.stdev(values), "std_over": "seeds"} if len(values) > 1 else {}
+        rows.append({**same[0], "model": recipe, "value": statistics.mean(values), **spread})
     return rows
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -
     for name, tensors in _tensors(trainer).items():
         _save_synced({key: value.contiguous().cpu() for key, value in tensors.items()}, partial / f"{name}.safetensors")
     trained = [name for name in trainer.ema if trainer.distiller.finished(name, trainer.step)]
-    state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "recipe": recipe}
+    pairs = None if trainer.data.pairs is None else len(trainer.data.pairs)
+    state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "pairs": pairs, "recipe": recipe}
     write_atomically(partial / "state.json", json.dumps(state, indent=1))
     replaced = folder / f".old_{target.name}"
     if target.exists():  # the run was stopped again before another step was done
@@ -82,6 +84,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load(checkpoint: Path, trainer: Trainer) -> None:
     """Restore everything, strictly: a missing, broken or misshapen tensor is a UserError."""
     state = read_state(checkpoint)
+    if trainer.data.pairs is not None:  # their folder may have grown since, and draws depend on their number
+        if len(trainer.data.pairs) < state["pairs"]:
+            raise UserError(f"recipe key data.pairs: {len(trainer.data.pairs)} pairs, but the run began with {state['pairs']}")
+        trainer.data = replace(trainer.data, pairs=trainer.data.pairs.first(state["pairs"]))
     with reading(checkpoint):
         for name, role in trainer.roles.trained.items():
             role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))

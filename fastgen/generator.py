@@ -228,9 +228,9 @@ def _load_networks(family: Family, folder: Path, places: Sequence[str], device: 
     return [Denoiser(network.to(device), family) for network in networks]
 
 
-def load_teacher_of(student: Path, *, guidance: float | None = None, device: torch.device | str = "cpu") -> ImageGenerator:
+def load_teacher_of(student: str | Path, *, guidance: float | None = None, device: torch.device | str = "cpu") -> ImageGenerator:
     """The teacher that an exported student's fastgen.json names, with the student's text length and size; guidance: by default its own there."""
-    manifest = read_manifest(student)
+    manifest = read_manifest(Path(student))
     source, call = manifest["teacher"], manifest["call"]
     return load_teacher(
         source["pretrained"],

@@ -100,7 +100,7 @@ def test_every_file_is_json_or_holds_the_tensors_of_the_run(tmp_path: Path) -> N
         assert_bitwise_equal(load_file(path / f"role_{role}.safetensors"), trainer.roles[role].state_dict())
     assert_bitwise_equal(load_file(path / "ema_student.safetensors"), {**trainer.ema["student"].shadow, "updates": torch.tensor(3)})
     state = json.loads((path / "state.json").read_text())
-    assert state == {"format": 3, "step": 3, "seconds": trainer.seconds, "trained": ["student"], "recipe": RECIPE}
+    assert state == {"format": 3, "step": 3, "seconds": trainer.seconds, "trained": ["student"], "pairs": None, "recipe": RECIPE}
     assert checkpoint.read_state(path) == state
 
 

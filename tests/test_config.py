@@ -208,7 +208,7 @@ def test_a_wrong_value_is_refused_with_key_given_and_allowed(override: str, key:
 NUMBERS = [
     "train.steps", "train.batch_size", "train.micro_batch", "train.seed", "train.ema", "train.keep", "teacher.guidance", "teacher.resolution",
     "student.steps", "student.tune.lora.rank", "optimizer.student.lr", "optimizer.student.eps", "optimizer.fake_score.clip",
-    "optimizer.student.warmup", "evaluate.every", "distiller.critic_updates", "distiller.match_times.lo", "distiller.match_times.shift",
+    "optimizer.student.warmup", "evaluate.every", "distiller.critic_updates", "distiller.match_times.std", "distiller.match_times.shift",
 ]  # fmt: skip
 REALS = ["train.ema", "teacher.guidance", "optimizer.student.lr", "optimizer.student.weight_decay", "optimizer.student.clip"]
 REALS += ["distiller.match_times.hi", "distiller.match_times.mean", "distiller.critic_times.std"]

@@ -46,6 +46,14 @@ class PairTable:
     rows: Tensor
     cond: Conditioning
 
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def first(self, count: int) -> PairTable:
+        """The first `count` pairs."""
+        few = Pairs(self.pairs.seeds[:count], self.pairs.prompts[:count], self.pairs.x0[:count])
+        return PairTable(few, self.rows[:count], self.cond)
+
     def draw(self, rng: SampleRng) -> PairBatch:
         """One pair for each of the rng's samples, drawn with replacement."""
         index = _uniform_rows(len(self.pairs), rng.uniform("pair")).cpu()

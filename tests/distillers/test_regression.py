@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path as Folder
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toy_runs import CPU, Recorded, rng, toy_setting
+from toy_runs import CPU, Recorded, normal, optimizer_block, rng, toy_method, toy_setting, toy_trainer, weights
 
-from fastgen import perceptual
+from fastgen import checkpoint, perceptual
 from fastgen.config import validate
 from fastgen.data import training
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
@@ -19,10 +20,12 @@ from fastgen.data.training import Batch, PairBatch
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.distillers import regression
 from fastgen.distillers.base import Facts, Setting
+from fastgen.distillers.dmd import DMD
 from fastgen.distillers.regression import RegressionConfig, regression_loss
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.path import Flow, Path, VarianceExploding
+from fastgen.trainer import Trainer
 
 LATENT, LPIPS = RegressionConfig(), RegressionConfig(metric="lpips")
 
@@ -214,3 +217,25 @@ def test_a_pair_table_feeds_the_loss() -> None:
     by_sample = {tuple(x0.tolist()): noise for x0, noise in zip(drawn.x0, drawn.noise, strict=True)}
     for seed, x0 in ((5, (1.0, 2.0)), (9, (3.0, 4.0))):
         assert torch.equal(by_sample[x0], torch.randn((1, 2), generator=torch.Generator().manual_seed(seed))[0])
+
+
+def test_a_resumed_run_keeps_to_the_pairs_it_began_with(tmp_path: Folder) -> None:
+    """Bit for bit, although the folder they come from has grown."""
+
+    def run(count: int) -> Trainer:
+        family = Toy("toy:gaussian", width=16)
+        trainer = toy_trainer(toy_method(DMD, toy_setting(family)), family, optimizers=optimizer_block(lr=1e-2), steps=4)
+        made = Pairs(torch.arange(count), ("",) * count, normal(33, 2)[:count].float())
+        trainer.data = training.with_pairs(trainer.data, made, family, CPU)
+        return trainer
+
+    whole = run(20)
+    whole.run([], should_stop=lambda: whole.step == 2)
+    folder = checkpoint.save(tmp_path, whole, {}, keep=1)
+    whole.run([])
+    grown, fewer = run(33), run(7)
+    checkpoint.load(folder, grown)
+    grown.run([])
+    assert all(torch.equal(value, weights(grown)[key]) for key, value in weights(whole).items())
+    with pytest.raises(UserError, match=r"recipe key data\.pairs: 7 pairs, but the run began with 20"):
+        checkpoint.load(folder, fewer)
