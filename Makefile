@@ -21,6 +21,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m distributed
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

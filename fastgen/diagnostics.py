@@ -32,7 +32,7 @@ LAG_LOSS = 2.0
 LAG_GRADIENT = 1.5
 # Share of clipped pixels beyond the teacher's own: on digits, where that is large, healthy draws lie within -.03 and .04.
 SATURATED = 0.1
-# Spread of the student's pictures over the teacher's: healthy draws lie within .87 and 1.1.
+# Spread of the student's pictures of one prompt over the teacher's: healthy draws lie within .82 and 1.23.
 SPREAD_LOST = 0.6
 # Mean logit of real minus that of fake: at 8 a sample is told apart with odds of 50 to 1 on either side, and its gradient says little.
 LOGITS_APART = 8.0
