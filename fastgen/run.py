@@ -157,10 +157,10 @@ def _pairs(run: Run, progress: Progress) -> Pairs:
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:
-    """`count` items at even distances, all of them when there are fewer."""
+    """`count` (2 or more) items at even distances, the first and the last among them; all of them when there are fewer."""
     if len(items) <= count:
         return list(items)
-    return [items[int(i * len(items) / count)] for i in range(count)]
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def train(

@@ -31,7 +31,7 @@ def test_loss_at_the_exact_network_is_the_conditional_variance(path: Path, kind:
     """
     count = 8000
     family = Toy("toy:gaussian", path=path, kind=kind)
-    method = toy_method(FlowMatching, toy_setting(family), times={"lo": 0.1, "hi": 0.9}, drop=0.0)
+    method = toy_method(FlowMatching, toy_setting(family), times={"name": "uniform", "lo": 0.1, "hi": 0.9}, drop=0.0)
     batch = Batch(count, {"component": torch.zeros(count, dtype=torch.int64)}, gaussian_latents(count))
     rng = SampleRng(0, (), range(count))
     models = toy_roles(FlowMatching, family).predictors()

@@ -256,7 +256,7 @@ THREE = Mixture([0.3, 0.5, 0.2], [[-0.7, 0.0], [0.55, 0.4], [0.3, -0.7]], [[0.2,
 def test_one_step_recovers_the_exact_ode_map(mixture: Any) -> None:
     """The whole map, pure noise to data, against a fine integration of the teacher's ODE; moments in units of the data's deviations."""
     family = Toy(mixture, width=128)
-    method, roles, ema = train(family, steps=8000, batch=192, lr=2e-3)
+    method, roles, ema = train(family, steps=12000, batch=192, lr=2e-3)
     noise = normal(20_000, 2, seed=5).float()
     with torch.no_grad(), ema.applied():
         x = few_step(roles["student"].predictor, noise, method.setting.grid, {}, renoise="euler").double()

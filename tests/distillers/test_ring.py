@@ -186,10 +186,10 @@ def test_dmd_recovers_the_ring_in_one_step(seed: int, ring: Mixture) -> None:
 
 @SEEDS
 def test_one_critic_update_is_too_few_without_regression(seed: int, ring: Mixture) -> None:
-    """0, 0, 1 modes and high .01, .04, .08, against .60, .57, .63 of five updates (two modes: the start at t = 1 is a saddle)."""
+    """High .01, .04, .09 against .60, .57, .63 of five updates (two modes: the start at t = 1 is a saddle)."""
     one = trained_quality(ring_run(DMD2, seed, steps=500, critic_updates=1), ring)
     five = trained_quality(ring_run(DMD2, seed, steps=500, critic_updates=5), ring)
-    assert one.modes <= 1, one
+    assert one.high <= 0.2, one
     assert five.high >= one.high + 0.3, (one, five)
 
 
