@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,14 @@ def teacher_rows(bars: Bars) -> list[dict[str, Any]]:
     return run.measure(load_protocol("digits"), teacher, "teacher", TEACHER_STEPS, bars)
 
 
-def sample_grid(students: Sequence[Path]) -> Any:
+def sample_grid(students: Mapping[str, Path]) -> Any:
     """Teacher at 25, 4, 2, 1 steps, then the students: the same noise down each column; named, generic and parity prompts."""
     named = [digits.NAMED[i % 3].format(word) for i, word in enumerate(digits.WORDS)]
     prompts = [*named, *digits.GENERIC * 2, *digits.PARITY[0] * 2, *digits.PARITY[1] * 2]
     seeds = list(range(100, 100 + len(prompts)))
     teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
     rows = [(f"teacher, {count} step{'s' * (count > 1)}", teacher(prompts, seeds, count)) for count in TEACHER_STEPS]
-    for folder in students:
-        manifest = generator.read_manifest(folder)
-        label = f"{manifest['method']}, {manifest['steps']} step{'s' * (manifest['steps'] > 1)}"
-        rows.append((label, generator.load_student(folder)(prompts, seeds)))
+    rows += [(name, generator.load_student(folder)(prompts, seeds)) for name, folder in students.items()]
     return pictures.picture_grid(rows, prompts)
 
 
@@ -120,8 +117,8 @@ def main() -> None:
     rows: list[Any] = [*({**row, **origin} for row in teacher_rows(bars)), *students, *({**row, **origin} for row in protocol.floors())]
     RESULTS.mkdir(exist_ok=True)
     output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folders = [arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in RECIPES]
-    pictures.save_png(sample_grid([folder for folder in folders if folder.is_dir()]), RESULTS / "digits_grid.png")
+    folders = {recipe.removeprefix("digits_"): arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in RECIPES}
+    pictures.save_png(sample_grid({name: folder for name, folder in folders.items() if folder.is_dir()}), RESULTS / "digits_grid.png")
     table = markdown_table(rows)
     print(table)
     if arguments.readme:
