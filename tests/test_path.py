@@ -439,10 +439,10 @@ def test_the_mean_of_a_bridge_target_over_a_mixture() -> None:
     at = torch.tensor([[x]], dtype=torch.float64)
     score = oracle.derivative(lambda y: (weights * (-0.5 * (y - alpha * means) ** 2 / whole).exp() / whole.sqrt()).sum(-1, keepdim=True).log(), at)
     x0, noise = (at + t**2 * score) / (1 - t), -t * score
-    times = [torch.full((len(x_s),), value, dtype=torch.float64) for value in (s, t)]
+    start, end = (torch.full((len(x_s),), value, dtype=torch.float64) for value in (s, t))
     for kind in KINDS:
         expected = oracle.kind_of(kind, x0, noise, torch.tensor([t], dtype=torch.float64), oracle.SCHEDULES["Flow"]).item()
-        assert Flow().bridge_target(x_s, eps, *times, kind)[1].mean().item() == pytest.approx(expected, abs=1e-2)
+        assert Flow().bridge_target(x_s, eps, start, end, kind)[1].mean().item() == pytest.approx(expected, abs=1e-2)
     assert abs((eps - x_s).mean().item() - (noise - x0).item()) > 0.3
 
 

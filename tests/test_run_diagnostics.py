@@ -44,8 +44,8 @@ def test_drift_is_that_of_the_exported_student(finished: Path, tmp_path: Path) -
     student, teacher = load_student(run.export(finished, tmp_path / "student")), load_teacher("fastgen:digits", guidance=1.5)
     few = run._spread(list(run.plan(Recipe.load("digits_dmd2_1step")).prompts or {}), 4)
     prompts = [prompt for prompt in few for _ in range(4)]
-    pictures = [generator(prompts, range(16)) for generator in (student, teacher)]
-    assert {name: rows[-1][name] for name in names} == pytest.approx(diagnostics.drift(*pictures, prompts), abs=1e-4)
+    drawn, taught = (generator(prompts, range(16)) for generator in (student, teacher))
+    assert {name: rows[-1][name] for name in names} == pytest.approx(diagnostics.drift(drawn, taught, prompts), abs=1e-4)
     assert abs(rows[-1]["drift/std"] - 1) > 1e-3  # the two are not simply the same
 
 

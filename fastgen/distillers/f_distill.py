@@ -35,7 +35,7 @@ class FDistillConfig(DMD2Config):
     step alone."""
 
     divergence: Name = "js"
-    ratio_decay: float = Field(0.9, ge=0, lt=1)
+    ratio_decay: float = Field(default=0.9, ge=0, lt=1)
     gan: GANConfig | None = GANConfig()
 
 

@@ -44,8 +44,8 @@ class PhasedDMDConfig(DMD2Config):
     experts before them from `student.init`. margin: least distance of a matching level from the phase's end, as a share of the range."""
 
     phases: tuple[Phase, ...] = Field(min_length=1)
-    first_phase: int = Field(1, ge=1)
-    margin: float = Field(0.02, gt=0, lt=1)
+    first_phase: int = Field(default=1, ge=1)
+    margin: float = Field(default=0.02, gt=0, lt=1)
 
 
 def expert_name(base: str, phase: int) -> str:

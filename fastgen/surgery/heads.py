@@ -58,4 +58,4 @@ def _head(width: int) -> nn.Module:
 def _judge(head: nn.Module, feature: Tensor) -> Tensor:
     assert isinstance(head, nn.ModuleDict)
     tokens = feature if feature.ndim == 3 else feature[:, None]
-    return head["out"](head["tokens"](tokens.to(head["out"].weight.dtype)).mean(1))
+    return head["out"](head["tokens"](tokens.to(next(head.parameters()).dtype)).mean(1))

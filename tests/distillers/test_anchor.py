@@ -16,7 +16,7 @@ from toy_runs import Recorded, rng, toy_method, toy_roles, toy_setting
 from fastgen.config import validate
 from fastgen.distillers.anchor import AnchorConfig, anchor_loss
 from fastgen.distillers.base import Facts, Setting
-from fastgen.distillers.dmd2 import DMD2
+from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.path import Flow, VarianceExploding
@@ -124,5 +124,5 @@ def test_later_steps_match_and_the_first_follows() -> None:
 )
 def test_mistakes(keys: dict[str, Any], facts: Facts, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        DMD2.check(validate(DMD2.Config, {"name": "dmd2", "anchor": {}, **keys}, "distiller"), facts)
+        DMD2.check(validate(DMD2Config, {"name": "dmd2", "anchor": {}, **keys}, "distiller"), facts)
     assert str(caught.value) == message

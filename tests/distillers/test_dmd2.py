@@ -15,8 +15,8 @@ from fastgen.config import Recipe, validate
 from fastgen.data.training import PairBatch
 from fastgen.denoiser import guided
 from fastgen.distillers.base import Batch, Setting, Update
-from fastgen.distillers.dmd import DMD
-from fastgen.distillers.dmd2 import DMD2
+from fastgen.distillers.dmd import DMD, DMDConfig
+from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.distillers.f_distill import FDistill
 from fastgen.distillers.phased_dmd import PhasedDMD
 from fastgen.distillers.rollout import Sample, student_samples
@@ -307,7 +307,7 @@ def test_the_shifted_gaussian_is_a_guided_students_optimum() -> None:
 )
 def test_mistakes_in_the_config_name_the_key(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        validate(DMD2.Config, {"name": "dmd2", **config}, "distiller")
+        validate(DMD2Config, {"name": "dmd2", **config}, "distiller")
     assert str(caught.value).startswith(message)
 
 
@@ -437,7 +437,7 @@ def test_inputs_from_data_are_noised_but_for_the_first_step() -> None:
         torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-6)
         exits.add(at)
     assert exits == set(GRID)
-    assert (DMD2.needs_latents(method.config), DMD2.needs_latents(DMD2.Config(name="dmd2"))) == (True, False)
+    assert (DMD2.needs_latents(method.config), DMD2.needs_latents(DMD2Config(name="dmd2"))) == (True, False)
 
 
 def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> None:
@@ -509,7 +509,7 @@ def test_a_warmup_regresses_alone_before_matching_begins() -> None:
             assert terms == ([["regress"]] if step < 2 else [["critic"]] * critics + [["match", "regress"]])
             assert updates[-1].trains == ("student",)
             assert bool(updates[0].blends) == (step > 2)
-    assert (DMD2.needs_pairs(method.config), DMD2.needs_pairs(DMD2.Config(name="dmd2"))) == (True, False)
+    assert (DMD2.needs_pairs(method.config), DMD2.needs_pairs(DMD2Config(name="dmd2"))) == (True, False)
 
 
 def test_the_regression_by_hand() -> None:
@@ -528,7 +528,7 @@ def test_the_regression_by_hand() -> None:
 
 
 def test_dmd_weighs_its_gradient_with_alpha() -> None:
-    assert (DMD.Config(name="dmd").weight, DMD.Config(name="dmd").critic_updates, DMD2.Config(name="dmd2").weight) == ("alpha", 1, "normalised")
+    assert (DMDConfig(name="dmd").weight, DMDConfig(name="dmd").critic_updates, DMD2Config(name="dmd2").weight) == ("alpha", 1, "normalised")
 
 
 PAIRS = ["data.pairs=8"]
@@ -592,8 +592,8 @@ def test_options_that_do_not_fit_the_recipe(overrides: list[str], message: str) 
 
 def test_a_block_given_in_part_keeps_the_rest_of_its_default() -> None:
     given = {"match_times": {"shift": 1}, "critic_times": {"name": "logit_normal", "lo": 0.1}, "gan": {"times": {"hi": 0.5}}}
-    config: Any = validate(DMD2.Config, {"name": "dmd2", **given}, "distiller")
+    config: Any = validate(DMD2Config, {"name": "dmd2", **given}, "distiller")
     assert (config.match_times.lo, config.match_times.hi, config.match_times.shift) == (0.02, 0.98, 1)
     assert (config.critic_times.name, config.critic_times.lo, config.critic_times.hi) == ("logit_normal", 0.1, 1)
     assert (config.gan.times.lo, config.gan.times.hi) == (0.001, 0.5)
-    assert validate(DMD2.Config, config.model_dump(mode="json"), "distiller") == config
+    assert validate(DMD2Config, config.model_dump(mode="json"), "distiller") == config

@@ -21,7 +21,7 @@ from fastgen.config import validate
 from fastgen.distillers.base import Facts
 from fastgen.distillers.divergences import Name
 from fastgen.distillers.dmd2 import DMD2
-from fastgen.distillers.f_distill import FDistill
+from fastgen.distillers.f_distill import FDistill, FDistillConfig
 from fastgen.distillers.matching import Matched
 from fastgen.distillers.rollout import Sample
 from fastgen.errors import UserError
@@ -94,7 +94,8 @@ def test_factors_over_three_steps_by_hand(divergence: str, decay: float) -> None
         for step in range(3):
             t = end * double(0.0, 0.05, 0.31, 0.399, 0.42, 0.99, 1.0, 0.33 + 0.2 * step)
             history.append((4 * normal(8, 2, seed=step) + step, t))
-            assert factors(method, *history[-1], step) == pytest.approx(by_hand(divergence, history, decay, end), rel=1e-9)
+            logits = history[-1][0]
+            assert factors(method, logits, t, step) == pytest.approx(by_hand(divergence, history, decay, end), rel=1e-9)
 
 
 @pytest.mark.parametrize("divergence", NAMES)
@@ -276,12 +277,12 @@ def test_statistics_of_another_shape_are_refused(tmp_path: Path) -> None:
 )
 def test_mistakes_in_the_config_name_the_key(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        FDistill.check(validate(FDistill.Config, {"name": "f_distill", **keys}, "distiller"), Facts(1, 1.0, (1.0,), 1.0))
+        FDistill.check(validate(FDistillConfig, {"name": "f_distill", **keys}, "distiller"), Facts(1, 1.0, (1.0,), 1.0))
     assert str(caught.value) == message
 
 
 def test_reverse_kl_does_without_a_discriminator() -> None:
-    config = validate(FDistill.Config, {"name": "f_distill", "divergence": "reverse_kl", "gan": None}, "distiller")
+    config = validate(FDistillConfig, {"name": "f_distill", "divergence": "reverse_kl", "gan": None}, "distiller")
     FDistill.check(config, Facts(1, 1.0, (1.0,), 1.0))
     assert FDistill.roles_for(config).keys() == {"student", "fake_score", "teacher"}
-    assert (FDistill.needs_latents(config), FDistill.needs_latents(FDistill.Config(name="f_distill"))) == (False, True)
+    assert (FDistill.needs_latents(config), FDistill.needs_latents(FDistillConfig(name="f_distill"))) == (False, True)

@@ -17,7 +17,7 @@ from fastgen import checkpoint
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Facts
 from fastgen.distillers.dmd2 import DMD2
-from fastgen.distillers.phased_dmd import PhasedDMD
+from fastgen.distillers.phased_dmd import PhasedDMD, PhasedDMDConfig
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.path import Flow, VarianceExploding
@@ -582,12 +582,12 @@ KEY = "recipe key distiller.phases: "
 )  # fmt: skip
 def test_mistakes(keys: dict[str, Any], given: Facts, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        PhasedDMD.check(validate(PhasedDMD.Config, {"name": "phased_dmd", **keys}, "distiller"), given)
+        PhasedDMD.check(validate(PhasedDMDConfig, {"name": "phased_dmd", **keys}, "distiller"), given)
     assert str(caught.value) == message
 
 
 def test_recipes_may_round_the_boundary() -> None:
     for end in (0.8333, 0.833, 0.8325):
         phases = [{"start": 1, "end": end}, {"start": end, "end": 0}]
-        PhasedDMD.check(validate(PhasedDMD.Config, {"name": "phased_dmd", "phases": phases}, "distiller"), facts())
+        PhasedDMD.check(validate(PhasedDMDConfig, {"name": "phased_dmd", "phases": phases}, "distiller"), facts())
         assert phased(phases).students() == [("student", 5 / 6), ("student_2", 0.0)]
