@@ -96,9 +96,10 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     """The outcome of --dry-run."""
     note(f"method      {plan['method']}, {plan['steps']} steps")
     note(f"teacher     {plan['teacher']} ({plan['family']})")
+    width = max(12, *(len(name) + 2 for name in plan["roles"]))
     for name, role in plan["roles"].items():
-        note(f"role        {name:12s}{role['tuning']:14s}{role['trains']:>14,} trained parameters")
+        note(f"role        {name:<{width}}{role['tuning']:14s}{role['trains']:>14,} trained parameters")
     note(f"parameters  {plan['parameters']:,} in all")
-    note(f"memory      {plan['bytes'] / 2**20:,.1f} MiB for weights, gradients, Adam moments and the average; activations come on top")
+    note(f"memory      {plan['bytes'] / 2**20:,.1f} MiB for weights, gradients, Adam moments and averages; activations come on top")
     note(f"grid        {plan['grid']} ({len(plan['grid'])} network evaluations)")
     note(f"batch       {plan['batch']} samples a step in {plan['micro_batches']} micro-batch{'es' * (plan['micro_batches'] > 1)} on 1 process")
