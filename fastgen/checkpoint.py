@@ -105,7 +105,10 @@ def trained_students(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
         raise UserError(f"recipe key student.init: {str(run_dir)!r} is neither teacher nor the folder of a run")
     if not checkpoints(run_dir / "checkpoints"):
         raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no checkpoint")
-    state = read_state(latest(run_dir))
+    try:
+        state = read_state(latest(run_dir))
+    except UserError as error:
+        raise UserError(f"recipe key student.init: {error}") from error
     return tuple(state["trained"]), state["recipe"]
 
 

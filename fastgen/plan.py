@@ -26,6 +26,8 @@ from fastgen.families.base import Family
 from fastgen.files import reading
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
+# What an expert was trained for, beside its phase; another shape or tuning does not load.
+_OF_AN_EXPERT = ("teacher.pretrained", "teacher.guidance", "teacher.negative_prompt", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -40,6 +42,7 @@ class Plan:
     prompts: dict[str, float] | None
     images: CaptionedImages | None
     pairs: PairFolder | None = None  # None also where data.pairs is a number
+    started: bool = False
 
     @property
     def roles(self) -> dict[str, RoleSpec]:
@@ -82,8 +85,9 @@ class Plan:
         return data
 
 
-def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
-    """Check everything a recipe names. UserError for the first mistake."""
+def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool = False) -> Plan:
+    """Check everything a recipe names. UserError for the first mistake. started: the run has checkpoints, which hold all that
+    `student.init` has brought, so that is not opened again."""
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     if recipe.evaluate.protocol is not None:
@@ -95,7 +99,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     _check_teacher(teacher.pretrained)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
-    method.check(config, _facts(recipe, family))
+    method.check(config, _facts(recipe, family, started=started))
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     _check_inputs(recipe, method.roles_for(config), family)
@@ -104,12 +108,12 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None) -> Plan:
     pairs = open_folder(recipe.data.pairs) if isinstance(recipe.data.pairs, str) else None
     if pairs is not None:
         pairs.check(resolved_teacher(recipe), family.latent.shape)
-    planned = Plan(recipe, method, config, family, prompts, images, pairs)
+    planned = Plan(recipe, method, config, family, prompts, images, pairs, started)
     _check_networks(planned)
     return planned
 
 
-def _facts(recipe: Recipe, family: Family) -> Facts:
+def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
     student = recipe.student
     times = family.grid(student.steps, None if student.grid == "auto" else list(student.grid))
     return Facts(
@@ -118,7 +122,8 @@ def _facts(recipe: Recipe, family: Family) -> Facts:
         grid=tuple(times.tolist()),
         end=family.path.t_max,
         train_steps=recipe.train.steps,
-        origin=None if student.init == "teacher" else _origin(recipe),
+        origin=None if student.init == "teacher" or started else _origin(recipe),
+        started=started,
         images=recipe.data.images is not None,
         exported=family.exportable,
     )
@@ -130,11 +135,8 @@ def _origin(recipe: Recipe) -> Origin:
     trained, before = checkpoint.trained_students(run_dir)
     if not trained:
         raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no student whose training is over")
-    old, new = (
-        flatten({key: before[key] for key in ("teacher", "student")}),
-        flatten({"teacher": resolved_teacher(recipe), "student": recipe.dump()["student"]}),
-    )
-    differs = [f"{key} {old.get(key)!r}, here {value!r}" for key, value in new.items() if old.get(key) != value and key != "student.init"]
+    old, new = flatten(before), flatten({"teacher": resolved_teacher(recipe), "student": recipe.dump()["student"]})
+    differs = [f"{key} {old.get(key)!r}, here {new[key]!r}" for key in _OF_AN_EXPERT if old.get(key) != new[key]]
     return Origin(str(run_dir), trained, before["distiller"], tuple(differs))
 
 

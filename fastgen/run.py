@@ -114,7 +114,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     grid = family.grid(recipe.student.steps, plan.grid)
     defaults = Defaults.on(family.path, grid, recipe.teacher.guidance)
     roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults)
-    if recipe.student.init != "teacher":
+    if recipe.student.init != "teacher" and not plan.started:
         checkpoint.load_students(Path(recipe.student.init).expanduser(), roles, plan.method.inherited(plan.method_config))
     negative = family.encode_prompts([recipe.teacher.negative_prompt])
     setting = Setting(
@@ -181,7 +181,7 @@ def train(
     given = None if isinstance(recipe, Recipe) else Path(recipe).expanduser().resolve()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
     progress, run_dir = progress or Progress(), _plain(output)
-    planned = plan(recipe, only=only)
+    planned = plan(recipe, only=only, started=resume and bool(checkpoint.checkpoints(run_dir / "checkpoints")))
     if overwrite and given == (run_dir / "recipe.yaml").resolve():
         raise UserError(f"--overwrite: {str(run_dir)!r} holds the recipe itself, which would be replaced; choose another --output")
     _check_folder(run_dir, planned, resume=resume, overwrite=overwrite)
@@ -395,7 +395,7 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False) -> Path:
         raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
     state = checkpoint.read_state(checkpoint.latest(run_dir))
     state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
-    planned = plan(validate(Recipe, state["recipe"]))
+    planned = plan(validate(Recipe, state["recipe"]), started=True)
     if as_lora and planned.tuning is None:
         raise UserError("--lora: this run trained with student.tune: full, so it has no adapter; export it without --lora")
     run = build(planned, Progress())

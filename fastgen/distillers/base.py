@@ -103,6 +103,7 @@ class Facts:
     end: float  # the path's largest time
     train_steps: int = 1
     origin: Origin | None = None  # of student.init
+    started: bool = False  # a run that goes on from its own checkpoint, whatever student.init was
     images: bool = True  # whether data.images is given
     exported: bool = False  # whether the student becomes a pipeline, which has one way to move between its steps: Euler's
 

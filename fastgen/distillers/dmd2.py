@@ -98,15 +98,15 @@ class DMD2(Distiller):
     @classmethod
     def check(cls, config: DMD2Config, facts: Facts) -> None:
         check_renoise(config.renoise, facts)
-        if config.inputs == "data" and facts.steps == 1:
+        if config.inputs == "data" and facts.steps == 1 and config.rollout.times == "grid":
             raise UserError("recipe key distiller.inputs: data, but a one-step student has no later step that would see them; remove it")
         for key, uses in (("gan", config.gan is not None), ("inputs: data", config.inputs == "data")):
             if uses and not facts.images:
                 raise UserError(f"recipe key distiller.{key}: needs real data; give data.images in place of data.prompts")
-        if config.gan is not None and config.gan.start >= (steps := cls.matching_steps(config, facts)):
-            raise UserError(f"recipe key distiller.gan.start: {config.gan.start} leaves none of the {steps} student steps in which matching goes on")
         if config.regression is not None:
             regression.check(config.regression, facts)
+        if config.gan is not None and config.gan.start >= (steps := cls.matching_steps(config, facts)):
+            raise UserError(f"recipe key distiller.gan.start: {config.gan.start} leaves none of the {steps} student steps in which matching goes on")
         if config.decoupled is not None and facts.guidance == 1:
             raise UserError("recipe key distiller.decoupled: teacher.guidance is 1, so there is no guidance to match apart")
         if config.anchor is not None and facts.steps == 1:
@@ -235,15 +235,14 @@ class DMD2(Distiller):
         return matching_gradient(real, models[self.fake_at(step)], carried, sample.x0, s, t, batch.cond, self.config.weight)
 
     def factors(self, models: Models, batch: Batch, sample: Sample, matched: Matched, step: int) -> Tensor | None:
-        """A factor (B,) for each sample's gradient, or None: here exp(beta reward) over its running mean (Re-DMD, eq. 7),
-        and 1 in the first step, which has none."""
+        """A factor (B,) for each sample's gradient, or None: here exp(beta reward) over its running mean (Re-DMD, eq. 7)."""
         if self.config.reward is None:
             return None
         assert self.setting.decode is not None
         pixels = self.setting.decode(sample.x0).clamp(0, 1)
         weights = rewards.log_weights(self._reward(pixels, batch.prompts), self.config.reward.beta)
         means = log_means(self.statistics["reward"], weights, torch.zeros_like(weights, dtype=torch.long), step, _REWARD_DECAY)
-        return (weights - torch.where(means.isnan(), weights, means)).exp()
+        return (weights - means).exp()
 
     def _sample(self, models: Models, batch: Batch, rng: SampleRng, step: int, *, train: bool) -> Sample:
         config, data = self.config, batch.latents if self.config.inputs == "data" else None

@@ -2,8 +2,8 @@
 
 r, the teacher's density over the student's at the noised sample, is read off the discriminator, so one is needed for every divergence but
 the reverse KL, whose h is constant. Two normalisations keep the factor at 1 on average: r by its mean within each tenth of the noise
-range (E_q[r] is 1 for the true ratio), then h by its mean. Both are running means over the steps before, where the paper takes those
-of the batch: a micro-batch may hold a few samples only, and gradients must not depend on its size.
+range (E_q[r] is 1 for the true ratio), then h by its mean. Both are running means over the steps before (running.py), where the paper
+takes those of the batch: a micro-batch may hold a few samples only, and gradients must not depend on its size.
 
 With a guided teacher the ratio is that of the data set to the student, not of the guided law, which has no samples.
 """
@@ -64,11 +64,10 @@ class FDistill(DMD2):
         return own if others is None else own * others
 
     def _normalised(self, log_ratio: Tensor, t: Tensor, step: int) -> Tensor:
-        """h (B,) of log r (B,) at path times t, after both normalisations; where no step came before, r and h as a ratio of 1 has them."""
-        h, decay = DIVERGENCES[self.config.divergence].h, self.config.ratio_decay
+        """h (B,) of log r (B,) at path times t, after both normalisations."""
+        decay = self.config.ratio_decay
         bins = (t / self.setting.path.t_max * _BINS).long().clamp(max=_BINS - 1)
         log_ratio = log_ratio.clamp(math.log(_LOWEST), math.log(_HIGHEST))
-        ratio = (log_ratio - log_means(self.statistics["ratio"], log_ratio, bins, step, decay).nan_to_num(0.0)).exp()
-        values = h(ratio).log()
-        means = log_means(self.statistics["h"], values, torch.zeros_like(bins), step, decay)
-        return (values - torch.where(means.isnan(), h(torch.ones_like(ratio)).log(), means)).exp()
+        ratio = (log_ratio - log_means(self.statistics["ratio"], log_ratio, bins, step, decay)).exp()
+        log_h = DIVERGENCES[self.config.divergence].h(ratio).log()
+        return (log_h - log_means(self.statistics["h"], log_h, torch.zeros_like(bins), step, decay)).exp()

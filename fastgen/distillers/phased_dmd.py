@@ -157,6 +157,8 @@ def _spans(config: PhasedDMDConfig, train_steps: int) -> dict[int, tuple[int, in
 
 def _check_experts(config: PhasedDMDConfig, facts: Facts) -> None:
     """The experts before the first phase are there, finished, and were trained for what this recipe asks of them."""
+    if facts.started:
+        return
     needed = [expert_name("student", k) for k in range(1, config.first_phase)]
     missing = [name for name in needed if facts.origin is None or name not in facts.origin.trained]
     if missing:
@@ -168,7 +170,7 @@ def _check_experts(config: PhasedDMDConfig, facts: Facts) -> None:
         return
     ends = [phase["end"] for phase in facts.origin.method.get("phases", [{"end": 0.0}])]
     for name, phase, end in zip(needed, config.phases, ends, strict=False):
-        if phase.end != end:
+        if abs(phase.end - end) > _TOLERANCE:
             raise UserError(f"{KEY}: {name} of {facts.origin.folder!r} was trained to end at {end}, here its phase ends at {phase.end}")
     if facts.origin.differs:
         raise UserError(f"recipe key student.init: the experts of {facts.origin.folder!r} were trained with {facts.origin.differs[0]}")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from fastgen import timesteps
 from fastgen.conditioning import Conditioning
-from fastgen.distillers.base import Batch, Models, Setting
+from fastgen.distillers.base import Batch, Models, Options, Setting
 from fastgen.path import Flow, TrigFlow, expand_time
 from fastgen.rng import SampleRng
 from fastgen.sampling import Predict
@@ -56,7 +56,7 @@ def data_points(models: Models, batch: Batch, rng: SampleRng, setting: Setting, 
     return Points(x, t, velocity, batch.cond)
 
 
-class TrajectoryConfig(BaseModel):
+class TrajectoryConfig(Options):
     """Where the teacher's trajectory stops on its way from noise to data.
 
     evaluations: of the guided teacher for one trajectory (N); each but the first gives a training point. route: `stratified` draws
@@ -64,7 +64,6 @@ class TrajectoryConfig(BaseModel):
     itself: flow times from 1 to `end`, evenly spaced and then shifted.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     evaluations: int = Field(default=16, ge=2)
     route: Literal["stratified", "logit_normal", "grid"] = "stratified"
     shift: float = Field(default=2.5, gt=0)

@@ -1,6 +1,7 @@
 """Running means that a method's terms keep, so that a factor per sample can be normalised although micro-batches are small.
 
-A student step is normalised by the steps before it, not by itself, so its factors are the same however its batch is split.
+A sample is normalised by the student steps before its own and by itself, not by its batch: so its factor is the same however the batch
+is split, 1 where nothing came before, and no larger than the number of samples that the mean remembers.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ def new_log_means(count: int = 1) -> Tensor:
 
 @torch.no_grad()
 def log_means(state: Tensor, values: Tensor, places: Tensor, step: int, decay: float) -> Tensor:
-    """Logarithms (B,), fp64, of the running means of exp(values) over the steps before `step`, NaN where a sample's place had none; takes in
+    """Logarithms (B,), fp64, of the means of exp(values) over the steps before `step` at each sample's place and the sample itself; takes in
     values (B,) at places (B,) in [0, count) for the steps after it. exp itself may overflow.
 
-    decay: weight that each step keeps in the next; 0 is the mean of the last step alone.
+    decay: weight that each step keeps in the next; 0 leaves the last step alone.
     """
     own, values = state.to(values.device), values.double()
     if bool((own[4] != step).any()):
@@ -28,4 +29,5 @@ def log_means(state: Tensor, values: Tensor, places: Tensor, step: int, decay: f
     here = places == torch.arange(own.shape[1], device=values.device)[:, None]
     fresh = torch.stack([values.where(here, -torch.inf).logsumexp(1), here.sum(1).double().log()])
     state.copy_(torch.cat([own[:2], torch.logaddexp(own[2:4], fresh), own[4:]]))
-    return (own[0] - own[1])[places]
+    total, number = own[:2, places]
+    return torch.logaddexp(total, values) - torch.logaddexp(number, torch.zeros_like(values))

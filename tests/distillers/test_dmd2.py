@@ -20,6 +20,7 @@ from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.distillers.f_distill import FDistill
 from fastgen.distillers.phased_dmd import PhasedDMD
 from fastgen.distillers.rollout import Sample, student_samples
+from fastgen.distillers.tbcm import TBCMConfig
 from fastgen.errors import UserError
 from fastgen.families.toy import Mixture, Toy
 from fastgen.path import Flow, Path, VarianceExploding
@@ -441,7 +442,7 @@ def test_inputs_from_data_are_noised_but_for_the_first_step() -> None:
 
 
 def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> None:
-    """exp(2 r) of pixels within [0, 1], over sums of the steps before, fading by .9 each, in each sample's gradient; 1 in the first step."""
+    """exp(2 r) of pixels within [0, 1], over the mean of it and of sums that fade by .9 a step, in each sample's gradient; 1 in the first step."""
     family = Toy("toy:mixture")
     setting = replace(toy_setting(family, grid=[0.7]), decode=lambda latents: 10 * latents - 10)
     method: Any = toy_method(DMD2, setting, reward={"name": "matching_cases:first_coordinate", "beta": 2.0})
@@ -459,7 +460,7 @@ def test_a_reward_weighs_samples_by_its_exponential_over_the_running_mean() -> N
         red = 10 * student(draws.normal("noise", (2,)), torch.full((5,), 0.7), batch.cond)[:, 0].detach() - 10
         clamped += int(((red < 0) | (red > 1)).sum())
         weights = (2 * red.clamp(0, 1)).exp()
-        want = weights * count / total if step else torch.ones(5, dtype=torch.float64)
+        want = weights * (count + 1) / (total + weights)
         total, count = 0.9 * total + weights.sum().item(), 0.9 * count + 5
         got, alone = (torch.autograd.grad(m.match(models, batch, draws, step).value, shift)[0] for m in (method, plain))
         torch.testing.assert_close(got / alone, want[:, None].expand(5, 2), rtol=1e-5, atol=1e-7)
@@ -472,10 +473,13 @@ def test_rewards_beyond_the_range_of_exp() -> None:
     method: Any = toy_method(DMD2, setting, reward={"name": "matching_cases:first_coordinate", "beta": 1e4})
     x0 = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.9999, 0.0]])
     sample = Sample(x0, x0, torch.tensor(1.0))
-    mean = (2 + 2.718281828**-1) / 4
+    ratio = 2.718281828**-1
+    total = 2 + ratio  # of the step before, in units of the largest
     assert method.factors({}, whole_batch(4), sample, None, 0).tolist() == [1, 1, 1, 1]
     got = method.factors({}, whole_batch(4), sample, None, 1)
-    assert got.tolist() == pytest.approx([1 / mean, 1 / mean, 0, 2.718281828**-1 / mean], rel=1e-3)
+    assert got.tolist() == pytest.approx([5 / (total + 1), 5 / (total + 1), 0, 5 * ratio / (total + ratio)], rel=1e-3)
+    higher = method.factors({}, whole_batch(4), Sample(10 * x0, 10 * x0, torch.tensor(1.0)), None, 2)
+    assert bool(higher.isfinite().all()) and higher.max() < 10
 
 
 def test_the_fake_score_moves_towards_the_student_after_each_of_its_updates() -> None:
@@ -579,6 +583,10 @@ IMAGES = ["data.prompts=null", "data.images=fastgen:digits"]
         ),
         (["distiller.name=f_distill"], "recipe key distiller.gan: needs real data; give data.images in place of data.prompts"),
         ([*IMAGES, "distiller.name=f_distill"], "recipe key optimizer.discriminator: missing; f_distill trains student, fake_score, discriminator"),
+        (
+            [*IMAGES, *PAIRS, "distiller.gan={}", "distiller.regression.warmup=300"],
+            "recipe key distiller.regression.warmup: 300 leaves none of train.steps 250",
+        ),
         (["distiller.rollout.steps=2"], "recipe key distiller.rollout: steps and sampling need times: sampled "),
         (["distiller.name=f_distill", "distiller.gan=null"], "recipe key distiller.gan: null, but divergence js needs the ratio "),
         (["student.init=nowhere"], "recipe key student.init: 'nowhere' is neither teacher nor the folder of a run"),
@@ -597,3 +605,5 @@ def test_a_block_given_in_part_keeps_the_rest_of_its_default() -> None:
     assert (config.critic_times.name, config.critic_times.lo, config.critic_times.hi) == ("logit_normal", 0.1, 1)
     assert (config.gan.times.lo, config.gan.times.hi) == (0.001, 0.5)
     assert validate(DMD2Config, config.model_dump(mode="json"), "distiller") == config
+    other: Any = validate(TBCMConfig, {"name": "tbcm", "trajectory": {"route": "logit_normal", "times": {"mean": 1.0}}}, "distiller")
+    assert (other.trajectory.times.name, other.trajectory.times.mean) == ("logit_normal", 1)

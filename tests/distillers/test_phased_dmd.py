@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,28 @@ def test_experts_of_another_recipe_are_refused(tmp_path: Path, distiller: Any, b
     with pytest.raises(UserError) as caught:
         plan(planned(data, init=str(first)), only="train")
     assert str(caught.value) == message.format(first)
+
+
+def test_boundaries_that_name_the_same_time_are_the_same(tmp_path: Path) -> None:
+    first = train(planned(recipe(tmp_path)), tmp_path / "first", only="train")
+    rounded = [{"start": 1, "end": 0.501}, {"start": 0.501, "end": 0}]
+    plan(planned(recipe(tmp_path, first_phase=2, phases=rounded), init=str(first)), only="train")
+
+
+def test_a_run_that_has_begun_no_longer_needs_the_one_it_began_from(tmp_path: Path) -> None:
+    first = train(planned(recipe(tmp_path)), tmp_path / "first", only="train")
+    data = planned(recipe(tmp_path, first_phase=2), init=str(first))
+    whole = train(data, tmp_path / "whole", only="train")
+    shutil.copytree(whole, tmp_path / "cut")
+    for late in checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")[2:]:
+        shutil.rmtree(late)
+    shutil.rmtree(first)
+    resumed = train(data, tmp_path / "cut", only="train", resume=True)
+    for name in ("role_student", "role_student_2", "ema_student_2"):
+        ends = [checkpoint.load_file(checkpoint.latest(run) / f"{name}.safetensors") for run in (whole, resumed)]
+        assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    with pytest.raises(UserError, match=r"recipe key student\.init: .* is neither teacher nor the folder of a run"):
+        train(data, tmp_path / "new", only="train")
 
 
 def test_a_finished_sampler_is_no_expert(tmp_path: Path) -> None:
