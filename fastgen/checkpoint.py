@@ -114,10 +114,11 @@ def trained_students(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> None:
     """Take over those of another run's students in `names` whose training is over. UserError when they do not fit."""
+    newest = latest(run_dir)
     for name in set(names) & set(trained_students(run_dir)[0]):
         try:
-            with reading(latest(run_dir)):
-                state = load_file(latest(run_dir) / f"ema_{name}.safetensors")
+            with reading(newest):
+                state = load_file(newest / f"ema_{name}.safetensors")
             state.pop("updates")
             roles[name].load_state_dict(state)
         except ValueError as error:

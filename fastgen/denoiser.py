@@ -196,6 +196,16 @@ def linear(cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
     return negative + scale * (cond - negative)
 
 
+def both_ways(
+    predict: Predict, x: Tensor, t: Tensor, cond: Conditioning, negative: Conditioning, kind: Kind = "x0", path: Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """Predictions (B, ...) with the conditioning and with that of one negative sample, in one evaluation of twice the batch."""
+    repeated = conditioning.repeat(negative, len(x))
+    both = predict(torch.cat([x, x]), torch.cat([t, t]), conditioning.cat([repeated, cond]), kind, path)
+    unconditional, conditional = both.chunk(2)
+    return conditional, unconditional
+
+
 class _Guided:
     def __init__(self, predict: Predict, scale: float | Tensor, negative: Conditioning, rule: GuidanceRule) -> None:
         self.predict, self.scale, self.negative, self.rule = predict, scale, negative, rule
@@ -205,10 +215,7 @@ class _Guided:
         return self.predict.path
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, kind: Kind = "x0", path: Path | None = None) -> Tensor:
-        negative = conditioning.repeat(self.negative, len(x))
-        both = self.predict(torch.cat([x, x]), torch.cat([t, t]), conditioning.cat([negative, cond]), kind, path)
-        unconditional, conditional = both.chunk(2)
-        return self.rule(conditional, unconditional, self.scale)
+        return self.rule(*both_ways(self.predict, x, t, cond, self.negative, kind, path), self.scale)
 
 
 def guided(predict: Predict, scale: float | Tensor, negative: Conditioning, rule: GuidanceRule = linear) -> Predict:

@@ -31,18 +31,6 @@ def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def first_step_times(family: Family, end: Tensor, steps: int) -> Tensor:
-    """Path times (steps + 1,), fp64, of a teacher's way from its noise end to path time `end` (scalar), which is hit exactly.
-
-    Evenly spaced in the teacher's unshifted time: t_i = t_max S(u_i), u_i = 1 - (1 - S^-1(end/t_max)) i/steps, where
-    S(u) = s u/(1 + (s - 1) u) with the family's shift s, and S^-1 is the same with 1/s.
-    """
-    t_max = family.path.t_max
-    times = timesteps.between(1.0, end.item() / t_max, steps, shift=family.shift) * t_max
-    times[-1] = end
-    return times
-
-
 class FirstStep(NamedTuple):
     """Who takes a student's first step, and in how many steps of its own."""
 
@@ -80,7 +68,7 @@ class ImageGenerator:
 
         Few-step students settle structure, and lose diversity, in that step. From the same noise the teacher, with its own generator's
         guidance (the paper finds little or none best), takes `steps` steps of its probability-flow ODE down to the student's second
-        time (`first_step_times`), and the student goes on from there. They are the steps that every teacher takes here: Euler, which on
+        time (`timesteps.down_to`), and the student goes on from there. They are the steps that every teacher takes here: Euler, which on
         VP and TrigFlow means DDIM. The paper hands over at the teacher's node nearest to the student's second time; here at that time.
         UserError for less than one step and for a teacher whose latents or path are not the student's, and, when drawing, for a student
         of one step, which would have nothing left to do.
@@ -117,7 +105,8 @@ class ImageGenerator:
         else:
             teacher, count = self._first
             times = self.times_after_first(steps)
-            start = teacher._partly_denoised(noise, prompts, first_step_times(teacher.family, times[0], count)).to(self.device)
+            way = timesteps.down_to(times[0].item(), count, t_max=teacher.family.path.t_max, shift=teacher.family.shift)
+            start = teacher._partly_denoised(noise, prompts, way).to(self.device)
         return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), renoise="euler", start=start)
 
     def _partly_denoised(self, noise: Tensor, prompts: Sequence[str], times: Tensor) -> Tensor:

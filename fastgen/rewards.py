@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,6 +90,12 @@ def _module(name: str, source: str) -> ModuleType:
 
 
 def _from_file(file: Path) -> ModuleType:
+    return _executed(file.resolve(), file.stat().st_mtime_ns)
+
+
+@lru_cache
+def _executed(file: Path, changed: int) -> ModuleType:
+    """A file run once as long as it does not change: it is asked for when a recipe is checked and again by the run, and may load a model."""
     spec = importlib.util.spec_from_file_location(f"fastgen_reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -7,6 +7,7 @@ sample's own stream, fixes its time on any number of processes. 1 = noise.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
@@ -50,6 +51,17 @@ def between(start: float, end: float, num_steps: int, *, shift: float = 1.0) -> 
     return times
 
 
+def down_to(end: float, num_steps: int, *, t_max: float = 1.0, shift: float = 1.0) -> Tensor:
+    """Path times (num_steps + 1,) fp64 of a teacher's way from its noise end t_max to path time `end`, which is hit exactly.
+
+    Evenly spaced in the teacher's unshifted time: t_i = t_max S(u_i), u_i = 1 - (1 - S^-1(end/t_max)) i/num_steps, where
+    S(u) = s u/(1 + (s - 1) u) with the shift s, and S^-1 is the same with 1/s.
+    """
+    times = between(1.0, end / t_max, num_steps, shift=shift) * t_max
+    times[-1] = end
+    return times
+
+
 class TimeSampling(BaseModel):
     """Recipe block for a training-time distribution: draw, then shift, then squeeze into [lo, hi]."""
 
@@ -87,14 +99,23 @@ class TimeSampling(BaseModel):
 
         So for `uniform` with a shift the draw is uniform before the shift.
         """
-        low, high = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-        if not self.quantile(high, teacher_shift=teacher_shift) > floor:
-            raise ValueError(f"no time of this distribution is above {floor:.4g}")
-        for _ in range(60):  # bisection: quantile functions rise
-            middle = (low + high) / 2
-            if self.quantile(middle, teacher_shift=teacher_shift) < floor:
-                low = middle
-            else:
-                high = middle
-        start = 0.0 if self.quantile(torch.zeros_like(high), teacher_shift=teacher_shift) >= floor else high.item()
+        start = _share_below(self, floor, teacher_shift)
         return self.quantile(start + (1 - start) * u, teacher_shift=teacher_shift).clamp(min=floor)
+
+
+@lru_cache
+def _share_below(sampling: TimeSampling, floor: float, teacher_shift: float) -> float:
+    """The share of draws whose fraction is below `floor`, where the quantile function reaches it; ValueError where it never does.
+    Asked for anew by every term of every step, and the same for a whole phase."""
+    low, high = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    if not sampling.quantile(high, teacher_shift=teacher_shift) > floor:
+        raise ValueError(f"no time of this distribution is above {floor:.4g}")
+    if sampling.quantile(low, teacher_shift=teacher_shift) >= floor:
+        return 0.0
+    for _ in range(60):  # bisection: quantile functions rise
+        middle = (low + high) / 2
+        if sampling.quantile(middle, teacher_shift=teacher_shift) < floor:
+            low = middle
+        else:
+            high = middle
+    return high.item()

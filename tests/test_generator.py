@@ -26,9 +26,10 @@ from fastgen.export import StudentInfo, export_student
 from fastgen.families import resolve_source
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import MIXTURES, Toy
-from fastgen.generator import ImageGenerator, first_step_times, generate_pictures, load_teacher_of, noise_from_seeds, read_manifest
+from fastgen.generator import ImageGenerator, generate_pictures, load_teacher_of, noise_from_seeds, read_manifest
 from fastgen.path import Flow, Kind, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.path import Path as NoisingPath
+from fastgen.timesteps import down_to
 
 TOKENS = 16
 
@@ -263,12 +264,12 @@ def test_the_teachers_times_are_its_own_schedules(sd3_folder: Path) -> None:
     # Where the student's second time is a node of the teacher's grid, the teacher's times are the nodes down to it.
     for count, node in ((4, 2), (10, 7), (25, 1)):
         own = family.grid(count)
-        assert (first_step_times(family, own[node], node) - own[: node + 1]).abs().max() < 1e-6
-    times = first_step_times(family, torch.tensor(0.6, dtype=torch.float64), 3)
+        assert (down_to(own[node].item(), node, shift=family.shift) - own[: node + 1]).abs().max() < 1e-6
+    times = down_to(0.6, 3, shift=family.shift)
     assert times.tolist() == pytest.approx([1, 21 / 23, 15 / 19, 0.6], abs=1e-12)  # 3u/(1 + 2u) at u = 1, 7/9, 5/9, 1/3
     assert times[-1].item() == 0.6
     toy = Toy("toy:gaussian", path=VarianceExploding())
-    assert first_step_times(toy, torch.tensor(20.0), 3).tolist() == pytest.approx([80, 60, 40, 20])
+    assert down_to(20.0, 3, t_max=toy.path.t_max).tolist() == pytest.approx([80, 60, 40, 20])
 
 
 def test_the_teacher_brings_its_guidance_and_the_student_its_grid(sd3_folder: Path, teacher: ImageGenerator) -> None:
@@ -277,7 +278,7 @@ def test_the_teacher_brings_its_guidance_and_the_student_its_grid(sd3_folder: Pa
     for steps in (2, 3):  # the student's own number, and another with a grid of its own
         rest = [*family.grid(steps)[1:].tolist(), 0.0]
         x = noise_from_seeds([3, 4, 5], family.latent.shape)
-        times = first_step_times(family, family.grid(steps)[1], 2).tolist()
+        times = down_to(family.grid(steps)[1].item(), 2, shift=family.shift).tolist()
         with torch.no_grad():
             for t, following in pairwise(times):
                 x = x + (following - t) * teacher.predict(x, torch.full((3,), t), teacher.conditioning(PROMPTS), "velocity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,18 @@ def test_a_function_is_found_in_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(load_reward(f"{file}:red")(picture, [""] * 3), picture[:, 0].mean((1, 2)))
     monkeypatch.chdir(tmp_path)
     assert torch.equal(load_reward("my.reward.py:red")(picture, [""] * 3), picture[:, 0].mean((1, 2)))
+
+
+def test_a_file_runs_once_until_it_changes(tmp_path: Path) -> None:
+    """A reward may load a model at its import, and is looked up when a recipe is checked and by the run."""
+    file, log = tmp_path / "own.py", tmp_path / "log"
+    code = f"with open({str(log)!r}, 'a') as log:\n    log.write('run ')\ndef f(pixels, prompts):\n    return {{}} * pixels.mean((1, 2, 3))\n"
+    for factor, runs in ((2.0, 1), (3.0, 2)):
+        file.write_text(code.format(factor))
+        os.utime(file, ns=(runs, runs))
+        for _ in range(2):
+            torch.testing.assert_close(load_reward(f"{file}:f")(pixels(2), ["", ""]), factor * pixels(2).mean((1, 2, 3)))
+        assert log.read_text() == "run " * runs
 
 
 def test_a_file_may_define_dataclasses(tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ from torch import Tensor
 from fastgen import timesteps
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Options, Setting
-from fastgen.path import Flow, expand_time
+from fastgen.distillers.solver import FLOW
+from fastgen.path import expand_time
 from fastgen.rng import SampleRng
 from fastgen.sampling import Predict, initial, ode
-
-FLOW = Flow()
 
 
 class AnchorConfig(Options):
@@ -34,7 +33,7 @@ def anchor_loss(student: Predict, teacher: Predict, batch: Batch, rng: SampleRng
     Velocities are flow-matching ones, (x_t - x_t') / (t - t') in flow times, whatever the teacher's own path is. The teacher starts at
     the noise end, where pure noise belongs, also where the student is told an earlier time.
     """
-    times = timesteps.between(1.0, setting.grid[1].item() / setting.path.t_max, config.evaluations, shift=setting.shift) * setting.path.t_max
+    times = timesteps.down_to(setting.grid[1].item(), config.evaluations, t_max=setting.path.t_max, shift=setting.shift)
     noise = rng.normal("noise", setting.shape)
     start = initial(setting.path, noise, setting.grid)
     with torch.no_grad():

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen import conditioning
 from fastgen.conditioning import Conditioning
+from fastgen.denoiser import both_ways, linear
 from fastgen.distillers import losses
 from fastgen.distillers.base import Options, Setting
 from fastgen.distillers.losses import MatchingWeight
@@ -57,10 +57,8 @@ def guidance_gradient(
 
     At the matching's own x_t and with an unnormalised weight, the sum of both parts is the guided matching gradient.
     """
-    negative = conditioning.repeat(setting.negative, len(noised))
-    both = teacher(torch.cat([noised, noised]), torch.cat([t, t]), conditioning.cat([negative, cond]))
-    without, given = both.chunk(2)
-    scale = losses.normaliser(x0, without + setting.guidance * (given - without))
+    given, without = both_ways(teacher, noised, t, cond, setting.negative)
+    scale = losses.normaliser(x0, linear(given, without, setting.guidance))
     return -losses.matching_weight(weight, teacher.path, s, t, scale, noised) * (setting.guidance - 1) * (given - without)
 
 

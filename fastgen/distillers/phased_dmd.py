@@ -12,6 +12,7 @@ the first expert is asked for the teacher's law at high noise, where every diver
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -61,9 +62,7 @@ class PhasedDMD(DMD2):
 
     def __init__(self, config: Any, setting: Any) -> None:
         super().__init__(config, setting)
-        grid = setting.grid.tolist()
-        # The grid's own times, to its precision.
-        self._ends = [min((*grid, 0.0), key=lambda t, end=phase.end: abs(t - end * setting.path.t_max)) for phase in config.phases]
+        self._ends = _ends(config, setting.grid.tolist(), setting.path.t_max)
         self._spans = _spans(config, setting.train_steps)
 
     @classmethod
@@ -145,6 +144,11 @@ class PhasedDMD(DMD2):
         return t, full_like(t, end)
 
 
+def _ends(config: PhasedDMDConfig, grid: Sequence[float], t_max: float) -> list[float]:
+    """Path times at which the phases end: the grid's own, to its precision, and 0 for the last."""
+    return [*(min(grid[1:], key=lambda t, end=phase.end * t_max: abs(t - end)) for phase in config.phases[:-1]), 0.0]
+
+
 def _spans(config: PhasedDMDConfig, train_steps: int) -> dict[int, tuple[int, int]]:
     """(first, one past the last) student step of each phase that this run trains."""
     phases = range(config.first_phase, len(config.phases) + 1)
@@ -189,8 +193,7 @@ def _check_phases(config: PhasedDMDConfig, facts: Facts) -> None:
             raise UserError(
                 f"{KEY}: boundary {before.end} is none of the student's times {[round(t, 4) for t in grid[1:]]}, at which a phase can end"
             )
-    ends = [min(grid[1:], key=lambda t, end=phase.end: abs(t - end)) for phase in phases[:-1]]
-    for phase, before, after in zip(phases[1:], ends, ends[1:], strict=False):
+    for phase, (before, after) in zip(phases[1:], pairwise(_ends(config, facts.grid, facts.end)), strict=True):
         if before == after:
             raise UserError(f"{KEY}: the one from {phase.start} to {phase.end} has none of the student's times {[round(t, 4) for t in grid]}")
     for phase in phases:
@@ -205,8 +208,7 @@ def _check_phases(config: PhasedDMDConfig, facts: Facts) -> None:
     hi = min(times.hi for times in (config.match_times, config.critic_times, *others))
     if any(hi <= phase.end + config.margin for phase in phases):
         raise UserError(f"recipe key distiller.margin: no noise level between {phases[0].end} + {config.margin} and {hi} is left to match at")
-    own = [sum(phases[0].end + _TOLERANCE < t for t in grid)]
     if config.anchor is not None and config.first_phase > 1:
         raise UserError(f"recipe key distiller.anchor: it anchors the first phase, but first_phase is {config.first_phase}; remove it")
-    if config.anchor is not None and own[0] < 2:
+    if config.anchor is not None and sum(t > phases[0].end + _TOLERANCE for t in grid) < 2:
         raise UserError("recipe key distiller.anchor: the first phase has one step, which the anchor would take; it needs two")
