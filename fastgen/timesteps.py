@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 
@@ -62,10 +62,9 @@ def down_to(end: float, num_steps: int, *, t_max: float = 1.0, shift: float = 1.
     return times
 
 
-class TimeSampling(BaseModel):
+class TimeSampling(BaseModel, extra="forbid", frozen=True):
     """Recipe block for a training-time distribution: draw, then shift, then squeeze into [lo, hi]."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: Literal["uniform", "logit_normal", "u_shaped"] = "uniform"
     lo: float = Field(default=0.0, ge=0, le=1)
     hi: float = Field(default=1.0, ge=0, le=1)
