@@ -1,7 +1,8 @@
 """Stateless randomness: every number depends on (seed, scope, stream name, global sample id) and on nothing else.
 
 So a sample draws the same noise on one process or on sixteen, on CPU or GPU, before or after a resume, and nothing has to be
-saved. Numbers are drawn on the CPU with one reseeded generator and moved to the device.
+saved. The generator is Philox-4x64 (Salmon et al. 2011), counter-based: a stream is a key of 128 bits, a sample the counter's highest
+word, so no two samples of a stream share a number. Numbers are drawn on the CPU and moved to the device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +21,13 @@ SHARED = -1
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any printable parts, stable across machines and Python versions."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """A 63-bit seed from any printable parts, stable across machines and Python versions. torch's CPU generator uses its lowest 32 bits
+    only, so of many such seeds some repeat."""
+    return _hash(8, *parts) >> 1
+
+
+def _hash(num_bytes: int, *parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=num_bytes).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,11 @@ class SampleRng:
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers (B, *shape), fp32."""
-        return self._draw(name, lambda generator: torch.randn(tuple(shape), generator=generator))
+        return self._draw(name, shape, lambda generator, row: generator.standard_normal(dtype=np.float32, out=row))
 
     def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """Uniform numbers in [0, 1), (B, *shape), fp32."""
-        return self._draw(name, lambda generator: torch.rand(tuple(shape), generator=generator))
+        return self._draw(name, shape, lambda generator, row: generator.random(dtype=np.float32, out=row))
 
     def shared_index(self, name: str, count: int) -> int:
         """One integer in [0, count), the same for every sample, hence on every process."""
@@ -50,10 +57,11 @@ class SampleRng:
 
     def shared_uniform(self, name: str, count: int) -> Tensor:
         """Uniform numbers in [0, 1), (count,) fp32, the same for every sample, hence on every process."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, *self.scope, name, SHARED))
-        return torch.rand(count, generator=generator).to(self.device)
+        return replace(self, ids=(SHARED,)).uniform(name, (count,))[0]
 
-    def _draw(self, name: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        generator = torch.Generator()
-        rows = [draw(generator.manual_seed(derive_seed(self.seed, *self.scope, name, sample))) for sample in self.ids]
-        return torch.stack(rows).to(self.device)
+    def _draw(self, name: str, shape: Sequence[int], fill: Callable[[np.random.Generator, np.ndarray], object]) -> Tensor:
+        key = _hash(16, self.seed, *self.scope, name)
+        rows = np.empty((len(self.ids), prod(shape)), np.float32)
+        for row, sample in zip(rows, self.ids, strict=True):
+            fill(np.random.Generator(np.random.Philox(key=key, counter=(sample % 2**64) << 192)), row)
+        return torch.from_numpy(rows).view(len(rows), *shape).to(self.device)

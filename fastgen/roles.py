@@ -168,11 +168,13 @@ def build_roles(
     tuning: LoraTuning | None = None,
     autocast: torch.dtype | None = None,
     defaults: Defaults | None = None,
+    seed: int = 0,
 ) -> Roles:
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
-    adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them."""
+    adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them. seed: of what
+    a role has beside its network (adapters have `tuning.seed`)."""
     base.requires_grad_(False)
-    additions = {name: _additions(name, spec, family, base, defaults) for name, spec in specs.items()}
+    additions = {name: _additions(name, spec, family, base, defaults, seed) for name, spec in specs.items()}
     if tuning is not None:
         return _shared_roles(specs, family, base, tuning, autocast, additions)
     roles = Roles()
@@ -185,20 +187,20 @@ def build_roles(
     return roles
 
 
-def _additions(name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None) -> dict[str, Any]:
-    """What a role has beside its network, as arguments of its Denoiser."""
-    weight, additions = next(base.parameters()), {}
+def _additions(name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None, seed: int) -> dict[str, Any]:
+    """What a role has beside its network, as arguments of its Denoiser. Each role's start depends on the run's seed and on its name."""
+    weight, additions, own_seed = next(base.parameters()), {}, f"{seed}/{name}"
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if spec.inputs:
         assert family.time_projection is not None, "the plan refuses families without a place for scalar inputs"
         width: Any = base.get_submodule(family.time_projection).out_features
-        additions["inputs"] = ScalarInputs(spec.inputs, width, defaults=defaults, seed=name, dtype=dtype).to(weight.device)
+        additions["inputs"] = ScalarInputs(spec.inputs, width, defaults=defaults, seed=own_seed, dtype=dtype).to(weight.device)
     if spec.log_variance:
-        additions["log_variance"] = LogVariance().to(weight.device, dtype)
+        additions["log_variance"] = LogVariance(seed=own_seed).to(weight.device, dtype)
     if spec.heads is not None:
         widths = family.feature_widths(base)
         taps = choose_taps(spec.heads, len(widths))
-        additions["heads"] = Heads(taps, [widths[tap] for tap in taps], seed=name).to(weight.device, dtype)
+        additions["heads"] = Heads(taps, [widths[tap] for tap in taps], seed=own_seed).to(weight.device, dtype)
     return additions
 
 

@@ -113,7 +113,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     backbone = family.load_backbone().to(parallel.device)
     grid = family.grid(recipe.student.steps, plan.grid)
     defaults = Defaults.on(family.path, grid, recipe.teacher.guidance)
-    roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults)
+    roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults, seed=recipe.train.seed)
     if recipe.student.init != "teacher" and not plan.started:
         checkpoint.load_students(Path(recipe.student.init).expanduser(), roles, plan.method.inherited(plan.method_config))
     negative = family.encode_prompts([recipe.teacher.negative_prompt])

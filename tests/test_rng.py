@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +58,32 @@ def test_streams_scopes_and_seeds_differ() -> None:
         for second in draws[i + 1 :]:
             assert not (first == second).any()
     assert torch.equal(base.at("a", "b").uniform("u"), base.at("a").at("b").uniform("u"))
+
+
+def test_no_two_samples_of_a_large_stream_are_alike() -> None:
+    # The first seeds of 64 bits whose lower halves, all that torch's CPU generator takes, are equal.
+    pair = (100_558, 134_251)
+    assert derive_seed(0, 4, 1, "noise", pair[0]) % 2**32 == derive_seed(0, 4, 1, "noise", pair[1]) % 2**32
+    assert not (rng(pair[0]).normal("noise", SHAPE) == rng(pair[1]).normal("noise", SHAPE)).any()
+    many = rng(*range(200_064)).normal("noise", (3,)).numpy()
+    assert len({row.tobytes() for row in many}) == len(many)
+
+
+def test_the_stream_is_numpys_philox() -> None:
+    # A counter per sample: the same stream, another sample, and nothing between them to advance.
+    def numbers(sample: int) -> np.ndarray:
+        key = int.from_bytes(hashlib.blake2b(b"7/4/1/noise", digest_size=16).digest(), "little")
+        return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, sample], np.uint64))).standard_normal(30, dtype=np.float32)
+
+    drawn = rng(5, 2**63 + 1, seed=7).normal("noise", SHAPE)
+    assert np.array_equal(drawn.flatten(1).numpy(), np.stack([numbers(5), numbers(2**63 + 1)]))
+
+
+def test_shared_uniform_numbers_are_no_samples() -> None:
+    shared = rng(0, 1, 2).shared_uniform("times", 3)
+    assert torch.equal(shared, rng(9).shared_uniform("times", 3))
+    assert not (shared == rng(0, 1, 2).uniform("times", (3,))).any()
+    assert shared.min() >= 0 and shared.max() < 1
 
 
 def test_moments() -> None:

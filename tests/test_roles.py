@@ -15,6 +15,7 @@ from fastgen.families.base import Family
 from fastgen.families.toy import Toy
 from fastgen.roles import LoraTuning, Role, Roles, RoleSpec, build_roles, frozen, judge, student, trainable
 from fastgen.surgery import lora
+from fastgen.surgery.second_time import Defaults
 
 SPECS = {"student": trainable(), "fake_score": trainable(), "teacher": frozen()}
 
@@ -436,3 +437,26 @@ def test_experts_of_one_base_keep_their_adapters_apart() -> None:
     assert all(".student_2." in name for name in roles["student_2"].parameters())
     assert all(".student." in name for name in roles["student"].parameters())
     assert (roles["student"].spec.averaged, roles["teacher"].spec.averaged) == (True, False)
+
+
+def test_what_a_role_has_beside_its_network_starts_from_the_runs_seed() -> None:
+    case = toy_case()
+    specs = {
+        "student": RoleSpec(True, inputs=("second_time", "guidance"), log_variance=True),
+        "fake_score": trainable(heads="auto"),
+        "discriminator": judge("auto"),
+        "teacher": frozen(),
+    }
+
+    def additions(seed: int) -> dict[str, Tensor]:
+        roles = build_roles(specs, case.family, case.backbone(), defaults=Defaults(torch.tensor([0.5, 1.0]), 2.0), seed=seed)
+        named = {f"{name}/{key}": value.detach() for name, role in roles.items() for key, value in role.parameters().items()}
+        return {key: value for key, value in named.items() if key.split("/")[1].startswith(("inputs.", "log_variance.", "heads."))}
+
+    one, same, other = additions(1), additions(1), additions(2)
+    drawn = [key for key, value in one.items() if value.flatten().unique().numel() > 1]  # the rest start at zero or one
+    assert {key.split(".")[0] for key in drawn} == {"student/inputs", "student/log_variance", "fake_score/heads", "discriminator/heads"}
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert all(not (one[key] == other[key]).any() for key in drawn)
+    head = "heads.heads.0.tokens.1.weight"
+    assert not (one[f"fake_score/{head}"] == one[f"discriminator/{head}"]).any()

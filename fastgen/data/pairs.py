@@ -68,6 +68,13 @@ class TeacherSampler:
         return self.predict(x, self.times[-1].expand(len(x)), cond).to(noise.dtype)
 
 
+def noise_seeds(seed: int, ids: Sequence[int]) -> list[int]:
+    """The seed of each pair's noise: consecutive 32-bit numbers, which is all that torch's CPU generator uses of a seed, so that no two of
+    2^32 pairs have the same noise."""
+    first = derive_seed(seed, "pairs", "noise")
+    return [(first + i) % 2**32 for i in ids]
+
+
 def make_pairs(
     teacher: TeacherSampler,
     encode: Encode,
@@ -87,7 +94,7 @@ def make_pairs(
     for start in range(ids.start, ids.stop, batch):
         some = range(start, min(start + batch, ids.stop))
         drawn = [texts[row] for row in weighted.rows(table, SampleRng(seed, ("pairs",), some).uniform("prompt")).tolist()]
-        seeds = [derive_seed(seed, "pairs", "noise", i) for i in some]
+        seeds = noise_seeds(seed, some)
         cond = {key: value.to(device) for key, value in encode(drawn).items()}
         x0 = teacher(noise_from_seeds(seeds, teacher.shape).to(device), cond).float().cpu()
         if not bool(torch.isfinite(x0).all()):

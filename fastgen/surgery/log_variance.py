@@ -8,18 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastgen.rng import derive_seed
 from fastgen.surgery.second_time import smooth_features
 
 _HIDDEN = 64
 
 
 class LogVariance(nn.Module):
-    """l (B,) of noise fractions (B,) in [0, 1]; zero at the start."""
+    """l (B,) of noise fractions (B,) in [0, 1]; zero at the start. seed: of the hidden layer, any printable parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, seed: object) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(derive_seed("log variance", seed))
             self.hidden = nn.Linear(smooth_features(torch.zeros(1)).shape[1], _HIDDEN)
         self.out = nn.Linear(_HIDDEN, 1)
         nn.init.zeros_(self.out.weight)

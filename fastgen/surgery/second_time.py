@@ -75,12 +75,12 @@ def smooth_features(value: Tensor) -> Tensor:
 
 
 class ScalarInputs(nn.Module):
-    """The inputs of one role. width: that of the time embedding; dtype: of the parameters, fp32 or wider.
+    """The inputs of one role. width: that of the time embedding; seed: of the hidden layers; dtype: of the parameters, fp32 or wider.
 
     The second time sees t and t - r; the guidance network sees the scale alone, so a constant scale is a constant vector.
     """
 
-    def __init__(self, names: Sequence[Input], width: int, *, defaults: Defaults | None = None, seed: object = 0, dtype: torch.dtype) -> None:
+    def __init__(self, names: Sequence[Input], width: int, *, defaults: Defaults | None = None, seed: object, dtype: torch.dtype) -> None:
         super().__init__()
         self.defaults = defaults
         with torch.random.fork_rng(devices=[]):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from toy_runs import MEAN, VARIANCE
 
-from fastgen.data.pairs import Pairs, Solver, TeacherSampler, cat, make_pairs
+from fastgen.data.pairs import Pairs, Solver, TeacherSampler, cat, make_pairs, noise_seeds
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.errors import TrainingFailed
 from fastgen.families.toy import Toy
-from fastgen.generator import load_teacher
+from fastgen.generator import load_teacher, noise_from_seeds
 from fastgen.path import Flow, Path, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.sampling import Predict
 
@@ -59,6 +59,16 @@ def test_a_pair_is_the_ode_map_of_its_noise(path: Path) -> None:
     assert pairs.x0.dtype == torch.float32
     assert errors[40, "heun"] < 0.5 * errors[40, "euler"] < 0.05
     assert errors[80, "heun"] < min(0.4 * errors[40, "heun"], 0.01)  # order 2
+
+
+def test_no_two_pairs_have_the_same_noise() -> None:
+    # torch's CPU generator takes the lower 32 bits of a seed, so seeds that differ above them draw the same noise.
+    assert torch.equal(noise_from_seeds([5], (4,)), noise_from_seeds([5 + 2**32], (4,)))
+    for seed in (0, 3, 2**40):
+        seeds = noise_seeds(seed, range(300_000))
+        assert len({s % 2**32 for s in seeds}) == len(seeds)
+        assert noise_seeds(seed, range(100, 120)) == seeds[100:120]
+    assert not set(noise_seeds(0, range(10_000))) & set(noise_seeds(1, range(10_000)))
 
 
 def test_heun_and_euler_cost_what_they_say() -> None:

@@ -77,7 +77,7 @@ def test_inputs_belong_to_one_role_and_are_trained_with_it(adapters: bool) -> No
     roles = toy_roles(adapters=adapters)
     before = {name: call(role) for name, role in roles.items()}
     disturb(roles["student"])
-    assert (call(roles["student"]) - before["student"]).abs().max() > 1e-2
+    assert (call(roles["student"]) - before["student"]).abs().max() > 1e-3
     for other in ("fake_score", "teacher"):
         assert torch.equal(call(roles[other]), before[other])
         assert not [name for name in roles[other].parameters() if name.startswith("inputs.")]
@@ -157,7 +157,7 @@ def test_what_a_network_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="no scalar input 'third_time'; it has second_time, guidance"):
         call(roles["student"], third_time=0.1)
     assert split({"input.guidance": normal(1), "component": normal(2)})[0].keys() == {"component"}
-    alone = ScalarInputs(("guidance",), 8, dtype=torch.float32)
+    alone = ScalarInputs(("guidance",), 8, seed=0, dtype=torch.float32)
     with pytest.raises(ValueError, match="guidance have no defaults here and must be given"):
         alone(torch.tensor([0.5]), {})
 
