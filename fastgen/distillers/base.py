@@ -162,7 +162,8 @@ class Distiller(ABC):
         return
 
     def span(self, role: str) -> tuple[int, int] | None:
-        """(first, count) of the student steps in which a role trains, over which its learning rate's schedule runs; None: the whole run."""
+        """(first, count) of the student steps in which a role trains, over which its learning rate's schedule runs; None: the whole run.
+        It agrees with `updates`: those of `first` are the first to train the role, those of `first + count - 1` the last."""
         return None
 
     def finished(self, role: str, step: int) -> bool:

@@ -119,11 +119,15 @@ class DMD2(Distiller):
     @classmethod
     def matching_steps(cls, config: DMD2Config, facts: Facts) -> int:
         """The student steps in which one fake score is matched with; with several, the fewest."""
-        return facts.train_steps - (config.regression.warmup if config.regression else 0)
+        return facts.train_steps - regression.steps_alone(config.regression)
+
+    def span(self, role: str) -> tuple[int, int] | None:
+        alone = regression.steps_alone(self.config.regression)
+        return None if role == "student" or alone == 0 else (alone, self.setting.train_steps - alone)
 
     def updates(self, step: int) -> list[Update]:
         config, trained = self.config, (self.student_at(step),)
-        if config.regression is not None and step < config.regression.warmup:
+        if step < self.first_step(step):
             return [Update(trained, (self.regress,))]
         followers = (Blend(self.fake_at(step), trained[0], config.ida),) if config.ida and step > self.first_step(step) else ()
         critic, improve = self._critic_update(step), (self.match,)
@@ -155,7 +159,8 @@ class DMD2(Distiller):
 
     def first_step(self, step: int) -> int:
         """The student step at which matching with these roles began."""
-        return self.config.regression.warmup if self.config.regression else 0
+        first, _ = self.span(self.fake_at(step)) or (0, 0)
+        return first
 
     def segment(self, step: int) -> Segment:
         """The part of its sampling that the student is trained on."""

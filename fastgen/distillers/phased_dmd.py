@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, full_like
 
+from fastgen.distillers import regression
 from fastgen.distillers.base import Facts, Update
 from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.distillers.rollout import Segment
@@ -93,7 +94,7 @@ class PhasedDMD(DMD2):
 
     @classmethod
     def matching_steps(cls, config: PhasedDMDConfig, facts: Facts) -> int:  # type: ignore[override]
-        return min(stop - start for start, stop in _spans(config, facts.train_steps).values())
+        return min(stop - start for start, stop in _spans(config, facts.train_steps).values()) - regression.steps_alone(config.regression)
 
     def phase_at(self, step: int) -> int:
         """1, 2, ...: the phase of student step `step`."""
@@ -102,10 +103,12 @@ class PhasedDMD(DMD2):
     def span(self, role: str) -> tuple[int, int] | None:
         base = re.fullmatch(r"(.*)_(\d+)", role)
         phase = int(base[2]) if base else 1
+        whole = super().span(base[1] if base else role)
         if role == "discriminator" or phase not in self._spans:
-            return super().span(role)
+            return whole
         start, stop = self._spans[phase]
-        return start, stop - start
+        late, _ = whole or (0, 0)  # of a fake score, behind a regression alone
+        return start + late, stop - start - late
 
     def students(self) -> list[tuple[str, float]]:
         return [(expert_name("student", k), end) for k, end in enumerate(self._ends, 1)]
@@ -115,9 +118,6 @@ class PhasedDMD(DMD2):
 
     def fake_at(self, step: int) -> str:
         return expert_name("fake_score", self.phase_at(step))
-
-    def first_step(self, step: int) -> int:
-        return self._spans[self.phase_at(step)][0]
 
     def segment(self, step: int) -> Segment:
         k = self.phase_at(step)

@@ -19,6 +19,7 @@ from fastgen.distillers.base import Batch, Facts, Loss, Models, Update
 from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.distillers.rollout import RolloutConfig, check_renoise
 from fastgen.distillers.scm import SCM, SCMConfig
+from fastgen.errors import UserError
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, student, trainable
 from fastgen.sampling import Renoise
@@ -63,7 +64,12 @@ class RCM(SCM):
     @classmethod
     def check(cls, config: RCMConfig, facts: Facts) -> None:  # type: ignore[override]
         check_renoise(config.renoise, facts)
+        if config.start >= facts.train_steps:
+            raise UserError(f"recipe key distiller.start: {config.start} leaves none of train.steps {facts.train_steps} for the matching")
         super().check(config, facts)
+
+    def span(self, role: str) -> tuple[int, int] | None:
+        return (self.config.start, self.setting.train_steps - self.config.start) if role == "fake_score" else super().span(role)
 
     def updates(self, step: int) -> list[Update]:
         first, *replays = super().updates(step)

@@ -36,6 +36,11 @@ def check(config: RegressionConfig, facts: Facts) -> None:
         perceptual.load_lpips()
 
 
+def steps_alone(config: RegressionConfig | None) -> int:
+    """Student steps before matching begins."""
+    return 0 if config is None else config.warmup
+
+
 def regression_loss(student: Predict, batch: Batch, setting: Setting, config: RegressionConfig) -> Tensor:
     """Scalar distance between a one-step student's x0 at the pairs' noise and the pairs' samples, without the weight; fp32 or wider.
 
