@@ -123,7 +123,8 @@ def ode(
     """Integrate the probability-flow ODE dx/dt = velocity along `times` (N + 1,), end included; x: (B, ...) at times[0].
 
     `euler` has order 1 and N evaluations, `heun` order 2 and 2N; both need the velocity to be finite at the times given, so on
-    VP and VE end above 0. Not `few_step`, which jumps through x0 and ends at data.
+    VP and VE end above 0. Not what pictures are drawn with: `walk` and `few_step` jump through x0, which off Flow and VE are other steps
+    than `euler` here, and `few_step` ends at data.
     """
     for t, t_next in pairwise(times):
         step = (t_next - t).to(x)

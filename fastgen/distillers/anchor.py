@@ -16,7 +16,7 @@ from fastgen.distillers.base import Batch, Options, Setting
 from fastgen.distillers.solver import FLOW
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
-from fastgen.sampling import Predict, initial, ode
+from fastgen.sampling import Predict, initial, walk
 
 
 class AnchorConfig(Options):
@@ -37,7 +37,7 @@ def anchor_loss(student: Predict, teacher: Predict, batch: Batch, rng: SampleRng
     noise = rng.normal("noise", setting.shape)
     start = initial(setting.path, noise, setting.grid)
     with torch.no_grad():
-        anchor = ode(setting.guide(teacher), initial(setting.path, noise, times), times.to(rng.device), batch.cond, solver="euler")
+        anchor = walk(setting.guide(teacher), noise, times.to(rng.device), batch.cond, renoise="euler")
     ends = [setting.grid[i].to(rng.device).expand(batch.size) for i in (0, 1)]
     (x, t), (x_next, t_next) = (setting.path.retime(sample, time, FLOW) for sample, time in zip((start, anchor), ends, strict=True))
     target = (x - x_next) / expand_time(t - t_next, x)

@@ -1,4 +1,4 @@
-"""The first-step anchor against the teacher's Euler steps taken by hand."""
+"""The first-step anchor against the teacher's sampling steps taken by hand."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from matching_cases import batch_of
+from matching_cases import Means, batch_of, network, schedule_of
 from test_dmd2 import disturb, gradients
 from torch import Tensor
-from toy_runs import Recorded, rng, toy_method, toy_roles, toy_setting
+from toy_runs import MEAN, VARIANCE, Recorded, rng, toy_method, toy_roles, toy_setting
 
 from fastgen.config import validate
 from fastgen.distillers.anchor import AnchorConfig, anchor_loss
@@ -19,7 +20,7 @@ from fastgen.distillers.base import Facts, Setting
 from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
-from fastgen.path import Flow, VarianceExploding
+from fastgen.path import Flow, Path, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.roles import Roles
 
 torch.set_num_threads(1)
@@ -82,6 +83,40 @@ def test_the_loss_by_hand_on_ve() -> None:
     config = AnchorConfig(weight=1.0, evaluations=3)
     got = anchor_loss(roles["student"].predictor, roles["teacher"].predictor, batch_of(COUNT, 1), rng(COUNT), setting, config)
     torch.testing.assert_close(got.double(), (velocity - target).square().mean(), rtol=1e-5, atol=1e-9)
+
+
+def exact_means(schedule: oracle.Schedule) -> Means:
+    """The teacher of N(MEAN, VARIANCE)."""
+
+    def means(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x0 = oracle.gaussian_posterior_mean(x, t, schedule, MEAN, torch.diag(VARIANCE))
+        alpha, sigma = schedule.at(t, x)
+        return x0, (x - alpha * x0) / sigma
+
+    return means
+
+
+@pytest.mark.parametrize("path", [Flow(), TrigFlow(), VariancePreserving(), VarianceExploding()], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("grid", [(1.0, 0.4), (0.9, 0.6, 0.3)])
+def test_the_anchor_is_what_the_teachers_sampler_draws(path: Path, grid: tuple[float, ...]) -> None:
+    """Each step keeps (x0, eps), whatever the path: alpha' x0 + sigma' eps. The student predicts no velocity, so the loss is the target's."""
+    schedule, family = schedule_of(path), Toy("toy:gaussian", path=path)
+    setting = toy_setting(family, grid=grid)
+    means = exact_means(schedule)
+    noise = rng(COUNT).normal("noise", (2,)).double()
+    times = [path.t_max * (1 + (grid[1] - 1) * i / 4) for i in range(5)]
+    scale = path.t_max if isinstance(path, VarianceExploding) else 1.0
+    x = noise * scale
+    for t, t_next in pairwise(times):
+        x = schedule.noisy(*means(x, torch.full((COUNT,), t).double()), torch.full((COUNT,), t_next).double())
+    ends = [torch.full((COUNT,), path.t_max * t).double() for t in grid[:2]]
+    start = noise * (ends[0][0] if scale > 1 else 1.0)
+    # On Flow x is divided by alpha + sigma, and the time is sigma / (alpha + sigma).
+    (first, t), (last, t_next) = ((y / (a + b), b / (a + b)) for y, (a, b) in ((y, schedule.at(e, y)) for y, e in zip((start, x), ends, strict=True)))
+    still = network(path, "x0", lambda x, t: (x / sum(schedule.at(t, x)), x))  # its eps is the same: no velocity on Flow
+    config = AnchorConfig(weight=1.0, evaluations=4)
+    got = anchor_loss(still, network(path, "velocity", means), batch_of(COUNT), rng(COUNT), setting, config)
+    torch.testing.assert_close(got.double(), ((first - last) / (t - t_next)).square().mean(), rtol=1e-5, atol=1e-9)
 
 
 def test_a_student_that_makes_the_teachers_one_step_has_no_loss() -> None:
