@@ -3,9 +3,11 @@
     python benchmarks/quality.py                                   # trains every listed recipe with three seeds, measures, writes
     python benchmarks/quality.py --readme                          # also puts table and grid into README.md
     python benchmarks/quality.py --recipes digits_scm_2step        # only that one; the others' rows stay as they are
+    python benchmarks/quality.py --seeds 1 --threads 1             # one seed, on one core
 
 Each recipe is trained and exported as a user would; students and teacher are measured with protocol `digits`. Rows go to
-benchmarks/results/quality_digits.jsonl, one measurement a line, with provenance.
+benchmarks/results/quality_digits.jsonl, one measurement a line, with provenance: the mean over seeds, and under `seed` what each of
+them gave, with the provenance of its own run. The table shows means.
 """
 
 from __future__ import annotations
@@ -46,24 +48,40 @@ TEACHER, TEACHER_GUIDANCE, TEACHER_STEPS = "fastgen:digits", 1.5, (25, 4, 2, 1)
 
 
 def train_and_measure(recipe: str, seed: int, work: Path, bars: Bars) -> list[dict[str, Any]]:
-    """Rows of one student: the protocol's metrics and the training seconds. A finished run of the very same recipe is used again."""
+    """Rows of one student, under the recipe's name: the protocol's metrics and the training seconds. A finished run of the very same
+    recipe with as many threads is used again."""
     folder, asked = work / f"{recipe}_seed{seed}", Recipe.load(recipe, [f"train.seed={seed}"])
-    finished = (folder / "results.json").is_file() and read_yaml(folder / "recipe.yaml") == plan(asked).resolved()
-    if not finished:
+    if not is_finished(folder, plan(asked).resolved()):
         run.train(asked, folder, overwrite=folder.exists(), progress=bars)
-    rows = [row for row in runner.read_results(folder / "results.json")["metrics"] if row["model"] == "student"]
+    results = runner.read_results(folder / "results.json")
+    rows = [row for row in results["metrics"] if row["model"] == "student"]
     seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    return [*rows, {**rows[0], "name": "training_seconds", "value": seconds, "n": 1}]
+    rows.append({**rows[0], "name": "training_seconds", "value": seconds, "n": 1})
+    return [{**row, "model": recipe, "seed": seed, "provenance": results["provenance"]} for row in rows]
 
 
-def over_seeds(recipe: str, runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of each metric of one recipe; `model` becomes the recipe's name."""
+def is_finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the folder holds a measured run of this resolved recipe, and of this number of threads."""
+    if not (folder / "results.json").is_file() or read_yaml(folder / "recipe.yaml") != recipe:
+        return False
+    return runner.read_results(folder / "results.json")["provenance"].get("threads") == torch.get_num_threads()
+
+
+def over_seeds(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of each metric of one recipe, one list of rows a seed."""
     rows = []
     for same in zip(*runs, strict=True):
+        assert len({(row["name"], row["steps"], row["model"]) for row in same}) == 1
         values = [row["value"] for row in same]
         spread = {"std": statistics.stdev(values), "std_over": "seeds"} if len(values) > 1 else {}
-        rows.append({**same[0], "model": recipe, "value": statistics.mean(values), **spread})
+        shared = {key: value for key, value in same[0].items() if key not in ("seed", "provenance")}
+        rows.append({**shared, "value": statistics.mean(values), **spread})
     return rows
+
+
+def student_rows(runs: Sequence[list[dict[str, Any]]], origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The means over seeds of one recipe, with their origin, then every seed's own rows."""
+    return [*({**row, **origin} for row in over_seeds(runs)), *(row for own in runs for row in own)]
 
 
 def teacher_rows(bars: Bars) -> list[dict[str, Any]]:
@@ -84,7 +102,7 @@ def sample_grid(students: Mapping[str, Path]) -> Any:
 
 
 def kept_rows(recipes: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    """The rows of earlier measurements of other recipes, provenance included."""
+    """The rows of earlier measurements of other recipes, means and single seeds, provenance included."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [row for row in rows if row["model"] in RECIPES and row["model"] not in recipes]
 
@@ -103,14 +121,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="run folders; finished ones are used again")
     parser.add_argument("--readme", action="store_true", help="put the table and the grid into README.md")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch; seconds and the last digits depend on it")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     bars, output = Bars(), RESULTS / "quality_digits.jsonl"
     protocol = load_protocol("digits")
     origin = {"seeds": arguments.seeds, "provenance": runner.provenance(protocol, model_hash=runner.hash_folder(run.resolve_source(TEACHER)))}
     students = [
-        {**row, **origin}
+        row
         for recipe in arguments.recipes
-        for row in over_seeds(recipe, [train_and_measure(recipe, seed, arguments.work, bars) for seed in arguments.seeds])
+        for row in student_rows([train_and_measure(recipe, seed, arguments.work, bars) for seed in arguments.seeds], origin)
     ]
     students += kept_rows(arguments.recipes, output)
     students.sort(key=lambda row: RECIPES.index(row["model"]))
@@ -126,5 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

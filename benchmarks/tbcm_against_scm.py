@@ -3,8 +3,8 @@
     python benchmarks/tbcm_against_scm.py
 
 Both train the digits student with the settings of recipes/digits_tbcm_2step.yaml, each run in a process of its own, whose peak
-resident memory is measured; then the exported students are measured with protocol `digits`. One JSON line for each method and
-metric goes to benchmarks/results/tbcm_against_scm.jsonl: mean and standard deviation over seeds.
+resident memory is measured; then the exported students are measured with protocol `digits`. JSON lines for each method and metric go
+to benchmarks/results/tbcm_against_scm.jsonl: mean and standard deviation over seeds, and under `seed` the value of each.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastgen import run
 from fastgen.config import Recipe
@@ -48,7 +51,8 @@ def overrides(method: str, seed: int, steps: int | None) -> list[str]:
 def train_apart(folder: Path, keys: list[str]) -> int:
     """Train and nothing else in its own process; its peak resident bytes."""
     command = [sys.executable, "-m", "fastgen", "train", RECIPE, "--output", str(folder), "--only", "train", "--overwrite", *keys]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"training in {folder} failed")
@@ -66,22 +70,34 @@ def measure(method: str, seed: int, steps: int | None, work: Path) -> dict[str, 
     return {"training_seconds": seconds, "training_peak_memory_bytes": float(peak), **quality}
 
 
+def rows_of(method: str, runs: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """For each metric the mean and standard deviation over seeds, then the value of each seed."""
+    rows = []
+    for name in next(iter(runs.values())):
+        values = {seed: metrics[name] for seed, metrics in runs.items()}
+        std = statistics.stdev(values.values()) if len(values) > 1 else 0.0
+        rows.append({"model": method, "name": name, "value": statistics.mean(values.values()), "std": std, "std_over": "seeds"})
+        rows += [{"model": method, "name": name, "value": value, "seed": seed} for seed, value in values.items()]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="student steps, default the recipe's")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "tbcm_against_scm")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "tbcm_against_scm.jsonl")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch; seconds and the last digits depend on it")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     origin = runner.provenance(load_protocol("digits"), model_hash=runner.hash_folder(run.resolve_source("fastgen:digits")))
     lines: list[dict[str, Any]] = []
     for method in ("scm", "tbcm"):
-        runs = [measure(method, seed, arguments.steps, arguments.work) for seed in arguments.seeds]
-        for name in runs[0]:
-            values = [one[name] for one in runs]
-            std = statistics.stdev(values) if len(values) > 1 else 0.0
-            lines.append({"model": method, "name": name, "value": statistics.mean(values), "std": std, "std_over": "seeds"})
-            print(f"{method:5} {name:28} {lines[-1]['value']:14.4g} ± {std:.2g}", flush=True)
+        rows = rows_of(method, {seed: measure(method, seed, arguments.steps, arguments.work) for seed in arguments.seeds})
+        for row in rows:
+            if "seed" not in row:
+                print(f"{method:5} {row['name']:28} {row['value']:14.4g} ± {row['std']:.2g}", flush=True)
+        lines += rows
     shared = {"recipe": RECIPE, "student_steps": arguments.steps or Recipe.load(RECIPE).train.steps, "seeds": arguments.seeds, "provenance": origin}
     arguments.output.write_text("".join(json.dumps({**line, **shared}) + "\n" for line in lines))
 

@@ -23,7 +23,8 @@ FLOOR_REPEATS = 20
 
 
 class Row(TypedDict):
-    """One measurement: an entry of `metrics` in results.json. `n` counts images; rows of real data have no steps and no guidance."""
+    """One measurement: an entry of `metrics` in results.json. `n` counts images; rows of real data have no steps and no guidance. seed:
+    of the training that one of several rows is of, whose mean has a row of its own, without it."""
 
     name: str
     model: str
@@ -34,6 +35,7 @@ class Row(TypedDict):
     std: NotRequired[float]
     std_over: NotRequired[str]
     floor: NotRequired[str]
+    seed: NotRequired[int]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _lines(rows: Sequence[Row], *, with_std: bool) -> list[list[str]]:
-    """Headings, then one list of cells for each (model, steps, guidance, floor)."""
+    """Headings, then one list of cells for each (model, steps, guidance, floor); rows of a single seed are left to their mean."""
+    rows = [row for row in rows if "seed" not in row]
     groups: dict[tuple[str, int | None, float | None, str], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row.get("steps"), row.get("guidance"), _floor(row)), {})[row["name"]] = row
