@@ -196,11 +196,10 @@ def _check_adapter(role: Role, info: StudentInfo) -> None:
 
 
 def _save_adapter(pipeline_class: Any, family: Family, role: Role, folder: Path) -> None:
-    """`pytorch_lora_weights.safetensors` in diffusers' key format, with rank and alpha in its header."""
-    backbone: Any = role.denoiser.backbone
+    """`pytorch_lora_weights.safetensors` in diffusers' key format; its header holds the rank, and says nothing that changes the network."""
     assert role.denoiser.adapter is not None
-    layers = {key: value.contiguous() for key, value in lora.state_dict(backbone, role.denoiser.adapter).items()}
-    config = backbone.peft_config[role.denoiser.adapter].to_dict()
+    layers, config = lora.exported(role.denoiser.backbone, role.denoiser.adapter)
+    layers = {key: value.contiguous() for key, value in layers.items()}
     pipeline_class.save_lora_weights(
         folder, **{f"{family.component}_lora_layers": layers, f"{family.component}_lora_adapter_metadata": _plain(config)}
     )

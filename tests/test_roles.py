@@ -325,10 +325,12 @@ def test_merge_is_the_adapter_and_leaves_the_plain_architecture(case: Case) -> N
 def test_adapter_in_pefts_format() -> None:
     roles = toy_case().roles(adapters=True)
     perturb(roles["student"], 0)
-    exported = lora.state_dict(roles["student"].denoiser.backbone, "student")
-    assert {name.replace(".weight", ".student.weight") for name in exported} == roles["student"].state_dict().keys()
+    exported, config = lora.exported(roles["student"].denoiser.backbone, "student")
+    state = roles["student"].state_dict()
+    assert {name.replace(".weight", ".student.weight") for name in exported} == state.keys()
     for name, value in exported.items():
-        assert torch.equal(value, roles["student"].state_dict()[name.replace(".weight", ".student.weight")])
+        assert torch.equal(value, (2 if "lora_B" in name else 1) * state[name.replace(".weight", ".student.weight")])
+    assert config["lora_alpha"] == config["r"] == 3
 
 
 def test_adapters_start_from_the_seed_alone() -> None:

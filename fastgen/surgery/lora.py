@@ -56,11 +56,21 @@ def own_name(key: str, name: str | None) -> str:
     return key if name is None else key.replace(f".{name}.", ".")
 
 
-def state_dict(backbone: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter in peft's key format, which diffusers' `save_lora_weights` takes."""
+def exported(backbone: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter's factors in peft's key format and its config, as diffusers' `save_lora_weights` takes them: copies, scaled so that
+    alpha equals the rank.
+
+    A file keeps alpha in its header alone, which is lost on whoever loads its tensors; the scale 1 of alpha = rank is what every
+    reader assumes of a file that says nothing. So alpha / rank goes into B, with one rounding, or none for a power of two.
+    """
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(backbone, adapter_name=name)
+    network: Any = backbone
+    config = network.peft_config[name]
+    assert not (config.use_rslora or config.use_dora or config.rank_pattern or config.alpha_pattern), "the scale is not alpha / rank"
+    factors = get_peft_model_state_dict(backbone, adapter_name=name)
+    scaled = {key: (value.double() * (config.lora_alpha / config.r if "lora_B" in key else 1.0)).to(value.dtype) for key, value in factors.items()}
+    return scaled, config.to_dict() | {"lora_alpha": config.r}
 
 
 def merge(backbone: nn.Module, name: str) -> None:
