@@ -75,11 +75,26 @@ class MethodBlock(BaseModel):
 
 
 class DataBlock(Block):
-    """pairs: how many noise-sample pairs the teacher draws when the run starts, or a folder made by `fastgen cache pairs`."""
+    """background: what transparent pixels of the images lie on, a colour as CSS writes it. pairs: how many noise-sample pairs the teacher
+    draws when the run starts, or a folder made by `fastgen cache pairs`."""
 
     prompts: str | None = None
     images: str | None = None
+    background: str = "white"
     pairs: int | str | None = None
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _opaque_colour(cls, background: Any) -> Any:
+        from PIL import ImageColor
+
+        try:
+            channels = ImageColor.getrgb(background) if isinstance(background, str) else ()
+        except ValueError:
+            channels = ()
+        if len(channels) < 3 or max(channels) > 255 or channels[3:] not in ((), (255,)):
+            raise ValueError("no opaque colour; allowed: a name such as white, or hex digits in quotes such as '#ff8800'")
+        return background
 
     @field_validator("pairs", mode="before")
     @classmethod

@@ -104,7 +104,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     _check_inputs(recipe, method.roles_for(config), family)
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
-    images = None if recipe.data.images is None else load_images(recipe.data.images)
+    images = None if recipe.data.images is None else load_images(recipe.data.images, recipe.data.background)
     pairs = open_folder(recipe.data.pairs) if isinstance(recipe.data.pairs, str) else None
     if pairs is not None:
         pairs.check(resolved_teacher(recipe), family.latent.shape)
@@ -202,6 +202,8 @@ def _check_data(recipe: Recipe, *, needs_latents: bool, needs_pairs: bool) -> No
     unused = "prompts" if needs_latents else "images"
     if getattr(recipe.data, unused) is not None:
         raise UserError(f"recipe key data.{unused}: {recipe.distiller.name} does not use it; remove it")
+    if recipe.data.background != "white" and recipe.data.images is None:
+        raise UserError("recipe key data.background: needs data.images, whose transparent pixels it is for; remove it")
     if needs_pairs and recipe.data.pairs is None:
         raise UserError(
             f"recipe key data.pairs: missing; {recipe.distiller.name} regresses on noise-sample pairs: "

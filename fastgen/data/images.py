@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from fastgen.data import digits
+from fastgen.data.pixels import UNREADABLE, Colour, read_rgb
 from fastgen.errors import UserError
 
 KEY = "recipe key data.images"
@@ -19,22 +21,26 @@ KEY = "recipe key data.images"
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """captions[i]: every caption of image i with its probability. `pixels(i)`: (3, H, W) fp32 in [-1, 1]."""
+    """captions[i]: every caption of image i with its probability. background: sRGB, what transparent pixels of files lie on."""
 
     captions: list[dict[str, float]]
-    sources: list[Any]  # image files, or tensors
+    sources: list[Any]  # image files, or tensors (3, H, W) fp32 in [-1, 1]
+    background: Colour = (255, 255, 255)
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def batches(self, resolution: int, size: int = 64) -> Iterator[Tensor]:
-        """Pixels (B, 3, resolution, resolution): the largest centre square, resized with antialiasing."""
+        """Pixels (B, 3, resolution, resolution) fp32 in [-1, 1]: the largest centre square, resized with antialiasing."""
         for start in range(0, len(self), size):
-            yield torch.stack([_pixels(source, resolution) for source in self.sources[start : start + size]])
+            yield torch.stack([_pixels(source, resolution, self.background) for source in self.sources[start : start + size]])
 
 
-def load_images(source: str) -> CaptionedImages:
-    """`fastgen:digits`, or a folder with metadata.jsonl rows {"file_name": ..., "text": caption or list of captions}."""
+def load_images(source: str, background: str = "white") -> CaptionedImages:
+    """`fastgen:digits`, or a folder with metadata.jsonl rows {"file_name": ..., "text": caption or list of captions}.
+
+    background: the colour of transparent pixels, as Pillow's ImageColor names it.
+    """
     if source == "fastgen:digits":
         images, labels = digits.load_images()
         return CaptionedImages([digits.captions(label) for label in labels.tolist()], list(images))
@@ -49,7 +55,8 @@ def load_images(source: str) -> CaptionedImages:
     rows = [_row(folder, line, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{KEY}: {str(metadata)!r} is empty")
-    return CaptionedImages([captions for captions, _ in rows], [file for _, file in rows])
+    red, green, blue = ImageColor.getrgb(background)[:3]
+    return CaptionedImages([captions for captions, _ in rows], [file for _, file in rows], (red, green, blue))
 
 
 def _row(folder: Path, line: str, number: int) -> tuple[dict[str, float], Path]:
@@ -70,18 +77,16 @@ def _row(folder: Path, line: str, number: int) -> tuple[dict[str, float], Path]:
     return captions, file
 
 
-def _pixels(source: Any, resolution: int) -> Tensor:
+def _pixels(source: Any, resolution: int, background: Colour) -> Tensor:
     if isinstance(source, Tensor):
         if source.shape[-1] != resolution:
             raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {resolution}")
         return source
-    from PIL import Image, ImageOps
     from torchvision.transforms.v2 import functional
 
     try:
-        with Image.open(source) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        square = functional.center_crop(functional.pil_to_tensor(upright), [min(upright.size)] * 2)
-    except OSError as error:
-        raise UserError(f"{KEY}: {str(source)!r} is not an image ({error})") from error
-    return functional.resize(square, [resolution, resolution], antialias=True).float() / 127.5 - 1
+        picture = read_rgb(source, background)
+    except UNREADABLE as error:
+        raise UserError(f"{KEY}: {str(source)!r} is not an image that can be read ({error})") from error
+    square = functional.center_crop(picture, [min(picture.shape[-2:])] * 2)
+    return (functional.resize(square, [resolution, resolution], antialias=True) / 127.5 - 1).clamp(-1, 1)

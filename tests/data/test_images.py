@@ -85,11 +85,33 @@ def test_range_and_colours_of_flat_images(tmp_path: Path) -> None:
     torch.testing.assert_close(batch, expected[:, :, None, None].expand(3, 3, 4, 4), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA"])
-def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
-    pixels = noise_png(tmp_path / "a.png", 6, 6, mode=mode)
+def test_grey_becomes_rgb(tmp_path: Path) -> None:
+    pixels = noise_png(tmp_path / "a.png", 6, 6, mode="L")
     batch = only(load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})), 6)
     torch.testing.assert_close(batch, in_range(pixels)[None], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("background", "shown"), [(None, (1, 1, 1)), ("black", (-1, -1, -1)), ("#f00", (1, -1, -1)), ("rgb(0, 51, 102)", (-1, -0.6, -0.2))]
+)
+def test_clear_pixels_show_the_background_and_hide_their_colour(tmp_path: Path, background: str | None, shown: tuple[float, ...]) -> None:
+    """Also beside opaque ones, when the picture is reduced: no part of it is the hidden green."""
+    image = Image.new("RGBA", (4, 4), (0, 255, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    image.save(tmp_path / "a.png")
+    folder = imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})
+    images = load_images(folder) if background is None else load_images(folder, background)
+    ground, red = torch.tensor(shown, dtype=torch.float32), torch.tensor([1.0, -1, -1])
+    torch.testing.assert_close(only(images, 4)[0, :, 2, 2], ground)
+    torch.testing.assert_close(only(images, 4)[0, :, 0, 0], red)
+    weights = torch.outer(torch.tensor([3.0, 3, 1, 0]) / 7, torch.tensor([3.0, 3, 1, 0]) / 7)  # of a triangle two pixels wide
+    torch.testing.assert_close(only(images, 2)[0, :, 0, 0], weights[0, 0] * red + (1 - weights[0, 0]) * ground)
+
+
+def test_grey_of_16_bits_keeps_its_levels(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)).save(tmp_path / "a.png")
+    batch = only(load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "ramp"})), 16)
+    torch.testing.assert_close(batch, in_range(np.arange(256).reshape(16, 16, 1).repeat(3, 2))[None])
 
 
 def test_a_photo_stored_sideways_is_turned_upright(tmp_path: Path) -> None:
@@ -158,5 +180,20 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("not an image")
     images = load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "x"}))
+    with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image"):
+        list(images.batches(4))
+    Image.fromarray(np.full((4, 4), 3.5, dtype=np.float32)).save(tmp_path / "a.png", format="TIFF")
+    with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*its float values run from 3\.5 to 3\.5"):
+        list(images.batches(4))
+
+
+def test_a_file_that_ends_early_or_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise_png(tmp_path / "a.png", 40, 40)
+    images = load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "x"}))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*exceeds limit"):
+        list(images.batches(4))
+    monkeypatch.undo()
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
     with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image"):
         list(images.batches(4))
