@@ -51,8 +51,7 @@ def cache_pairs(
         guidance=block.guidance,
         negative_prompt=block.negative_prompt,
         device=choose_device(recipe.train.device),
-        max_sequence_length=block.max_sequence_length,
-        resolution=block.resolution,
+        **block.options,
     )
     sampler = TeacherSampler(teacher.predict, teacher.times().to(teacher.device), teacher.family.latent.shape, solver)
     manifest = Manifest.describe(sampler, resolved_teacher(recipe), prompts, seed=recipe.train.seed, count=count)

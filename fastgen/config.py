@@ -26,7 +26,8 @@ class Block(BaseModel):
 
 
 class TeacherBlock(Block):
-    """guidance: classifier-free guidance n + w (c - n); 1 is none. None for length and resolution: the pipeline's own."""
+    """guidance: classifier-free guidance n + w (c - n); 1 is none. None for length and resolution: the pipeline's own. shift: of the teacher's
+    times, None for what its scheduler says; stated, it goes before that, and the scheduler may be of any kind."""
 
     pretrained: str
     family: str = "auto"
@@ -34,6 +35,12 @@ class TeacherBlock(Block):
     negative_prompt: str = ""
     max_sequence_length: int | None = Field(None, ge=1)
     resolution: int | None = Field(None, ge=1)
+    shift: float | None = Field(None, gt=0)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a family is told beside its source."""
+        return {"max_sequence_length": self.max_sequence_length, "resolution": self.resolution, "shift": self.shift}
 
 
 class LoraBlock(Block):

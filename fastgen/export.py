@@ -51,7 +51,7 @@ class StudentInfo:
     steps: int
     grid: Sequence[float] | None  # explicit times; None for the scheduler's own
     guidance: float  # of the student's own sampling; 1 is none
-    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt
+    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and a stated shift
     prompts: Sequence[str]  # examples, for the card and for verification
     recipe: dict[str, Any]
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out

@@ -175,11 +175,7 @@ def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> I
     manifest = read_manifest(folder)
     call = manifest["call"]
     is_lora = manifest["weights"] == "lora"
-    family = find_family(
-        manifest["teacher"]["pretrained"] if is_lora else folder,
-        max_sequence_length=call.get("max_sequence_length"),
-        resolution=call.get("height"),
-    )
+    family = find_family(manifest["teacher"]["pretrained"], **_teacher_options(manifest)) if is_lora else find_family(folder, **_size(call))
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
     load = _load_adapters if is_lora else _load_networks
     predictors = [Predictor(denoiser, family) for denoiser in load(family, folder, [expert["where"] for expert in experts], device)]
@@ -218,17 +214,25 @@ def _load_networks(family: Family, folder: Path, places: Sequence[str], device: 
 
 
 def load_teacher_of(student: str | Path, *, guidance: float | None = None, device: torch.device | str = "cpu") -> ImageGenerator:
-    """The teacher that an exported student's fastgen.json names, with the student's text length and size; guidance: by default its own there."""
+    """The teacher that an exported student's fastgen.json names, with the student's text length and size and a stated shift; guidance: by default its own there."""
     manifest = read_manifest(Path(student))
-    source, call = manifest["teacher"], manifest["call"]
+    source = manifest["teacher"]
     return load_teacher(
         source["pretrained"],
         guidance=source["guidance"] if guidance is None else guidance,
         negative_prompt=source["negative_prompt"],
         device=device,
-        max_sequence_length=call.get("max_sequence_length"),
-        resolution=call.get("height"),
+        **_teacher_options(manifest),
     )
+
+
+def _size(call: dict[str, Any]) -> dict[str, Any]:
+    return {"max_sequence_length": call.get("max_sequence_length"), "resolution": call.get("height")}
+
+
+def _teacher_options(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the family of a student's teacher is told; the shift where the recipe stated it, for its scheduler may be unknown."""
+    return {**_size(manifest["call"]), "shift": manifest["teacher"].get("shift")}
 
 
 def load_teacher(
@@ -241,7 +245,8 @@ def load_teacher(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> ImageGenerator:
-    """A teacher: `fastgen:digits`, a hub id, a diffusers folder or a live pipeline; steps and guidance default to its own."""
+    """A teacher: `fastgen:digits`, a hub id, a diffusers folder or a live pipeline; steps and guidance default to its own.
+    options: `max_sequence_length`, `resolution`, and `shift` as in the recipe's teacher block."""
     found = find_family(source, family, **options)
     return ImageGenerator(
         found,

@@ -27,7 +27,7 @@ from fastgen.files import reading
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
 # What an expert was trained for, beside its phase; another shape or tuning does not load.
-_OF_AN_EXPERT = ("teacher.pretrained", "teacher.guidance", "teacher.negative_prompt", "student.steps", "student.grid")
+_OF_AN_EXPERT = ("teacher.pretrained", "teacher.guidance", "teacher.negative_prompt", "teacher.shift", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -95,7 +95,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     elif recipe.evaluate.every:
         raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
     teacher = recipe.teacher
-    family = find_family(teacher.pretrained, teacher.family, max_sequence_length=teacher.max_sequence_length, resolution=teacher.resolution)
+    family = find_family(teacher.pretrained, teacher.family, **teacher.options)
     _check_teacher(teacher.pretrained)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")

@@ -78,7 +78,8 @@ class Run:
 
     def info(self) -> StudentInfo:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
-        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "guidance", "negative_prompt")}
+        stated = ("shift",) if recipe.teacher.shift is not None else ()
+        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "guidance", "negative_prompt", *stated)}
         return StudentInfo(
             method=recipe.distiller.name,
             steps=recipe.student.steps,
@@ -438,12 +439,20 @@ def evaluate(
 
 
 def _teacher_rows(protocol: Any, teacher: ImageGenerator, source: dict[str, Any], steps: Sequence[int], progress: Progress) -> list[Any]:
-    """The teacher's rows, measured once for each weights, protocol, guidance and step count."""
+    """The teacher's rows, measured once for each weights, protocol, guidance and sampling grid."""
     weights = runner.hash_folder(resolve_source(source["pretrained"]))
     rows = []
     for count in steps:
         key = json.dumps(
-            [weights, protocol.hash(), protocol.extractor_hash(), source, teacher.family.call_arguments(count, teacher.guidance), str(teacher.device)]
+            [
+                weights,
+                protocol.hash(),
+                protocol.extractor_hash(),
+                source,
+                teacher.family.call_arguments(count, teacher.guidance),
+                teacher.times(count).tolist(),
+                str(teacher.device),
+            ]
         )
         rows += runner.cached(key, lambda count=count: measure(protocol, teacher, "teacher", [count], progress))
     return rows

@@ -26,6 +26,11 @@ SHARD = 256  # pairs a file
 _OF_THE_TEACHER = ("pretrained", "guidance", "negative_prompt", "max_sequence_length")  # the size is in the samples' shape
 
 
+def _identity(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe's block decides the samples; the shift only where it is stated."""
+    return {key: teacher[key] for key in _OF_THE_TEACHER} | ({"shift": teacher["shift"]} if teacher.get("shift") is not None else {})
+
+
 class Manifest(BaseModel):
     """pairs.json. teacher: the recipe's block, a local folder as an absolute path; prompts: hash of the weighted prompts drawn from;
     count: pairs the folder is to hold."""
@@ -44,7 +49,7 @@ class Manifest(BaseModel):
     @classmethod
     def describe(cls, sampler: TeacherSampler, teacher: Mapping[str, Any], prompts: Mapping[str, float], *, seed: int, count: int) -> Manifest:
         return cls(
-            teacher={key: teacher[key] for key in _OF_THE_TEACHER},
+            teacher=_identity(teacher),
             shape=sampler.shape,
             solver=sampler.solver,
             steps=len(sampler.times),
@@ -56,9 +61,10 @@ class Manifest(BaseModel):
 
     def difference(self, other: Manifest) -> tuple[str, Any, Any] | None:
         """The first thing, and its value in each, in which two drawings differ beyond the number of pairs."""
-        for key, value in self._parts().items():
-            if value != other._parts()[key]:
-                return key, value, other._parts()[key]
+        mine, theirs = self._parts(), other._parts()
+        for key in {**mine, **theirs}:
+            if mine.get(key) != theirs.get(key):
+                return key, mine.get(key), theirs.get(key)
         return None
 
     def _parts(self) -> dict[str, Any]:
@@ -89,11 +95,10 @@ class PairFolder:
 
     def check(self, teacher: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         """UserError where a run's teacher did not draw these pairs, or where some are still missing; reads headers only."""
-        ours = {key: teacher[key] for key in _OF_THE_TEACHER}
-        there = self.manifest.teacher
-        for key, value in ours.items():
-            if there.get(key) != value:
-                raise UserError(f"{KEY}: {str(self.path)!r} was drawn with teacher.{key} {there.get(key)!r}, this recipe has {value!r}")
+        ours, there = _identity(teacher), self.manifest.teacher
+        for key in {**ours, **there}:
+            if there.get(key) != ours.get(key):
+                raise UserError(f"{KEY}: {str(self.path)!r} was drawn with teacher.{key} {there.get(key)!r}, this recipe has {ours.get(key)!r}")
         if self.manifest.shape != shape:
             raise UserError(f"{KEY}: {str(self.path)!r} holds latents {self.manifest.shape}, this recipe's teacher has {shape}")
         if self.held() < self.manifest.count:

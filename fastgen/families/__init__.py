@@ -13,7 +13,7 @@ from fastgen.families.base import Family
 
 def family_names() -> list[str]:
     """Names that `teacher.family` accepts beside `auto`."""
-    return module_names(__name__, shared=("base",))
+    return module_names(__name__, shared=("base", "components", "schedules"))
 
 
 def family_class(name: str) -> type[Family]:
@@ -26,7 +26,9 @@ def find_family(source: Any, name: str = "auto", **options: Any) -> Family:
     """The family of a teacher or student. source: `fastgen:NAME`, `toy:NAME`, a diffusers folder, a hub id, or a live pipeline."""
     if name == "auto":
         name = "toy" if isinstance(source, str) and source.startswith("toy:") else _family_of(_pipeline_class(source))
-    return family_class(name)(source, **options)
+    family = family_class(name)(source, **options)
+    _ = family.shift  # read now, so that a schedule which cannot be followed is refused before anything is loaded
+    return family
 
 
 def _family_of(pipeline_class: str) -> str:
@@ -41,10 +43,10 @@ def _pipeline_class(source: Any) -> str:
         return type(source).__name__
     path = resolve_source(source) / "model_index.json"
     try:
-        name = json.loads(path.read_text())["_class_name"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+        return name[-1] if isinstance(name, list) else str(name)
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"recipe key teacher.pretrained: {str(path)!r} is not JSON with a '_class_name'") from error
-    return name[-1] if isinstance(name, list) else str(name)
 
 
 def resolve_source(source: str | Path) -> Path:

@@ -47,12 +47,12 @@ class Family(ABC):
 
     @abstractmethod
     def __init__(self, source: Any, **options: Any) -> None:
-        """options: `max_sequence_length` (text tokens) and `resolution` (pixels), None for the pipeline's own."""
+        """options: `max_sequence_length` (text tokens), `resolution` (pixels) and `shift` (of the time), None for the pipeline's own."""
 
     @property
     @abstractmethod
     def shift(self) -> float:
-        """Time shift of the teacher's own schedule (1 = none), for training-time distributions."""
+        """Time shift of the teacher's own schedule (1 = none), for training-time distributions; UserError where its scheduler cannot be followed."""
 
     @property
     @abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,17 @@ from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
+from fastgen.families import schedules
 from fastgen.families.base import Family, LatentSpec
+from fastgen.families.components import Component, read_component, read_json
 from fastgen.files import reading
 from fastgen.path import Flow
+
+
+_CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}  # that this file calls
+_MOST_TOKENS = 512  # StableDiffusion3Pipeline.check_inputs
+# StableDiffusion3Pipeline.__call__, where a scheduler does not say it
+_MU = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.16}
 
 
 @contextmanager
@@ -42,19 +49,24 @@ class SD3(Family):
     path = Flow()
     kind = "velocity"
 
-    def __init__(self, source: Any, *, max_sequence_length: int | None = None, resolution: int | None = None) -> None:
+    def __init__(
+        self, source: Any, *, max_sequence_length: int | None = None, resolution: int | None = None, shift: float | None = None
+    ) -> None:
         from fastgen.families import resolve_source
 
         self._live = None if isinstance(source, (str, FilePath)) else source
         self.folder = resolve_source(source) if self._live is None else None
         self._encoder_pipeline: Any = None
         self._vae: Any = None
-        backbone, vae = self._config("transformer"), self._config("vae")
-        self.pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-        self._patch = backbone["patch_size"]
-        side = backbone["sample_size"] if resolution is None else self._side(resolution, backbone["pos_embed_max_size"])
-        self.latent = LatentSpec(backbone["in_channels"], (side, side))
+        self._shift = None if shift is None else schedules.stated(shift)
+        backbone, vae = self._component("transformer"), self._component("vae")
+        self.pixels_per_latent = 2 ** (len(vae.option("block_out_channels")) - 1)
+        self._patch = backbone.option("patch_size")
+        side = backbone.option("sample_size") if resolution is None else self._side(resolution, backbone.option("pos_embed_max_size"))
+        self.latent = LatentSpec(backbone.option("in_channels"), (side, side))
         self.max_sequence_length = max_sequence_length or self.own_call.get("max_sequence_length", 256)
+        if self.max_sequence_length > _MOST_TOKENS:
+            raise UserError(f"recipe key teacher.max_sequence_length: {self.max_sequence_length}, but the pipeline takes at most {_MOST_TOKENS}")
         self.resolution = side * self.pixels_per_latent
 
     def _side(self, resolution: int, max_patches: int) -> int:
@@ -63,38 +75,37 @@ class SD3(Family):
             raise UserError(f"recipe key teacher.resolution: {resolution} is not a multiple of {unit} and at most {max_patches * unit}")
         return resolution // self.pixels_per_latent
 
-    def _config(self, component: str) -> dict[str, Any]:
-        if self._live is not None:
-            return dict(getattr(self._live, component).config)
-        assert self.folder is not None
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        path = self.folder / component / name
-        with reading(path):
-            return json.loads(path.read_text())
+    def _component(self, name: str) -> Component:
+        """The network's or the VAE's configuration. UserError for another class than this file calls, or a VAE without its two numbers."""
+        component = read_component(self.folder if self._live is None else self._live, name)
+        wrong = [cls for cls in component.classes if cls != _CLASSES[name]]
+        if wrong:
+            raise UserError(f"recipe key teacher.pretrained: its {name} is a {wrong[0]}, family SD3 takes a {_CLASSES[name]}")
+        for key in ("scaling_factor", "shift_factor") if name == "vae" and component.classes else ():
+            value = component.option(key)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise UserError(f"recipe key teacher.pretrained: its vae has {key} {value!r}, but StableDiffusion3Pipeline needs a number")
+        return component
 
     @property
     def own_call(self) -> dict[str, Any]:
         path = self.folder / "fastgen.json" if self.folder else None
-        stored = json.loads(path.read_text()).get("call", {}) if path and path.is_file() else {}
+        stored = read_json(path).get("call", {}) if path and path.is_file() else {}
         return {"num_inference_steps": 28, "guidance_scale": 7.0, **stored}
 
     @property
     def shift(self) -> float:
-        scheduler = self._config("scheduler")
-        if not scheduler.get("use_dynamic_shifting"):
-            return float(scheduler.get("shift", 1.0))
-        tokens = math.prod(self.latent.size) // self._patch**2
-        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-        base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.16)
-        mu = base + (tokens - low) * (top - base) / (high - low)
-        return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+        if self._shift is None:
+            tokens = math.prod(self.latent.size) // self._patch**2
+            self._shift = schedules.teacher_shift(self.folder if self._live is None else self._live, tokens, _MU)
+        return self._shift
 
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
         from diffusers import SD3Transformer2DModel
 
         if meta:
             with torch.device("meta"):
-                return SD3Transformer2DModel.from_config(self._config("transformer")).eval()  # type: ignore[union-attr]
+                return SD3Transformer2DModel.from_config(dict(self._component("transformer").given)).eval()  # type: ignore[union-attr]
         if self._live is not None:
             return copy.deepcopy(self._live.transformer).float().eval()
         assert self.folder is not None
@@ -193,9 +204,11 @@ class SD3(Family):
             return StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **components)
         return self._pipeline(scheduler=scheduler, **({} if backbone is None else {"transformer": backbone}))
 
-    def _pipeline(self, **components: Any) -> Any:
+    def _pipeline(self, *, scheduler: Any = None, **components: Any) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
         assert self.folder is not None
-        with reading(self.folder):
-            return StableDiffusion3Pipeline.from_pretrained(self.folder, use_safetensors=True, **components).to(dtype=torch.float32)
+        with reading(self.folder):  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
+            pipeline: Any = StableDiffusion3Pipeline.from_pretrained(self.folder, use_safetensors=True, scheduler=None, **components)
+        pipeline.register_modules(scheduler=scheduler)
+        return pipeline.to(dtype=torch.float32)

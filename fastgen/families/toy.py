@@ -106,9 +106,11 @@ class Toy(Family):
         width: int = 64,
         max_sequence_length: int | None = None,
         resolution: int | None = None,
+        shift: float | None = None,
     ) -> None:
-        if max_sequence_length is not None or resolution is not None:
-            raise UserError("recipe keys teacher.max_sequence_length and teacher.resolution do not apply to a closed-form teacher")
+        options = {"max_sequence_length": max_sequence_length, "resolution": resolution, "shift": shift}
+        for name in (name for name, value in options.items() if value is not None):
+            raise UserError(f"recipe key teacher.{name}: does not apply to a closed-form teacher")
         self.mixture = source if isinstance(source, Mixture) else self._named(source)
         self.path, self.kind, self.width = path or Flow(), kind, width
         self.latent = LatentSpec(self.mixture.means.shape[1])
