@@ -1,9 +1,12 @@
-"""One thread: tiny tensors run fastest so, and the machine is often shared. Hypothesis repeats the same examples, without deadlines.
+"""One thread unless `--threads` says otherwise: tiny tensors run fastest so, and the machine is often shared. Hypothesis repeats the same
+examples, without deadlines.
 
 Being here, this file also puts its folder on the import path of every test below it (`import oracle`, `import pipelines`).
 """
 
 from __future__ import annotations
+
+import os
 
 import hypothesis
 import pytest
@@ -13,6 +16,11 @@ hypothesis.settings.register_profile("fastgen", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastgen")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--threads", type=int, default=1, help="threads of PyTorch in the tests and in the processes that they start")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    threads: int = config.getoption("--threads")
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes

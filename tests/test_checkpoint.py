@@ -21,7 +21,6 @@ from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.trainer import Trainer
 
-torch.set_num_threads(1)
 RECIPE = {"distiller": {"name": "dmd2"}}
 ADAM = optimizer_block(lr=1e-2, betas=(0.5, 0.9), schedule="cosine", warmup=2)
 

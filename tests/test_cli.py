@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pipelines import assert_shows
 
 import fastgen
 from fastgen import cli, load_student
@@ -130,8 +131,7 @@ def test_sample_draws_what_load_student_draws(
     assert cli.main(["sample", str(run_dir / "student"), *arguments, "--seed", "5", *options, "--output", str(file)]) == 0
     assert capfd.readouterr() == (f"picture: {file}\n", "")
     expected = load_student(run_dir / "student")(prompts, [5, 6], steps)
-    pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-    assert torch.equal(pixels, torch.cat(list((expected * 255).round().byte()), dim=2))
+    assert_shows(np.asarray(Image.open(file)), torch.cat(list(expected), dim=2)[None])
 
 
 def test_the_teacher_takes_the_first_step(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -147,8 +147,7 @@ def test_the_teacher_takes_the_first_step(run_dir: Path, tmp_path: Path, capfd: 
         assert capfd.readouterr() == (f"picture: {file}\n", "")
         teacher = fastgen.load_teacher("fastgen:digits", guidance=guidance or 1.0)
         expected = student.with_first_step(teacher, 4)(prompts, [5, 6], 3)
-        pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-        assert torch.equal(pixels, torch.cat(list((expected * 255).round().byte()), dim=2))
+        assert_shows(np.asarray(Image.open(file)), torch.cat(list(expected), dim=2)[None])
         shown.append(expected)
     alone = student(prompts, [5, 6], 3)
     assert min((shown[0] - alone).abs().max(), (shown[1] - alone).abs().max(), (shown[0] - shown[1]).abs().max()) > 1e-2

@@ -50,9 +50,9 @@ def test_noise_of_a_seed_is_one_cpu_generators() -> None:
 def test_the_picture_of_a_seed_does_not_depend_on_its_batch(teacher: ImageGenerator) -> None:
     together = teacher(PROMPTS, [3, 4, 5])
     for i in (0, 1, 2):
-        torch.testing.assert_close(teacher([PROMPTS[i]], [3 + i]), together[i : i + 1], rtol=0, atol=1e-6)
-    torch.testing.assert_close(teacher(PROMPTS[::-1], [5, 4, 3]), together.flip(0), rtol=0, atol=1e-6)
-    torch.testing.assert_close(generate_pictures(teacher, PROMPTS, [3, 4, 5], batch=2), together, rtol=0, atol=1e-6)
+        torch.testing.assert_close(teacher([PROMPTS[i]], [3 + i]), together[i : i + 1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(teacher(PROMPTS[::-1], [5, 4, 3]), together.flip(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(generate_pictures(teacher, PROMPTS, [3, 4, 5], batch=2), together, rtol=0, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 0.05
 
 
@@ -117,7 +117,7 @@ def test_load_teacher_takes_the_pipelines_own_steps_and_guidance(sd3_folder: Pat
 def test_load_teacher_uses_the_guidance_and_the_negative_prompt_it_is_given(sd3_folder: Path, teacher: ImageGenerator) -> None:
     options: dict[str, Any] = {"steps": 2, "guidance": 3.0, "max_sequence_length": TOKENS}
     same = load_teacher(sd3_folder, negative_prompt=NEGATIVE, **options)
-    assert torch.equal(same(PROMPTS, [3, 4, 5]), teacher(PROMPTS, [3, 4, 5]))
+    assert (same(PROMPTS, [3, 4, 5]) - teacher(PROMPTS, [3, 4, 5])).abs().max() <= 1e-5
     other = load_teacher(sd3_folder, **options)
     assert (other(PROMPTS, [3, 4, 5]) - teacher(PROMPTS, [3, 4, 5])).abs().max() > 1e-3
 
@@ -158,7 +158,7 @@ def test_load_student_brings_weights_and_settings(sd3_folder: Path, tmp_path: Pa
     student = load_student(export_student(role, family, info, tmp_path / "student"))
     assert (student.steps, student.guidance) == (3, info.guidance)
     assert torch.equal(student.times(), trained.times())
-    assert (student(PROMPTS, [0, 1, 2]) - expected).abs().max() <= 1e-6
+    assert (student(PROMPTS, [0, 1, 2]) - expected).abs().max() <= 1e-5
     teacher = load_teacher(sd3_folder, steps=3, guidance=info.guidance, max_sequence_length=TOKENS, resolution=resolution)
     assert (teacher(PROMPTS, [0, 1, 2]) - expected).abs().max() > 1e-3
 
@@ -312,5 +312,5 @@ def test_load_teacher_of_a_student_follows_its_manifest(sd3_folder: Path, tmp_pa
     for guidance in (None, 1.5):
         found = load_teacher_of(folder, guidance=guidance)
         same = load_teacher(sd3_folder, guidance=guidance or 4.0, negative_prompt=NEGATIVE, max_sequence_length=TOKENS, resolution=24)
-        assert torch.equal(found(PROMPTS, [0, 1, 2], 2), same(PROMPTS, [0, 1, 2], 2))
+        assert (found(PROMPTS, [0, 1, 2], 2) - same(PROMPTS, [0, 1, 2], 2)).abs().max() <= 1e-5
         assert math.isclose(found.guidance, guidance or 4.0)

@@ -22,7 +22,7 @@ SMALL = ("train.steps=3", "train.batch_size=8", "train.sample_every=0", "evaluat
 def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
     """Run Python with nothing of ours on its path but `path`; -P keeps the current folder off it. Returns stdout and stderr."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {})
+    environment |= {"HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": str(path)} if path else {})
     done = subprocess.run([sys.executable, "-P", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -44,6 +44,11 @@ def assert_near(value: Tensor, expected: Tensor, tolerance: float = 1e-10) -> No
     assert error <= tolerance, f"off by {error:.2e}"
 
 
+def assert_within_ulps(value: Tensor, expected: Tensor, ulps: int = 4) -> None:
+    """To the rounding of one or two functions, such as the arc tangent of infinity; zeros exactly."""
+    torch.testing.assert_close(value, expected, rtol=ulps * torch.finfo(expected.dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_coeffs_and_ratio_are_the_schedules(name: str) -> None:
     t = inner_times(name, 9)
@@ -58,10 +63,12 @@ def test_coeffs_at_the_ends_are_exact(name: str) -> None:
     path = PATHS[name]
     for dtype in (torch.float32, torch.float64):
         start = path.coeffs(torch.zeros(1, dtype=dtype))
-        assert [c.item() for c in start] == [1, 0]
+        # The zeros decide what is singular, so they are exact; a sine of pi/2 is 1 to rounding.
+        one = pytest.approx(1, abs=torch.finfo(dtype).eps)
+        assert [c.item() for c in start] == [one, 0]
         alpha, sigma = path.coeffs(torch.tensor([path.t_max], dtype=dtype))
         if name in PURE:
-            assert (alpha.item(), sigma.item()) == (0, 1)
+            assert (alpha.item(), sigma.item()) == (0, one)
         else:
             assert alpha > 0
 
@@ -193,7 +200,7 @@ def test_infinite_ratio_is_pure_noise() -> None:
         for path in (Flow(), TrigFlow()):
             end = torch.tensor([path.t_max], dtype=dtype)
             assert path.ratio(end).item() == math.inf
-            assert torch.equal(path.time(infinite.to(dtype)), end)
+            assert_within_ulps(path.time(infinite.to(dtype)), end)
     for path in (VariancePreserving(), VarianceExploding()):
         assert not torch.isfinite(path.time(infinite)).any()
 
@@ -224,8 +231,8 @@ def test_retime_between_the_pure_noise_ends(dtype: torch.dtype) -> None:
     for path, other in product((Flow(), TrigFlow()), repeat=2):
         for end, expected in ((path.t_max, other.t_max), (0.0, 0.0)):
             same, t = path.retime(x, torch.full((2,), end, dtype=dtype), other)
-            assert torch.equal(same, x)
-            assert torch.equal(t, torch.full((2,), expected, dtype=dtype))
+            assert_within_ulps(same, x)
+            assert_within_ulps(t, torch.full((2,), expected, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +264,7 @@ def test_pure_noise_end(name: str, dtype: torch.dtype) -> None:
     # There x is eps itself; every other kind still determines x0.
     x0, end = pred[1:], t[1:]
     eps = path.mix(x0, x[1:], end)
-    assert torch.equal(eps, x[1:])
+    assert_within_ulps(eps, x[1:])
     for src, dst in product(("x0", "v", "velocity"), KINDS):
         value = path.convert(path.predict(x0, eps, end, src), eps, end, src, dst)  # type: ignore[arg-type]
         torch.testing.assert_close(value, path.predict(x0, eps, end, dst))
@@ -277,7 +284,7 @@ def test_data_end(name: str) -> None:
     with pytest.raises(ValueError, match="singular at sigma = 0"):
         path.predict(x, pred, t, "score")
     for src in ("eps", "v", "score"):
-        assert torch.equal(path.convert(pred, x, t, src, "x0")[1], x[1])  # type: ignore[arg-type]
+        assert_within_ulps(path.convert(pred, x, t, src, "x0")[1], x[1])  # type: ignore[arg-type]
 
 
 def test_velocity_at_the_data_end() -> None:
@@ -286,9 +293,9 @@ def test_velocity_at_the_data_end() -> None:
         for call in (lambda k: (k, "velocity"), lambda k: ("velocity", k)):
             with pytest.raises(ValueError, match=r"infinite at t = 0|does not determine"):
                 VariancePreserving().convert(pred, x, t, *call(kind))  # type: ignore[arg-type]
-    assert torch.equal(Flow().convert(pred, x, t, "velocity", "eps"), pred + x)
-    assert torch.equal(TrigFlow().convert(pred, x, t, "velocity", "eps"), pred)
-    assert torch.equal(VarianceExploding().convert(pred, x, t, "velocity", "eps"), pred)
+    assert_within_ulps(Flow().convert(pred, x, t, "velocity", "eps"), pred + x)
+    assert_within_ulps(TrigFlow().convert(pred, x, t, "velocity", "eps"), pred)
+    assert_within_ulps(VarianceExploding().convert(pred, x, t, "velocity", "eps"), pred)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,7 +23,6 @@ from fastgen import cli, run
 from fastgen.config import Recipe
 from fastgen.errors import TrainingFailed
 
-torch.set_num_threads(1)
 STEPS, EVERY = 400, 25
 OVERRIDES = ["student.grid=[0.9, 0.5]", "optimizer.student.schedule=cosine"]
 # Free of timings, so equal in equal runs
@@ -95,7 +94,7 @@ def assert_same_end(resumed: Path, whole: Path) -> None:
 def started(folder: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A training process that is well past its second checkpoint, and its run folder."""
     output = folder / request.node.name
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(run.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parents[1])}
     command = [sys.executable, "-m", "fastgen", *arguments(write_recipe(folder), output)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_resume import TIMED, short
 from test_runlog import assert_same
 
@@ -18,7 +17,6 @@ from fastgen.config import Recipe
 from fastgen.report import write_report
 from fastgen.runlog import RunLog
 
-torch.set_num_threads(1)
 SMALL = ("train.batch_size=8", "train.checkpoint_every=2", "train.sample_every=2", "train.ema=0.5", "evaluate.protocol=null")
 
 

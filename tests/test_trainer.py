@@ -21,7 +21,6 @@ from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, student, trainable
 from fastgen.trainer import Trainer, lr_factor, make_optimizer
 
-torch.set_num_threads(1)
 SGD = optimizer_block(name="sgd", lr=0.1, betas=(0.0, 0.0), clip=1e9)
 
 

@@ -19,7 +19,6 @@ from fastgen.roles import Roles, build_roles
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 # Mean and variance of toy:gaussian.
 MEAN, VARIANCE = torch.tensor([0.5, -0.3], dtype=torch.float64), torch.tensor([0.49, 0.16], dtype=torch.float64)

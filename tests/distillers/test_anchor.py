@@ -23,7 +23,6 @@ from fastgen.families.toy import Toy
 from fastgen.path import Flow, Path, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.roles import Roles
 
-torch.set_num_threads(1)
 COUNT = 5
 
 

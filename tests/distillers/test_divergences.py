@@ -12,7 +12,6 @@ from torch.distributions import Normal
 
 from fastgen.distillers.divergences import DIVERGENCES, Name
 
-torch.set_num_threads(1)
 # d D_f(p || q)/dm at m = .3, computed elsewhere (notes, T3)
 KNOWN: dict[Name, float] = {
     "reverse_kl": 0.25719, "forward_kl": 0.73096, "js": 0.16466, "squared_hellinger": 0.09762, "jeffreys": 0.98815, "softened_reverse_kl": 0.09253,

@@ -30,7 +30,6 @@ from fastgen.roles import Roles
 from fastgen.sampling import few_step
 from fastgen.trainer import Trainer
 
-torch.set_num_threads(1)
 GRID = (0.9, 0.65, 0.4, 0.2)
 
 
@@ -66,9 +65,10 @@ def test_no_gradient_when_the_fake_score_is_the_teacher() -> None:
     roles, method = toy_roles(DMD2, family), toy_method(DMD2, toy_setting(family, grid=[0.7]))
     loss = method.updates(0)[-1].terms[0](roles.predictors(), prompt(-1, 16), rng(range(16)), 0)
     loss.value.backward()
-    assert loss.value.item() == 0
+    # The two have equal weights at other addresses, where the last bits of a product may differ.
+    assert loss.value.item() <= 1e-10  # half the mean square of a gradient that is 1 where the two differ
     assert gradients(roles, "student")
-    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in gradients(roles, "student"))
+    assert max(grad.abs().max().item() for grad in gradients(roles, "student")) <= 1e-5
     disturb(roles, "fake_score")
     method.updates(0)[-1].terms[0](roles.predictors(), prompt(-1, 16), rng(range(16)), 0).value.backward()
     assert max(grad.abs().max().item() for grad in gradients(roles, "student")) > 1e-3

@@ -30,7 +30,6 @@ from fastgen.path import Flow, VarianceExploding
 from fastgen.path import Path as NoisePath
 from fastgen.trainer import Trainer
 
-torch.set_num_threads(1)
 NAMES = get_args(Name)
 # r^2 f''(r), from the table of the paper
 H: dict[str, Any] = {
@@ -166,9 +165,9 @@ def test_reverse_kl_is_dmd2() -> None:
     own = list(roles["student"].parameters().values())
     for step in range(3):
         losses = [method.match(roles.predictors(), batch_of(6), rng(6, step), step).value for method in (ours, theirs)]
-        assert losses[0].item() == losses[1].item()
+        torch.testing.assert_close(*losses)  # its weights are 1, by way of logarithms
         for a, b in zip(*(torch.autograd.grad(loss, own) for loss in losses), strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("divergence", NAMES)

@@ -14,7 +14,6 @@ from fastgen.path import Flow, Kind, Path, VariancePreserving
 from fastgen.rng import SampleRng
 from fastgen.sampling import ode
 
-torch.set_num_threads(1)
 VARIANCES = torch.tensor([0.49, 0.16])  # of toy:gaussian
 
 

@@ -25,7 +25,6 @@ from fastgen.families.toy import Toy
 from fastgen.path import Flow
 from fastgen.roles import LoraTuning, Roles, build_roles
 
-torch.set_num_threads(1)
 FEATURES = pytest.mark.parametrize("features", ["teacher", "fake_score"])
 ADAPTERS = pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 COUNT = 6

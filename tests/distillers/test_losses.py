@@ -17,7 +17,6 @@ from fastgen.distillers.dmd2 import DMD2
 from fastgen.families.toy import MIXTURES, Mixture, Toy
 from fastgen.path import KINDS, Flow, Kind, Path, VarianceExploding, VariancePreserving
 
-torch.set_num_threads(1)
 PLACES: list[tuple[Path, Schedule, float]] = [
     (Flow(), SCHEDULES["Flow"], 0.6),
     (VariancePreserving(), SCHEDULES["VariancePreserving"], 0.3),

@@ -20,7 +20,6 @@ from fastgen.distillers.phased_dmd import PhasedDMD
 from fastgen.families.toy import MIXTURES, Mixture, Toy
 from fastgen.path import KINDS, Flow, Kind, Path
 
-torch.set_num_threads(1)
 EYE = torch.eye(2, dtype=torch.float64)
 # Fractions of the path's range: the student's one step from `start`, ending at data or at `end`, matched at `level`.
 LEVELS = {"Flow": (0.9, 0.5, 0.7), "VariancePreserving": (0.8, 0.3, 0.45), "VarianceExploding": (0.05, 0.0125, 0.025)}

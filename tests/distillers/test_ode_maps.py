@@ -18,8 +18,6 @@ from fastgen.families.toy import Mixture, Toy
 from fastgen.sampling import few_step, ode
 from fastgen.trainer import Trainer
 
-torch.set_num_threads(1)
-
 
 def start_as_a_fitted_network(trainer: Trainer, mixture: Mixture, steps: int = 1000, batch: int = 512) -> None:
     """A closed form has no weights to copy: the student becomes a plain network, fitted to the teacher's velocity."""

@@ -28,7 +28,6 @@ from fastgen.run import train
 from fastgen.sampling import Experts, few_step
 from fastgen.trainer import Trainer
 
-torch.set_num_threads(1)
 GRID = (1.0, 0.9375, 5 / 6, 0.625)  # four steps under shift 5, where two phases meet at 5/6
 TWO = [{"start": 1, "end": 0.833}, {"start": 0.833, "end": 0}]
 FOUR = [{"start": a, "end": b} for a, b in ((1, 0.9375), (0.9375, 0.8333), (0.8333, 0.625), (0.625, 0))]
@@ -203,7 +202,7 @@ def test_one_phase_is_dmd2() -> None:
     for term in ("critic", "match"):
         for step in range(4):
             a, b = (getattr(method, term)(roles.predictors(), batch_of(5), rng(5, step), step).value.item() for method in (ours, theirs))
-            assert a == b
+            assert a == pytest.approx(b, rel=1e-5)  # the same formulas, by way of a bridge from s = 0
 
 
 def test_the_last_phase_matches_data() -> None:

@@ -19,7 +19,6 @@ from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.timesteps import TimeSampling
 
-torch.set_num_threads(1)
 GRID = (1.0, 0.75, 0.5, 0.25)
 
 

@@ -30,7 +30,6 @@ from fastgen.sampling import few_step, walk
 from fastgen.timesteps import between
 from fastgen.trainer import Trainer
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.slow
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
 BATCH, WIDTH = 512, 32

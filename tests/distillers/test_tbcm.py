@@ -21,8 +21,6 @@ from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.path import Flow, VariancePreserving
 
-torch.set_num_threads(1)
-
 
 def prompts(*components: int) -> Batch:
     return Batch(len(components), {"component": torch.tensor(components)})
@@ -44,7 +42,8 @@ def test_the_stored_velocity_is_the_guided_teachers_at_the_stored_point(route: s
     assert points.cond["component"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
     conditional = teacher(points.x, points.t, points.cond, "velocity", TRIG)
     negative = teacher(points.x, points.t, {"component": torch.full((15,), -1)}, "velocity", TRIG)
-    assert torch.equal(points.velocity, negative + 2.0 * (conditional - negative))
+    # The trajectories came in batches of 3 and these are 15: equal to rounding in float64, no more.
+    torch.testing.assert_close(points.velocity, negative + 2.0 * (conditional - negative), rtol=1e-12, atol=1e-12)
 
 
 def test_each_point_is_one_euler_step_of_the_teacher_from_the_one_before() -> None:

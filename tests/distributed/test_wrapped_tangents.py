@@ -118,7 +118,6 @@ CASES: dict[str, list[Callable[[int], None]]] = {
 
 
 def process(rank: int, wrapper: str, store: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         for case in CASES[wrapper]:

@@ -18,7 +18,7 @@ def _worker(environment: dict[str, str]) -> Iterator[Run]:
     """A function that calls another (module-level, with picklable arguments) in a fresh process with this environment."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool,
     ):
         patch.delenv("TRITON_INTERPRET", raising=False)
         for name, value in environment.items():

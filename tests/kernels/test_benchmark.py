@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
     command = [sys.executable, str(ROOT / "benchmarks" / "kernels" / "jvp_attention.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

@@ -85,7 +85,8 @@ def test_tangents_do_not_change_the_primal(dtype: str, mask: str, run: Run, devi
     case = Case(dtype, (77, 45), mask=mask, head_size=40)
     alone, *others = (run(_primals, case, device, tangents) for tangents in ("", "qkv", "q", "v"))
     for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
+        for a, b in zip(alone, other, strict=True):  # other kernels, so equal to the rounding of their dtype
+            torch.testing.assert_close(a, b, equal_nan=True)
 
 
 def _twice(case: Case, device: str) -> bool:
@@ -157,7 +158,7 @@ def test_expanded_and_turned_tensors(run: Run, device: str) -> None:
     copies = {name: None if x is None else x.contiguous() for name, x in views.items()}
     for mask in (None, torch.rand(2, 1, 20, 1) < 0.5, torch.rand(30) < 0.5):
         for got, true in zip(run(_results, device, **views, mask=mask), run(_results, device, **copies, mask=mask), strict=True):
-            assert torch.equal(got, true)
+            torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-6)
 
 
 def _layout(device: str) -> tuple[Any, ...]:
