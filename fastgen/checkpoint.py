@@ -82,8 +82,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load(checkpoint: Path, trainer: Trainer) -> None:
-    """Restore everything, strictly: a missing, broken or misshapen tensor is a UserError."""
+    """Restore everything, strictly: a missing, broken or misshapen tensor is a UserError. What had left memory by then is not there, and
+    leaves this trainer's."""
     state = read_state(checkpoint)
+    trainer.move_to(state["step"])
     if trainer.data.pairs is not None:  # their folder may have grown since, and draws depend on their number
         if len(trainer.data.pairs) < state["pairs"]:
             raise UserError(f"recipe key data.pairs: {len(trainer.data.pairs)} pairs, but the run began with {state['pairs']}")
@@ -91,12 +93,13 @@ def load(checkpoint: Path, trainer: Trainer) -> None:
     with reading(checkpoint):
         for name, role in trainer.roles.trained.items():
             role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
-            _load_optimizer(name, trainer.optimizers[name], load_file(checkpoint / f"optimizer_{name}.safetensors"))
+        for name, optimizer in trainer.optimizers.items():
+            _load_optimizer(name, optimizer, load_file(checkpoint / f"optimizer_{name}.safetensors"))
         for name, average in trainer.ema.items():
             average.load_state_dict(load_file(checkpoint / f"ema_{name}.safetensors"))
         if trainer.distiller.statistics:
             _load_statistics(trainer.distiller.statistics, load_file(checkpoint / "statistics.safetensors"))
-    trainer.step, trainer.seconds = state["step"], state["seconds"]
+    trainer.seconds = state["seconds"]
 
 
 def trained_students(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -112,10 +115,11 @@ def trained_students(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
     return tuple(state["trained"]), state["recipe"]
 
 
-def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> None:
-    """Take over those of another run's students in `names` whose training is over. UserError when they do not fit."""
-    newest = latest(run_dir)
-    for name in set(names) & set(trained_students(run_dir)[0]):
+def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> list[str]:
+    """Take over those of another run's students in `names` whose training is over, and say which. UserError when they do not fit."""
+    newest, trained = latest(run_dir), trained_students(run_dir)[0]
+    taken = [name for name in names if name in trained]
+    for name in taken:
         try:
             with reading(newest):
                 state = load_file(newest / f"ema_{name}.safetensors")
@@ -123,6 +127,7 @@ def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> None:
             roles[name].load_state_dict(state)
         except ValueError as error:
             raise UserError(f"recipe key student.init: {str(run_dir)!r} holds another student than this recipe's: {error}") from error
+    return taken
 
 
 def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
@@ -131,8 +136,7 @@ def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         files["statistics"] = trainer.distiller.statistics
     for name, role in trainer.roles.trained.items():
         files[f"role_{name}"] = role.state_dict()
-        files[f"optimizer_{name}"] = _optimizer_tensors(trainer.optimizers[name])
-    return files
+    return files | {f"optimizer_{name}": _optimizer_tensors(optimizer) for name, optimizer in trainer.optimizers.items()}
 
 
 def _load_statistics(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from fastgen import checkpoint
+from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, read_yaml, validate
 from fastgen.data.images import CaptionedImages, load_images
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
 from fastgen.distillers import distiller_class
-from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin
+from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Setting
 from fastgen.errors import UserError, nearest
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, resolve_source
@@ -74,6 +76,20 @@ class Plan:
     @property
     def autocast(self) -> torch.dtype | None:
         return _AUTOCAST[self.recipe.train.precision]
+
+    def setting(self, negative: Conditioning, decode: Callable[[Tensor], Tensor] | None = None) -> Setting:
+        """What the method may know of the run. negative: conditioning of the teacher's negative prompt, on the run's device."""
+        family = self.family
+        return Setting(
+            path=family.path,
+            shape=family.latent.shape,
+            grid=family.grid(self.recipe.student.steps, self.grid),
+            guidance=self.recipe.teacher.guidance,
+            negative=negative,
+            shift=family.shift,
+            train_steps=self.recipe.train.steps,
+            decode=decode,
+        )
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with the method's defaults filled in and local files as absolute paths, so that it holds in any folder."""
@@ -222,21 +238,32 @@ def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str
     total = sum(p.numel() for p in parameters.values())
     frozen = total - sum(trained.values())
     frozen_bytes = frozen * (2 if planned.autocast and planned.tuning is None else 4)  # a base that adapters share stays fp32
-    # weights, gradients and two Adam moments in fp32 for what trains, and the students' averages
     averaged = sum(trained[name] for name, spec in planned.roles.items() if spec.averaged)
-    trained_bytes = 16 * sum(trained.values()) + 4 * averaged
     return {
         "method": recipe.distiller.name,
         "teacher": recipe.teacher.pretrained,
         "family": type(planned.family).__name__,
         "roles": {name: {"trains": trained[name], "tuning": _tuning_name(planned, name)} for name in roles},
         "parameters": total,
-        "bytes": frozen_bytes + trained_bytes,
+        "bytes": frozen_bytes + 4 * averaged + _trained_bytes(planned, trained),
         "grid": [round(t, 6) for t in planned.family.grid(recipe.student.steps, planned.grid).tolist()],
         "batch": recipe.train.batch_size,
         "micro_batches": math.ceil(recipe.train.batch_size / (recipe.train.micro_batch or recipe.train.batch_size)),
         "steps": recipe.train.steps,
     }
+
+
+def _trained_bytes(planned: Plan, trained: Mapping[str, int]) -> int:
+    """The most that trained roles take at one time, all in fp32: weights as long as they are needed, gradients and two Adam moments while
+    they train."""
+    distiller = planned.method(planned.method_config, planned.setting({}))
+    spans = {name: distiller.span(name) or (0, planned.recipe.train.steps) for name, count in trained.items() if count}
+
+    def at(step: int) -> int:
+        needed = {name: first <= step < first + count for name, (first, count) in spans.items() if distiller.needed(name, step)}
+        return sum((16 if trains else 4) * trained[name] for name, trains in needed.items())
+
+    return max(at(first) for first, _ in spans.values())
 
 
 def _tuning_name(planned: Plan, role: str) -> str:

@@ -7,7 +7,7 @@ adapter, the teacher is the base with every adapter off.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -102,16 +102,19 @@ class Role:
         backbone, adapter = self.denoiser.backbone, self.denoiser.adapter
         return lora.parameters(backbone, adapter) if adapter else dict(backbone.named_parameters())
 
+    def own_network_parameters(self) -> dict[str, nn.Parameter]:
+        """The same without the adapter's name, so that two roles' parameters of one place have one name."""
+        return {lora.own_name(name, self.denoiser.adapter): value for name, value in self.network_parameters().items()}
+
     @torch.no_grad()
     def blend(self, source: Role, weight: float) -> None:
         """Move this role's network towards another's of the same architecture: p <- (1 - weight) p + weight p'.
 
         Adapters move factor by factor: as they start with the same A, that is the average of the two products B A to first order.
         """
-        theirs = [lora.own_name(name, source.denoiser.adapter) for name in source.network_parameters()]
-        by_name = dict(zip(theirs, source.network_parameters().values(), strict=True))
-        for name, parameter in self.network_parameters().items():
-            parameter.lerp_(by_name[lora.own_name(name, self.denoiser.adapter)].to(parameter.dtype), weight)
+        theirs = source.own_network_parameters()
+        for name, parameter in self.own_network_parameters().items():
+            parameter.lerp_(theirs[name].to(parameter.dtype), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
@@ -155,6 +158,25 @@ class Roles(dict[str, Role]):
         """Hold the role's adapter active: a backward pass that recomputes activations must see the adapter of its forward."""
         lora.activate(self[name].denoiser.backbone, self[name].denoiser.adapter)
         yield
+
+    @torch.no_grad()
+    def align_adapters(self, taken: Sequence[str]) -> None:
+        """Give every adapter but those `taken` over from another run, which are still the identity (B = 0), the A of the first of these: all
+        start with the same A again, whatever seed that run had, as `Role.blend` needs it."""
+        if not taken or self[taken[0]].denoiser.adapter is None:
+            return
+        source = self[taken[0]].own_network_parameters()
+        for name, role in self.trained.items():
+            if role.denoiser.adapter is not None and name not in taken:
+                for key, parameter in role.own_network_parameters().items():
+                    if "lora_A" in key:
+                        parameter.copy_(source[key])
+
+    def release(self, name: str) -> None:
+        """Take a role out of the run and out of memory; what it shares with others stays."""
+        denoiser = self.pop(name).denoiser
+        if denoiser.adapter is not None:
+            lora.remove_adapter(denoiser.backbone, denoiser.adapter)
 
     def predictors(self) -> dict[str, Predictor]:
         return {name: role.predictor for name, role in self.items()}

@@ -15,11 +15,10 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from fastgen import checkpoint, diagnostics, pictures, report
+from fastgen import checkpoint, conditioning, diagnostics, pictures, report
 from fastgen.config import Recipe, flatten, read_yaml, validate
 from fastgen.data import training
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
-from fastgen.distillers.base import Setting
 from fastgen.errors import UserError
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
@@ -112,22 +111,12 @@ def build(plan: Plan, progress: Progress) -> Run:
     data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
-    grid = family.grid(recipe.student.steps, plan.grid)
-    defaults = Defaults.on(family.path, grid, recipe.teacher.guidance)
+    setting = plan.setting(conditioning.to(family.encode_prompts([recipe.teacher.negative_prompt]), parallel.device), family.decode)
+    defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
     roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults, seed=recipe.train.seed)
     if recipe.student.init != "teacher" and not plan.started:
-        checkpoint.load_students(Path(recipe.student.init).expanduser(), roles, plan.method.inherited(plan.method_config))
-    negative = family.encode_prompts([recipe.teacher.negative_prompt])
-    setting = Setting(
-        path=family.path,
-        shape=family.latent.shape,
-        grid=grid,
-        guidance=recipe.teacher.guidance,
-        negative={key: value.to(parallel.device) for key, value in negative.items()},
-        shift=family.shift,
-        train_steps=recipe.train.steps,
-        decode=family.decode,
-    )
+        taken = checkpoint.load_students(Path(recipe.student.init).expanduser(), roles, plan.method.inherited(plan.method_config))
+        roles.align_adapters(taken)
     distiller = plan.method(plan.method_config, setting)
     trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
     return Run(plan, roles, data, trainer, parallel)

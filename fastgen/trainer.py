@@ -84,8 +84,24 @@ class Trainer:
                 sums.setdefault(name, []).append(value)
         for name in self.ema.keys() & {name for update in updates for name in update.trains}:
             self.ema[name].update()
-        self.step += 1
+        self.move_to(self.step + 1)
         return {name: sum(values) / len(values) for name, values in sums.items()}
+
+    def move_to(self, step: int) -> None:
+        """Stand after `step` student steps, and free what no later one uses: the optimizers of roles whose training is over, and roles that
+        are not needed any more. A run that is over keeps what its last step had."""
+        self.step = step
+        if step >= self.settings.steps:
+            return
+        for name in [name for name in self.optimizers if self._is_over(name)]:
+            del self.optimizers[name], self.parameters[name]
+        for name in [name for name in self.roles if not self.distiller.needed(name, step)]:
+            self.roles.release(name)
+            del self.models[name]
+
+    def _is_over(self, name: str) -> bool:
+        first, count = self.distiller.span(name) or (0, self.settings.steps)
+        return self.step >= first + count
 
     def _update(self, update: Update, index: int) -> Metrics:
         for name in update.settles:

@@ -462,3 +462,29 @@ def test_what_a_role_has_beside_its_network_starts_from_the_runs_seed() -> None:
     assert all(not (one[key] == other[key]).any() for key in drawn)
     head = "heads.heads.0.tokens.1.weight"
     assert not (one[f"fake_score/{head}"] == one[f"discriminator/{head}"]).any()
+
+
+def test_adapters_start_with_the_a_of_a_student_that_was_taken_over() -> None:
+    """Of a run with another seed: without it the blend of factors is no average of products."""
+    case = toy_case()
+    specs = {"student": student(), "fake_score": trainable(), "teacher": frozen()}
+    tuning = LoraTuning(rank=3, alpha=6.0, targets=case.family.lora_targets, seed=5)
+    other, roles = case.roles(adapters=True, specs=specs), build_roles(specs, case.family, case.backbone(), tuning=tuning)
+    for name, parameter in other["student"].parameters().items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    roles["student"].load_state_dict(other["student"].state_dict())
+    teacher = case.run(roles["teacher"])
+    roles.align_adapters(["student"])
+    assert torch.equal(case.run(roles["fake_score"]), teacher)
+    roles["fake_score"].blend(roles["student"], 0.03)
+    assert product(roles["student"], "out").abs().max() > 1e-2
+    torch.testing.assert_close(product(roles["fake_score"], "out"), 0.03 * product(roles["student"], "out"))
+
+
+def test_full_roles_have_no_adapters_to_align() -> None:
+    roles = toy_case().roles(adapters=False)
+    before = {name: value.clone() for name, value in roles["fake_score"].state_dict().items()}
+    roles.align_adapters(["student"])
+    roles.align_adapters([])
+    assert_equal(roles["fake_score"].state_dict(), before)

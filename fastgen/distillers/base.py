@@ -171,6 +171,10 @@ class Distiller(ABC):
         first, count = self.span(role) or (0, 1)
         return step >= first + count
 
+    def needed(self, role: str, step: int) -> bool:
+        """Whether any student step from `step` on trains or asks the role; where not, a run drops it from memory and from its checkpoints."""
+        return True
+
     @classmethod
     def inherited(cls, config: Any) -> list[str]:
         """The students that `student.init` replaces."""

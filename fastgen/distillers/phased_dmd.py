@@ -110,6 +110,11 @@ class PhasedDMD(DMD2):
         late, _ = whole or (0, 0)  # of a fake score, behind a regression alone
         return start + late, stop - start - late
 
+    def needed(self, role: str, step: int) -> bool:
+        """A finished expert is rolled out in front of the others; its fake score has no more to say."""
+        first, count = self.span(role) or (0, self.setting.train_steps)
+        return not role.startswith("fake_score") or step < first + count
+
     def students(self) -> list[tuple[str, float]]:
         return [(expert_name("student", k), end) for k, end in enumerate(self._ends, 1)]
 

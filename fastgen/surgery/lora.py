@@ -38,6 +38,14 @@ def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targ
         inject_adapter_in_model(config, backbone, adapter_name=name)
 
 
+def remove_adapter(backbone: nn.Module, name: str) -> None:
+    """Delete adapter `name`; the others stay as they are."""
+    for layer in _lora_layers(backbone):
+        layer._active_adapter = []  # peft would activate another one in its place, which freezes the rest
+        layer.delete_adapter(name)
+    backbone.peft_config.pop(name)  # type: ignore[union-attr, operator]
+
+
 def activate(backbone: nn.Module, name: str | None) -> None:
     """Run with adapter `name`, or with the bare base weights for None; does nothing to a backbone without adapters."""
     for layer in _lora_layers(backbone):
