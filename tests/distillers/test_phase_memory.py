@@ -28,8 +28,8 @@ def roles_of(method: Any, *, adapters: bool) -> Roles:
     return build_roles(method.roles_for(method.config), FAMILY, FAMILY.load_backbone(), tuning=tuning)
 
 
-def trainer_of(method: Any, *, adapters: bool = False) -> Trainer:
-    return toy_trainer(method, FAMILY, optimizers=ADAM, steps=6, roles=roles_of(method, adapters=adapters))
+def trainer_of(method: Any, *, adapters: bool = False, **options: Any) -> Trainer:
+    return toy_trainer(method, FAMILY, optimizers=ADAM, steps=6, roles=roles_of(method, adapters=adapters), **options)
 
 
 def files(saved: Path) -> set[str]:
@@ -38,8 +38,7 @@ def files(saved: Path) -> set[str]:
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_a_finished_phase_leaves_its_expert_alone(tmp_path: Path, adapters: bool) -> None:
-    trainer = trainer_of(phased(TWO, gan={}), adapters=adapters)
-    trainer.data = trainer.data.__class__(trainer.data.prompts, trainer.data.cond, trainer.data.cumulative, torch.zeros(1, 2), [(torch.tensor([0]), torch.ones(1, dtype=torch.float64))])  # fmt: skip
+    trainer = trainer_of(phased(TWO, gan={}), adapters=adapters, latents=torch.zeros(1, 2))
     gone = [weakref.ref(p) for p in trainer.roles["fake_score"].parameters().values()]
     gone += [weakref.ref(trainer.optimizers[name]) for name in ("student", "fake_score")]
     for _ in range(2):
