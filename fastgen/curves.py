@@ -31,7 +31,8 @@ PANELS = {
     "loss": Panel("losses"),
     "drift": Panel(
         "drift from the teacher: differences",
-        "Pictures of the averaged student minus the teacher's of the same noise and prompts; 0 is perfect. mean: brightness. "
+        "Pictures of the averaged student minus the teacher's of the same noise and prompts; 0 is perfect. mean: brightness. mean_error: what "
+        "chance explains of it. "
         "saturation: share of black and white pixels.",
     ),
     "drift_ratio": Panel(

@@ -1,6 +1,6 @@
 """What goes wrong when distributions are matched, told from the numbers that a run logs: drift from the teacher, and the known ways to collapse.
 
-`drift` compares pictures. `Watch` reads the rows of metrics.jsonl one by one and warns of four signatures, with the numbers that
+`drift` compares pictures. `Watch` reads the rows of metrics.jsonl one by one and warns of five signatures, with the numbers that
 show it and what helps. The thresholds come from runs on the digits teacher (shipped recipes of one to four steps, and ones made to
 fail) and on the closed-form ring of eight modes. Saturation, mode loss and a discriminator that wins were not seen there.
 """
@@ -34,6 +34,14 @@ LAG_GRADIENT = 1.5
 SATURATED = 0.1
 # Spread of the student's pictures of one prompt over the teacher's: healthy draws lie within .82 and 1.23.
 SPREAD_LOST = 0.6
+# Difference of the student's mean from the teacher's: healthy draws of the digits recipes lie within .01 of it from the fifth step on, also
+# at guidance 8. A discriminator of weight .1 on data 30 % darker than the teacher drew the mean down by .07, while losses fell as ever; a
+# critic's learning rate 50 times below the student's threw it from +.055 to -.034.
+MEAN_SHIFTED = 5 * GREY_LEVEL
+# Standard errors that the difference is away from 0, on digits .002 to .009 each; pictures whose brightness varies more need it.
+MEAN_ERRORS = 3.0
+# Share of the difference before that leaves it as it was; below, the student is on its way back.
+RECOVERING = 0.9
 # Mean logit of real minus that of fake: at 8 a sample is told apart with odds of 50 to 1 on either side, and its gradient says little.
 LOGITS_APART = 8.0
 # Student steps on which they have been so far apart in a row: a discriminator may win for a while.
@@ -44,10 +52,10 @@ def drift(student: Tensor, teacher: Tensor, prompts: Sequence[str]) -> dict[str,
     """How a student's pictures differ from its teacher's of the same noise and prompts.
 
     student, teacher: (N, C, …) pixels in [0, 1]; prompts: N, those that repeat with other noise each time. `drift/mean`: the student's mean
-    minus the teacher's. `drift/std`: ratio of the pixels' standard deviations, averaged over channels. `drift/saturation`: share of pixels
-    within a grey level of 0 or 1, minus the teacher's. `drift/spread`: ratio of the mean RMS distances between two pictures of one prompt,
-    averaged over prompts and absent where none repeats (pictures of different prompts would differ although the noise changed nothing).
-    0, 1, 0, 1 are perfect.
+    minus the teacher's. `drift/mean_error`: its standard error over the pictures, absent for one. `drift/std`: ratio of the pixels'
+    standard deviations, averaged over channels. `drift/saturation`: share of pixels within a grey level of 0 or 1, minus the teacher's.
+    `drift/spread`: ratio of the mean RMS distances between two pictures of one prompt, averaged over prompts and absent where none repeats
+    (pictures of different prompts would differ although the noise changed nothing). Means and shares of 0, ratios of 1 are perfect.
     """
     deviations = [pixels.transpose(0, 1).flatten(1).std(1, correction=0) for pixels in (student, teacher)]
     numbers = {
@@ -55,6 +63,8 @@ def drift(student: Tensor, teacher: Tensor, prompts: Sequence[str]) -> dict[str,
         "drift/std": _ratio(*deviations).mean(),
         "drift/saturation": _saturated(student) - _saturated(teacher),
     }
+    if len(prompts) > 1:
+        numbers["drift/mean_error"] = (student - teacher).flatten(1).mean(1).std() / len(prompts) ** 0.5
     groups = [[i for i, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)]
     if repeated := [group for group in groups if len(group) > 1]:
         spreads = (torch.stack([_spread(pixels[group]) for group in repeated]).mean() for pixels in (student, teacher))
@@ -85,6 +95,7 @@ class Watch:
             "critic lag": CriticLag(),
             "saturation": Saturation(),
             "mode loss": ModeLoss(),
+            "mean shift": MeanShift(),
             "discriminator won": DiscriminatorWon(),
         }
 
@@ -187,6 +198,29 @@ class ModeLoss:
         if before >= SPREAD_LOST or self._before > before:
             return None
         return f"the student's pictures of one prompt lie {before:.2f} and then {self._before:.2f} times as far apart as the teacher's"
+
+
+class MeanShift:
+    """The student's pictures are darker or brighter than the teacher's, two draws in a row, by more than chance explains, and do not recover. Every
+    method's pictures are judged: no loss need tell, because the mean is a small part of what each of them measures."""
+
+    remedy = (
+        "lower optimizer.student.lr, see whether data.images or distiller.reward are darker or brighter than the teacher, and where a fake score "
+        "is trained raise distiller.critic_updates"
+    )
+
+    def __init__(self) -> None:
+        self._before = 0.0
+
+    def seen(self, numbers: Numbers) -> str | None:
+        if not {"drift/mean", "drift/mean_error"} <= numbers.keys():
+            return None
+        now, least = numbers["drift/mean"], max(MEAN_SHIFTED, MEAN_ERRORS * numbers["drift/mean_error"])
+        before, self._before = self._before, now
+        if min(abs(before), abs(now)) < least or abs(now) < RECOVERING * abs(before):
+            return None
+        shifts = f"{before / GREY_LEVEL:+.0f} and {now / GREY_LEVEL:+.0f}"
+        return f"in the last two draws the student's mean is {shifts} grey levels of 255 off the teacher's for the same noise"
 
 
 class DiscriminatorWon:

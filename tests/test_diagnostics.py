@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
@@ -36,8 +37,10 @@ def test_drift_of_a_student_that_halves_contrast(shape: tuple[int, ...]) -> None
     prompts = ONE[: len(teacher)]
     got = drift(0.5 * teacher + 0.1, teacher, prompts)
     want = {"drift/mean": 0.1 - 0.5 * teacher.mean().item(), "drift/std": 0.5, "drift/saturation": 0.0, "drift/spread": 0.5}
-    assert got == pytest.approx(want, abs=1e-6)
-    assert drift(teacher, teacher, prompts) == pytest.approx({"drift/mean": 0, "drift/std": 1, "drift/saturation": 0, "drift/spread": 1}, abs=1e-6)
+    error = 0.5 * statistics.stdev(picture.mean().item() for picture in teacher) / len(teacher) ** 0.5
+    assert got == pytest.approx(want | {"drift/mean_error": error}, abs=1e-6)
+    perfect = {"drift/mean": 0, "drift/mean_error": 0, "drift/std": 1, "drift/saturation": 0, "drift/spread": 1}
+    assert drift(teacher, teacher, prompts) == pytest.approx(perfect, abs=1e-6)
 
 
 def test_drift_averages_the_channels_own_deviations() -> None:
@@ -75,7 +78,8 @@ def test_drift_without_pairs_or_without_contrast_to_compare_with() -> None:
     blank = drift(uniform(3, 3, 4, 4), torch.zeros(3, 3, 4, 4), ONE[:3])
     assert all(math.isfinite(value) for value in blank.values())
     nothing = drift(torch.zeros(3, 3, 4, 4), torch.zeros(3, 3, 4, 4), ONE[:3])
-    assert nothing == {"drift/mean": 0, "drift/std": 0, "drift/saturation": 0, "drift/spread": 0}
+    assert nothing == {"drift/mean": 0, "drift/mean_error": 0, "drift/std": 0, "drift/saturation": 0, "drift/spread": 0}
+    assert "drift/mean_error" not in drift(uniform(1, 3, 4, 4), uniform(1, 3, 4, 4), ["a"])
 
 
 def watched(rows: Iterable[Row], watch: Watch | None = None) -> list[tuple[int, str]]:
@@ -155,8 +159,52 @@ def test_draws_that_are_no_reason_to_warn(name: str, values: tuple[float, ...]) 
     assert watched(draws(name, *values)) == []
 
 
-def test_pictures_of_other_methods_are_not_judged() -> None:
+def test_saturation_and_spread_of_other_methods_are_not_judged() -> None:
     assert watched([{"drift/saturation": 0.5, "drift/spread": 0.1, "loss/consistency": 1.0}] * 5) == []
+
+
+def shifts(*means: float, error: float = 0.004) -> list[Row]:
+    """Rows of a method that logs nothing but its loss, every second with a draw."""
+    draw = [{"loss/consistency": 0.1, "drift/mean": mean, "drift/mean_error": error} for mean in means]
+    return [row for drawn in draw for row in ({"loss/consistency": 0.1}, drawn)]
+
+
+@pytest.mark.parametrize(
+    ("means", "error", "at", "numbers"),
+    [
+        ((-0.0292, -0.0461, -0.059, -0.0663), 0.004, 3, "-7 and -12 grey levels"),
+        ((0.0311, 0.0548, 0.0522, 0.0284), 0.004, 3, "+8 and +14 grey levels"),
+        ((0.0, 0.05, 0.0499, 0.0498), 0.004, 5, "+13 and +13 grey levels"),
+        ((0.06, -0.06), 0.004, 3, "+15 and -15 grey levels"),
+        ((-0.15, -0.15), 0.049, 3, "-38 and -38 grey levels"),
+    ],
+    ids=["dark data", "critic lag", "no recovery to speak of", "swings", "beyond chance"],
+)
+def test_a_mean_that_leaves_the_teachers_is_warned_of_once(means: tuple[float, ...], error: float, at: int, numbers: str) -> None:
+    """The first two as measured: dmd2 with a discriminator on data 30 % darker than the teacher, and with a critic that lags."""
+    ((seen, warning),) = watched(shifts(*means, *means[-1:] * 3, error=error))
+    assert (seen, warning.split(": ")[0]) == (at, "mean shift")
+    assert f"in the last two draws the student's mean is {numbers} of 255 off the teacher's" in warning and "optimizer.student.lr" in warning
+
+
+@pytest.mark.parametrize(
+    ("means", "error"),
+    [
+        ((0.05, 0.01, 0.05, 0.01), 0.004),
+        ((0.21, 0.12, 0.07, 0.03, 0.01), 0.004),
+        ((0.0195, 0.0195, 0.0195), 0.001),
+        ((-0.14, -0.14, -0.14), 0.05),
+        ((0.0001, 0.0031, -0.0002, 0.0071, 0.0092), 0.0025),
+    ],
+    ids=["for one draw", "on its way back", "less than five grey levels", "chance", "a healthy run"],
+)
+def test_means_that_are_no_reason_to_warn(means: tuple[float, ...], error: float) -> None:
+    assert watched(shifts(*means, error=error)) == []
+
+
+def test_a_mean_without_its_error_is_not_judged() -> None:
+    """Of a single picture, or of a run from before the error was logged."""
+    assert watched([{"drift/mean": 0.3}] * 5) == []
 
 
 def test_a_discriminator_that_stays_far_ahead() -> None:
@@ -188,7 +236,7 @@ def test_a_watch_made_from_a_runs_rows_goes_on_as_if_nothing_had_happened() -> N
 def test_remedies_name_what_recipes_have() -> None:
     remedies = " ".join(signature.remedy for signature in Watch()._signatures.values())
     keys = re.findall(r"distiller\.([a-z_.0-9]+)", remedies)
-    assert {"critic_updates", "ida", "decoupled", "regression", "gan", "gan.r1", "gan.weight", "anchor"} == set(keys)
+    assert {"critic_updates", "ida", "decoupled", "regression", "gan", "gan.r1", "gan.weight", "anchor", "reward"} == set(keys)
     for key in keys:
         name, _, inner = key.partition(".")
         field = DMD2.Config.model_fields[name]

@@ -36,7 +36,7 @@ def untimed(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_drift_is_that_of_the_exported_student(finished: Path, tmp_path: Path) -> None:
     rows = RunLog(finished).rows()
-    names = {"drift/mean", "drift/std", "drift/saturation", "drift/spread"}
+    names = {"drift/mean", "drift/mean_error", "drift/std", "drift/saturation", "drift/spread"}
     assert [row["step"] for row in rows if names <= row.keys()] == [2, 4, 6]
     assert not any(names & row.keys() for row in rows if row["step"] % 2)
     student, teacher = load_student(run.export(finished, tmp_path / "student")), load_teacher("fastgen:digits", guidance=1.5)
