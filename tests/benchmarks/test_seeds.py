@@ -72,8 +72,9 @@ def test_a_finished_run_gives_its_rows_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(quality, "plan", lambda recipe: SimpleNamespace(resolved=recipe.dump))
     (folder / "metrics.jsonl").write_text('{"step": 1, "seconds": 5.0}\n{"step": 2, "seconds": 11.5}\n')
     student: Any = {"name": "fd_digits", "model": "student", "steps": 1, "guidance": 1.0, "value": 4.25, "n": 1797}
+    others: list[Any] = [student, {**student, "model": "teacher"}]
     origin = {"threads": torch.get_num_threads(), "model_hash": "student 3"}
-    runner.write_results(folder / "results.json", "digits", [student, {**student, "model": "teacher"}], origin)
+    runner.write_results(folder / "results.json", "digits", others, origin)
     monkeypatch.setattr(quality.run, "train", lambda recipe, folder, **options: trained.append((recipe.train.seed, folder.name)))
     rows = quality.train_and_measure(RECIPE, 3, tmp_path, None)
     shared = {"model": RECIPE, "steps": 1, "guidance": 1.0, "seed": 3, "provenance": origin}
