@@ -36,6 +36,7 @@ def resources(
     tangents: str = "qkv",
     mask: str = "none",
     causal: bool = False,
+    keep_residual: bool = False,
 ) -> dict[str, int]:
     """Bytes of stack a thread, registers a thread and bytes of shared memory of a kernel compiled with a configuration."""
     from fastgen_kernels.jvp_attention import triton as launcher
@@ -46,15 +47,16 @@ def resources(
     shape = (1, 256, 4, head_size)
     q, k, v, o, dq, dk, dv = (torch.empty(shape, dtype=dtype).transpose(1, 2) for _ in range(7))
     tq, tk, tv = (torch.empty_like(q) if name in tangents else None for name in "qkv")
-    lse = torch.empty(1, 4, 256)
+    lse, centre = torch.empty(1, 4, 256), None if dtype == torch.float32 else torch.empty(1, 4, head_size)
+    residual = torch.empty_like(o) if keep_residual else None
     described = MASKS[mask]
     made = None if described is None else torch.zeros(described[0], dtype=described[1])
     args = check(q, k, v, tq, tk, tv, scale=None, causal=causal, mask=made, dropout_p=0.0)
     arguments = {
-        "forward": lambda: launcher.forward_arguments(args, o, o if tangents else None, lse, chosen),
-        "dq": lambda: launcher.dq_arguments(args, o, lse, lse, dq, chosen),
+        "forward": lambda: launcher.forward_arguments(args, o, o if tangents else None, residual, lse, chosen),
+        "dq": lambda: launcher.dq_arguments(args, centre, o, lse, lse, dq, chosen),
         "dkdv": lambda: launcher.dkdv_arguments(args, o, lse, lse, dk, dv, chosen),
-        "delta": lambda: launcher.delta_arguments(args, o, o, lse, chosen),
+        "delta": lambda: launcher.delta_arguments(args, o, residual, o, lse, chosen),
     }[kernel]()
     return _compile(getattr(launcher, f"{kernel}_kernel"), arguments, capability, chosen.num_warps, chosen.num_stages)
 

@@ -43,6 +43,15 @@ def test_the_forward_kernel_spills_nothing(
     assert used["shared"] <= SHARED_MEMORY[capability]
 
 
+# What a gradient needs of it: the residual, with tangents (in grad mode they share a pass) and without.
+@pytest.mark.parametrize("tangents", ["qkv", ""])
+@pytest.mark.parametrize(("capability", "head_size"), [(90, 64), (90, 128), (80, 64), (80, 128)])
+def test_the_forward_kernel_spills_nothing_where_a_gradient_is_wanted(capability: int, head_size: int, tangents: str, compiling: Run) -> None:
+    table = configs.forward_candidates if tangents else configs.primal_candidates
+    config = dataclasses.astuple(table((capability // 10, 0), head_size, torch.bfloat16)[0])
+    assert compiling(resources, "forward", capability, head_size, torch.bfloat16, config, tangents, keep_residual=True)["stack"] == 0
+
+
 OTHERS = [
     ("forward", 90, 64, torch.float32, "none"),
     ("forward", 90, 256, torch.bfloat16, "none"),
@@ -53,6 +62,7 @@ OTHERS = [
     ("dkdv", 90, 64, torch.bfloat16, "none"),
     ("dq", 80, 128, torch.float16, "key_bool"),
     ("dkdv", 80, 128, torch.float16, "key_bool"),
+    ("dq", 90, 64, torch.float32, "none"),
     ("delta", 90, 64, torch.bfloat16, "none"),
 ]
 
@@ -63,5 +73,15 @@ def test_the_rest_compiles_and_its_last_configuration_fits(
 ) -> None:
     table = configs.forward_candidates if kernel == "forward" else configs.backward_candidates
     config = table((capability // 10, capability % 10), configs.bucket(head_size), dtype)[-1]
-    used = compiling(resources, kernel, capability, head_size, dtype, dataclasses.astuple(config), "qkv" if kernel == "forward" else "", mask)
+    used = compiling(
+        resources,
+        kernel,
+        capability,
+        head_size,
+        dtype,
+        dataclasses.astuple(config),
+        "qkv" if kernel == "forward" else "",
+        mask,
+        keep_residual=kernel == "delta",
+    )
     assert used["shared"] <= SHARED_MEMORY[capability]

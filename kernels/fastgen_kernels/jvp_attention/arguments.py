@@ -42,11 +42,12 @@ class Arguments:
 
     def with_last_stride_one(self) -> Arguments:
         """The same with rows in one piece, as the kernels need them: copies only what was laid out otherwise (BSHD seen as BHSD is not)."""
-        changes = {name: x.contiguous() for name, x in vars(self).items() if name in _ROWS and x is not None and x.stride(-1) != 1}
+        changes = {name: x.contiguous() for name, x in vars(self).items() if name in ROWS and x is not None and x.stride(-1) != 1}
         return replace(self, **changes) if changes else self
 
 
-_ROWS = ("q", "k", "v", "tq", "tk", "tv")
+KEY_ROWS = ("k", "v", "tk", "tv")
+ROWS = ("q", "tq", *KEY_ROWS)
 
 
 def check(

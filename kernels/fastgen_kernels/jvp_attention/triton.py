@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastgen_kernels.jvp_attention import configs
 from fastgen_kernels.jvp_attention.arguments import Arguments
+from fastgen_kernels.jvp_attention.centring import Centred, centre, key_weights
 from fastgen_kernels.jvp_attention.configs import Config
 from fastgen_kernels.jvp_attention.triton_backward import delta_kernel, dkdv_kernel, dq_kernel
 from fastgen_kernels.jvp_attention.triton_forward import FULL_MASK, KEY_MASK, NO_MASK, forward_kernel
@@ -27,87 +28,116 @@ def interpreting() -> bool:
 
 def attend(args: Arguments, config: Config | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
     """(o, to, lse) of checked fp16, bf16 or fp32 arguments; o is differentiable. config fixes the forward kernel's tiles."""
+    if args.q.dtype != torch.float32:
+        return _attend(args, config)
+    # Half types need no centring in the forward pass, where sums are consistent, and would be rounded once more by it.
+    with torch.autocast(args.q.device.type, enabled=False):
+        centred = Centred.of(args)
+        o, to, lse = _attend(centred.args, config)
+        o, lse = centred.restored(o, lse)
+    return o, to, lse
+
+
+def _attend(args: Arguments, config: Config | None) -> tuple[Tensor, Tensor | None, Tensor]:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (args.q, args.k, args.v)):
         tensors = (args.q, args.k, args.v, args.tq, args.tk, args.tv, args.mask)
-        return _Attention.apply(*tensors, args.scale, args.causal, config)  # pyright: ignore[reportReturnType]
-    return forward(args, config)
+        return _Attention.apply(*tensors, args.scale, args.causal, config)[:3]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    return forward(args, config)[:3]
 
 
 class _Attention(torch.autograd.Function):
-    """forward() with the gradient of o; to and lse are constants."""
+    """forward() with the gradient of o; to, lse and the residual are constants."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, tq: Any, tk: Any, tv: Any, mask: Any, scale: float, causal: bool, config: Config | None) -> Any:
-        return forward(Arguments(q, k, v, tq, tk, tv, scale, causal, mask), config)
+        return forward(Arguments(q, k, v, tq, tk, tv, scale, causal, mask), config, keep_residual=q.dtype != torch.float32)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         q, k, v, _, _, _, mask, ctx.scale, ctx.causal, _ = inputs
-        o, to, lse = output
-        ctx.mark_non_differentiable(*(x for x in (to, lse) if x is not None))
+        o, to, lse, residual = output
+        ctx.mark_non_differentiable(*(x for x in (to, lse, residual) if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, mask, o, lse)
+        ctx.save_for_backward(q, k, v, mask, o, residual, lse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         grads: tuple[Tensor | None, ...] = (None, None, None)
         if do is not None:
-            q, k, v, mask, o, lse = ctx.saved_tensors
+            q, k, v, mask, o, residual, lse = ctx.saved_tensors
             args = Arguments(q, k, v, None, None, None, ctx.scale, ctx.causal, mask)
             wanted = ctx.needs_input_grad
-            grads = backward(args, o, lse, do, want_q=wanted[0], want_kv=wanted[1] or wanted[2])
+            grads = backward(args, o, residual, lse, do, want_q=wanted[0], want_kv=wanted[1] or wanted[2])
         return *grads, *[None] * 7
 
 
-def forward(args: Arguments, config: Config | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(o, to, lse) without a graph. o and to keep q's layout: BSHD seen as BHSD stays that."""
+def forward(args: Arguments, config: Config | None = None, *, keep_residual: bool = False) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(o, to, lse, residual) without a graph; residual is what o lost when it was rounded. o and to keep q's layout: BSHD seen as BHSD stays that."""
     args = args.with_last_stride_one()
     o = torch.empty_like(args.q)
     to = torch.empty_like(o) if args.has_tangents else None
+    residual = torch.empty_like(o) if keep_residual else None
     lse = torch.empty(args.q.shape[:3], dtype=torch.float32, device=o.device)
     candidates = configs.forward_candidates if args.has_tangents else configs.primal_candidates
-    _run(forward_kernel, args, candidates, config, lambda config: forward_arguments(args, o, to, lse, config))
-    return o, to, lse
+    _run(forward_kernel, args, candidates, config, lambda config: forward_arguments(args, o, to, residual, lse, config))
+    return o, to, lse, residual
 
 
 def backward(
-    args: Arguments, o: Tensor, lse: Tensor, do: Tensor, *, want_q: bool = True, want_kv: bool = True, config: Config | None = None
+    args: Arguments,
+    o: Tensor,
+    residual: Tensor | None,
+    lse: Tensor,
+    do: Tensor,
+    *,
+    want_q: bool = True,
+    want_kv: bool = True,
+    config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv) for the gradient `do` of o; args without tangents."""
+    """(dq, dk, dv) for the gradient `do` of o; args without tangents, residual as forward() kept it."""
     args = args.with_last_stride_one()
     do = do if do.stride(-1) == 1 else do.contiguous()
     delta = torch.empty_like(lse)
     rows = Config(DELTA_ROWS, DELTA_ROWS, num_warps=4, num_stages=1)
-    _run(delta_kernel, args, None, rows, lambda config: delta_arguments(args, o, do, delta, config))
+    _run(delta_kernel, args, None, rows, lambda config: delta_arguments(args, o, residual, do, delta, config))
     dq, dk, dv = None, None, None
     if want_q:
         dq = torch.empty_like(args.q)
-        _run(dq_kernel, args, configs.backward_candidates, config, lambda config: dq_arguments(args, do, lse, delta, dq, config))
+        centre = None if args.q.dtype == torch.float32 else key_centre(args)
+        _run(dq_kernel, args, configs.backward_candidates, config, lambda config: dq_arguments(args, centre, do, lse, delta, dq, config))
     if want_kv:
         dk, dv = torch.empty_like(args.k), torch.empty_like(args.v)
         _run(dkdv_kernel, args, configs.backward_candidates, config, lambda config: dkdv_arguments(args, do, lse, delta, dk, dv, config))
     return dq, dk, dv
 
 
-def forward_arguments(args: Arguments, o: Tensor, to: Tensor | None, lse: Tensor, config: Config) -> dict[str, Any]:
+def key_centre(args: Arguments) -> Tensor:
+    """(B, Hkv, D) in fp32, a mean of the keys of each head."""
+    with torch.autocast(args.k.device.type, enabled=False):
+        return centre(key_weights(args), args.k).expand(*args.k.shape[:2], 1, args.k.shape[3]).squeeze(2).contiguous()
+
+
+def forward_arguments(args: Arguments, o: Tensor, to: Tensor | None, residual: Tensor | None, lse: Tensor, config: Config) -> dict[str, Any]:
     """Every argument of forward_kernel by name."""
     tensors = {"q": args.q, "k": args.k, "v": args.v, "tq": args.tq, "tk": args.tk, "tv": args.tv, "o": o}
-    flags = {"HAS_TQ": args.tq is not None, "HAS_TK": args.tk is not None, "HAS_TV": args.tv is not None}
-    return _tensor_arguments(tensors) | {"to_ptr": to, "lse_ptr": lse} | flags | _problem_arguments(args, config)
+    flags = {"HAS_TQ": args.tq is not None, "HAS_TK": args.tk is not None, "HAS_TV": args.tv is not None, "HAS_RESIDUAL": residual is not None}
+    return _tensor_arguments(tensors) | {"to_ptr": to, "residual_ptr": residual, "lse_ptr": lse} | flags | _problem_arguments(args, config)
 
 
-def delta_arguments(args: Arguments, o: Tensor, do: Tensor, delta: Tensor, config: Config) -> dict[str, Any]:
+def delta_arguments(args: Arguments, o: Tensor, residual: Tensor | None, do: Tensor, delta: Tensor, config: Config) -> dict[str, Any]:
     """Every argument of delta_kernel by name."""
     problem = _problem_arguments(args, config)
     shared = {name: problem[name] for name in ("num_heads", "num_queries", "D", "BLOCK_D", "BLOCK_M")}
-    return _tensor_arguments({"o": o, "do": do}) | {"delta_ptr": delta} | shared
+    pointers = {"residual_ptr": residual, "delta_ptr": delta, "HAS_RESIDUAL": residual is not None}
+    return _tensor_arguments({"o": o, "do": do}) | pointers | shared
 
 
-def dq_arguments(args: Arguments, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, config: Config) -> dict[str, Any]:
+def dq_arguments(args: Arguments, centre: Tensor | None, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, config: Config) -> dict[str, Any]:
     """Every argument of dq_kernel by name."""
     tensors: dict[str, Tensor | None] = {"q": args.q, "k": args.k, "v": args.v, "do": do, "dq": dq}
-    return _tensor_arguments(tensors) | {"lse_ptr": lse, "delta_ptr": delta} | _problem_arguments(args, config)
+    pointers = {"centre_ptr": centre, "lse_ptr": lse, "delta_ptr": delta, "HAS_CENTRE": centre is not None}
+    return _tensor_arguments(tensors) | pointers | _problem_arguments(args, config)
 
 
 def dkdv_arguments(args: Arguments, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, config: Config) -> dict[str, Any]:

@@ -32,6 +32,7 @@ RUNTIME_INTEGERS = (
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def delta_kernel(
     o_ptr,
+    residual_ptr,
     do_ptr,
     delta_ptr,
     o_sb,
@@ -46,13 +47,17 @@ def delta_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UNIT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
-    """delta: (B, H, Nq), the row sums of dO⊙O in fp32."""
+    """delta: (B, H, Nq), the row sums of dO⊙O in fp32, O as it was before it was rounded. residual has o's strides."""
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
     batch = tl.program_id(0) // num_tiles // num_heads
     head = tl.program_id(0) // num_tiles % num_heads
     rows_M = tl.program_id(0) % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_MD = load_tile(o_ptr + head_offset(batch, head, o_sb, o_sh, UNIT), rows_M, num_queries, o_sn, D, BLOCK_D, UNIT, True)
+    o_offset = head_offset(batch, head, o_sb, o_sh, UNIT)
+    o_MD = load_tile(o_ptr + o_offset, rows_M, num_queries, o_sn, D, BLOCK_D, UNIT, True)
+    if HAS_RESIDUAL:
+        o_MD += load_tile(residual_ptr + o_offset, rows_M, num_queries, o_sn, D, BLOCK_D, UNIT, True)
     do_MD = load_tile(do_ptr + head_offset(batch, head, do_sb, do_sh, UNIT), rows_M, num_queries, do_sn, D, BLOCK_D, UNIT, True)
     delta_base = delta_ptr + (batch.to(tl.int64) * num_heads + head) * num_queries
     tl.store(delta_base + rows_M, tl.sum(o_MD * do_MD, 1), mask=rows_M < num_queries)
@@ -76,6 +81,7 @@ def dq_kernel(
     v_ptr,
     mask_ptr,
     do_ptr,
+    centre_ptr,
     lse_ptr,
     delta_ptr,
     dq_ptr,
@@ -111,9 +117,10 @@ def dq_kernel(
     MASK: tl.constexpr,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_CENTRE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dQ of one tile of BLOCK_M queries of one head."""
+    """dQ of one tile of BLOCK_M queries of one head. centre: (B, Hkv, D), a mean of the keys."""
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
     tile = tl.program_id(0) % num_tiles
     batch = tl.program_id(0) // num_tiles // num_heads
@@ -132,6 +139,7 @@ def dq_kernel(
         mask_base = mask_ptr + head_offset(batch, head, mask_sb, mask_sh, 1)
 
     dq_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    excess_M = tl.zeros([BLOCK_M], tl.float32)
     end = tl.minimum(num_keys, (tile + 1) * BLOCK_M) if CAUSAL else num_keys
     for start in tl.range(0, end, BLOCK_N):
         columns_N = start + tl.arange(0, BLOCK_N)
@@ -145,6 +153,14 @@ def dq_kernel(
         dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision="ieee")
         ds_MN = round_to(p_MN * (dp_MN - delta_M[:, None]), DTYPE, UPCAST)
         dq_MD = tl.dot(ds_MN, k_ND, dq_MD, input_precision="ieee")
+        if HAS_CENTRE:
+            excess_M += tl.sum(ds_MN.to(tl.float32), 1)
+    if HAS_CENTRE:
+        # Rows of dS sum to 0, but for rounding: what is left would count as many times as the keys have in common.
+        columns_D = tl.arange(0, BLOCK_D)
+        centre_base = centre_ptr + (batch.to(tl.int64) * (num_heads // groups) + kv_head) * D
+        centre_D = tl.load(centre_base + columns_D, mask=columns_D < D, other=0.0)
+        dq_MD -= excess_M[:, None] * centre_D[None, :]
     store_tile(dq_ptr + head_offset(batch, head, dq_sb, dq_sh, UNIT), rows_M, num_queries, dq_sn, dq_MD * scale, D, BLOCK_D, UNIT, UPCAST)
 
 

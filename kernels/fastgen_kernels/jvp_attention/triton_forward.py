@@ -199,6 +199,7 @@ def forward_kernel(
     mask_ptr,
     o_ptr,
     to_ptr,
+    residual_ptr,
     lse_ptr,
     q_sb,
     q_sh,
@@ -241,9 +242,10 @@ def forward_kernel(
     HAS_TQ: tl.constexpr,
     HAS_TK: tl.constexpr,
     HAS_TV: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One tile of BLOCK_M queries of one head. Strides of q…o count UNIT elements, the mask's single ones; to has o's strides."""
+    """One tile of BLOCK_M queries of one head. Strides of q…o count UNIT elements, the mask's single ones; to and residual have o's strides."""
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
     tile = tl.program_id(0) % num_tiles
     if CAUSAL:
@@ -318,6 +320,9 @@ def forward_kernel(
     o_MD = o_MD / l_M[:, None]
     o_offset = head_offset(batch, head, o_sb, o_sh, UNIT)
     store_tile(o_ptr + o_offset, rows_M, num_queries, o_sn, o_MD, D, BLOCK_D, UNIT, UPCAST)
+    if HAS_RESIDUAL:
+        lost_MD = o_MD - round_to(o_MD, DTYPE, UPCAST).to(tl.float32)
+        store_tile(residual_ptr + o_offset, rows_M, num_queries, o_sn, lost_MD, D, BLOCK_D, UNIT, UPCAST)
     if HAS_TQ or HAS_TK or HAS_TV:
         to_MD = (g_MD - mu_M[:, None] * o_MD) / l_M[:, None]
         store_tile(to_ptr + o_offset, rows_M, num_queries, o_sn, to_MD, D, BLOCK_D, UNIT, UPCAST)
