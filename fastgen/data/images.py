@@ -64,7 +64,7 @@ def _row(folder: Path, line: str, number: int) -> tuple[dict[str, float], Path]:
     try:
         row = json.loads(line)
         file, text = folder / row["file_name"], row["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{KEY}: {where} is not a JSON object with 'file_name' and 'text'") from error
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list) or not texts or not all(isinstance(item, str) for item in texts):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastgen.data import digits
+from fastgen.data import digits, weighted
 from fastgen.errors import UserError
 
 KEY = "recipe key data.prompts"
@@ -24,13 +25,13 @@ def load_prompts(source: str) -> dict[str, float]:
         raise UserError(f"{KEY}: {source!r} is none of fastgen:digits, *.txt, *.jsonl, *.parquet")
     if not path.is_file():
         raise UserError(f"{KEY}: no file {source!r}")
-    table: dict[str, float] = {}
+    table: dict[str, list[float]] = {}
     for prompt, weight in readers[path.suffix](path):
-        table[prompt] = table.get(prompt, 0.0) + weight
-    total = sum(table.values())
-    if not total > 0:
+        table.setdefault(prompt, []).append(weight)
+    shares = dict(zip(table, weighted.shares(table.values()), strict=True))
+    if not any(shares.values()):
         raise UserError(f"{KEY}: {source!r} holds no prompts with a positive weight")
-    return {prompt: weight / total for prompt, weight in table.items() if weight > 0}
+    return {prompt: share for prompt, share in shares.items() if share > 0}
 
 
 def _lines(path: Path) -> list[str]:
@@ -50,8 +51,8 @@ def _read_jsonl(path: Path) -> Iterable[tuple[str, float]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{KEY}: {str(path)!r} line {number} is not JSON ({error.msg})") from error
+            except ValueError as error:  # also of a number with more digits than Python reads
+                raise UserError(f"{KEY}: {str(path)!r} line {number} is not JSON ({error})") from error
             yield _row(row, f"{str(path)!r} line {number}")
 
 
@@ -72,6 +73,6 @@ def _row(row: Any, where: str) -> tuple[str, float]:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f"{KEY}: {where} has no text field 'prompt'")
     weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise UserError(f"{KEY}: {where} has weight {weight!r}, not a number >= 0")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
+        raise UserError(f"{KEY}: {where} has weight {weight!r:.60}, not a number >= 0")
     return row["prompt"], float(weight)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, full_like
 
+from fastgen.data import weighted
 from fastgen.distillers import regression
 from fastgen.distillers.base import Facts, Update
 from fastgen.distillers.dmd2 import DMD2, DMD2Config
@@ -157,10 +158,8 @@ def _ends(config: PhasedDMDConfig, grid: Sequence[float], t_max: float) -> list[
 def _spans(config: PhasedDMDConfig, train_steps: int) -> dict[int, tuple[int, int]]:
     """(first, one past the last) student step of each phase that this run trains."""
     phases = range(config.first_phase, len(config.phases) + 1)
-    total, done, edges = sum(config.phases[k - 1].share for k in phases), 0.0, [0]
-    for k in phases:
-        done += config.phases[k - 1].share
-        edges.append(round(train_steps * done / total))
+    shares = weighted.scaled(config.phases[k - 1].share for k in phases)
+    edges = [0, *(round(train_steps * done / sum(shares)) for done in accumulate(shares))]
     return dict(zip(phases, pairwise(edges), strict=True))
 
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from fastgen.conditioning import Conditioning
+from fastgen.data import weighted
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Distiller, Facts, Loss, Models, Update
 from fastgen.distillers.solver import SolverConfig, Step, draw_step, move, teacher_step
@@ -78,9 +79,10 @@ class TSCD(Distiller):
 
     def segments_at(self, step: int) -> int:
         """k of the stage that student step `step` falls into."""
-        done = (step + 0.5) / self.setting.train_steps * sum(stage.share for stage in self.config.stages)
-        for stage in self.config.stages:
-            done -= stage.share
+        shares = weighted.scaled(stage.share for stage in self.config.stages)
+        done = (step + 0.5) / self.setting.train_steps * sum(shares)
+        for stage, share in zip(self.config.stages, shares, strict=True):
+            done -= share
             if done < 0:
                 return stage.segments
         return self.config.stages[-1].segments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,45 @@ def test_jsonl_weights_are_normalised_and_zero_weights_dropped(tmp_path: Path) -
     ]
     table = load_prompts(write(tmp_path / "p.jsonl", "\n\n".join(map(json.dumps, rows)) + "\n"))
     assert table == pytest.approx({"a": 0.7, "b": 0.2, "": 0.1})
+
+
+def exact(*weights: float) -> list[float]:
+    """Shares from integers: no double is too large, too small or rounded before the quotient."""
+    total = sum(map(Fraction, weights))
+    return [float(Fraction(weight) / total) for weight in weights]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (1e308, 1e308),
+        (1.7e308, 1e308, 1.7e308, 1.0),
+        (5e-324, 5e-324, 1e-323),
+        (1e-310, 3e-310),
+        (1e308, 1e-10),
+        (1.0, *[1e-16] * 50_000),
+        (*[0.1] * 10, 1e16),
+    ],
+)
+def test_weights_of_any_size_keep_their_proportions(tmp_path: Path, weights: tuple[float, ...]) -> None:
+    rows = [{"prompt": str(i), "weight": weight} for i, weight in enumerate(weights)]
+    table = load_prompts(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows))))
+    assert list(table) == [str(i) for i in range(len(weights))]
+    assert list(table.values()) == pytest.approx(exact(*weights), rel=1e-15)
+    assert sum(table.values()) == pytest.approx(1, abs=1e-11)
+
+
+def test_repeats_add_up_beyond_the_largest_double_and_below_the_smallest_step(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "weight": 1e308}] * 3 + [{"prompt": "b", "weight": 1e308}]
+    assert load_prompts(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))) == {"a": 0.75, "b": 0.25}
+    rows = [{"prompt": "a", "weight": 1.0}] + [{"prompt": "a", "weight": 1e-16}] * 40_000 + [{"prompt": "b", "weight": 1.0}]
+    table = load_prompts(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows))))
+    assert table["a"] / table["b"] - 1 == pytest.approx(4e-12, rel=1e-3)
+
+
+def test_a_share_too_small_for_a_double_is_not_zero(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "weight": 1e308}, {"prompt": "b", "weight": 5e-324}, {"prompt": "c", "weight": 0}]
+    assert load_prompts(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))) == {"a": 1.0, "b": 5e-324}
 
 
 def test_a_file_beginning_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -80,6 +120,9 @@ def test_the_embedded_digits_are_a_prompt_set() -> None:
         ("p.jsonl", '{"prompt": "a", "weight": null}', r"line 1 has weight None, not a number"),
         ("p.jsonl", '{"prompt": "a", "weight": NaN}', r"line 1 has weight nan, not a number"),
         ("p.jsonl", '{"prompt": "a", "weight": Infinity}', r"line 1 has weight inf, not a number"),
+        ("p.jsonl", '{"prompt": "a", "weight": 1e999}', r"line 1 has weight inf, not a number"),
+        ("p.jsonl", '{"prompt": "a", "weight": 1' + "0" * 400 + "}", r"line 1 has weight 10{59}, not a number"),
+        ("p.jsonl", '{"prompt": "a", "weight": 1' + "0" * 5000 + "}", r"p.jsonl' line 1 is not JSON"),
     ],
 )
 def test_mistakes_name_the_key_the_file_and_the_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:

@@ -48,8 +48,10 @@ def test_segments_are_flow_times_on_every_path(path: Path) -> None:
     torch.testing.assert_close(method.boundaries(2), times(0, 0.4))
 
 
-def test_stages_take_their_shares_of_the_run() -> None:
-    method = tscd(Toy("toy:gaussian"), stages=[{"segments": 8, "share": 1}, {"segments": 4, "share": 1}, {"segments": 1, "share": 3}])
+@pytest.mark.parametrize("unit", [1, 5e307, 5e-324])
+def test_stages_take_their_shares_of_the_run(unit: float) -> None:
+    shares = [{"segments": 8, "share": unit}, {"segments": 4, "share": unit}, {"segments": 1, "share": 3 * unit}]
+    method = tscd(Toy("toy:gaussian"), stages=shares)
     object.__setattr__(method.setting, "train_steps", 10)
     assert [method.segments_at(step) for step in range(10)] == [8] * 2 + [4] * 2 + [1] * 6
     assert method.segments_at(10) == 1
