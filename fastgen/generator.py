@@ -214,7 +214,8 @@ def _load_networks(family: Family, folder: Path, places: Sequence[str], device: 
 
 
 def load_teacher_of(student: str | Path, *, guidance: float | None = None, device: torch.device | str = "cpu") -> ImageGenerator:
-    """The teacher that an exported student's fastgen.json names, with the student's text length and size and a stated shift; guidance: by default its own there."""
+    """The teacher that an exported student's fastgen.json names, with the student's text length and size, and the shift
+    where the recipe stated one; guidance: by default its own there."""
     manifest = read_manifest(Path(student))
     source = manifest["teacher"]
     return load_teacher(

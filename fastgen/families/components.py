@@ -33,8 +33,11 @@ class Component:
     given: Mapping[str, Any]
 
     def option(self, key: str) -> Any:
-        """As given, else the class's own default."""
-        return self.given[key] if key in self.given or not self.classes else defaults(self.classes[0])[key]
+        """As given, else the class's own default; UserError where there is neither."""
+        options = self.given if key in self.given or not self.classes else defaults(self.classes[0])
+        if key not in options:
+            raise UserError(f"recipe key teacher.pretrained: its {self.name} has no {key}")
+        return options[key]
 
 
 @lru_cache
@@ -71,8 +74,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _stored(folder: Path, name: str) -> Component:
     given = read_json(folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json"))
-    said = (_class_name(read_json(folder / "model_index.json").get(name)), _class_name(given.get("_class_name")))
-    return Component(name, tuple(dict.fromkeys(filter(None, said))), given)
+    index, own = _class_name(read_json(folder / "model_index.json").get(name)), _class_name(given.get("_class_name"))
+    agree = index is not None and own is not None and index.endswith(f".{own}")  # for another library's class only the index names the library
+    return Component(name, tuple(dict.fromkeys(said for said in (index, None if agree else own) if said)), given)
 
 
 def _class_name(entry: Any) -> str | None:

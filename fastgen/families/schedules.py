@@ -41,11 +41,13 @@ from fastgen.families.components import Component, defaults, read_component
 REMEDY = "give the recipe key teacher.shift, the flow shift to go by instead"
 
 # How to step from time to time, and the betas of the other process: nothing of a flow schedule's times depends on these.
-_HARMLESS = frozenset(
-    "solver_order solver_type solver_p predict_x0 lower_order_final euler_at_final disable_corrector predictor_order corrector_order tau_func "
-    "variance_type dynamic_thresholding_ratio sample_max_value final_sigmas_type beta_start beta_end beta_schedule trained_betas "
-    "rescale_betas_zero_snr lambda_min_clipped timestep_spacing steps_offset sigma_min sigma_max upscale_mode".split()
-)
+_HARMLESS = {
+    *("solver_order", "solver_type", "solver_p", "predict_x0", "lower_order_final", "euler_at_final", "disable_corrector"),
+    *("predictor_order", "corrector_order", "tau_func", "variance_type", "final_sigmas_type", "upscale_mode"),
+    *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "lambda_min_clipped"),
+    *("timestep_spacing", "steps_offset", "sigma_min", "sigma_max"),
+    *("dynamic_thresholding_ratio", "sample_max_value"),  # of `thresholding`
+}
 _OF_MU = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 
 
@@ -107,7 +109,7 @@ def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float]
     _check_options(name, reading, options)
     if not options.get("use_dynamic_shifting"):
         return _positive(name, reading.shift, _number(name, reading.shift, options[reading.shift]))
-    mu = _mu(name, fallbacks | options, tokens)
+    mu = _mu(name, {**fallbacks, **options}, tokens)
     if options["time_shift_type"] == "linear":
         return _positive(name, "mu", mu)
     return _positive(name, "exp(mu)", math.exp(min(mu, 700.0)))
@@ -118,14 +120,11 @@ def _check_options(name: str, reading: _Reading, options: Mapping[str, Any]) -> 
     allowed = dict(reading.allowed)
     if options.get("use_dynamic_shifting"):  # asked for by the pipeline, so also where the class itself has no such option
         allowed |= {"time_shift_type": reading.dynamic} if reading.dynamic else {"use_dynamic_shifting": (False,)}
-    read = {reading.shift, "use_dynamic_shifting", "time_shift_type", *_OF_MU}
+    passed = {reading.shift, "use_dynamic_shifting", "time_shift_type", *_OF_MU, *_HARMLESS}
     for key, default in {"use_dynamic_shifting": False, **defaults(name)}.items():
         value = options.get(key)
-        if key in allowed:
-            good = value in allowed[key]
-        else:
-            good = key in read or key in _HARMLESS or value == default or not (value or default)
-        if not good:
+        off = key in passed or value == default or not (value or default)  # false, null and 0 mean the same
+        if not (value in allowed[key] if key in allowed else off):
             raise _refusal(f"its scheduler {name} has {key}: {_as_json(value)}, which fastgen does not follow")
 
 

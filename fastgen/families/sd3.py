@@ -20,7 +20,6 @@ from fastgen.families.components import Component, read_component, read_json
 from fastgen.files import reading
 from fastgen.path import Flow
 
-
 _CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}  # that this file calls
 _MOST_TOKENS = 512  # StableDiffusion3Pipeline.check_inputs
 # StableDiffusion3Pipeline.__call__, where a scheduler does not say it
@@ -49,9 +48,7 @@ class SD3(Family):
     path = Flow()
     kind = "velocity"
 
-    def __init__(
-        self, source: Any, *, max_sequence_length: int | None = None, resolution: int | None = None, shift: float | None = None
-    ) -> None:
+    def __init__(self, source: Any, *, max_sequence_length: int | None = None, resolution: int | None = None, shift: float | None = None) -> None:
         from fastgen.families import resolve_source
 
         self._live = None if isinstance(source, (str, FilePath)) else source

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
 )
-from pipelines import CLIP_TOKENS, NEGATIVE, PROMPTS, adapter_tuning, draw, tiny_sd3
+from pipelines import CLIP_TOKENS, NEGATIVE, PROMPTS, adapter_tuning, draw, edit_json, tiny_sd3
 from pipelines import sd3_folder as sd3_folder
 from torch import Tensor
 
@@ -435,3 +438,143 @@ def test_decoding_with_a_live_pipeline_gives_its_vae_no_gradients_and_leaves_it_
     assert latents.grad is not None
     assert all(parameter.grad is None for parameter in live.vae.parameters())
     assert [parameter.requires_grad for parameter in live.vae.parameters()] == required
+
+
+def test_a_unipc_teacher_has_its_flow_shift(live: Any, tmp_path: Path) -> None:
+    live.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    live.save_pretrained(tmp_path)
+    draw(live, PROMPTS[:1], SEEDS[:1], num_inference_steps=4, max_sequence_length=TOKENS, guidance_scale=1.0)
+    stock = live.scheduler.sigmas
+    for source in (tmp_path, live):
+        family = find_family(source)
+        assert family.shift == 3
+        assert family.grid(4).tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5], abs=1e-12)
+        torch.testing.assert_close(family.grid(4).float(), stock[:-1], rtol=0, atol=1e-3)  # UniPC ends at 1/1000, not at 0
+        assert family.export_scheduler().config.shift == 3
+
+
+@pytest.fixture
+def copied(sd3_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sd3_folder, tmp_path / "copied")
+
+
+@pytest.mark.parametrize("gone", ["unknown class", "no folder", "no entry", "bent grid"])
+def test_with_a_stated_shift_the_scheduler_may_be_anything(copied: Path, gone: str) -> None:
+    config = copied / "scheduler" / "scheduler_config.json"
+    if gone == "unknown class":
+        edit_json(config, _class_name="MyScheduler")
+        edit_json(copied / "model_index.json", scheduler=["my_schedules", "MyScheduler"])
+    elif gone == "no folder":
+        shutil.rmtree(config.parent)
+    elif gone == "no entry":
+        edit_json(copied / "model_index.json", scheduler=[None, None])
+        config.write_text("{")
+    else:
+        edit_json(config, shift_terminal=0.1)
+    with pytest.raises(UserError, match=r"recipe key teacher\.pretrained: .*scheduler.*; give the recipe key teacher\.shift"):
+        find_family(copied)
+    family: Any = find_family(copied, max_sequence_length=TOKENS, shift=2.0)
+    assert family.shift == 2
+    assert family.grid(2).tolist() == pytest.approx([1, 2 / 3], abs=1e-12)
+    made = family.load_pipeline(None, family.export_scheduler())
+    expected = draw(made, PROMPTS, SEEDS, **family.call_arguments(2, 1.0))
+    assert made.scheduler.sigmas.tolist() == pytest.approx([1, 2 / 3, 0], abs=1e-12)
+    assert (ours(family, steps=2)(PROMPTS, SEEDS) - expected).abs().max() <= 1e-5
+
+
+def test_a_stated_shift_goes_before_a_readable_one(sd3_folder: Path, live: Any) -> None:
+    for source in (sd3_folder, live):
+        assert (find_family(source).shift, find_family(source, shift=1.5).shift) == (3, 1.5)
+    with pytest.raises(UserError, match=r"recipe key teacher\.shift: -1 is not a number above 0"):
+        find_family(sd3_folder, shift=-1)
+    with pytest.raises(UserError, match=r"recipe key teacher\.shift: does not apply to a closed-form teacher"):
+        find_family("toy:ring", shift=2.0)
+
+
+def test_a_vae_without_its_numbers_is_refused(copied: Path) -> None:
+    path = copied / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    for key, given in (("shift_factor", None), ("shift_factor", "0.1"), ("scaling_factor", None), ("scaling_factor", True)):
+        path.write_text(json.dumps(config | {key: given}))
+        with pytest.raises(UserError, match=rf"teacher\.pretrained: its vae has {key} {given!r}, but StableDiffusion3Pipeline needs a number"):
+            find_family(copied)
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "shift_factor"}))  # the class's own default is None
+    with pytest.raises(UserError, match=r"its vae has shift_factor None"):
+        find_family(copied)
+
+
+def test_another_class_of_vae_or_network_is_refused_by_name(copied: Path, live: Any) -> None:
+    from diffusers import AutoencoderTiny
+
+    live.vae = AutoencoderTiny(latent_channels=4, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                               num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
+    live.vae.save_pretrained(copied / "vae")
+    said = r"teacher\.pretrained: its vae is a AutoencoderTiny, family SD3 takes a AutoencoderKL"
+    for source in (copied, live):
+        with pytest.raises(UserError, match=said):
+            find_family(source)
+    edit_json(copied / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
+    with pytest.raises(UserError, match=said):
+        find_family(copied)
+    edit_json(copied / "model_index.json", transformer=["diffusers", "FluxTransformer2DModel"])
+    with pytest.raises(UserError, match=r"its transformer is a FluxTransformer2DModel, family SD3 takes a SD3Transformer2DModel"):
+        find_family(copied)
+
+
+def test_a_compiled_or_derived_network_of_a_live_pipeline_is_still_its_class(live: Any) -> None:
+    class Mine(type(live.transformer)):
+        pass
+
+    class Compiled(torch.nn.Module):  # as torch.compile wraps it, whose import takes seconds
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self._orig_mod, self.config = network, network.config
+
+    live.transformer.__class__ = Mine
+    assert find_family(live).shift == 3
+    live.transformer = Compiled(live.transformer)
+    assert find_family(live).shift == 3
+    live.vae = Compiled(live.transformer._orig_mod)
+    with pytest.raises(UserError, match=r"its vae is a SD3Transformer2DModel"):
+        find_family(live)
+    live.vae = SimpleNamespace(config={"scaling_factor": 1.0})  # of nobody's class: taken at its word
+    with pytest.raises(UserError, match=r"teacher\.pretrained: its vae has no block_out_channels"):
+        find_family(live)
+
+
+def test_what_a_configuration_leaves_out_is_the_classes_own_default(copied: Path) -> None:
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    for name, keys in (("transformer", ("sample_size", "patch_size", "pos_embed_max_size")), ("vae", ("block_out_channels",))):
+        path = copied / name / "config.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in keys}))
+    found: Any = find_family(copied)
+    network, vae = (inspect.signature(cls.__init__).parameters for cls in (SD3Transformer2DModel, AutoencoderKL))
+    assert found.latent.size == (network["sample_size"].default,) * 2
+    assert found.pixels_per_latent == 2 ** (len(vae["block_out_channels"].default) - 1)
+    most = network["pos_embed_max_size"].default * network["patch_size"].default
+    with pytest.raises(UserError, match=rf"at most {most}$"):
+        find_family(copied, resolution=most + 2)
+
+
+def test_a_text_length_that_the_pipeline_refuses_is_refused(sd3_folder: Path, stock: Any) -> None:
+    assert SD3(sd3_folder, max_sequence_length=512).max_sequence_length == 512
+    with pytest.raises(UserError, match=r"recipe key teacher\.max_sequence_length: 513, but the pipeline takes at most 512"):
+        SD3(sd3_folder, max_sequence_length=513)
+    with pytest.raises(ValueError, match="cannot be greater than 512"):
+        stock(PROMPTS[0], num_inference_steps=1, max_sequence_length=513)
+
+
+def test_the_own_call_is_the_pipelines_signature(sd3_folder: Path) -> None:
+    parameters = inspect.signature(StableDiffusion3Pipeline.__call__).parameters
+    family = SD3(sd3_folder)
+    assert family.own_call == {key: parameters[key].default for key in ("num_inference_steps", "guidance_scale")}
+    assert family.max_sequence_length == parameters["max_sequence_length"].default
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_a_broken_configuration_is_one_clear_line(copied: Path, text: str) -> None:
+    for name in ("fastgen.json", "vae/config.json", "transformer/config.json"):
+        (copied / name).write_text(text)
+        with pytest.raises(UserError, match=rf"cannot read '.*{name}': [^\n]+$"):
+            find_family(copied)
