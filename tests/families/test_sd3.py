@@ -6,8 +6,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -530,6 +529,9 @@ def test_a_compiled_or_derived_network_of_a_live_pipeline_is_still_its_class(liv
             super().__init__()
             self._orig_mod, self.config = network, network.config
 
+    class Nobodys(torch.nn.Module):  # of no diffusers class: taken at its word
+        config: ClassVar[dict[str, Any]] = {"scaling_factor": 1.0}
+
     live.transformer.__class__ = Mine
     assert find_family(live).shift == 3
     live.transformer = Compiled(live.transformer)
@@ -537,7 +539,7 @@ def test_a_compiled_or_derived_network_of_a_live_pipeline_is_still_its_class(liv
     live.vae = Compiled(live.transformer._orig_mod)
     with pytest.raises(UserError, match=r"its vae is a SD3Transformer2DModel"):
         find_family(live)
-    live.vae = SimpleNamespace(config={"scaling_factor": 1.0})  # of nobody's class: taken at its word
+    live.vae = Nobodys()
     with pytest.raises(UserError, match=r"teacher\.pretrained: its vae has no block_out_channels"):
         find_family(live)
 
