@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,8 @@ def same_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
                 return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(export.subprocess, "run", run)
+    # Of `export` alone: others start programs too, such as matplotlib on its first use.
+    monkeypatch.setattr(export, "subprocess", SimpleNamespace(run=run))
 
 
 def card_snippet(folder: Path) -> str:
