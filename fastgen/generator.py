@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgen import conditioning, timesteps
 from fastgen.conditioning import Conditioning
+from fastgen.config import read_yaml
 from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import UserError
 from fastgen.families import find_family
@@ -236,6 +237,15 @@ def _teacher_options(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**_size(manifest["call"]), "shift": manifest["teacher"].get("shift")}
 
 
+def cannot_teach(folder: Path) -> str | None:
+    """Why a pipeline folder is no teacher, where its fastgen.json says that the pipeline's network is not all of a student, or not at all times."""
+    path = folder / "fastgen.json"
+    manifest = read_yaml(path) if path.is_file() else {}
+    if "experts" in manifest:
+        return "a student of several experts"
+    return "a student of its own number of steps alone" if manifest.get("own_steps_only") else None
+
+
 def load_teacher(
     source: Any,
     *,
@@ -248,6 +258,8 @@ def load_teacher(
 ) -> ImageGenerator:
     """A teacher: `fastgen:digits`, a hub id, a diffusers folder or a live pipeline; steps and guidance default to its own.
     options: `max_sequence_length`, `resolution`, and `shift` as in the recipe's teacher block."""
+    if isinstance(source, (str, Path)) and (reason := cannot_teach(Path(source).expanduser())):
+        raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
     found = find_family(source, family, **options)
     return ImageGenerator(
         found,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgen import checkpoint
 from fastgen.conditioning import Conditioning
-from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, read_yaml, validate
+from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data.images import CaptionedImages, load_images
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
@@ -26,6 +26,7 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, resolve_source
 from fastgen.families.base import Family
 from fastgen.files import reading
+from fastgen.generator import cannot_teach
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
 # What an expert was trained for, beside its phase; another shape or tuning does not load.
@@ -190,10 +191,9 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
 
 
 def _check_teacher(pretrained: str) -> None:
-    """Refuse a student of several experts, of which only the first would be taken."""
-    manifest = Path(pretrained).expanduser() / "fastgen.json"
-    if manifest.is_file() and "experts" in read_yaml(manifest):
-        raise UserError(f"recipe key teacher.pretrained: {pretrained!r} is a student of several experts, which cannot teach yet")
+    """Refuse a student of several experts, of which only the first would be taken, and one that is right at its own times alone."""
+    if reason := cannot_teach(Path(pretrained).expanduser()):
+        raise UserError(f"recipe key teacher.pretrained: {pretrained!r} is {reason}, which cannot teach yet")
 
 
 def _optimizer_key(role: str, recipe: Recipe) -> str:

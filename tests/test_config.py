@@ -15,6 +15,7 @@ from fastgen.config import Recipe, Tuning, apply_override, find_recipe, read_yam
 from fastgen.distillers import distiller_class, distiller_names
 from fastgen.errors import UserError, nearest
 from fastgen.families import resolve_source
+from fastgen.generator import load_teacher
 
 BASE = "digits_dmd2_1step"
 RECIPES = sorted(shipped_recipes())
@@ -353,11 +354,20 @@ def test_nearest_suggests_only_what_is_close() -> None:
     assert nearest("xyz", ["steps", "seed"]) == "allowed: seed, steps"
 
 
-def test_a_student_of_several_experts_is_no_teacher(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"experts": [{"end": 0.5}, {"end": 0.0}]}, "a student of several experts"),
+        ({"own_steps_only": True}, "a student of its own number of steps alone"),  # at other times its network predicts nothing
+    ],
+)
+def test_a_student_that_is_more_than_its_network_is_no_teacher(told: dict[str, Any], reason: str, tmp_path: Path) -> None:
     folder = tmp_path / "phased"
     shutil.copytree(resolve_source("fastgen:digits"), folder)
     manifest = json.loads((folder / "fastgen.json").read_text())
     run.plan(load(f"teacher.pretrained={folder}"))
-    (folder / "fastgen.json").write_text(json.dumps({**manifest, "experts": [{"end": 0.5}, {"end": 0.0}]}))
-    with pytest.raises(UserError, match=r"recipe key teacher.pretrained: .* is a student of several experts"):
+    (folder / "fastgen.json").write_text(json.dumps(manifest | told))
+    with pytest.raises(UserError, match=rf"recipe key teacher.pretrained: .* is {reason}, which cannot teach yet"):
         run.plan(load(f"teacher.pretrained={folder}"))
+    with pytest.raises(UserError, match=rf"'{folder}' is {reason}, which cannot teach yet; load_student loads it"):
+        load_teacher(folder)
