@@ -127,8 +127,15 @@ def model_card(manifest: dict[str, Any]) -> str:
     if manifest.get("own_steps_only"):
         how = f"{how[:-1]}, and other numbers of steps give no sensible picture:"
     experts = [_experts_text(manifest), ""] if "experts" in manifest else []
+    unfinished = [unfinished_text(manifest), ""] if "unfinished" in manifest else []
     snippet = f"```python\n{call_snippet(manifest)}```"
-    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *experts, how, "", snippet, ""])
+    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, how, "", snippet, ""])
+
+
+def unfinished_text(manifest: dict[str, Any]) -> str:
+    """How far training had come of a student that was exported before its end."""
+    parts = [f"`{role}` had trained {done['step']} of its {done['of']} steps" for role, done in manifest["unfinished"].items()]
+    return f"Exported before the end of training: {', '.join(parts)}."
 
 
 def _experts_text(manifest: dict[str, Any]) -> str:

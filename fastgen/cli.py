@@ -69,12 +69,17 @@ def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder with a checkpoint.")],
     output: Annotated[Path, typer.Option(help="Folder of the exported student.")],
     lora: Annotated[bool, typer.Option("--lora", help="Write the LoRA adapter alone.")] = False,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Also a student whose phase has begun and is not over.")] = False,
 ) -> None:
     """Write the averaged student of a run's newest checkpoint as a diffusers pipeline."""
-    from fastgen import run, terminal
+    from fastgen import card, run, terminal
+    from fastgen.generator import read_manifest
 
     terminal.quiet()
-    terminal.note(f"student: {run.export(run_dir, output, as_lora=lora)}")
+    folder = run.export(run_dir, output, as_lora=lora, unfinished=unfinished)
+    terminal.note(f"student: {folder}")
+    if "unfinished" in (manifest := read_manifest(folder)):
+        terminal.note(card.unfinished_text(manifest))
 
 
 @app.command()

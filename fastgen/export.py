@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,7 @@ class StudentInfo:
     prompts: Sequence[str]  # examples, for the card and for verification
     recipe: dict[str, Any]
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
+    unfinished: dict[str, dict[str, int]] = field(default_factory=dict)  # {role: {step, of}} where training was not over
 
 
 class Expert(NamedTuple):
@@ -257,6 +258,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "call": family.call_arguments(info.steps, info.guidance, info.grid) | _negative_prompt(info),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher,
+        **({"unfinished": info.unfinished} if info.unfinished else {}),
         **more,
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},

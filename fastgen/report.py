@@ -208,6 +208,8 @@ def _missing(run: Run) -> list[str]:
         notes.append(f"Interrupted or still running: training has reached step {done} of {planned}.")
     if run.student is None:
         notes.append("No student has been exported.")
+    elif "unfinished" in run.student:
+        notes.append(card.unfinished_text(run.student))
     if run.results is None:
         notes.append("The student has not been evaluated.")
     return notes

@@ -19,6 +19,7 @@ from fastgen import checkpoint, conditioning, diagnostics, pictures, report
 from fastgen.config import Recipe, flatten, read_yaml, validate
 from fastgen.data import training
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
+from fastgen.distillers.base import Distiller
 from fastgen.errors import UserError
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
@@ -87,7 +88,14 @@ class Run:
             teacher=teacher,
             prompts=_spread(self.data.prompts, 8),
             recipe=resolved,
+            unfinished=self.unfinished(),
         )
+
+    def unfinished(self) -> dict[str, dict[str, int]]:
+        """The students that this run still trains, each with its own step and how many it will have."""
+        distiller = self.trainer.distiller
+        trained = {role: distiller.trained(role, self.trainer.step) for role, _ in distiller.students()}
+        return {role: {"step": step, "of": count} for role, (step, count) in trained.items() if step < count}
 
     def generator(self, role: str) -> ImageGenerator:
         """Pictures from a role's current weights: the student on its grid, the teacher at its own steps."""
@@ -375,8 +383,12 @@ def require_verified(result: Verification, folder: Path) -> None:
         )
 
 
-def export(run_dir: Path, output: Path, *, as_lora: bool = False) -> Path:
-    """Export the averaged student of a run's newest checkpoint."""
+def export(run_dir: Path, output: Path, *, as_lora: bool = False, unfinished: bool = False) -> Path:
+    """Export the averaged student of a run's newest checkpoint; fastgen.json and the card say so where it trains on after that.
+
+    UserError for a student none of whose steps have been trained, and, unless `unfinished`, for one that is no good before its own
+    training is over, such as the expert of a phase.
+    """
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{str(run_dir)!r} holds no run (no recipe.yaml)")
     output = _plain(output)
@@ -389,11 +401,28 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False) -> Path:
     if as_lora and planned.tuning is None:
         raise UserError("--lora: this run trained with student.tune: full, so it has no adapter; export it without --lora")
     run = build(planned, Progress())
+    _check_trained(run.trainer.distiller, state["step"], run_dir, unfinished=unfinished)
     checkpoint.load(checkpoint.latest(run_dir), run.trainer)
     student = _averaged(run)
     if as_lora:
         return export_lora(student, planned.family, run.info(), output)
     return export_student(student, planned.family, run.info(), output, dtype=planned.recipe.export.dtype)
+
+
+def _check_trained(distiller: Distiller, step: int, run_dir: Path, *, unfinished: bool) -> None:
+    students = [(role, distiller.period(role), *distiller.trained(role, step)) for role, _ in distiller.students()]
+    for role, period, done, count in students:
+        if done == 0 < count:
+            raise UserError(
+                f"{str(run_dir)!r}: {period} has not begun at step {step}, so {role} is still what the run started from; go on with "
+                "fastgen train … --resume"
+            )
+    for role, period, done, count in students:
+        if not (unfinished or distiller.finished(role, step)):
+            raise UserError(
+                f"{str(run_dir)!r}: {period} is not over at step {step}, so {role} has trained {done} of its {count} steps; go on with "
+                "fastgen train … --resume, or pass --unfinished to export it as it is"
+            )
 
 
 def evaluate(
@@ -423,6 +452,8 @@ def evaluate(
         rows += _teacher_rows(measured, base, manifest["teacher"], teacher_steps or [base.steps], progress)
     rows += runner.cached(f"floors/{measured.hash()}/{measured.extractor_hash()}", measured.floors)
     provenance = runner.provenance(measured, device=device, model_hash=runner.hash_folder(folder))
+    if "unfinished" in manifest:
+        provenance["unfinished"] = manifest["unfinished"]
     runner.write_results(output or folder / "results.json", protocol, rows, provenance)
     return {"protocol": protocol, "metrics": rows, "provenance": provenance}
 

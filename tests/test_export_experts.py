@@ -469,6 +469,7 @@ def test_a_phased_run_from_recipe_to_picture(tune: Any, tmp_path: Path, monkeypa
         both = [load_student(path)(["any digit"], [0]) for path in (folder, run_dir / "student")]
         assert (both[0] - both[1]).abs().max() <= 1e-5
     assert [expert["steps"] for expert in read_manifest(folder)["experts"]] == [[0, 1], [2, 3]]
+    assert "unfinished" not in read_manifest(folder)
     files = [path for path in sorted(folder.rglob("*.safetensors")) if path.parent.name in ("transformer", "expert_1", "expert_2")]
     first, second = (load_file(path) for path in files)
     assert any(not torch.equal(first[key], second[key]) for key in first)

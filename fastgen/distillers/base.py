@@ -175,6 +175,16 @@ class Distiller(ABC):
         """Whether any student step from `step` on trains or asks the role; where not, a run drops it from memory and from its checkpoints."""
         return True
 
+    def trained(self, role: str, step: int) -> tuple[int, int]:
+        """(done, count): how many of the student steps in which a student trains are over after `step` of the run; (0, 0) for one that was
+        trained before this run."""
+        first, count = self.span(role) or (0, self.setting.train_steps)
+        return min(max(step - first, 0), count), count
+
+    def period(self, role: str) -> str:
+        """What people call the student steps in which a student trains."""
+        return "training"
+
     @classmethod
     def inherited(cls, config: Any) -> list[str]:
         """The students that `student.init` replaces."""

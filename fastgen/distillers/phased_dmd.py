@@ -93,6 +93,12 @@ class PhasedDMD(DMD2):
     def finished(self, role: str, step: int) -> bool:
         return self.span(role) is None or super().finished(role, step)
 
+    def trained(self, role: str, step: int) -> tuple[int, int]:
+        return (0, 0) if self.span(role) is None else super().trained(role, step)
+
+    def period(self, role: str) -> str:
+        return f"phase {[name for name, _ in self.students()].index(role) + 1}"
+
     @classmethod
     def matching_steps(cls, config: PhasedDMDConfig, facts: Facts) -> int:  # type: ignore[override]
         return min(stop - start for start, stop in _spans(config, facts.train_steps).values()) - regression.steps_alone(config.regression)

@@ -74,6 +74,19 @@ def test_phases_share_the_runs_steps(phases: list[dict[str, Any]], steps: int, f
     assert method.span("discriminator") is None
 
 
+def test_how_far_each_expert_has_come() -> None:
+    whole, later = phased(FOUR, steps=10), phased(FOUR, steps=6, first_phase=3)
+    names = [name for name, _ in whole.students()]
+    assert [whole.period(name) for name in names] == ["phase 1", "phase 2", "phase 3", "phase 4"]
+    assert [[whole.trained(name, step) for name in names] for step in (0, 1, 4, 10)] == [
+        [(0, 2), (0, 3), (0, 3), (0, 2)],
+        [(1, 2), (0, 3), (0, 3), (0, 2)],
+        [(2, 2), (2, 3), (0, 3), (0, 2)],
+        [(2, 2), (3, 3), (3, 3), (2, 2)],
+    ]
+    assert [later.trained(name, 4) for name in names] == [(0, 0), (0, 0), (3, 3), (1, 3)], "the first two were trained before this run"
+
+
 def test_there_is_an_expert_and_a_fake_score_for_each_phase() -> None:
     method = phased(FOUR, gan={})
     roles = toy_roles(method, Toy("toy:mixture"))
