@@ -54,7 +54,6 @@ class Trainer:
     parallel: SingleProcess
 
     def __post_init__(self) -> None:
-        self.step = 0
         self.seconds = 0.0  # spent training, interruptions left out
         for role in self.roles.values():
             self.parallel.prepare(role)
@@ -63,6 +62,7 @@ class Trainer:
         self.optimizers = {name: make_optimizer(self.optimizer_blocks[name], own) for name, own in self.parameters.items()}
         averaged = {name: role for name, role in self.roles.items() if role.spec.averaged}
         self.ema = Averages({name: EMA(role.parameters(), self.settings.ema) for name, role in averaged.items()})
+        self.move_to(0)
 
     def run(self, events: Sequence[Callable[[int, Metrics], None]], should_stop: Callable[[], bool] = lambda: False) -> None:
         """Train up to `settings.steps`, or until `should_stop()` after a step. TrainingFailed at the first non-finite number."""

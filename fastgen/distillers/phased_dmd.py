@@ -119,8 +119,8 @@ class PhasedDMD(DMD2):
 
     def needed(self, role: str, step: int) -> bool:
         """A finished expert is rolled out in front of the others; its fake score has no more to say."""
-        first, count = self.span(role) or (0, self.setting.train_steps)
-        return not role.startswith("fake_score") or step < first + count
+        ahead = [expert_name("fake_score", k) for k, (_, stop) in self._spans.items() if step < stop]
+        return not role.startswith("fake_score") or role in ahead
 
     def students(self) -> list[tuple[str, float]]:
         return [(expert_name("student", k), end) for k, end in enumerate(self._ends, 1)]
