@@ -19,7 +19,7 @@ from fastgen.errors import UserError
 from fastgen.families.base import Family
 from fastgen.generator import load_teacher
 from fastgen.parallel import choose_device
-from fastgen.plan import resolved_teacher
+from fastgen.plan import check_texts, resolved_teacher
 from fastgen.run import Progress
 
 
@@ -53,6 +53,8 @@ def cache_pairs(
         device=choose_device(recipe.train.device),
         **block.options,
     )
+    for warning in check_texts(recipe, teacher.family, prompts):
+        progress.warn(f"warning: {warning}")
     sampler = TeacherSampler(teacher.predict, teacher.times().to(teacher.device), teacher.family.latent.shape, solver)
     manifest = Manifest.describe(sampler, resolved_teacher(recipe), prompts, seed=recipe.train.seed, count=count)
     folder = create_folder(output, manifest)

@@ -46,6 +46,7 @@ def train(
 
     stop_after = _only(only)
     if dry_run:
+        terminal.quiet()
         terminal.print_plan(plan.dry_run(Recipe.load(recipe, overrides or []), only=stop_after))
         return
     folder = output or Path("runs") / Path(recipe).stem
@@ -124,6 +125,8 @@ def sample(
     _check_file(output)
     terminal.quiet()
     student = load_student(student_dir)
+    for warning in student.family.legibility(prompt).check("--prompt"):
+        terminal.warn(warning)
     if first_step_from_teacher is not None:
         student.times_after_first(steps)  # refuses before the teacher is loaded
         student = student.with_first_step(load_teacher_of(student_dir, guidance=guidance), first_step_from_teacher)

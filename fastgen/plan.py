@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data.images import CaptionedImages, load_images
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
+from fastgen.data.training import prompt_weights
 from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Setting
 from fastgen.errors import UserError, nearest
@@ -46,6 +47,7 @@ class Plan:
     images: CaptionedImages | None
     pairs: PairFolder | None = None  # None also where data.pairs is a number
     started: bool = False
+    warnings: tuple[str, ...] = ()  # what will not go as the recipe may mean it
 
     @property
     def roles(self) -> dict[str, RoleSpec]:
@@ -127,7 +129,15 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
         pairs.check(resolved_teacher(recipe), family.latent.shape)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, started)
     _check_networks(planned)
-    return planned
+    return planned if started else replace(planned, warnings=tuple(check_texts(recipe, family, prompt_weights(prompts, images))))
+
+
+def check_texts(recipe: Recipe, family: Family, prompts: Iterable[str]) -> list[str]:
+    """Warnings of what the teacher reads in part only, of the recipe's prompts or captions and of its negative prompt; UserError for a text
+    of which it reads nothing."""
+    source = "data.prompts" if recipe.data.images is None else "data.images"
+    texts = {"teacher.negative_prompt": [recipe.teacher.negative_prompt], source: list(prompts)}
+    return [line for key, some in texts.items() for line in family.legibility(some).check(f"recipe key {key}")]
 
 
 def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
@@ -250,6 +260,7 @@ def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str
         "batch": recipe.train.batch_size,
         "micro_batches": math.ceil(recipe.train.batch_size / (recipe.train.micro_batch or recipe.train.batch_size)),
         "steps": recipe.train.steps,
+        "warnings": list(planned.warnings),
     }
 
 

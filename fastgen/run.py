@@ -183,6 +183,8 @@ def train(
     if overwrite and given == (run_dir / "recipe.yaml").resolve():
         raise UserError(f"--overwrite: {str(run_dir)!r} holds the recipe itself, which would be replaced; choose another --output")
     _check_folder(run_dir, planned, resume=resume, overwrite=overwrite)
+    for warning in planned.warnings:
+        progress.warn(f"warning: {warning}")
     run = build(planned, progress)
     if recipe.data.pairs is not None:
         run.trainer.data = training.with_pairs(run.data, _pairs(run, progress), planned.family, run.parallel.device)

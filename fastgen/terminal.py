@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ def echo(text: str) -> None:
 def note(text: str) -> None:
     """A line about what happened and where it is."""
     print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line about what did not go as it may have been meant."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class _Rate(ProgressColumn):
@@ -103,3 +109,5 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     note(f"memory      {plan['bytes'] / 2**20:,.1f} MiB for weights, gradients, Adam moments and averages; activations come on top")
     note(f"grid        {plan['grid']} ({len(plan['grid'])} network evaluations)")
     note(f"batch       {plan['batch']} samples a step in {plan['micro_batches']} micro-batch{'es' * (plan['micro_batches'] > 1)} on 1 process")
+    for warning in plan["warnings"]:
+        note(f"warning     {warning}")

@@ -87,6 +87,7 @@ def make_files(root: Path) -> None:
     (root / "folder.png").mkdir()
     texts = {
         "empty.txt": " \n\n",
+        "unread.txt": "any digit\nblorp qux\n",
         "bad.jsonl": '{"prompt": "a"}\n{"prompt"\n',
         "no_prompt.jsonl": '{"text": "a"}\n',
         "weight.jsonl": '{"prompt": "a", "weight": -1}',
@@ -222,6 +223,8 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "jsonl line without prompt": (train("data.prompts=no_prompt.jsonl"), ("recipe key data.prompts", "line 1", "'prompt'")),
     "jsonl weight negative": (train("data.prompts=weight.jsonl"), ("recipe key data.prompts", "line 1", "-1")),
     "jsonl weights all zero": (train("data.prompts=weightless.jsonl"), ("recipe key data.prompts", "positive weight")),
+    "prompts that cannot be read": (train("data.prompts=unread.txt"), ("recipe key data.prompts: 'blorp qux'", "tokenizer_3")),
+    "negative prompt that cannot be read": (train("teacher.negative_prompt=blurry"), ("recipe key teacher.negative_prompt: 'blurry'",)),
     "images given to dmd2": (train("data.images=fastgen:digits"), ("recipe key data.images", "dmd2 does not use it")),
     "images missing": (images("nowhere"), ("recipe key data.images", "'nowhere'", "metadata.jsonl")),
     "images without rows": (images("images_empty"), ("recipe key data.images", "is empty")),
@@ -265,6 +268,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cache pairs of no recipe": (("cache", "pairs", "nowhere", *TO), ("no recipe 'nowhere'",)),
     "cache pairs of no teacher": (cache_pairs("teacher.pretrained=./nowhere"), ("recipe key teacher.pretrained", "'./nowhere'")),
     "cache pairs without prompts": (cache_pairs("data.prompts=null"), ("recipe key data.prompts: missing", "data.images")),
+    "cache pairs of prompts that cannot be read": (cache_pairs("data.prompts=unread.txt"), ("recipe key data.prompts: 'blorp qux'",)),
     "cache pairs over other files": (cache_pairs("--output", "full"), ("--output: 'full'", "other files")),
     "cache pairs over a file": (cache_pairs("--output", "empty.txt"), ("--output: 'empty.txt'", "is a file")),
     "cache pairs below a file": (cache_pairs("--output", "empty.txt/x"), ("--output: 'empty.txt/x'", "'", "is a file")),
@@ -332,6 +336,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "first step's guidance infinite": (sample("student", "--first-step-from-teacher", "2", "--first-step-guidance", "inf"),
         ("--first-step-guidance", "inf")),
     "first step of a lost teacher": (sample("student_lost_teacher", "--steps", "2", "--first-step-from-teacher", "2"), ("'nowhere/teacher'",)),
+    "sample a prompt that cannot be read": (sample("student", "--prompt", "blorp qux"), ("--prompt: 'blorp qux'", "tokenizer_3")),
     "sample from nothing": (sample("nowhere"), ("no folder 'nowhere'",)),
     "sample from a file": (sample("empty.txt"), ("no folder 'empty.txt'",)),
     "sample without fastgen.json": (sample("student_no_manifest"), ("'student_no_manifest' holds no fastgen.json",)),
@@ -400,7 +405,15 @@ def test_a_mistake_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "name", ["unknown distiller", "prompts file missing", "teacher folder missing", "LoRA targets that match no layer", "teacher cut short"]
+    "name",
+    [
+        "unknown distiller",
+        "prompts file missing",
+        "prompts that cannot be read",
+        "teacher folder missing",
+        "LoRA targets that match no layer",
+        "teacher cut short",
+    ],
 )
 def test_a_dry_run_finds_the_mistake_too(name: str, workshop: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     arguments, words = CASES[name]

@@ -18,7 +18,7 @@ from fastgen.families import family_names
 PACKAGE = Path(fastgen.__file__).parent
 # Each layer may import itself and those before it.
 LAYERS = [
-    {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "discovery"},
+    {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "discovery", "legibility"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards"},
     {"roles", "ema", "parallel"},
     {"distillers"},

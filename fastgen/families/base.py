@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
+from fastgen.legibility import Legibility
 from fastgen.path import Kind, Path
 
 
@@ -86,6 +87,10 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (P, ...) of prompts, on the CPU, without gradients. Encoders load on first use: see `free_encoders`."""
+
+    def legibility(self, prompts: Sequence[str]) -> Legibility:
+        """What the pipeline reads of prompts, without its text encoders, which are slow to load; where a family cannot tell, all."""
+        return Legibility(len(prompts))
 
     @abstractmethod
     def free_encoders(self) -> None:

@@ -18,6 +18,7 @@ from fastgen.families import schedules
 from fastgen.families.base import Family, LatentSpec
 from fastgen.families.components import Component, read_component, read_json
 from fastgen.files import reading
+from fastgen.legibility import Legibility, Reader, read
 from fastgen.path import Flow
 
 _CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}  # that this file calls
@@ -139,6 +140,25 @@ class SD3(Family):
             "encoder_hidden_states": torch.cat([embeds for embeds, _, _, _ in encoded]).float().cpu(),
             "pooled_projections": torch.cat([pooled for _, _, pooled, _ in encoded]).float().cpu(),
         }
+
+    def legibility(self, prompts: Sequence[str]) -> Legibility:
+        return read(prompts, self._readers())
+
+    def _readers(self) -> list[Reader]:
+        """The tokenizers of those encoders that the pipeline has; loaded without them, which are large."""
+        encoders = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "tokenizer_3": "text_encoder_3"}
+        pipeline = self._live or self._encoder_pipeline or self._pipeline(transformer=None, vae=None, **dict.fromkeys(encoders.values()))
+        return [
+            Reader(name, tokenizer, self.max_sequence_length if name == "tokenizer_3" else pipeline.tokenizer_max_length)
+            for name, encoder in encoders.items()
+            if (tokenizer := getattr(pipeline, name)) is not None and self._has(encoder)
+        ]
+
+    def _has(self, component: str) -> bool:
+        if self._live is not None:
+            return getattr(self._live, component) is not None
+        assert self.folder is not None
+        return json.loads((self.folder / "model_index.json").read_text()).get(component, [None])[0] is not None
 
     def free_encoders(self) -> None:
         self._encoder_pipeline = self._vae = None

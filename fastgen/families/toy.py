@@ -17,6 +17,7 @@ from fastgen import timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError, nearest
 from fastgen.families.base import Family, LatentSpec
+from fastgen.legibility import Legibility
 from fastgen.path import Flow, Kind, Path, expand_time
 
 
@@ -146,11 +147,13 @@ class Toy(Family):
         return [layer.out_features for layer in backbone.layers]  # type: ignore[union-attr]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        count = len(self.mixture.weights)
-        for prompt in prompts:
-            if prompt and not (prompt.isdigit() and int(prompt) < count):
-                raise UserError(f"a closed-form teacher's prompt is '' or a component 0..{count - 1}, got {prompt!r}")
+        self.legibility(prompts).check("prompts")
         return {"component": torch.tensor([int(prompt) if prompt else -1 for prompt in prompts])}
+
+    def legibility(self, prompts: Sequence[str]) -> Legibility:
+        components = ["", *map(str, range(len(self.mixture.weights)))]
+        why = f"a closed-form teacher's prompt is '' or a component 0..{components[-1]}"
+        return Legibility(len(prompts), {prompt: why for prompt in prompts if prompt not in components})
 
     def free_encoders(self) -> None:
         pass
