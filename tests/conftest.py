@@ -21,6 +21,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    threads: int = config.getoption("--threads")
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes
+    threads = str(config.getoption("--threads"))
+    torch.set_num_threads(int(threads))
+    os.environ["OMP_NUM_THREADS"] = threads  # for child processes

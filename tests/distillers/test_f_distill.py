@@ -117,8 +117,8 @@ def test_covering_divergences_count_what_the_student_lacks() -> None:
         factors(method, logits, t)
         lacking, plenty = factors(method, logits, t, step=1)
         covers = divergence in ("js", "squared_hellinger", "forward_kl", "jeffreys", "pearson_chi2")
-        assert (lacking > plenty) == covers
-        assert (lacking == plenty) == (divergence == "reverse_kl")
+        assert (lacking > plenty + 1e-9) == covers
+        assert (lacking == pytest.approx(plenty)) == (divergence == "reverse_kl")
 
 
 @pytest.mark.parametrize("divergence", NAMES)
@@ -219,7 +219,7 @@ def run(**options: Any) -> Trainer:
     family = Toy("toy:mixture", width=16)
     method = toy_method(FDistill, toy_setting(family, grid=[0.7]), critic_updates=2, gan={"weight": 0.1})
     latents = family.mixture.sample(40, torch.Generator().manual_seed(0)).float()
-    return toy_trainer(method, family, latents=latents, optimizers=optimizer_block(lr=1e-2), **{"steps": 6, **options})
+    return toy_trainer(method, family, latents=latents, **{"steps": 6, "optimizers": optimizer_block(lr=1e-2), **options})
 
 
 def test_a_resumed_run_goes_on_with_the_running_means(tmp_path: Path) -> None:
@@ -249,12 +249,16 @@ def test_a_resumed_run_goes_on_with_the_running_means(tmp_path: Path) -> None:
 
 
 def test_micro_batches_do_not_change_the_weights() -> None:
-    whole, *split = (run(micro_batch=size) for size in (8, 4, 1))
+    # Plain SGD: Adam's first steps have one size for every gradient, also for one that is rounding alone.
+    sgd = optimizer_block(name="sgd", lr=0.1, betas=(0.0, 0.0))
+    whole, *split = (run(micro_batch=size, optimizers=sgd) for size in (8, 4, 1))
+    start = weights(whole)
     for trainer in (whole, *split):
         trainer.run([])
     for trainer in split:
         for key, value in weights(trainer).items():
             torch.testing.assert_close(value, weights(whole)[key], rtol=1e-4, atol=1e-5)
+    assert max(float((value - start[key]).abs().max()) for key, value in weights(whole).items()) > 1e-2
 
 
 def test_statistics_of_another_shape_are_refused(tmp_path: Path) -> None:

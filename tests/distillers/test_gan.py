@@ -230,7 +230,7 @@ def test_the_penalty_is_zero_without_a_disturbance_and_the_squared_slope_for_a_s
     def penalty(size: float) -> float:
         return gan.approximate_r1(judge, Flow(), real, eps, size * direction, t, batch.cond).item()
 
-    assert penalty(0.0) == 0
+    assert penalty(0.0) <= 1e-24  # the square of rounding
     slopes: Any = torch.autograd.functional.jvp(lambda x: judge.logits(Flow().mix(x, eps, t), t, batch.cond), real, direction)[1]
     assert penalty(1e-5) == pytest.approx(1e-10 * slopes.square().mean().item(), rel=1e-3)
     assert penalty(1.0) > 0

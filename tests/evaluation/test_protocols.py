@@ -161,7 +161,7 @@ def test_one_image_per_prompt_has_no_diversity(protocol: Digits, real: Tensor):
     texts = sorted(set(protocol.subsets["open"].prompts))
     collapsed = real[torch.tensor([texts.index(text) for text in protocol.subsets["open"].prompts])]
     values = protocol.measure({"named": real, "open": collapsed})
-    assert values["diversity"] == 0
+    assert values["diversity"] == pytest.approx(0, abs=1e-4)  # equal pictures at other places of a batch; 12 for real ones
     assert values["vendi"] == pytest.approx(1, abs=1e-9)
     assert values["mode_entropy"] == 1
     assert values["fd_digits"] > 1
