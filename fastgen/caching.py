@@ -16,10 +16,11 @@ from fastgen.data.pairs import Solver, TeacherSampler
 from fastgen.data.prompts import load_prompts
 from fastgen.data.training import prompt_weights
 from fastgen.errors import UserError
+from fastgen.families import source_hash
 from fastgen.families.base import Family
 from fastgen.generator import load_teacher
 from fastgen.parallel import choose_device
-from fastgen.plan import check_texts, resolved_teacher
+from fastgen.plan import check_texts, pinned, resolved_teacher
 from fastgen.run import Progress
 
 
@@ -38,7 +39,7 @@ def cache_pairs(
     Of the recipe it takes teacher, data, train.seed and train.device. steps: by default the teacher's own. A folder of the same drawing is
     continued, also to a larger count. UserError before anything is written.
     """
-    progress = progress or Progress()
+    progress, recipe = progress or Progress(), pinned(recipe)
     images = None if recipe.data.images is None else load_images(recipe.data.images)
     if recipe.data.prompts is None and images is None:
         raise UserError("recipe key data.prompts: missing; pairs are drawn for prompts, or for the captions of data.images")
@@ -46,6 +47,7 @@ def cache_pairs(
     block = recipe.teacher
     teacher = load_teacher(
         block.pretrained,
+        revision=block.revision,
         family=block.family,
         steps=steps,
         guidance=block.guidance,
@@ -56,7 +58,9 @@ def cache_pairs(
     for warning in check_texts(recipe, teacher.family, prompts):
         progress.warn(f"warning: {warning}")
     sampler = TeacherSampler(teacher.predict, teacher.times().to(teacher.device), teacher.family.latent.shape, solver)
-    manifest = Manifest.describe(sampler, resolved_teacher(recipe), prompts, seed=recipe.train.seed, count=count)
+    progress.stage("identifying the teacher by its content")
+    described = resolved_teacher(recipe) | {"sha256": source_hash(block.pretrained, block.revision)}
+    manifest = Manifest.describe(sampler, described, prompts, seed=recipe.train.seed, count=count)
     folder = create_folder(output, manifest)
     progress.start("drawing pairs", folder.manifest.count, held := folder.held())
     try:

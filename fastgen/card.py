@@ -53,11 +53,13 @@ def _load_adapters(manifest: dict[str, Any], folder: str) -> str:
         adapters = [f'{place}, subfolder={name}, weight_name="{ADAPTER_FILE}", adapter_name={name}' for name in names]
     else:
         adapters = [place]
+    revision = manifest["teacher"].get("revision")
+    commit = "" if revision is None else f"revision={_quoted(revision)}, "
     # A shift is stated for teachers whose scheduler may not even load.
     without = "scheduler=None, " if manifest["teacher"].get("shift") is not None else ""
     return (
         f"import torch\nfrom diffusers import {pipeline}, {scheduler}\n\n"
-        f"pipe = {pipeline}.from_pretrained({_quoted(manifest['base'])}, {without}torch_dtype=torch.float32)\n"
+        f"pipe = {pipeline}.from_pretrained({_quoted(manifest['base'])}, {commit}{without}torch_dtype=torch.float32)\n"
         + "".join(f"pipe.load_lora_weights({arguments})\n" for arguments in adapters)
         + f'pipe.scheduler = {scheduler}.from_pretrained({place}, subfolder="scheduler")\n'
     )

@@ -2,7 +2,8 @@
 running statistics, and the step.
 
 Random numbers and data positions are functions of the step (rng.py), so there is nothing else to save. Tensors are safetensors;
-nothing is pickled. A checkpoint appears under its final name only when it is complete.
+nothing is pickled. A checkpoint appears under its final name only when it is complete. `state.json` holds the hash of every other file,
+and its own seal; whoever loads from a checkpoint checks what it reads.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.files import reading, write_atomically
+from fastgen.fingerprints import check_files, digest, file_hashes, sealed, unsealed
 from fastgen.roles import Roles
 from fastgen.trainer import Trainer
 
-FORMAT = 3
+FORMAT = 4
 
 
-def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -> Path:
-    """Write `folder`/step_NNNNNN and delete all but the newest `keep`; returns its path."""
+def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, inputs: Mapping[str, str] | None = None) -> Path:
+    """Write `folder`/step_NNNNNN and delete all but the newest `keep`; returns its path. inputs: what the run was begun with, by content."""
     target = folder / f"step_{trainer.step:06d}"
     partial = folder / f".partial_{target.name}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -38,7 +39,8 @@ def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int) -
     trained = [name for name in trainer.ema if trainer.distiller.finished(name, trainer.step)]
     pairs = None if trainer.data.pairs is None else len(trainer.data.pairs)
     state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "pairs": pairs, "recipe": recipe}
-    write_atomically(partial / "state.json", json.dumps(state, indent=1))
+    state |= {"inputs": dict(inputs or {}), "files": file_hashes(partial, sorted(file.name for file in partial.iterdir()))}
+    write_atomically(partial / "state.json", json.dumps(sealed(state), indent=1))
     replaced = folder / f".old_{target.name}"
     if target.exists():  # the run was stopped again before another step was done
         os.replace(target, replaced)
@@ -73,23 +75,44 @@ def latest(run_dir: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's step and resolved recipe."""
+    """The checkpoint's step, resolved recipe, inputs and files, as they were written; UserError for a damaged record or another format."""
     with reading(checkpoint / "state.json"):
-        state = json.loads((checkpoint / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise UserError(f"{str(checkpoint)!r} has format {state.get('format')!r}; this version reads {FORMAT}")
-    return state
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        version = state.get("format") if isinstance(state, dict) else None
+        if version != FORMAT:
+            raise UserError(f"{str(checkpoint)!r} has format {version!r}; {_why_not(version)}")
+        return unsealed(state)
+
+
+def _why_not(version: Any) -> str:
+    if not isinstance(version, int) or version > FORMAT:
+        return f"this version reads {FORMAT}"
+    return "its random streams are those of an older fastgen, and here it would go on with others; train again, or resume with fastgen 0.1"
+
+
+def identity(run_dir: Path) -> str:
+    """What a run's newest checkpoint is, wherever it lies: the digest of its record, which holds the hashes of its files."""
+    return digest(read_state(latest(run_dir)))
+
+
+def _check(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """UserError unless the files are those that were saved: a bit that has flipped, or a file of another role, another step or another run."""
+    strange = {file.name for file in checkpoint.glob("*.safetensors")} - state["files"].keys()
+    if strange:
+        raise UserError(f"{str(checkpoint)!r}: {min(strange)} does not belong to this checkpoint")
+    check_files(checkpoint, state["files"], "saved")
 
 
 def load(checkpoint: Path, trainer: Trainer) -> None:
     """Restore everything, strictly: a missing, broken or misshapen tensor is a UserError. What had left memory by then is not there, and
     leaves this trainer's."""
     state = read_state(checkpoint)
+    _check(checkpoint, state)
     trainer.move_to(state["step"])
     if trainer.data.pairs is not None:  # their folder may have grown since, and draws depend on their number
         if len(trainer.data.pairs) < state["pairs"]:
             raise UserError(f"recipe key data.pairs: {len(trainer.data.pairs)} pairs, but the run began with {state['pairs']}")
-        trainer.data = replace(trainer.data, pairs=trainer.data.pairs.first(state["pairs"]))
+        trainer.data = trainer.data.with_first_pairs(state["pairs"])
     with reading(checkpoint):
         for name, role in trainer.roles.trained.items():
             role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
@@ -118,11 +141,13 @@ def trained_students(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
 def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> list[str]:
     """Take over those of another run's students in `names` whose training is over, and say which. UserError when they do not fit."""
     newest, trained = latest(run_dir), trained_students(run_dir)[0]
-    taken = [name for name in names if name in trained]
+    recorded, taken = read_state(newest)["files"], [name for name in names if name in trained]
     for name in taken:
+        file = f"ema_{name}.safetensors"
+        check_files(newest, {file: recorded[file]}, "saved")
         try:
             with reading(newest):
-                state = load_file(newest / f"ema_{name}.safetensors")
+                state = load_file(newest / file)
             state.pop("updates")
             roles[name].load_state_dict(state)
         except ValueError as error:

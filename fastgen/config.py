@@ -26,10 +26,12 @@ class Block(BaseModel):
 
 
 class TeacherBlock(Block):
-    """guidance: classifier-free guidance n + w (c - n); 1 is none. None for length and resolution: the pipeline's own. shift: of the teacher's
-    times, None for what its scheduler says; stated, it goes before that, and the scheduler may be of any kind."""
+    """revision: of a hub id, a commit, branch or tag; None: its newest. guidance: classifier-free guidance n + w (c - n); 1 is none. None for
+    length and resolution: the pipeline's own. shift: of the teacher's times, None for what its scheduler says; stated, it goes before that,
+    and the scheduler may be of any kind."""
 
     pretrained: str
+    revision: str | None = Field(None, min_length=1)
     family: str = "auto"
     guidance: float = Field(1.0, ge=1)
     negative_prompt: str = ""
@@ -40,7 +42,7 @@ class TeacherBlock(Block):
     @property
     def options(self) -> dict[str, Any]:
         """What a family is told beside its source."""
-        return {"max_sequence_length": self.max_sequence_length, "resolution": self.resolution, "shift": self.shift}
+        return {"revision": self.revision, "max_sequence_length": self.max_sequence_length, "resolution": self.resolution, "shift": self.shift}
 
 
 class LoraBlock(Block):

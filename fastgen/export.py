@@ -11,7 +11,6 @@ every pipeline reads its network anew at each step, so this form needs no except
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -32,9 +31,10 @@ import fastgen
 from fastgen import card
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
-from fastgen.families import resolve_source
+from fastgen.families import is_hub_id, resolve_source
 from fastgen.families.base import Family
-from fastgen.generator import load_student, read_manifest
+from fastgen.fingerprints import file_hashes, file_names, sealed
+from fastgen.generator import check_student, open_student, read_manifest
 from fastgen.roles import Role
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
@@ -51,7 +51,7 @@ class StudentInfo:
     steps: int
     grid: Sequence[float] | None  # explicit times; None for the scheduler's own
     guidance: float  # of the student's own sampling; 1 is none
-    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and a stated shift
+    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and where they are known shift, revision and sha256
     prompts: Sequence[str]  # examples, for the card and for verification
     recipe: dict[str, Any]
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
@@ -225,7 +225,7 @@ def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Pa
         write(partial)
         manifest = describe(partial)
         (partial / "README.md").write_text(card.model_card(manifest))
-        (partial / "fastgen.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (partial / "fastgen.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n")
         _swap(partial, target, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -248,7 +248,7 @@ def _swap(partial: Path, target: Path, old: Path) -> None:
 def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
     """more: what only some students have."""
     return {
-        "format": 1,
+        "format": 2,
         "weights": weights,
         "dtype": dtype,
         "method": info.method,
@@ -262,27 +262,9 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         **more,
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},
-        "sha256": _hashes(folder),
+        "sha256": file_hashes(folder, file_names(folder)),
         "recipe": info.recipe,
     }
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every weights file below `folder`, by relative name."""
-    files = sorted(folder.rglob("*.safetensors"))
-    return {str(file.relative_to(folder)): _sha256(file) for file in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _check_hashes(folder: Path, recorded: dict[str, str]) -> None:
-    found = _hashes(folder)
-    changed = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
-    if changed:
-        raise UserError(f"{str(folder)!r}: {changed[0]} is not the file that was exported")
 
 
 def _negative_prompt(info: StudentInfo) -> dict[str, str]:
@@ -294,8 +276,7 @@ def _base(info: StudentInfo, scheduler: Any) -> dict[str, str]:
     """What plain diffusers loads an adapter's teacher from (a hub id as it is, else its folder on this machine), and the scheduler's class
     where it is another than most."""
     pretrained, name = info.teacher["pretrained"], type(scheduler).__name__
-    is_hub_id = pretrained.count("/") == 1 and not Path(pretrained).is_dir()
-    base = pretrained if is_hub_id else str(resolve_source(pretrained).resolve())
+    base = pretrained if is_hub_id(pretrained) else str(resolve_source(pretrained).resolve())
     return {"base": base} | ({} if name == card.SCHEDULER else {"scheduler": name})
 
 
@@ -329,10 +310,10 @@ numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().
 def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3)) -> Verification:
     """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours in fp32."""
     manifest = read_manifest(folder)
-    _check_hashes(folder, manifest.get("sha256", {}))
+    check_student(folder, manifest)
     prompts = [manifest["prompts"][i % len(manifest["prompts"])] for i in range(len(seeds))]
     images, sigmas = _plain_diffusers(folder, manifest, prompts, seeds)
-    student = load_student(folder)
+    student = open_student(folder, manifest)
     ours = student(prompts, seeds).permute(0, 2, 3, 1).numpy()
     if images.shape != ours.shape or sigmas.shape != (manifest["steps"] + 1,):
         raise UserError(

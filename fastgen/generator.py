@@ -21,9 +21,10 @@ from fastgen.conditioning import Conditioning
 from fastgen.config import read_yaml
 from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import UserError
-from fastgen.families import find_family
+from fastgen.families import find_family, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import reading
+from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
 from fastgen.sampling import Experts, Predict, few_step, walk
 
 
@@ -157,8 +158,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} is not valid JSON ({error})") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != 1:
-        raise UserError(f"{str(path)!r} has format {version!r}, this fastgen reads 1")
+    if version not in (1, 2):
+        raise UserError(f"{str(path)!r} has format {version!r}, this fastgen reads 1 and 2")
+    if version == 2:
+        manifest = _as_exported(manifest, path)
     blocks = {"": manifest, "call.": manifest.get("call"), "teacher.": manifest.get("teacher")}
     blocks |= {f"experts.{k}.": expert for k, expert in enumerate(manifest.get("experts", []))}
     needed = {prefix: _NEEDED.get(prefix, _EXPERT) for prefix in blocks}
@@ -170,12 +173,56 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _as_exported(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a sealed fastgen.json; a seal of null says that somebody has edited it on purpose."""
+    try:
+        return unsealed(manifest) if manifest.get(SEAL, "") is not None else {key: value for key, value in manifest.items() if key != SEAL}
+    except ValueError as error:
+        raise UserError(f"{str(path)!r}: {error}; export the student again, or set its key {SEAL!r} to null if you changed it") from error
+
+
+def check_student(folder: Path, manifest: dict[str, Any]) -> None:
+    """UserError unless the files of a student are those that were exported, read anew. The card and other files at its top may change."""
+    recorded = manifest.get("sha256", {})
+    check_files(folder, recorded, "exported")
+    places = {name.partition("/")[0] for name in recorded if "/" in name}
+    more = [name for name in file_names(folder) if name.partition("/")[0] in places and name not in recorded]
+    strange = [name for name in more if manifest["format"] > 1 or name.endswith(".safetensors")]  # format 1 recorded weights only
+    if strange:
+        raise UserError(f"{str(folder)!r}: {strange[0]} is not among the files that were exported")
+
+
+def check_if_exported(folder: Path) -> None:
+    """`check_student` where a pipeline folder is one."""
+    file = folder / "fastgen.json"
+    if file.is_file() and "format" in file.read_text(encoding="utf-8", errors="replace"):
+        check_student(folder, read_manifest(folder))
+
+
+def _check_teacher(folder: Path, source: dict[str, Any]) -> None:
+    """UserError where the files of a student's teacher are others than it was trained with; students of an older fastgen do not know."""
+    recorded = source.get("sha256")
+    if recorded is not None and recorded != source_hash(source["pretrained"], source.get("revision")):
+        raise UserError(f"{str(folder)!r}: its teacher {source['pretrained']!r} has changed since the student was trained")
+
+
 def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageGenerator:
-    """An exported student (full weights or LoRA folder, one network or several experts) with the settings of its fastgen.json."""
+    """An exported student (full weights or LoRA folder, one network or several experts) with the settings of its fastgen.json.
+
+    UserError unless every file is as it was exported, and an adapter's teacher as it was.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    check_student(folder, manifest)
+    return open_student(folder, manifest, device=device)
+
+
+def open_student(folder: Path, manifest: dict[str, Any], *, device: torch.device | str = "cpu") -> ImageGenerator:
+    """`load_student` for files that have been checked."""
     call = manifest["call"]
     is_lora = manifest["weights"] == "lora"
+    if is_lora:
+        _check_teacher(folder, manifest["teacher"])
     family = find_family(manifest["teacher"]["pretrained"], **_teacher_options(manifest)) if is_lora else find_family(folder, **_size(call))
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
     load = _load_adapters if is_lora else _load_networks
@@ -219,6 +266,7 @@ def load_teacher_of(student: str | Path, *, guidance: float | None = None, devic
     where the recipe stated one; guidance: by default its own there."""
     manifest = read_manifest(Path(student))
     source = manifest["teacher"]
+    _check_teacher(Path(student), source)
     return load_teacher(
         source["pretrained"],
         guidance=source["guidance"] if guidance is None else guidance,
@@ -234,7 +282,7 @@ def _size(call: dict[str, Any]) -> dict[str, Any]:
 
 def _teacher_options(manifest: dict[str, Any]) -> dict[str, Any]:
     """What the family of a student's teacher is told; the shift where the recipe stated it, for its scheduler may be unknown."""
-    return {**_size(manifest["call"]), "shift": manifest["teacher"].get("shift")}
+    return {**_size(manifest["call"]), "shift": manifest["teacher"].get("shift"), "revision": manifest["teacher"].get("revision")}
 
 
 def cannot_teach(folder: Path) -> str | None:
@@ -256,11 +304,13 @@ def load_teacher(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> ImageGenerator:
-    """A teacher: `fastgen:digits`, a hub id, a diffusers folder or a live pipeline; steps and guidance default to its own.
+    """A teacher: `fastgen:digits`, a hub id (at a `revision`), a diffusers folder or a live pipeline; steps and guidance default to its own.
     options: `max_sequence_length`, `resolution`, and `shift` as in the recipe's teacher block."""
     if isinstance(source, (str, Path)) and (reason := cannot_teach(Path(source).expanduser())):
         raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
     found = find_family(source, family, **options)
+    if found.exportable and isinstance(source, (str, Path)):
+        check_if_exported(resolve_source(source, options.get("revision")))
     return ImageGenerator(
         found,
         Predictor(Denoiser(found.load_backbone().to(device), found), found),

@@ -24,14 +24,14 @@ from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Setting
 from fastgen.errors import UserError, nearest
 from fastgen.evaluation.protocols import load_protocol
-from fastgen.families import find_family, resolve_source
+from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import reading
-from fastgen.generator import cannot_teach
+from fastgen.generator import cannot_teach, check_if_exported
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
-# What an expert was trained for, beside its phase; another shape or tuning does not load.
-_OF_AN_EXPERT = ("teacher.pretrained", "teacher.guidance", "teacher.negative_prompt", "teacher.shift", "student.steps", "student.grid")
+# What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
+_OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.shift", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -113,9 +113,10 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
         load_protocol(recipe.evaluate.protocol)
     elif recipe.evaluate.every:
         raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
+    recipe = pinned(recipe)
     teacher = recipe.teacher
     family = find_family(teacher.pretrained, teacher.family, **teacher.options)
-    _check_teacher(teacher.pretrained)
+    _check_teacher(recipe, family)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
     method.check(config, _facts(recipe, family, started=started))
@@ -126,7 +127,8 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     images = None if recipe.data.images is None else load_images(recipe.data.images, recipe.data.background)
     pairs = open_folder(recipe.data.pairs) if isinstance(recipe.data.pairs, str) else None
     if pairs is not None:
-        pairs.check(resolved_teacher(recipe), family.latent.shape)
+        by_content = {"sha256": _teacher_hash(recipe)} if "sha256" in pairs.manifest.teacher else {}
+        pairs.check(resolved_teacher(recipe) | by_content, family.latent.shape)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, started)
     _check_networks(planned)
     return planned if started else replace(planned, warnings=tuple(check_texts(recipe, family, prompt_weights(prompts, images))))
@@ -163,8 +165,24 @@ def _origin(recipe: Recipe) -> Origin:
     if not trained:
         raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no student whose training is over")
     old, new = flatten(before), flatten({"teacher": resolved_teacher(recipe), "student": recipe.dump()["student"]})
-    differs = [f"{key} {old.get(key)!r}, here {new[key]!r}" for key in _OF_AN_EXPERT if old.get(key) != new[key]]
+    content = checkpoint.read_state(checkpoint.latest(run_dir))["inputs"].get("teacher.pretrained")
+    who = "teacher.pretrained"
+    same_teacher = old.get(who) == new[who] if content is None else content == _teacher_hash(recipe)
+    changed = ([] if same_teacher else [who]) + [key for key in _OF_AN_EXPERT if old.get(key) != new[key]]
+    here = {key: "which has changed since" if old.get(key) == new[key] else f"here {new[key]!r}" for key in changed}
+    differs = [f"{key} {old.get(key)!r}, {here[key]}" for key in changed]
     return Origin(str(run_dir), trained, before["distiller"], tuple(differs))
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of its hub id in teacher.revision."""
+    block = recipe.teacher
+    commit = pinned_revision(block.pretrained, block.revision)
+    return recipe if commit == block.revision else recipe.model_copy(update={"teacher": block.model_copy(update={"revision": commit})})
+
+
+def _teacher_hash(recipe: Recipe) -> str:
+    return source_hash(recipe.teacher.pretrained, recipe.teacher.revision)
 
 
 def resolved_teacher(recipe: Recipe) -> dict[str, Any]:
@@ -181,7 +199,8 @@ def _absolute(source: Any) -> Any:
 def _check_networks(planned: Plan) -> None:
     """Read the header of every weights file, and find the layers that adapters go to."""
     if planned.family.exportable:
-        for file in sorted(resolve_source(planned.recipe.teacher.pretrained).rglob("*.safetensors")):
+        teacher = planned.recipe.teacher
+        for file in sorted(resolve_source(teacher.pretrained, teacher.revision).rglob("*.safetensors")):
             with reading(file), safe_open(file, "pt"):
                 pass
     if planned.tuning is not None or any(spec.heads for spec in planned.roles.values()):
@@ -200,10 +219,15 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
         raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
 
 
-def _check_teacher(pretrained: str) -> None:
-    """Refuse a student of several experts, of which only the first would be taken, and one that is right at its own times alone."""
-    if reason := cannot_teach(Path(pretrained).expanduser()):
-        raise UserError(f"recipe key teacher.pretrained: {pretrained!r} is {reason}, which cannot teach yet")
+def _check_teacher(recipe: Recipe, family: Family) -> None:
+    """Refuse a student of several experts, of which only the first would be taken, one that is right at its own times alone, and one whose
+    files are not those that were exported."""
+    if not family.exportable:
+        return
+    folder = resolve_source(recipe.teacher.pretrained, recipe.teacher.revision)
+    if reason := cannot_teach(folder):
+        raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} is {reason}, which cannot teach yet")
+    check_if_exported(folder)
 
 
 def _optimizer_key(role: str, recipe: Recipe) -> str:

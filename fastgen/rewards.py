@@ -22,6 +22,7 @@ from torch import Tensor
 from fastgen.assets.classifier import DigitClassifier, load_classifier
 from fastgen.data import digits
 from fastgen.errors import UserError, nearest
+from fastgen.fingerprints import digest, known_hash
 
 KEY = "recipe key distiller.reward.name"
 # (pixels (B, 3, H, W) in [0, 1], their prompts) -> rewards (B,), higher is better
@@ -71,6 +72,13 @@ def load_reward(name: str) -> Reward:
         return rewards.to(pixels.device)
 
     return checked
+
+
+def content(name: str) -> str:
+    """What a reward is, wherever it lies: SHA-256 of its function's name and of the file of its module; a bundled one is its name."""
+    source, _, function = name.rpartition(":")
+    file = None if source == "fastgen" else getattr(_module(name, source), "__file__", None)
+    return name if file is None else digest([function, known_hash(Path(file))])
 
 
 def _bundled(name: str) -> Reward:

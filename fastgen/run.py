@@ -8,15 +8,15 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 
-from fastgen import checkpoint, conditioning, diagnostics, pictures, report
-from fastgen.config import Recipe, flatten, read_yaml, validate
+from fastgen import checkpoint, conditioning, diagnostics, inputs, pictures, report
+from fastgen.config import Recipe, validate
 from fastgen.data import training
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
 from fastgen.distillers.base import Distiller
@@ -26,6 +26,7 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.export import Expert, StudentInfo, Verification, export_lora, export_student, verify
 from fastgen.families import resolve_source
 from fastgen.files import write_atomically
+from fastgen.fingerprints import folder_hash
 from fastgen.generator import ImageGenerator, generate_pictures, load_student, load_teacher_of, read_manifest
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan, plan
@@ -34,8 +35,6 @@ from fastgen.runlog import RunLog
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Metrics, Trainer
 
-# What may differ between a run and its continuation: nothing that changes a number.
-_RESUMABLE = ("train.checkpoint_every", "train.keep", "train.sample_every", "train.device", "evaluate", "export")
 _SAMPLES, _SAMPLE_PROMPTS = 16, 4  # pictures; the prompts they share, whose spread tells whether modes are lost
 
 
@@ -68,18 +67,20 @@ class Progress:
 
 @dataclass
 class Run:
-    """A plan with its networks, data and trainer."""
+    """A plan with its networks, data and trainer, and what it was begun with."""
 
     plan: Plan
     roles: Roles
     data: training.TrainingData
     trainer: Trainer
     parallel: SingleProcess
+    began: inputs.Inputs = field(default_factory=inputs.Inputs)
 
     def info(self) -> StudentInfo:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
         stated = ("shift",) if recipe.teacher.shift is not None else ()
-        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "guidance", "negative_prompt", *stated)}
+        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt", *stated)}
+        teacher["sha256"] = self.began.hashes.get(inputs.TEACHER)
         return StudentInfo(
             method=recipe.distiller.name,
             steps=recipe.student.steps,
@@ -179,18 +180,24 @@ def train(
     given = None if isinstance(recipe, Recipe) else Path(recipe).expanduser().resolve()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
     progress, run_dir = progress or Progress(), _plain(output)
+    recipe = inputs.at_its_commit(recipe, run_dir) if resume else recipe
     planned = plan(recipe, only=only, started=resume and bool(checkpoint.checkpoints(run_dir / "checkpoints")))
     if overwrite and given == (run_dir / "recipe.yaml").resolve():
         raise UserError(f"--overwrite: {str(run_dir)!r} holds the recipe itself, which would be replaced; choose another --output")
-    _check_folder(run_dir, planned, resume=resume, overwrite=overwrite)
+    _check_folder(run_dir, resume=resume, overwrite=overwrite)
     for warning in planned.warnings:
         progress.warn(f"warning: {warning}")
+    progress.stage("identifying teacher and data by their content")
+    began = inputs.check_same(run_dir, planned) if resume else inputs.identify(planned)
     run = build(planned, progress)
+    run.began = began
     if recipe.data.pairs is not None:
-        run.trainer.data = training.with_pairs(run.data, _pairs(run, progress), planned.family, run.parallel.device)
+        data = training.with_pairs(run.data, _pairs(run, progress), planned.family, run.parallel.device)
+        run.trainer.data = data.with_first_pairs(began.pairs)
     if overwrite:
         _remove_run(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    inputs.write(run_dir, began)
     write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(planned.resolved(), sort_keys=False, width=120))
     if resume:
         if checkpoint.checkpoints(run_dir / "checkpoints"):  # none: it was killed before its first one and starts over
@@ -204,7 +211,7 @@ def train(
     return run_dir
 
 
-def _check_folder(run_dir: Path, planned: Plan, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     _check_parents(run_dir)
@@ -217,13 +224,11 @@ def _check_folder(run_dir: Path, planned: Plan, *, resume: bool, overwrite: bool
         raise UserError(f"--output: {str(run_dir)!r} holds other files and no run; choose an empty or new folder")
     if holds_run and not (resume or overwrite):
         raise UserError(f"--output: {str(run_dir)!r} already holds a run; pass --resume to go on with it or --overwrite to replace it")
-    if resume:
-        _check_same(read_yaml(run_dir / "recipe.yaml"), planned.resolved(), run_dir)
 
 
 def _remove_run(run_dir: Path) -> None:
     """Delete what a run writes, and nothing else that lies there."""
-    for name in ("recipe.yaml", "metrics.jsonl", "results.json", "report.html"):
+    for name in ("recipe.yaml", inputs.FILE, "metrics.jsonl", "results.json", "report.html"):
         (run_dir / name).unlink(missing_ok=True)
     for name in ("samples", "checkpoints", "student", "tensorboard"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
@@ -241,20 +246,10 @@ def _check_parents(folder: Path) -> None:
         raise UserError(f"--output: {str(folder)!r} cannot be made, because {str(above)!r} is a file")
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    old, new = flatten(before), flatten(now)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(_RESUMABLE)]
-    if changed:
-        raise UserError(
-            f"--resume: recipe key {changed[0]} is {new.get(changed[0])!r}, the run in {str(run_dir)!r} has {old.get(changed[0])!r}; "
-            "resume with the same recipe"
-        )
-
-
 def _train(run: Run, run_dir: Path, progress: Progress) -> None:
     settings, trainer = run.plan.recipe.train, run.trainer
     resolved = run.plan.resolved()
-    save = lambda: checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep)  # noqa: E731
+    save = lambda: checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep, inputs=run.began.hashes)  # noqa: E731
     samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
     evaluations = _evaluations(run)
     run.plan.family.free_encoders()
@@ -400,10 +395,12 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False, unfinished: bo
     state = checkpoint.read_state(checkpoint.latest(run_dir))
     state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
     planned = plan(validate(Recipe, state["recipe"]), started=True)
+    inputs.check_teacher(state["inputs"], planned)
     if as_lora and planned.tuning is None:
         raise UserError("--lora: this run trained with student.tune: full, so it has no adapter; export it without --lora")
     run = build(planned, Progress())
     _check_trained(run.trainer.distiller, state["step"], run_dir, unfinished=unfinished)
+    run.began = inputs.Inputs(state["inputs"])
     checkpoint.load(checkpoint.latest(run_dir), run.trainer)
     student = _averaged(run)
     if as_lora:
@@ -453,7 +450,7 @@ def evaluate(
         base = load_teacher_of(folder, device=device)
         rows += _teacher_rows(measured, base, manifest["teacher"], teacher_steps or [base.steps], progress)
     rows += runner.cached(f"floors/{measured.hash()}/{measured.extractor_hash()}", measured.floors)
-    provenance = runner.provenance(measured, device=device, model_hash=runner.hash_folder(folder))
+    provenance = runner.provenance(measured, device=device, model_hash=folder_hash(folder))
     if "unfinished" in manifest:
         provenance["unfinished"] = manifest["unfinished"]
     runner.write_results(output or folder / "results.json", protocol, rows, provenance)
@@ -462,20 +459,12 @@ def evaluate(
 
 def _teacher_rows(protocol: Any, teacher: ImageGenerator, source: dict[str, Any], steps: Sequence[int], progress: Progress) -> list[Any]:
     """The teacher's rows, measured once for each weights, protocol, guidance and sampling grid."""
-    weights = runner.hash_folder(resolve_source(source["pretrained"]))
+    weights = folder_hash(resolve_source(source["pretrained"], source.get("revision")))
+    settings = {key: value for key, value in source.items() if key not in ("pretrained", "revision", "sha256")}  # who it is, the weights say
     rows = []
     for count in steps:
-        key = json.dumps(
-            [
-                weights,
-                protocol.hash(),
-                protocol.extractor_hash(),
-                source,
-                teacher.family.call_arguments(count, teacher.guidance),
-                teacher.times(count).tolist(),
-                str(teacher.device),
-            ]
-        )
+        call, times = teacher.family.call_arguments(count, teacher.guidance), teacher.times(count).tolist()
+        key = json.dumps([weights, protocol.hash(), protocol.extractor_hash(), settings, call, times, str(teacher.device)])
         rows += runner.cached(key, lambda count=count: measure(protocol, teacher, "teacher", [count], progress))
     return rows
 

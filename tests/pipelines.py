@@ -24,6 +24,7 @@ from fastgen import export
 from fastgen.export import StudentInfo
 from fastgen.families.base import Family
 from fastgen.families.sd3 import SD3
+from fastgen.fingerprints import SEAL, file_hashes, sealed
 from fastgen.roles import LoraTuning, Role, build_roles, trainable
 
 CLIP_TOKENS = 24
@@ -184,4 +185,13 @@ def assert_shows(image: np.ndarray, picture: Tensor) -> None:
 
 
 def edit_json(path: Path, **values: Any) -> None:
+    """Change a JSON file of a student as if it had been exported so."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    record_hashes(next(folder for folder in path.parents if (folder / "fastgen.json").is_file()))
+
+
+def record_hashes(student: Path) -> None:
+    """Make what lies in a student's folder what its fastgen.json says."""
+    manifest = {key: value for key, value in json.loads((student / "fastgen.json").read_text()).items() if key != SEAL}
+    manifest["sha256"] = file_hashes(student, [name for name in manifest["sha256"] if (student / name).is_file()])
+    (student / "fastgen.json").write_text(json.dumps(sealed(manifest)))

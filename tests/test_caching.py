@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,14 @@ import pytest
 import torch
 import yaml
 from pipelines import draw
+from pipelines import sd3_folder as sd3_folder
 
 from fastgen import cli
 from fastgen.caching import cache_pairs
 from fastgen.config import Recipe
 from fastgen.data.pair_folder import open_folder
 from fastgen.data.pairs import TeacherSampler, make_pairs
+from fastgen.errors import UserError
 from fastgen.families.sd3 import SD3
 from fastgen.generator import load_teacher
 from fastgen.plan import plan
@@ -82,7 +86,13 @@ def test_options_reach_the_manifest_and_the_sampler(toy: Path, tmp_path: Path) -
     manifest = open_folder(tmp_path / "p").manifest
     assert (manifest.solver, manifest.steps, manifest.seed, manifest.count, manifest.shape) == ("heun", 5, 7, 2, (2,))
     assert manifest.grid == pytest.approx((1.0, 0.8, 0.6, 0.4, 0.2))
-    assert manifest.teacher == {"pretrained": "toy:mixture", "guidance": 3.0, "negative_prompt": "1", "max_sequence_length": None}
+    assert manifest.teacher == {
+        "pretrained": "toy:mixture",
+        "guidance": 3.0,
+        "negative_prompt": "1",
+        "max_sequence_length": None,
+        "sha256": "toy:mixture",
+    }
 
 
 def test_captions_serve_where_the_recipe_has_images(tmp_path: Path) -> None:
@@ -106,6 +116,35 @@ def test_a_recipe_takes_the_folder_only_for_its_own_teacher(toy: Path, tmp_path:
         plan(Recipe.load(toy, ["data.pairs=pairs", "teacher.guidance=4"]), only="train")
     with pytest.raises(ValueError, match=r"recipe key data\.pairs: 'pairs' was drawn with teacher\.pretrained 'toy:mixture'"):
         plan(Recipe.load(recipe(tmp_path), ["data.pairs=pairs", "teacher.guidance=2"]), only="train")
+
+
+def test_pairs_know_their_teacher_by_content(tmp_path: Path, sd3_folder: Path) -> None:
+    teacher = Path(shutil.copytree(sd3_folder, tmp_path / "teacher"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    base = DIGITS | {
+        "teacher": {"pretrained": str(teacher), "max_sequence_length": 16},
+        "data": {"prompts": str(prompts), "pairs": str(tmp_path / "p")},
+    }
+    ours = recipe(tmp_path, base)
+    cache_pairs(Recipe.load(ours, ["data.pairs=null"]), tmp_path / "p", count=2, steps=1)
+    moved = teacher.rename(tmp_path / "moved")
+    prompts.rename(tmp_path / "texts.txt")
+    elsewhere = [f"teacher.pretrained={moved}", f"data.prompts={tmp_path / 'texts.txt'}"]
+    assert plan(Recipe.load(ours, elsewhere)).pairs is not None
+    assert cache_pairs(Recipe.load(ours, [*elsewhere, "data.pairs=null"]), tmp_path / "p", count=3, steps=1)[1] == 1
+    shutil.copytree(moved, teacher)
+    edit_scheduler(teacher, shift=2.0)
+    (tmp_path / "texts.txt").rename(prompts)
+    with pytest.raises(UserError, match=rf"data\.pairs: .* was drawn with teacher\.pretrained '{teacher}', which has changed since"):
+        plan(Recipe.load(ours))
+    with pytest.raises(UserError, match=r"--output: .* holds pairs drawn with teacher\.pretrained .*, which has changed since; choose another"):
+        cache_pairs(Recipe.load(ours, ["data.pairs=null"]), tmp_path / "p", count=4, steps=1)
+
+
+def edit_scheduler(teacher: Path, **values: Any) -> None:
+    file = teacher / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def test_progress_counts_from_what_is_there_and_ends_even_after_a_failure(toy: Path, tmp_path: Path) -> None:

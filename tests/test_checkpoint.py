@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from fastgen.config import OptimizerBlock
 from fastgen.distillers.dmd2 import DMD2
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
+from fastgen.fingerprints import file_hashes, sealed
 from fastgen.trainer import Trainer
 
 RECIPE = {"distiller": {"name": "dmd2"}}
@@ -50,6 +53,13 @@ def moments(trainer: Trainer) -> dict[str, Tensor]:
 def assert_bitwise_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert not [key for key in a if not torch.equal(a[key], b[key])]
+
+
+def record(path: Path) -> None:
+    """Make the files in a checkpoint those that its state.json knows."""
+    state = checkpoint.read_state(path)
+    files = file_hashes(path, sorted(file.name for file in path.glob("*.safetensors")))
+    (path / "state.json").write_text(json.dumps(sealed({**state, "files": files})))
 
 
 @pytest.fixture
@@ -99,8 +109,10 @@ def test_every_file_is_json_or_holds_the_tensors_of_the_run(tmp_path: Path) -> N
         assert_bitwise_equal(load_file(path / f"role_{role}.safetensors"), trainer.roles[role].state_dict())
     assert_bitwise_equal(load_file(path / "ema_student.safetensors"), {**trainer.ema["student"].shadow, "updates": torch.tensor(3)})
     state = json.loads((path / "state.json").read_text())
-    assert state == {"format": 3, "step": 3, "seconds": trainer.seconds, "trained": ["student"], "pairs": None, "recipe": RECIPE}
-    assert checkpoint.read_state(path) == state
+    expected = {"format": 4, "step": 3, "seconds": trainer.seconds, "trained": ["student"], "pairs": None, "recipe": RECIPE, "inputs": {}}
+    expected["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("*.safetensors")}
+    assert state == expected | {"seal": state["seal"]}
+    assert checkpoint.read_state(path) == expected
 
 
 def test_the_oldest_are_deleted(tmp_path: Path) -> None:
@@ -155,7 +167,10 @@ def test_a_run_without_checkpoints_is_a_users_mistake(tmp_path: Path) -> None:
 def test_another_format_is_refused(saved: Path) -> None:
     state = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps({**state, "format": 1}))
-    with pytest.raises(UserError, match="has format 1; this version reads 3"):
+    with pytest.raises(UserError, match=r"has format 1; its random streams are .* older fastgen, .*; train again, or resume with fastgen 0\.1"):
+        checkpoint.load(saved, dmd2())
+    (saved / "state.json").write_text(json.dumps({**state, "format": 5}))
+    with pytest.raises(UserError, match="has format 5; this version reads 4"):
         checkpoint.load(saved, dmd2())
 
 
@@ -186,6 +201,7 @@ def test_missing_and_misshapen_tensors_are_errors(saved: Path, file: str, damage
     tensors = load_file(path)
     damage(tensors)
     save_file(tensors, path)
+    record(saved)  # as a checkpoint of other networks would
     with pytest.raises(UserError) as caught:
         checkpoint.load(saved, dmd2())
     assert message in str(caught.value)
@@ -197,11 +213,99 @@ def test_a_missing_file_is_an_error(saved: Path) -> None:
         checkpoint.load(saved, dmd2())
 
 
-@pytest.mark.parametrize("file", ["state.json", "role_student.safetensors"])
-def test_a_broken_file_is_an_error(saved: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("state.json", "cannot read"), ("role_student.safetensors", "is not the file that was saved")],
+)
+def test_a_broken_file_is_an_error(saved: Path, file: str, message: str) -> None:
     (saved / file).write_bytes(b"\xff" * 32)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match=message):
         checkpoint.load(saved, dmd2())
+
+
+def flip(path: Path, share: float) -> None:
+    """Flip the bit that lies at a share of a file, and keep its times, as a disk does."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    bit = int(share * (8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.5, 0.77, 1.0])
+def test_one_flipped_bit_in_any_file_is_refused_before_anything_is_loaded(saved: Path, share: float) -> None:
+    files = sorted(saved.iterdir())
+    assert len(files) == 6
+    for file in files:
+        trainer = dmd2()
+        before, content = weights(trainer), file.read_bytes()
+        flip(file, share)
+        with pytest.raises(UserError, match=rf"cannot read .*state\.json|{file.name} is not the file that was saved|has format"):
+            checkpoint.load(saved, trainer)
+        assert_bitwise_equal(weights(trainer), before)
+        file.write_bytes(content)
+    checkpoint.load(saved, dmd2())
+
+
+def test_a_bit_anywhere_in_the_record_counts(saved: Path) -> None:
+    file, content = saved / "state.json", (saved / "state.json").read_bytes()
+    state = checkpoint.read_state(saved)
+    for bit in range(0, 8 * len(content), 61):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        try:
+            assert checkpoint.read_state(saved) == state  # 1e-05 and 1E-05 are one number
+        except UserError:
+            continue
+
+
+@pytest.mark.parametrize("kind", ["role", "optimizer"])
+def test_swapped_files_of_two_roles_are_refused(saved: Path, kind: str) -> None:
+    student, fake_score = (saved / f"{kind}_{role}.safetensors" for role in ("student", "fake_score"))
+    student.rename(saved / "other")
+    fake_score.rename(student)
+    (saved / "other").rename(fake_score)
+    with pytest.raises(UserError, match=rf"{kind}_fake_score.safetensors is not the file that was saved"):
+        checkpoint.load(saved, dmd2())
+
+
+@pytest.mark.parametrize("name", ["optimizer_student", "ema_student", "role_fake_score"])
+def test_a_file_of_another_step_is_refused(tmp_path: Path, name: str) -> None:
+    trainer = stop_at(dmd2(), 2)
+    earlier = checkpoint.save(tmp_path, trainer, RECIPE, keep=2)
+    later = checkpoint.save(tmp_path, stop_at(trainer, 3), RECIPE, keep=2)
+    shutil.copy(earlier / f"{name}.safetensors", later / f"{name}.safetensors")
+    with pytest.raises(UserError, match=rf"{name}.safetensors is not the file that was saved"):
+        checkpoint.load(later, dmd2())
+    checkpoint.load(earlier, dmd2())
+
+
+def test_a_file_that_was_not_saved_is_refused(saved: Path) -> None:
+    shutil.copy(saved / "role_student.safetensors", saved / "statistics.safetensors")
+    with pytest.raises(UserError, match=r"statistics\.safetensors does not belong to this checkpoint"):
+        checkpoint.load(saved, dmd2())
+
+
+def test_another_run_does_not_start_from_a_damaged_student(tmp_path: Path) -> None:
+    path, other = checkpoint.save(tmp_path / "checkpoints", stop_at(dmd2(), 3), RECIPE, keep=2), dmd2()
+    checkpoint.load_students(tmp_path, other.roles, ["student"])
+    average = load_file(path / "ema_student.safetensors")
+    assert_bitwise_equal({**other.roles["student"].state_dict(), "updates": torch.tensor(3)}, average)
+    flip(path / "optimizer_student.safetensors", 0.9)  # nobody reads it
+    checkpoint.load_students(tmp_path, other.roles, ["student"])
+    flip(path / "ema_student.safetensors", 0.9)
+    with pytest.raises(UserError, match=r"ema_student\.safetensors is not the file that was saved"):
+        checkpoint.load_students(tmp_path, other.roles, ["student"])
+
+
+def test_a_run_is_its_newest_checkpoint_wherever_it_lies(tmp_path: Path) -> None:
+    trainer = stop_at(dmd2(), 2)
+    checkpoint.save(tmp_path / "run/checkpoints", trainer, RECIPE, keep=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    assert checkpoint.identity(tmp_path / "run") == checkpoint.identity(tmp_path / "moved")
+    checkpoint.save(tmp_path / "run/checkpoints", stop_at(trainer, 3), RECIPE, keep=2)
+    assert checkpoint.identity(tmp_path / "run") != checkpoint.identity(tmp_path / "moved")
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from fastgen.families import family_names
 PACKAGE = Path(fastgen.__file__).parent
 # Each layer may import itself and those before it.
 LAYERS = [
-    {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "discovery", "legibility"},
+    {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "fingerprints", "discovery", "legibility"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards"},
     {"roles", "ema", "parallel"},
     {"distillers"},
     {"trainer", "checkpoint"},
     {"export", "evaluation", "report", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"},
-    {"plan"},
+    {"plan", "inputs"},
     {"run"},
     {"caching"},
     {"terminal", "cli", "__main__"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastgen.data import digits
 from fastgen.data.pixels import UNREADABLE, Colour, read_rgb
 from fastgen.errors import UserError
+from fastgen.fingerprints import digest, known_hash
 
 KEY = "recipe key data.images"
 
@@ -29,6 +31,10 @@ class CaptionedImages:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def content(self) -> str:
+        """What the set is, wherever it lies: SHA-256 over every image's captions and the bytes of its file, in order."""
+        return digest([[list(captions.items()), _hash(source)] for captions, source in zip(self.captions, self.sources, strict=True)])
 
     def batches(self, resolution: int, size: int = 64) -> Iterator[Tensor]:
         """Pixels (B, 3, resolution, resolution) fp32 in [-1, 1]: the largest centre square, resized with antialiasing."""
@@ -75,6 +81,10 @@ def _row(folder: Path, line: str, number: int) -> tuple[dict[str, float], Path]:
     for item in texts:
         captions[item] = captions.get(item, 0.0) + 1 / len(texts)
     return captions, file
+
+
+def _hash(source: Any) -> str:
+    return hashlib.sha256(source.numpy().tobytes()).hexdigest() if isinstance(source, Tensor) else known_hash(source)
 
 
 def _pixels(source: Any, resolution: int, background: Colour) -> Tensor:

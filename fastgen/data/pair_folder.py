@@ -1,6 +1,7 @@
 """A folder of noise-sample pairs that several runs share: what they were drawn with, and shards that an interrupted drawing continues.
 
-`pairs.json` says what the folder is meant to hold; `pairs_NNNNNN.safetensors` hold the seeds and samples, and the prompts in their header.
+`pairs.json` says what the folder is meant to hold; `pairs_NNNNNN.safetensors` hold the seeds and samples, and in their header the prompts
+and a hash of each pair. So a shard is whole in itself, and the first pairs of a folder are the same however far it has grown.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import save
 from fastgen.data.pairs import Encode, Pairs, Solver, TeacherSampler, cat, make_pairs
 from fastgen.errors import UserError
 from fastgen.files import reading, write_atomically
+from fastgen.fingerprints import digest, sealed, unsealed
 
 KEY = "recipe key data.pairs"
 SHARD = 256  # pairs a file
@@ -27,16 +29,16 @@ _OF_THE_TEACHER = ("pretrained", "guidance", "negative_prompt", "max_sequence_le
 
 
 def _identity(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe's block decides the samples; the shift only where it is stated."""
-    return {key: teacher[key] for key in _OF_THE_TEACHER} | ({"shift": teacher["shift"]} if teacher.get("shift") is not None else {})
+    """What of a recipe's block decides the samples; the content and the shift only where they are known."""
+    return {key: teacher[key] for key in _OF_THE_TEACHER} | {key: teacher[key] for key in ("shift", "sha256") if teacher.get(key) is not None}
 
 
 class Manifest(BaseModel):
-    """pairs.json. teacher: the recipe's block, a local folder as an absolute path; prompts: hash of the weighted prompts drawn from;
-    count: pairs the folder is to hold."""
+    """pairs.json. format: 1 for folders of an older fastgen, which recorded no hashes; teacher: the recipe's block, a local folder as an
+    absolute path, and its content as `sha256`; prompts: hash of the weighted prompts drawn from; count: pairs the folder is to hold."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     teacher: dict[str, Any]
     shape: tuple[int, ...]
     solver: Solver
@@ -55,21 +57,22 @@ class Manifest(BaseModel):
             steps=len(sampler.times),
             grid=tuple(sampler.times.tolist()),
             seed=seed,
-            prompts=hashlib.sha256(json.dumps(list(prompts.items())).encode()).hexdigest()[:16],
+            prompts=digest(list(prompts.items()))[:16],
             count=count,
         )
 
     def difference(self, other: Manifest) -> tuple[str, Any, Any] | None:
         """The first thing, and its value in each, in which two drawings differ beyond the number of pairs."""
-        mine, theirs = self._parts(), other._parts()
-        for key in {**mine, **theirs}:
-            if mine.get(key) != theirs.get(key):
-                return key, mine.get(key), theirs.get(key)
+        key = _difference(self.teacher, other.teacher)
+        if key is not None:
+            return f"teacher.{key}", self.teacher.get(key), other.teacher.get(key)
+        for key, value in self._parts().items():
+            if value != other._parts()[key]:
+                return key, value, other._parts()[key]
         return None
 
     def _parts(self) -> dict[str, Any]:
-        teacher = {f"teacher.{key}": value for key, value in self.teacher.items()}
-        return teacher | {
+        return {
             "the latents' shape": self.shape,
             "--solver": self.solver,
             "--steps": self.steps,
@@ -77,6 +80,12 @@ class Manifest(BaseModel):
             "train.seed": self.seed,
             "data.prompts": self.prompts,
         }
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first key in which two teachers differ. Which one it is counts by content, and by name where one of them has no hash recorded."""
+    identity = "sha256" if "sha256" in then and "sha256" in now else "pretrained"
+    return next((key for key in (*_OF_THE_TEACHER, "shift") if then.get(by := identity if key == "pretrained" else key) != now.get(by)), None)
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,11 @@ class PairFolder:
 
     def check(self, teacher: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         """UserError where a run's teacher did not draw these pairs, or where some are still missing; reads headers only."""
-        ours, there = _identity(teacher), self.manifest.teacher
-        for key in {**ours, **there}:
-            if there.get(key) != ours.get(key):
-                raise UserError(f"{KEY}: {str(self.path)!r} was drawn with teacher.{key} {there.get(key)!r}, this recipe has {ours.get(key)!r}")
+        there = self.manifest.teacher
+        key = _difference(there, teacher)
+        if key is not None:
+            now = "which has changed since" if there.get(key) == teacher.get(key) else f"this recipe has {teacher.get(key)!r}"
+            raise UserError(f"{KEY}: {str(self.path)!r} was drawn with teacher.{key} {there.get(key)!r}, {now}")
         if self.manifest.shape != shape:
             raise UserError(f"{KEY}: {str(self.path)!r} holds latents {self.manifest.shape}, this recipe's teacher has {shape}")
         if self.held() < self.manifest.count:
@@ -110,16 +120,31 @@ class PairFolder:
         """How many pairs are there already."""
         return sum(min(_held(file), len(ids)) for file, ids in self.shards())
 
+    def content(self, count: int) -> str:
+        """What the first `count` pairs are, wherever they lie; UserError where there are fewer. Of shards with hashes it reads headers only."""
+        if self.manifest.count < count:
+            raise UserError(f"{KEY}: {str(self.path)!r} holds {self.manifest.count} pairs, but the run began with {count}")
+        hashes = [value for file, ids in self.shards() if ids.start < count for value in self._hashes(file, len(ids))]
+        return digest(hashes[:count])
+
+    def _hashes(self, file: Path, count: int) -> list[str]:
+        recorded = _header(file, "sha256")
+        return _pair_hashes(self._shard(file, count)) if recorded is None else recorded[:count]
+
     def load(self) -> Pairs:
-        """All pairs; UserError for a broken shard."""
+        """All pairs; UserError for a broken shard, or one whose pairs are not those that were written."""
         return cat([self._shard(file, len(ids)) for file, ids in self.shards()])
 
     def _shard(self, file: Path, count: int) -> Pairs:
+        prompts, recorded = tuple(_header(file, "prompts") or ()), _header(file, "sha256")
         with reading(file):
             with safe_open(file, "pt") as shard:
-                seeds, x0, prompts = shard.get_tensor("seeds"), shard.get_tensor("x0"), tuple(json.loads(shard.metadata()["prompts"]))
+                seeds, x0 = shard.get_tensor("seeds"), shard.get_tensor("x0")
             if not len(seeds) == len(x0) == len(prompts) or tuple(x0.shape[1:]) != self.manifest.shape:
                 raise ValueError(f"{len(seeds)} seeds, {len(prompts)} prompts and samples {tuple(x0.shape)} do not fit together")
+            pairs = Pairs(seeds, prompts, x0)
+            if (recorded is not None or self.manifest.format > 1) and _pair_hashes(pairs) != recorded:
+                raise ValueError("its pairs are not those that were written: their hashes differ")
         return Pairs(seeds[:count], prompts[:count], x0[:count])
 
     def complete(
@@ -147,10 +172,14 @@ def open_folder(source: str | Path) -> PairFolder:
     if not file.is_file():
         raise UserError(f"{KEY}: {str(source)!r} is no folder made by `fastgen cache pairs`")
     try:
-        return PairFolder(path, Manifest.model_validate_json(file.read_bytes()))
+        record = json.loads(file.read_bytes())
+        versioned = isinstance(record, dict) and record.get("format") == 2
+        return PairFolder(path, Manifest.model_validate(unsealed(record) if versioned else record))
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{KEY}: {str(file)!r} cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{KEY}: {str(file)!r} cannot be read ({error})") from error
 
 
 def create_folder(path: Path, manifest: Manifest) -> PairFolder:
@@ -166,11 +195,13 @@ def create_folder(path: Path, manifest: Manifest) -> PairFolder:
         differs = before.difference(manifest)
         if differs is not None:
             key, then, now = differs
-            raise UserError(f"--output: {str(path)!r} holds pairs drawn with {key} {then!r}, not {now!r}; choose another folder")
-        manifest = manifest.model_copy(update={"count": max(manifest.count, before.count)})
+            other = "which has changed since" if then == now else f"not {now!r}"  # a teacher of the same name
+            raise UserError(f"--output: {str(path)!r} holds pairs drawn with {key} {then!r}, {other}; choose another folder")
+        manifest = before.model_copy(update={"count": max(manifest.count, before.count)})  # of an older format, if it is
     elif path.is_dir() and any(path.iterdir()):
         raise UserError(f"--output: {str(path)!r} holds other files and no pairs; choose an empty or new folder")
-    write_atomically(path / "pairs.json", manifest.model_dump_json(indent=1) + "\n")
+    record = manifest.model_dump(mode="json")
+    write_atomically(path / "pairs.json", json.dumps(sealed(record) if manifest.format > 1 else record, indent=1) + "\n")
     return PairFolder(path, manifest)
 
 
@@ -184,4 +215,22 @@ def _held(file: Path) -> int:
 
 def _write(file: Path, pairs: Pairs) -> None:
     tensors: dict[str, torch.Tensor] = {"seeds": pairs.seeds, "x0": pairs.x0.contiguous()}
-    write_atomically(file, save(tensors, metadata={"prompts": json.dumps(pairs.prompts)}))
+    write_atomically(file, save(tensors, metadata={"prompts": json.dumps(pairs.prompts), "sha256": json.dumps(_pair_hashes(pairs))}))
+
+
+def _header(file: Path, key: str) -> Any:
+    """A JSON list in a shard's header, None when it is not there; UserError when it cannot be read."""
+    with reading(file), safe_open(file, "pt") as shard:
+        text = (shard.metadata() or {}).get(key)
+        found = None if text is None else json.loads(text)
+        if not (found is None or (isinstance(found, list) and all(isinstance(item, str) for item in found))):
+            raise ValueError(f"{key} in its header is no list of texts")
+        return found
+
+
+def _pair_hashes(pairs: Pairs) -> list[str]:
+    """SHA-256 of each pair: its seed, its prompt, and the sample's type, shape and bytes."""
+    kind = f"{pairs.x0.dtype} {tuple(pairs.x0.shape[1:])}"
+    heads = [json.dumps([seed, prompt, kind]) for seed, prompt in zip(pairs.seeds.tolist(), pairs.prompts, strict=True)]
+    samples = [x0.contiguous().view(torch.uint8).numpy().tobytes() for x0 in pairs.x0]
+    return [hashlib.sha256(head.encode() + sample).hexdigest() for head, sample in zip(heads, samples, strict=True)]

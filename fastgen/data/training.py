@@ -73,6 +73,10 @@ class TrainingData:
     captions: list[tuple[Tensor, Tensor]] | None = None
     pairs: PairTable | None = None
 
+    def with_first_pairs(self, count: int | None) -> TrainingData:
+        """The same data with the first `count` pairs; None: with all."""
+        return self if count is None or self.pairs is None else replace(self, pairs=self.pairs.first(count))
+
     def draw(self, rng: SampleRng) -> Batch:
         """One sample for each of the rng's, drawn with replacement."""
         pairs = None if self.pairs is None else self.pairs.draw(rng)

@@ -157,6 +157,11 @@ class Distiller(ABC):
         return False
 
     @classmethod
+    def files(cls, config: Any) -> dict[str, str]:
+        """The files that this Config names, by content: recipe key -> hash."""
+        return {}
+
+    @classmethod
     def check(cls, config: Any, facts: Facts) -> None:
         """UserError where the Config does not fit the rest of the recipe."""
         return

@@ -117,6 +117,10 @@ class DMD2(Distiller):
             rewards.load_reward(config.reward.name)
 
     @classmethod
+    def files(cls, config: DMD2Config) -> dict[str, str]:
+        return {} if config.reward is None else {"distiller.reward.name": rewards.content(config.reward.name)}
+
+    @classmethod
     def matching_steps(cls, config: DMD2Config, facts: Facts) -> int:
         """The student steps in which one fake score is matched with; with several, the fewest."""
         return facts.train_steps - regression.steps_alone(config.regression)

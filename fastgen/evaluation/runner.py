@@ -20,12 +20,12 @@ from fastgen.errors import UserError
 from fastgen.evaluation.protocols import Protocol, Row, Subset
 from fastgen.evaluation.speed import peak_memory_bytes, reset_peak_memory, synchronise
 from fastgen.files import write_atomically
+from fastgen.fingerprints import sealed, unsealed
 
 Generate = Callable[[list[str], list[int], int], Tensor]  # prompts, seeds, steps -> images (B, 3, H, W), float in [0, 1]
 Progress = Callable[[int, int, str], None]  # images done, images in all, what is going on
 
 CACHE = Path(".cache/fastgen/results")  # below the home folder
-_NOT_HASHED = ("README.md", "results.json")
 
 
 def run_protocol(
@@ -97,7 +97,7 @@ def _ticker(progress: Progress | None, before: int, total: int, label: str) -> C
 def provenance(protocol: Protocol, *, device: str | torch.device = "cpu", model_hash: str | None = None) -> dict[str, Any]:
     """What a measurement depends on besides the model's name: versions, machine, date (UTC), and sha256 hashes of protocol and weights.
 
-    `device` is where the images were generated; `model_hash` is `hash_folder` of the model. A package that is not installed is left out.
+    `device` is where the images were generated; `model_hash` is `fingerprints.folder_hash` of the model. A package that is not installed is left out.
     """
     packages = {"fastgen": "fastgen-distill", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"}
     versions = {key: version for key, package in packages.items() if (version := _version(package))}
@@ -135,10 +135,14 @@ def read_results(path: str | Path) -> dict[str, Any]:
 def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:
     """The rows stored under `key`, or those of `compute()`, stored for the next time.
 
-    One file per key, named after its sha256, in `folder` (default ~/.cache/fastgen/results). An entry that cannot be read is computed
-    again, and one that cannot be written is not kept; both are said with a warning.
+    One file per key, named after its sha256, in `folder` (default ~/.cache/fastgen/results), sealed. An entry that cannot be read, or is
+    not as it was written, is computed again, and one that cannot be written is not kept; both are said with a warning.
     """
-    path = (folder or Path.home() / CACHE) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    try:
+        path = (folder or Path.home() / CACHE) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    except RuntimeError as error:
+        warnings.warn(f"results could not be cached ({error})", stacklevel=2)
+        return compute()
     if path.exists():
         try:
             return _read_entry(path, key)
@@ -146,32 +150,15 @@ def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = 
             warnings.warn(f"cached results {path} are unreadable ({error}); computing them again", stacklevel=2)
     rows = compute()
     try:
-        _write_json(path, {"key": key, "rows": rows})
+        _write_json(path, sealed({"key": key, "rows": rows}))
     except OSError as error:
         warnings.warn(f"results could not be cached in {path} ({error})", stacklevel=2)
     return rows
 
 
-def hash_folder(path: str | Path) -> str:
-    """sha256 over relative names and contents of a model folder's files; README.md and results.json at its top do not count.
-
-    Nor do hidden files and folders: download metadata with dates. Raises UserError when `path` is no folder or has no file to hash.
-    """
-    root = Path(path)
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
-    names = [name for name in names if name not in _NOT_HASHED and not any(part.startswith(".") for part in name.split("/"))]
-    if not names:
-        raise UserError(f"{path} is not a model folder: there are no files in it")
-    digest = hashlib.sha256()
-    for name in names:
-        with open(root / name, "rb") as file:
-            digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _read_entry(path: Path, key: str) -> list[Row]:
-    entry = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(entry, dict) or entry.get("key") != key or not isinstance(entry.get("rows"), list):
+    entry = unsealed(json.loads(path.read_text(encoding="utf-8")))
+    if entry.get("key") != key or not isinstance(entry.get("rows"), list):
         raise ValueError("not an entry of this key")
     return entry["rows"]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError, nearest
 from fastgen.families.base import Family
+from fastgen.fingerprints import file_names, folder_hash, known_hash
+
+_OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
 
 
 def family_names() -> list[str]:
@@ -22,8 +25,11 @@ def family_class(name: str) -> type[Family]:
     return find_class(__name__, name, Family, names, f"recipe key teacher.family: {name!r} is not a family")
 
 
-def find_family(source: Any, name: str = "auto", **options: Any) -> Family:
-    """The family of a teacher or student. source: `fastgen:NAME`, `toy:NAME`, a diffusers folder, a hub id, or a live pipeline."""
+def find_family(source: Any, name: str = "auto", *, revision: str | None = None, **options: Any) -> Family:
+    """The family of a teacher or student. source: `fastgen:NAME`, `toy:NAME`, a diffusers folder, a hub id, or a live pipeline;
+    revision: of a hub id."""
+    if revision is not None:
+        source = resolve_source(source, revision)
     if name == "auto":
         name = "toy" if isinstance(source, str) and source.startswith("toy:") else _family_of(_pipeline_class(source))
     family = family_class(name)(source, **options)
@@ -41,17 +47,66 @@ def _family_of(pipeline_class: str) -> str:
 def _pipeline_class(source: Any) -> str:
     if not isinstance(source, (str, Path)):
         return type(source).__name__
-    path = resolve_source(source) / "model_index.json"
+    return _class_name(_index(resolve_source(source)))
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's model_index.json; UserError unless it names a class."""
+    path = folder / "model_index.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-        return name[-1] if isinstance(name, list) else str(name)
+        index = json.loads(path.read_text(encoding="utf-8"))
+        _class_name(index)
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"recipe key teacher.pretrained: {str(path)!r} is not JSON with a '_class_name'") from error
+    return index
 
 
-def resolve_source(source: str | Path) -> Path:
-    """The local diffusers folder behind a source; hub ids are downloaded into the hub's cache. UserError when there is none."""
+def _class_name(index: dict[str, Any]) -> str:
+    name = index["_class_name"]
+    return name[-1] if isinstance(name, list) else str(name)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is the name `owner/name` of a repository on the hub: there is no such folder here."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~", "fastgen:", "toy:")) and not Path(source).is_dir()
+
+
+def pinned_revision(source: str, revision: str | None) -> str | None:
+    """The commit that a hub id's revision (None: its newest) is now, once it is downloaded; None for other sources, which have none."""
+    if revision is None and not is_hub_id(source):
+        return None
+    folder = resolve_source(source, revision)
+    return folder.name if folder.parent.name == "snapshots" else revision
+
+
+def source_hash(source: str, revision: str | None = None) -> str:
+    """What a teacher is, wherever it lies: SHA-256 of the files that its pipeline is loaded from. A closed-form teacher is its name.
+
+    Files that do not count: those outside the pipeline's components, pickles and other frameworks' weights, variants such as fp16; a
+    hub's cache may hold any of them. Hashes of large files are remembered (`fingerprints.known_hash`).
+    """
+    if source.startswith("toy:"):
+        return source
+    folder = resolve_source(source, revision)
+    components = {name for name, value in _index(folder).items() if isinstance(value, list)}
+    return folder_hash(folder, [name for name in file_names(folder) if _is_loaded(PurePosixPath(name), components)], of=known_hash)
+
+
+def _is_loaded(file: PurePosixPath, components: set[str]) -> bool:
+    if len(file.parts) == 1:
+        return file.name in ("model_index.json", "fastgen.json")
+    _, _, ending = file.name.partition(".")
+    if "safetensors" in ending or "index" in ending:
+        return file.parts[0] in components and ending in ("safetensors", "safetensors.index.json")
+    return file.parts[0] in components and file.suffix not in _OTHER_WEIGHTS
+
+
+def resolve_source(source: str | Path, revision: str | None = None) -> Path:
+    """The local diffusers folder behind a source; hub ids are downloaded into the hub's cache, at a commit, branch or tag where
+    `revision` names one. UserError when there is none."""
     text = str(source)
+    if revision is not None and not is_hub_id(text):
+        raise UserError(f"recipe key teacher.revision: {revision!r} is given, but {text!r} is no hub id 'owner/name', and only these have revisions")
     if text.startswith("fastgen:"):
         return _bundled(text.removeprefix("fastgen:"))
     folder = Path(text).expanduser()
@@ -61,7 +116,7 @@ def resolve_source(source: str | Path) -> Path:
         return folder
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(f"recipe key teacher.pretrained: no folder {text!r}; allowed: fastgen:NAME, a hub id 'owner/name', or a diffusers folder")
-    return _download(text)
+    return _download(text, revision)
 
 
 def _bundled(name: str) -> Path:
@@ -72,11 +127,12 @@ def _bundled(name: str) -> Path:
     return assets / name
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(hub_id))
+        return Path(DiffusionPipeline.download(hub_id, revision=revision))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"recipe key teacher.pretrained: cannot get {hub_id!r} from the hub ({reason})") from error
+        key, what = ("pretrained", "") if revision is None else ("revision", f" at {revision!r}")
+        raise UserError(f"recipe key teacher.{key}: cannot get {hub_id!r}{what} from the hub ({reason})") from error

@@ -158,7 +158,7 @@ class SD3(Family):
         if self._live is not None:
             return getattr(self._live, component) is not None
         assert self.folder is not None
-        return json.loads((self.folder / "model_index.json").read_text()).get(component, [None])[0] is not None
+        return read_json(self.folder / "model_index.json").get(component, [None])[0] is not None
 
     def free_encoders(self) -> None:
         self._encoder_pipeline = self._vae = None

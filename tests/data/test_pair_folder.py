@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.data import pair_folder
@@ -175,8 +177,13 @@ def test_what_is_no_folder_of_pairs_is_refused(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"recipe key data\.pairs: .* is no folder made by `fastgen cache pairs`"):
             open_folder(source)
-    good = json.loads(manifest().model_dump_json())
-    contents = {"{": "Invalid JSON", "[]": "object", json.dumps(good | {"format": 2}): r"\(format: ", json.dumps(good | {"steps": "x"}): r"\(steps: "}
+    good = json.loads(manifest(format=1).model_dump_json())
+    contents = {
+        "{": "Expecting property name",
+        "[]": "valid dictionary",
+        json.dumps(good | {"format": 3}): r"\(format: ",
+        json.dumps(good | {"steps": "x"}): r"\(steps: ",
+    }
     for text, message in contents.items():
         (tmp_path / "pairs.json").write_text(text)
         with pytest.raises(UserError, match=rf"recipe key data\.pairs: .*pairs\.json' cannot be read .*{message}"):
@@ -192,10 +199,118 @@ def test_a_broken_or_misshapen_shard_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"cannot read .*pairs_000001\.safetensors"):
             look()
     pairs = drawn(8)
-    for wrong in (Pairs(pairs.seeds, pairs.prompts[:5], pairs.x0), Pairs(pairs.seeds, pairs.prompts, torch.ones(8, 3))):
-        pair_folder._write(second, wrong)
+    for prompts, x0 in ((pairs.prompts[:5], pairs.x0), (pairs.prompts, torch.ones(8, 3))):
+        save_file({"seeds": pairs.seeds, "x0": x0}, second, metadata={"prompts": json.dumps(prompts)})
         with pytest.raises(UserError, match=r"cannot read .*pairs_000001\.safetensors.*do not fit together"):
             folder.load()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.5, 0.9, 0.97, 1.0])
+def test_one_flipped_bit_in_any_file_is_refused(tmp_path: Path, share: float) -> None:
+    complete(create_folder(tmp_path, manifest(20)))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 4
+    for file in files:
+        content = file.read_bytes()
+        bit = int(share * (8 * len(content) - 1))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        with pytest.raises(UserError, match=rf"cannot read .*{file.name}|{file.name}' cannot be read"):
+            open_folder(tmp_path).load()
+        file.write_bytes(content)
+    assert_equal(open_folder(tmp_path).load(), drawn(20))
+
+
+def test_a_bit_anywhere_in_a_shard_counts(tmp_path: Path) -> None:
+    folder = complete(create_folder(tmp_path, manifest(2)))
+    ((file, _),) = folder.shards()
+    content, pairs = file.read_bytes(), folder.load()
+    for bit in range(0, 8 * len(content), 37):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        try:
+            found = folder.load()
+        except UserError:
+            continue
+        assert torch.equal(found.seeds, pairs.seeds)  # one text may be written in two ways
+        assert found.prompts == pairs.prompts
+        assert torch.equal(found.x0, pairs.x0)
+
+
+def test_the_first_pairs_are_what_they_were_when_a_folder_has_grown_or_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(create_folder(tmp_path / "one", manifest(11)))
+    before = {count: open_folder(tmp_path / "one").content(count) for count in (3, 8, 11)}
+    assert len(set(before.values())) == 3
+    complete(create_folder(tmp_path / "one", manifest(20)), batch=5)
+    moved = (tmp_path / "one").rename(tmp_path / "two")
+    monkeypatch.setattr(PairFolder, "load", lambda _: pytest.fail("headers are enough"))
+    assert {count: open_folder(moved).content(count) for count in before} == before
+    with pytest.raises(UserError, match=r"recipe key data\.pairs: .* holds 20 pairs, but the run began with 21"):
+        open_folder(moved).content(21)
+    monkeypatch.undo()
+    monkeypatch.setattr(pair_folder, "SHARD", 8)
+    file, _ = open_folder(moved).shards()[0]
+    changed = drawn(8)
+    changed.x0[2] += 1e-3
+    pair_folder._write(file, changed)
+    assert open_folder(moved).content(3) != before[3]
+
+
+def as_older(path: Path) -> None:
+    """Make a folder what an older fastgen has written: without hashes."""
+    record = json.loads((path / "pairs.json").read_text())
+    old = {key: value for key, value in record.items() if key != "seal"} | {"format": 1}
+    old["teacher"] = {key: value for key, value in old["teacher"].items() if key != "sha256"}
+    (path / "pairs.json").write_text(json.dumps(old))
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            metadata = {"prompts": shard.metadata()["prompts"]}
+        save_file(load_file(file), file, metadata=metadata)
+
+
+def test_a_folder_of_an_older_fastgen_is_read_identified_and_continued(tmp_path: Path) -> None:
+    folder = complete(create_folder(tmp_path, manifest(11)))
+    content = folder.content(11)
+    as_older(tmp_path)
+    assert open_folder(tmp_path).content(11) == content
+    open_folder(tmp_path).check(TEACHER | {"sha256": "unknown to it"}, SHAPE)
+    complete(create_folder(tmp_path, Manifest.describe(SAMPLER, TEACHER | {"sha256": "x"}, PROMPTS, seed=1, count=20)))
+    assert_equal(open_folder(tmp_path).load(), drawn(20))
+    assert open_folder(tmp_path).content(11) == content
+    assert open_folder(tmp_path).manifest.format == 1
+
+
+def test_a_shard_that_has_lost_its_hashes_is_refused(tmp_path: Path) -> None:
+    folder = complete(create_folder(tmp_path, manifest(4)))
+    ((file, _),) = folder.shards()
+    save_file(load_file(file), file, metadata={"prompts": json.dumps(folder.load().prompts)})
+    with pytest.raises(UserError, match=r"cannot read .*its pairs are not those that were written"):
+        folder.load()
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ({"sha256": "a"}, {"sha256": "b"}, r"teacher\.pretrained 'toy:mixture', which has changed since"),
+        ({"sha256": "a"}, {"sha256": "b", "pretrained": "/new"}, r"teacher\.pretrained 'toy:mixture', this recipe has '/new'"),
+        ({"sha256": "a"}, {"sha256": "a", "pretrained": "/new"}, None),
+        ({}, {"sha256": "a", "pretrained": "/new"}, r"teacher\.pretrained 'toy:mixture', this recipe has '/new'"),
+        ({"sha256": "a"}, {"sha256": "a", "guidance": 3.0}, r"teacher\.guidance 1\.5, this recipe has 3\.0"),
+    ],
+)
+def test_a_teacher_is_its_content_where_that_is_known(tmp_path: Path, then: dict[str, Any], now: dict[str, Any], message: str | None) -> None:
+    drawn_by = Manifest.describe(SAMPLER, TEACHER | then, PROMPTS, seed=1, count=4)
+    folder = complete(create_folder(tmp_path, drawn_by))
+    if message is None:
+        folder.check(TEACHER | now, SHAPE)
+        assert create_folder(tmp_path, Manifest.describe(SAMPLER, TEACHER | now, PROMPTS, seed=1, count=4)).manifest == drawn_by
+    else:
+        with pytest.raises(UserError, match=rf"recipe key data\.pairs: .* was drawn with {message}"):
+            folder.check(TEACHER | now, SHAPE)
+        with pytest.raises(UserError, match=r"--output: .* holds pairs drawn with teacher\."):
+            create_folder(tmp_path, Manifest.describe(SAMPLER, TEACHER | now, PROMPTS, seed=1, count=4))
 
 
 def test_a_crash_while_writing_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

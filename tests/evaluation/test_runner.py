@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.errors import UserError
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import Digits, Row
-from fastgen.evaluation.runner import cached, hash_folder, provenance, read_results, run_protocol, write_results
+from fastgen.evaluation.runner import cached, provenance, read_results, run_protocol, write_results
 
 ROWS: list[Row] = [Row(name="fd_digits", model="student", value=7.25, n=1797, steps=1, guidance=1.0)]
 
@@ -151,6 +151,25 @@ def test_cache_computes_once_for_each_key(tmp_path: Path):
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(hashlib.sha256(key.encode()).hexdigest() for key in "ab")
 
 
+def test_one_flipped_bit_is_computed_again(tmp_path: Path):
+    cached("a", lambda: ROWS, folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    for at in range(content.index(b"7.25"), content.index(b"7.25") + 4):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.warns(UserWarning, match="computing them again"):
+            assert cached("a", lambda: ROWS, folder=tmp_path) == ROWS
+
+
+def test_without_a_home_the_rows_are_computed(monkeypatch: pytest.MonkeyPatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(UserWarning, match="could not be cached"):
+        assert cached("a", lambda: ROWS) == ROWS
+
+
 @pytest.mark.parametrize("content", ['{"key": "a", "rows"', '{"key": "other", "rows": []}', "[]", b"\xff\xfe\x00"])
 def test_a_corrupted_entry_is_computed_again_and_replaced(tmp_path: Path, content: str | bytes):
     path = tmp_path / f"{hashlib.sha256(b'a').hexdigest()}.json"
@@ -170,28 +189,3 @@ def test_the_default_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     cached("a", lambda: ROWS)
     assert len(list((tmp_path / ".cache/fastgen/results").glob("*.json"))) == 1
-
-
-def test_hash_folder_follows_names_and_contents_only(tmp_path: Path):
-    def folder(name: str, **files: str) -> Path:
-        for file, text in files.items():
-            path = tmp_path / name / file.replace("__", "/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return tmp_path / name
-
-    one = folder("one", config="x", unet__weights="y")
-    expected = hashlib.sha256()
-    for file, text in (("config", "x"), ("unet/weights", "y")):
-        expected.update(file.encode() + b"\0" + hashlib.sha256(text.encode()).digest())
-    assert hash_folder(one) == expected.hexdigest()
-    assert hash_folder(folder("two", unet__weights="y", config="x")) == hash_folder(one)
-    assert hash_folder(folder("three", config="x", unet__weights="z")) != hash_folder(one)
-    assert hash_folder(folder("four", config="x", vae__weights="y")) != hash_folder(one)
-    for ignored in ("README.md", "results.json", ".cache/huggingface/date"):
-        (one / ignored).parent.mkdir(parents=True, exist_ok=True)
-        (one / ignored).write_text("new")
-    assert hash_folder(one) == expected.hexdigest()
-    for missing in (tmp_path / "absent", folder("empty", **{"README.md": ""})):
-        with pytest.raises(UserError, match="not a model folder"):
-            hash_folder(missing)
