@@ -58,7 +58,6 @@ def cache_pairs(
     for warning in check_texts(recipe, teacher.family, prompts):
         progress.warn(f"warning: {warning}")
     sampler = TeacherSampler(teacher.predict, teacher.times().to(teacher.device), teacher.family.latent.shape, solver)
-    progress.stage("identifying the teacher by its content")
     described = resolved_teacher(recipe) | {"sha256": source_hash(block.pretrained, block.revision)}
     manifest = Manifest.describe(sampler, described, prompts, seed=recipe.train.seed, count=count)
     folder = create_folder(output, manifest)

@@ -99,7 +99,7 @@ def _check(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """UserError unless the files are those that were saved: a bit that has flipped, or a file of another role, another step or another run."""
     strange = {file.name for file in checkpoint.glob("*.safetensors")} - state["files"].keys()
     if strange:
-        raise UserError(f"{str(checkpoint)!r}: {min(strange)} does not belong to this checkpoint")
+        raise UserError(f"cannot read {str(checkpoint / min(strange))!r}: it does not belong to this checkpoint")
     check_files(checkpoint, state["files"], "saved")
 
 
@@ -144,7 +144,10 @@ def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> list[str
     recorded, taken = read_state(newest)["files"], [name for name in names if name in trained]
     for name in taken:
         file = f"ema_{name}.safetensors"
-        check_files(newest, {file: recorded[file]}, "saved")
+        try:
+            check_files(newest, {file: recorded[file]}, "saved")
+        except UserError as error:
+            raise UserError(f"recipe key student.init: {error}") from error
         try:
             with reading(newest):
                 state = load_file(newest / file)

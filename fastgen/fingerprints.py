@@ -66,7 +66,7 @@ def check_files(folder: Path, recorded: Mapping[str, str], done: str) -> None:
     found = file_hashes(folder, sorted(recorded))
     for name, value in found.items():
         if value != recorded[name]:
-            raise UserError(f"{str(folder)!r}: {name} is not the file that was {done}: its SHA-256 differs, so it is damaged or another's")
+            raise UserError(f"cannot read {str(folder / name)!r}: it is not the file that was {done}, but damaged or another (its SHA-256 differs)")
 
 
 def file_names(folder: Path) -> list[str]:

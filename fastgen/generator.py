@@ -189,7 +189,7 @@ def check_student(folder: Path, manifest: dict[str, Any]) -> None:
     more = [name for name in file_names(folder) if name.partition("/")[0] in places and name not in recorded]
     strange = [name for name in more if manifest["format"] > 1 or name.endswith(".safetensors")]  # format 1 recorded weights only
     if strange:
-        raise UserError(f"{str(folder)!r}: {strange[0]} is not among the files that were exported")
+        raise UserError(f"cannot read {str(folder / strange[0])!r}: it is not among the files that were exported")
 
 
 def check_if_exported(folder: Path) -> None:

@@ -185,11 +185,13 @@ def train(
     if overwrite and given == (run_dir / "recipe.yaml").resolve():
         raise UserError(f"--overwrite: {str(run_dir)!r} holds the recipe itself, which would be replaced; choose another --output")
     _check_folder(run_dir, resume=resume, overwrite=overwrite)
+    began = inputs.check_same(run_dir, planned) if resume else None  # silent: what is refused has one line, and large files are known by now
     for warning in planned.warnings:
         progress.warn(f"warning: {warning}")
-    progress.stage("identifying teacher and data by their content")
-    began = inputs.check_same(run_dir, planned) if resume else inputs.identify(planned)
     run = build(planned, progress)
+    if began is None:
+        progress.stage("identifying teacher and data by their content")
+        began = inputs.identify(planned)
     run.began = began
     if recipe.data.pairs is not None:
         data = training.with_pairs(run.data, _pairs(run, progress), planned.family, run.parallel.device)

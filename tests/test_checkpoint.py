@@ -215,7 +215,7 @@ def test_a_missing_file_is_an_error(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("state.json", "cannot read"), ("role_student.safetensors", "is not the file that was saved")],
+    [("state.json", "cannot read"), ("role_student.safetensors", "it is not the file that was saved")],
 )
 def test_a_broken_file_is_an_error(saved: Path, file: str, message: str) -> None:
     (saved / file).write_bytes(b"\xff" * 32)
@@ -240,7 +240,7 @@ def test_one_flipped_bit_in_any_file_is_refused_before_anything_is_loaded(saved:
         trainer = dmd2()
         before, content = weights(trainer), file.read_bytes()
         flip(file, share)
-        with pytest.raises(UserError, match=rf"cannot read .*state\.json|{file.name} is not the file that was saved|has format"):
+        with pytest.raises(UserError, match=rf"cannot read .*state\.json|{file.name}': it is not the file that was saved|has format"):
             checkpoint.load(saved, trainer)
         assert_bitwise_equal(weights(trainer), before)
         file.write_bytes(content)
@@ -266,7 +266,7 @@ def test_swapped_files_of_two_roles_are_refused(saved: Path, kind: str) -> None:
     student.rename(saved / "other")
     fake_score.rename(student)
     (saved / "other").rename(fake_score)
-    with pytest.raises(UserError, match=rf"{kind}_fake_score.safetensors is not the file that was saved"):
+    with pytest.raises(UserError, match=rf"{kind}_fake_score.safetensors': it is not the file that was saved"):
         checkpoint.load(saved, dmd2())
 
 
@@ -276,14 +276,14 @@ def test_a_file_of_another_step_is_refused(tmp_path: Path, name: str) -> None:
     earlier = checkpoint.save(tmp_path, trainer, RECIPE, keep=2)
     later = checkpoint.save(tmp_path, stop_at(trainer, 3), RECIPE, keep=2)
     shutil.copy(earlier / f"{name}.safetensors", later / f"{name}.safetensors")
-    with pytest.raises(UserError, match=rf"{name}.safetensors is not the file that was saved"):
+    with pytest.raises(UserError, match=rf"{name}.safetensors': it is not the file that was saved"):
         checkpoint.load(later, dmd2())
     checkpoint.load(earlier, dmd2())
 
 
 def test_a_file_that_was_not_saved_is_refused(saved: Path) -> None:
     shutil.copy(saved / "role_student.safetensors", saved / "statistics.safetensors")
-    with pytest.raises(UserError, match=r"statistics\.safetensors does not belong to this checkpoint"):
+    with pytest.raises(UserError, match=r"statistics\.safetensors': it does not belong to this checkpoint"):
         checkpoint.load(saved, dmd2())
 
 
@@ -295,7 +295,7 @@ def test_another_run_does_not_start_from_a_damaged_student(tmp_path: Path) -> No
     flip(path / "optimizer_student.safetensors", 0.9)  # nobody reads it
     checkpoint.load_students(tmp_path, other.roles, ["student"])
     flip(path / "ema_student.safetensors", 0.9)
-    with pytest.raises(UserError, match=r"ema_student\.safetensors is not the file that was saved"):
+    with pytest.raises(UserError, match=r"ema_student\.safetensors': it is not the file that was saved"):
         checkpoint.load_students(tmp_path, other.roles, ["student"])
 
 

@@ -19,6 +19,7 @@ from pipelines import assert_shows
 import fastgen
 from fastgen import cli, load_student
 from fastgen.config import Recipe, shipped_recipes
+from fastgen.families import source_hash
 from fastgen.families.sd3 import SD3
 from fastgen.generator import read_manifest
 
@@ -87,6 +88,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 def test_a_run_folder_holds_everything(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} == {
         "recipe.yaml",
+        "inputs.json",
         "metrics.jsonl",
         "samples",
         "checkpoints",
@@ -109,7 +111,8 @@ def test_a_run_folder_holds_everything(run_dir: Path) -> None:
 def test_the_student_is_a_pipeline_with_its_call(run_dir: Path) -> None:
     manifest = read_manifest(run_dir / "student")
     assert manifest["call"] == {"num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 8, "height": 8, "width": 8}
-    assert manifest["teacher"] == {"pretrained": "fastgen:digits", "guidance": 1.5, "negative_prompt": ""}
+    origin = {"pretrained": "fastgen:digits", "revision": None, "guidance": 1.5, "negative_prompt": ""}
+    assert manifest["teacher"] == origin | {"sha256": source_hash("fastgen:digits")}
     assert json.loads((run_dir / "student/model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline"
     assert not list((run_dir / "student").rglob("*.bin"))
 

@@ -16,6 +16,7 @@ from fastgen import checkpoint, cli, run
 from fastgen.assets import DIGITS_TEACHER
 from fastgen.config import Recipe
 from fastgen.data.pair_folder import Manifest
+from fastgen.fingerprints import sealed
 
 RECIPE = "digits_dmd2_1step"
 TO = ("--output", "new")
@@ -73,7 +74,7 @@ def make_runs(root: Path) -> None:
         (root / name / "metrics.jsonl").write_text('{"step": 1, "loss/match": 0.5}\n')
     (root / "run/checkpoints/step_000001").mkdir(parents=True)
     (root / "run/checkpoints/step_000001/state.json").write_text(
-        json.dumps({"format": checkpoint.FORMAT, "step": 1, "seconds": 1.0, "recipe": resolved})
+        json.dumps(sealed({"format": checkpoint.FORMAT, "step": 1, "seconds": 1.0, "pairs": None, "recipe": resolved, "inputs": {}, "files": {}}))
     )
     (root / "run_bad_recipe/recipe.yaml").write_text("train: [")
     (root / "run_without_metrics").mkdir()
@@ -118,7 +119,7 @@ def make_pairs(root: Path) -> None:
     }
     for name, manifest in folders.items():
         (root / f"pairs_{name}").mkdir()
-        (root / f"pairs_{name}/pairs.json").write_text(manifest.model_dump_json())
+        (root / f"pairs_{name}/pairs.json").write_text(json.dumps(sealed(manifest.model_dump(mode="json"))))
     (root / "pairs_broken").mkdir()
     (root / "pairs_broken/pairs.json").write_text("{")
     (root / "reward.py").write_text("NUMBER = 3\ndef flat(pixels, prompts):\n    return pixels.mean((1, 2, 3))\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,19 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from pipelines import NEGATIVE, PROMPTS, adapter_tuning, assert_shows, draw, edit_json, run_snippet, student_info, student_role, tiny_sd3
+from pipelines import (
+    NEGATIVE,
+    PROMPTS,
+    adapter_tuning,
+    assert_shows,
+    draw,
+    edit_json,
+    record_hashes,
+    run_snippet,
+    student_info,
+    student_role,
+    tiny_sd3,
+)
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file, save_file
@@ -88,6 +101,11 @@ def test_manifest_records_the_call_the_grid_and_where_it_comes_from(exported: tu
     assert (manifest["steps"], manifest["weights"], manifest["dtype"], manifest["method"]) == (4, "full", "fp32", "dmd2")
     assert manifest["pipeline"] == "StableDiffusion3Pipeline"
     assert manifest["teacher"] == {"pretrained": str(sd3_folder), "guidance": 4.0, "negative_prompt": NEGATIVE}
+    assert manifest["sha256"] == {
+        path.relative_to(exported[0]).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in exported[0].rglob("*")
+        if path.is_file() and path.name not in ("README.md", "fastgen.json")
+    }
     assert manifest["prompts"] == PROMPTS
     assert manifest["recipe"] == {"train": {"seed": 0}}
     assert manifest["versions"].keys() == {"fastgen", "diffusers", "torch"}
@@ -161,6 +179,7 @@ def test_verify_notices_a_wrong_call(copied: Path, call: dict[str, Any]) -> None
 @pytest.mark.usefixtures("same_interpreter")
 def test_verify_says_why_a_broken_folder_does_not_load(copied: Path) -> None:
     (copied / "text_encoder" / "config.json").unlink()
+    record_hashes(copied)
     with pytest.raises(UserError, match=r"student' does not load and run in plain diffusers: \w+: .+"):
         verify(copied)
 
@@ -172,7 +191,7 @@ def test_a_weight_changed_after_the_export_shows_against_the_role(copied: Path, 
     save_file(weights, path, metadata={"format": "pt"})
     drawn = draw(DiffusionPipeline.from_pretrained(copied), PROMPTS, SEEDS, **read_manifest(copied)["call"])
     assert (drawn - exported[1]).abs().max() > 1e-3
-    with pytest.raises(UserError, match=r"transformer/\S+\.safetensors is not the file that was exported"):
+    with pytest.raises(UserError, match=r"transformer/\S+\.safetensors': it is not the file that was exported"):
         verify(copied)
 
 

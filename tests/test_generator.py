@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,21 +15,23 @@ import oracle
 import pytest
 import torch
 from diffusers import FlowMapEulerDiscreteScheduler, StableDiffusion3Pipeline
-from pipelines import NEGATIVE, PROMPTS, draw, student_role
+from pipelines import NEGATIVE, PROMPTS, adapter_tuning, draw, student_role
 from pipelines import sd3_folder as sd3_folder
 from torch import Tensor
 
-from fastgen import load_student, load_teacher
+from fastgen import cli, generator, load_student, load_teacher
 from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.errors import UserError
-from fastgen.export import StudentInfo, export_student
-from fastgen.families import resolve_source
+from fastgen.export import StudentInfo, export_lora, export_student
+from fastgen.families import resolve_source, source_hash
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import MIXTURES, Toy
+from fastgen.fingerprints import file_names
 from fastgen.generator import ImageGenerator, generate_pictures, load_teacher_of, noise_from_seeds, read_manifest
 from fastgen.path import Flow, Kind, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.path import Path as NoisingPath
+from fastgen.roles import Role, build_roles, trainable
 from fastgen.timesteps import down_to
 
 TOKENS = 16
@@ -171,12 +174,113 @@ def test_read_manifest_says_why_a_folder_is_no_student(tmp_path: Path) -> None:
     (tmp_path / "fastgen.json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
         load_student(tmp_path)
+    (tmp_path / "fastgen.json").write_text('{"format": 3}')
+    with pytest.raises(UserError, match=r"fastgen\.json' has format 3, this fastgen reads 1 and 2"):
+        load_student(tmp_path)
     (tmp_path / "fastgen.json").write_text('{"format": 2}')
-    with pytest.raises(UserError, match=r"fastgen\.json' has format 2, this fastgen reads 1"):
+    with pytest.raises(UserError, match=r"fastgen\.json': it has no seal; export the student again"):
         load_student(tmp_path)
     (tmp_path / "fastgen.json").write_text("[]")
     with pytest.raises(UserError, match=r"fastgen\.json' has format None"):
         load_student(tmp_path)
+
+
+def adapter_role(family: SD3) -> Role:
+    return build_roles({"student": trainable()}, family, family.load_backbone(), tuning=adapter_tuning())["student"]
+
+
+@pytest.fixture(scope="module")
+def originals(sd3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A student of each form, and the teacher that they know by its content."""
+    root = tmp_path_factory.mktemp("students")
+    teacher = Path(shutil.copytree(sd3_folder, root / "teacher"))
+    family = SD3(teacher, max_sequence_length=TOKENS)
+    origin = {"pretrained": str(teacher), "guidance": 4.0, "negative_prompt": NEGATIVE, "sha256": source_hash(str(teacher))}
+    info = student_info(teacher=origin)
+    lora = export_lora(adapter_role(family), family, info, root / "lora")
+    return {"teacher": teacher, "lora": lora, "full": export_student(student_role(family), family, info, root / "full")}
+
+
+def flip(path: Path, share: float) -> None:
+    """Flip the bit that lies at a share of a file, and keep its times, as a disk does."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    bit = int(share * (8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_one_flipped_bit_in_any_file_of_a_student_is_refused(
+    originals: dict[str, Path], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    student = Path(shutil.copytree(originals[form], tmp_path / "student"))
+    names = file_names(student)
+    assert {"fastgen.json", "README.md", "scheduler/scheduler_config.json"} < set(names)
+    monkeypatch.setattr(generator, "open_student", lambda *_, **__: "opened")
+    for name in names:
+        content = (student / name).read_bytes()
+        for share in (0.0, 0.31, 0.64, 1.0):
+            flip(student / name, share)
+            if name == "README.md":  # anybody may edit the card
+                assert load_student(student) == "opened"
+            else:
+                assert cli.main(["sample", str(student), "--prompt", "x", "--output", str(tmp_path / "x.png")]) == 2, name
+                error = capfd.readouterr().err
+                assert error.count("\n") == 1
+                assert f"{student / name}'" in error
+            (student / name).write_bytes(content)
+    assert load_student(student) == "opened"
+
+
+def test_what_lies_beside_a_students_own_files_may_change(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = Path(shutil.copytree(originals["full"], tmp_path / "student"))
+    monkeypatch.setattr(generator, "open_student", lambda *_, **__: "opened")
+    (student / "README.md").unlink()
+    for name in ("results.json", "LICENSE", "samples/one.png", ".gitattributes", "transformer/.DS_Store"):
+        (student / name).parent.mkdir(exist_ok=True)
+        (student / name).write_text("mine")
+    assert load_student(student) == "opened"
+    (student / "tokenizer/added_tokens.json").write_text('{"cat": 3}')  # a tokenizer would read it
+    with pytest.raises(UserError, match=r"cannot read '.*tokenizer/added_tokens\.json': it is not among the files that were exported"):
+        load_student(student)
+
+
+def test_a_manifest_changed_on_purpose_says_so(originals: dict[str, Path], tmp_path: Path) -> None:
+    student = Path(shutil.copytree(originals["full"], tmp_path / "student"))
+    record = json.loads((student / "fastgen.json").read_text())
+    changed = record | {"call": record["call"] | {"guidance_scale": 3.0}}
+    (student / "fastgen.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"fastgen\.json': .* the seal does not fit; export the student again, or set its key 'seal' to null"):
+        load_student(student)
+    (student / "fastgen.json").write_text(json.dumps(changed | {"seal": None}))
+    assert load_student(student).guidance == 3.0
+    (student / "fastgen.json").write_text(json.dumps({key: value for key, value in changed.items() if key != "seal"}))
+    with pytest.raises(UserError, match="it has no seal"):
+        load_student(student)
+
+
+def test_an_adapter_is_not_put_on_another_teacher(originals: dict[str, Path]) -> None:
+    file = originals["teacher"] / "scheduler/scheduler_config.json"
+    content = file.read_text()
+    load_student(originals["lora"])
+    load_teacher_of(originals["full"])
+    try:
+        file.write_text(content.replace("3.0", "2.0"))
+        for use in (lambda: load_student(originals["lora"]), lambda: load_teacher_of(originals["full"])):
+            with pytest.raises(UserError, match=r"its teacher '.*/teacher' has changed since the student was trained"):
+                use()
+        load_student(originals["full"])  # it holds all it needs
+    finally:
+        file.write_text(content)
+
+
+def test_a_student_that_teaches_is_checked_too(originals: dict[str, Path], tmp_path: Path) -> None:
+    student = Path(shutil.copytree(originals["full"], tmp_path / "student"))
+    load_teacher(student)
+    flip(student / "vae/diffusion_pytorch_model.safetensors", 0.9)
+    with pytest.raises(UserError, match=r"vae/\S+': it is not the file that was exported"):
+        load_teacher(student)
 
 
 SEEDS = list(range(20, 28))
