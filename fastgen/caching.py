@@ -47,7 +47,6 @@ def cache_pairs(
     block = recipe.teacher
     teacher = load_teacher(
         block.pretrained,
-        revision=block.revision,
         family=block.family,
         steps=steps,
         guidance=block.guidance,

@@ -185,9 +185,10 @@ def assert_shows(image: np.ndarray, picture: Tensor) -> None:
 
 
 def edit_json(path: Path, **values: Any) -> None:
-    """Change a JSON file of a student as if it had been exported so."""
+    """Change a JSON file of a pipeline; of a student, as if it had been exported so."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    record_hashes(next(folder for folder in path.parents if (folder / "fastgen.json").is_file()))
+    for student in [folder for folder in path.parents if (folder / "fastgen.json").is_file()]:
+        record_hashes(student)
 
 
 def record_hashes(student: Path) -> None:

@@ -14,7 +14,7 @@ from pipelines import NEGATIVE, PROMPTS, adapter_tuning, card_snippet, edit_json
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 
-from fastgen import cli, run
+from fastgen import cli, inputs, run
 from fastgen.caching import cache_pairs
 from fastgen.config import Recipe
 from fastgen.data.pair_folder import open_folder
@@ -73,16 +73,24 @@ def test_the_plan_refuses_a_foreign_scheduler_and_takes_a_stated_shift(
 def test_a_run_records_a_stated_shift_and_only_that(recipe: Path, sd3_folder: Path) -> None:
     for overrides, expected in (([f"teacher.pretrained={sd3_folder}"], {}), (["teacher.shift=2"], {"shift": 2.0})):
         built = run.build(plan(Recipe.load(recipe, overrides)), run.Progress())
-        assert built.info().teacher.items() - {"guidance": 1.5, "negative_prompt": ""}.items() == expected.items() | {
-            ("pretrained", built.plan.resolved()["teacher"]["pretrained"])
+        recorded = built.info().teacher
+        assert recorded["pretrained"] == built.plan.resolved()["teacher"]["pretrained"]
+        assert {key: recorded[key] for key in recorded if key not in ("pretrained", "revision", "sha256")} == {
+            "guidance": 1.5,
+            "negative_prompt": "",
+            **expected,
         }
         assert built.trainer.distiller.setting.shift == expected.get("shift", 3.0)
 
 
 def test_a_resumed_run_must_state_the_same_shift(recipe: Path, tmp_path: Path) -> None:
-    before, now = (plan(Recipe.load(recipe, [f"teacher.shift={shift}"])).resolved() for shift in (2, 4))
+    before, now = (plan(Recipe.load(recipe, [f"teacher.shift={shift}"])) for shift in (2, 4))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(before.resolved()))
+    inputs.check_same(run_dir, before)
     with pytest.raises(UserError, match=r"--resume: recipe key teacher\.shift is 4\.0, the run in .* has 2\.0"):
-        run._check_same(before, now, tmp_path)
+        inputs.check_same(run_dir, now)
 
 
 @pytest.mark.usefixtures("same_interpreter")
