@@ -199,8 +199,8 @@ def check_if_exported(folder: Path) -> None:
         check_student(folder, read_manifest(folder))
 
 
-def _check_teacher(folder: Path, source: dict[str, Any]) -> None:
-    """UserError where the files of a student's teacher are others than it was trained with; students of an older fastgen do not know."""
+def check_teacher_of(folder: Path, source: dict[str, Any]) -> None:
+    """source: fastgen.json["teacher"]. UserError where the files of a student's teacher are others than it was trained with; students of an older fastgen do not know."""
     recorded = source.get("sha256")
     if recorded is not None and recorded != source_hash(source["pretrained"], source.get("revision")):
         raise UserError(f"{str(folder)!r}: its teacher {source['pretrained']!r} has changed since the student was trained")
@@ -222,7 +222,7 @@ def open_student(folder: Path, manifest: dict[str, Any], *, device: torch.device
     call = manifest["call"]
     is_lora = manifest["weights"] == "lora"
     if is_lora:
-        _check_teacher(folder, manifest["teacher"])
+        check_teacher_of(folder, manifest["teacher"])
     family = find_family(manifest["teacher"]["pretrained"], **_teacher_options(manifest)) if is_lora else find_family(folder, **_size(call))
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
     load = _load_adapters if is_lora else _load_networks
@@ -266,7 +266,7 @@ def load_teacher_of(student: str | Path, *, guidance: float | None = None, devic
     where the recipe stated one; guidance: by default its own there."""
     manifest = read_manifest(Path(student))
     source = manifest["teacher"]
-    _check_teacher(Path(student), source)
+    check_teacher_of(Path(student), source)
     return load_teacher(
         source["pretrained"],
         guidance=source["guidance"] if guidance is None else guidance,

@@ -27,7 +27,7 @@ from fastgen.export import Expert, StudentInfo, Verification, export_lora, expor
 from fastgen.families import resolve_source
 from fastgen.files import write_atomically
 from fastgen.fingerprints import folder_hash
-from fastgen.generator import ImageGenerator, generate_pictures, load_student, load_teacher_of, read_manifest
+from fastgen.generator import ImageGenerator, check_teacher_of, generate_pictures, load_student, load_teacher_of, read_manifest
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan, plan
 from fastgen.roles import Roles, build_roles
@@ -444,6 +444,8 @@ def evaluate(
     progress, folder = progress or Progress(), Path(student_dir)
     manifest = read_manifest(folder)
     measured, student = load_protocol(protocol), load_student(folder, device=device)
+    if teacher:
+        check_teacher_of(folder, manifest["teacher"])  # before the student is measured
     for count in steps or []:
         student.times(count)  # refuses counts that the student was not made for before anything is measured
     progress.stage(f"measuring {folder} with protocol {protocol}")

@@ -17,6 +17,7 @@ from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file
 
 from fastgen import checkpoint, inputs, run
+from fastgen import plan as plans
 from fastgen.caching import cache_pairs
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
@@ -151,7 +152,8 @@ def test_a_teacher_that_changes_is_refused_and_one_that_moves_is_not(teacher: Pa
 
 
 def test_what_is_exported_is_not_put_on_another_teacher(teacher: Path, tmp_path: Path) -> None:
-    run_dir = run.train(teacher_recipe(tmp_path, teacher), tmp_path / "run", only="train")
+    given = teacher_recipe(tmp_path, teacher)
+    run_dir = run.train(given, tmp_path / "run", only="train")
     state = checkpoint.read_state(checkpoint.latest(run_dir))
     assert state["inputs"]["teacher.pretrained"] == source_hash(str(teacher))
     student = run.export(run_dir, tmp_path / "student")
@@ -160,6 +162,12 @@ def test_what_is_exported_is_not_put_on_another_teacher(teacher: Path, tmp_path:
     with pytest.raises(UserError, match=rf"recipe key teacher\.pretrained: '{teacher}' has changed since the run began"):
         run.export(run_dir, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+    taken_over = changed(given, student__init=str(run_dir))
+    with_it = plans._origin(taken_over)
+    assert with_it.differs == (f"teacher.pretrained '{teacher}', which has changed since",)
+    flip(teacher / "vae/diffusion_pytorch_model.safetensors")
+    moved = Path(shutil.copytree(teacher, tmp_path / "moved"))
+    assert plans._origin(changed(taken_over, teacher__pretrained=str(moved))).differs == ()
 
 
 @pytest.fixture

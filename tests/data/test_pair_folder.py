@@ -260,8 +260,8 @@ def test_the_first_pairs_are_what_they_were_when_a_folder_has_grown_or_moved(tmp
 
 def as_older(path: Path) -> None:
     """Make a folder what an older fastgen has written: without hashes."""
-    record = json.loads((path / "pairs.json").read_text())
-    old = {key: value for key, value in record.items() if key != "seal"} | {"format": 1}
+    record: dict[str, Any] = json.loads((path / "pairs.json").read_text())
+    old: dict[str, Any] = {key: value for key, value in record.items() if key != "seal"} | {"format": 1}
     old["teacher"] = {key: value for key, value in old["teacher"].items() if key != "sha256"}
     (path / "pairs.json").write_text(json.dumps(old))
     for file in path.glob("*.safetensors"):
