@@ -14,7 +14,7 @@ from pipelines import NEGATIVE, PROMPTS, adapter_tuning, card_snippet, edit_json
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 
-from fastgen import cli, inputs, run
+from fastgen import checkpoint, cli, inputs, run
 from fastgen.caching import cache_pairs
 from fastgen.config import Recipe
 from fastgen.data.pair_folder import open_folder
@@ -24,7 +24,7 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.export import export_lora, export_student, verify
 from fastgen.families.sd3 import SD3
 from fastgen.generator import load_student, load_teacher, load_teacher_of, read_manifest
-from fastgen.plan import dry_run, plan
+from fastgen.plan import _origin, dry_run, plan
 from fastgen.timesteps import down_to
 
 TOKENS, SHIFT = 16, 2.0
@@ -91,6 +91,13 @@ def test_a_resumed_run_must_state_the_same_shift(recipe: Path, tmp_path: Path) -
     inputs.check_same(run_dir, before)
     with pytest.raises(UserError, match=r"--resume: recipe key teacher\.shift is 4\.0, the run in .* has 2\.0"):
         inputs.check_same(run_dir, now)
+
+
+def test_an_expert_of_another_shift_is_another_expert(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan(Recipe.load(recipe, ["teacher.shift=2"])).resolved()
+    monkeypatch.setattr(checkpoint, "trained_students", lambda run_dir: (("student",), before))
+    for shift, differs in ((2, ()), (4, ("teacher.shift 2.0, here 4.0",))):
+        assert _origin(Recipe.load(recipe, [f"teacher.shift={shift}", "student.init=before"])).differs == differs
 
 
 @pytest.mark.usefixtures("same_interpreter")

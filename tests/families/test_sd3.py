@@ -388,8 +388,8 @@ def test_resolve_source_says_what_is_wrong(sd3_folder: Path, tmp_path: Path, mon
 
 
 def test_a_broken_model_index_is_one_clear_line(tmp_path: Path) -> None:
-    for text in ("{", "[]", "{}"):
-        (tmp_path / "model_index.json").write_text(text)
+    for text in (b"{", b"[]", b"{}", b'{"_class_name": []}', b"\xff\xfe"):
+        (tmp_path / "model_index.json").write_bytes(text)
         with pytest.raises(UserError, match=r"model_index\.json' is not JSON with a '_class_name'"):
             find_family(tmp_path)
 
