@@ -1,6 +1,8 @@
 # make demo · make test · make lint · make bench: each sets up .venv in a fresh checkout and works offline afterwards.
 # Another Python: make demo PYTHON=python3.12
 PYTHON ?= python3
+# Test files run side by side, each with one thread and up to 3 GiB.
+WORKERS ?= 2
 BIN := .venv/bin
 .PHONY: demo test lint bench clean
 # Nothing here needs a model hub; without this, libraries may wait for one.
@@ -20,8 +22,7 @@ demo: .venv/installed
 	$(BIN)/fastgen train recipes/digits_dmd2_1step.yaml --output runs/demo --overwrite
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m distributed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not gpu'
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

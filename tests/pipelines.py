@@ -11,6 +11,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,21 +148,29 @@ def without_fastgen(monkeypatch: pytest.MonkeyPatch, script: str, names: dict[st
         exec(compile(script, "script", "exec"), names)
 
 
-@pytest.fixture
-def same_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def verifying_here() -> Iterator[None]:
     """verify's child script runs here: a new interpreter takes ten seconds to import diffusers, and two tests do that for all."""
 
     def run(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO(input))
             try:
-                without_fastgen(monkeypatch, command[-1], {})
+                without_fastgen(patch, command[-1], {})
             except Exception as error:
                 return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     # Of `export` alone: others start programs too, such as matplotlib on its first use.
-    monkeypatch.setattr(export, "subprocess", SimpleNamespace(run=run))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "subprocess", SimpleNamespace(run=run))
+        yield
+
+
+@pytest.fixture
+def same_interpreter() -> Iterator[None]:
+    with verifying_here():
+        yield
 
 
 def card_snippet(folder: Path) -> str:

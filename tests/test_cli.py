@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from pipelines import assert_shows
+from pipelines import assert_shows, verifying_here
+from pipelines import same_interpreter as same_interpreter
 
 import fastgen
 from fastgen import cli, load_student
@@ -36,7 +37,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_dir(work: Path) -> Path:
     """A whole run of three steps, shared by the tests below."""
     folder = work / "run"
-    assert cli.main(["train", RECIPE, *SMALL, "train.steps=3", "--output", str(folder)]) == 0
+    with verifying_here():
+        assert cli.main(["train", RECIPE, *SMALL, "train.steps=3", "--output", str(folder)]) == 0
     return folder
 
 
@@ -117,6 +119,7 @@ def test_the_student_is_a_pipeline_with_its_call(run_dir: Path) -> None:
     assert not list((run_dir / "student").rglob("*.bin"))
 
 
+@pytest.mark.usefixtures("same_interpreter")
 def test_verify_says_how_close_plain_diffusers_is(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(run_dir / "student")]) == 0
     out, err = capsys.readouterr()
@@ -203,6 +206,7 @@ def test_a_finished_run_resumed_changes_no_number(run_dir: Path, tmp_path: Path)
     assert again == before
 
 
+@pytest.mark.usefixtures("same_interpreter")
 def test_a_lora_run_exports_its_adapter_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run, student, merged = tmp_path / "run", tmp_path / "student", tmp_path / "merged"
     overrides = ["train.steps=2", "student.tune.lora.rank=2", "optimizer.student.lr=0.05", "optimizer.fake_score.lr=0.05"]

@@ -85,10 +85,13 @@ def test_the_checkout_is_out_of_reach(installed: Path, tmp_path: Path) -> None:
 
 def test_the_installed_package_differentiates_attention(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import torch; from fastgen_kernels.jvp_attention import jvp_attention as f; q = torch.randn(1, 2, 5, 8); print(f(q, q, q, q, q, q)[1].shape)"
+        "import torch; from fastgen_kernels.jvp_attention import jvp_attention; from fastgen import cli\n"
+        "print(jvp_attention(*[torch.randn(1, 2, 5, 8)] * 6)[1].shape)\n"
+        "cli.main(['doctor'])"
     )
-    assert "torch.Size([1, 2, 5, 8])" in python("-c", code, cwd=tmp_path, path=installed)
-    assert "kernel jvp_attention" in python("-m", "fastgen", "doctor", cwd=tmp_path, path=installed)
+    said = python("-c", code, cwd=tmp_path, path=installed)
+    assert "torch.Size([1, 2, 5, 8])" in said
+    assert "kernel jvp_attention" in said
 
 
 def test_the_installed_package_lists_recipes_and_trains_one_by_name(installed: Path, tmp_path: Path) -> None:

@@ -111,26 +111,32 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnostics, "SATURATED", -1.0)
 
 
-@pytest.mark.usefixtures("strict")
-def test_a_warning_goes_to_terminal_metrics_and_report_once(tmp_path: Path) -> None:
-    progress, output = Recorder(), tmp_path / "run"
-    digits(output, progress=progress)
+@pytest.fixture(scope="module")
+def warned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of which `strict` is true, and the warnings it showed."""
+    progress, output = Recorder(), tmp_path_factory.mktemp("warned") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnostics, "SATURATED", -1.0)
+        run.train(Recipe.load("digits_dmd2_1step", [*SMALL, "train.steps=6", "train.keep=3"]), output, only="train", progress=progress)
+    return output, progress.warnings
+
+
+def test_a_warning_goes_to_terminal_metrics_and_report_once(warned: tuple[Path, list[str]], tmp_path: Path) -> None:
+    output = Path(shutil.copytree(warned[0], tmp_path / "run"))
     ((step, warning),) = [(row["step"], text) for row in RunLog(output).rows() for text in row.get("warnings", [])]
     assert step == 4 and warning.startswith("saturation: in the last two draws ") and "teacher.guidance" in warning
-    assert progress.warnings == [f"warning at step 4: {warning}"]
+    assert warned[1] == [f"warning at step 4: {warning}"]
     assert f"<li>Warning at step 4: {warning.replace(chr(39), '&#39;')}</li>" in write_report(output).read_text()
     assert all(json.loads(line) for line in (output / "metrics.jsonl").open())
 
 
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(("last", "repeated"), [(4, False), (2, True)], ids=["after the warning", "before the warning"])
-def test_a_resumed_run_warns_as_the_whole_one_did(last: int, repeated: bool, tmp_path: Path) -> None:
-    whole, cut, progress = tmp_path / "whole", tmp_path / "cut", Recorder()
-    recipe = Recipe.load("digits_dmd2_1step", [*SMALL, "train.steps=6", "train.keep=3"])
-    run.train(recipe, whole, only="train")
+def test_a_resumed_run_warns_as_the_whole_one_did(last: int, repeated: bool, warned: tuple[Path, list[str]], tmp_path: Path) -> None:
+    (whole, _), cut, progress = warned, tmp_path / "cut", Recorder()
     shutil.copytree(whole, cut)
     for step in range(last + 2, 7, 2):
         shutil.rmtree(cut / f"checkpoints/step_{step:06d}")
-    run.train(recipe, cut, only="train", resume=True, progress=progress)
+    run.train(Recipe.load(whole / "recipe.yaml"), cut, only="train", resume=True, progress=progress)
     assert untimed(cut) == untimed(whole)
     assert [message[:18] for message in progress.warnings] == ["warning at step 4:"] * repeated

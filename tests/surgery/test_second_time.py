@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import PROMPTS, adapter_tuning
+from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -236,6 +237,7 @@ def info(source: Path, steps: int) -> StudentInfo:
     return StudentInfo("mean_flow", steps, None, 1.0, teacher, PROMPTS, {})
 
 
+@pytest.mark.usefixtures("same_interpreter")
 @pytest.mark.parametrize("tuning", [None, adapter_tuning()], ids=["full", "lora"])
 def test_an_sd3_student_folds_into_the_plain_architecture(family: SD3, sd3_folder: Path, tuning: LoraTuning | None, tmp_path: Path) -> None:
     role, steps = sd3_student(family, steps=3, tuning=tuning), 3
