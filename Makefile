@@ -1,7 +1,7 @@
 # make demo · make test · make lint · make bench: each sets up .venv in a fresh checkout and works offline afterwards.
 # Another Python: make demo PYTHON=python3.12
 PYTHON ?= python3
-# Test files run side by side, each with one thread and up to 3 GiB.
+# Test files run side by side, each with one thread. More for pytest: make test OPTIONS='--threads 2 --durations=20'
 WORKERS ?= 2
 BIN := .venv/bin
 .PHONY: demo test lint bench clean
@@ -22,7 +22,7 @@ demo: .venv/installed
 	$(BIN)/fastgen train recipes/digits_dmd2_1step.yaml --output runs/demo --overwrite
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not gpu' $(OPTIONS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
