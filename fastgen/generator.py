@@ -200,7 +200,10 @@ def check_if_exported(folder: Path) -> None:
 
 
 def check_teacher_of(folder: Path, source: dict[str, Any]) -> None:
-    """source: fastgen.json["teacher"]. UserError where the files of a student's teacher are others than it was trained with; students of an older fastgen do not know."""
+    """UserError where the files of a student's teacher, its fastgen.json["teacher"], are others than it was trained with.
+
+    Students of an older fastgen do not know them.
+    """
     recorded = source.get("sha256")
     if recorded is not None and recorded != source_hash(source["pretrained"], source.get("revision")):
         raise UserError(f"{str(folder)!r}: its teacher {source['pretrained']!r} has changed since the student was trained")
