@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -44,9 +45,14 @@ def attend(args: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
         centred = Centred.of(_widened(args))
         problem = _one_key_head_per_query_head(centred.args)
         parts = [_attend_rows(problem, first, min(step, num_queries - first)) for first in range(0, num_queries, step)]
-        o, to, lse = parts[0] if len(parts) == 1 else (None if x[0] is None else torch.cat(x, 2) for x in zip(*parts, strict=True))
-        o, lse = centred.restored(o, lse)
+        os, tos, lses = zip(*parts, strict=True)
+        o, lse = centred.restored(_joined(os), _joined(lses))
+        to = _joined(tos) if args.has_tangents else None
     return o.to(args.q.dtype), None if to is None else to.to(args.q.dtype), lse
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
 
 
 def _widened(args: Arguments) -> Arguments:
