@@ -101,3 +101,13 @@ class Opaque(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return double(x)
+
+
+def by_numbers(x: Tensor) -> Tensor:
+    """A copy by way of Python's numbers, where nothing can follow it: finite differences alone see that its tangent is gone."""
+    return torch.tensor(x.detach().tolist(), dtype=x.dtype)
+
+
+class ByNumbers(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return by_numbers(x)

@@ -8,7 +8,7 @@ import diffusers_zoo
 import pytest
 import torch
 import torch.nn.functional as F
-from tangents import F64, Opaque, double, gradient, inputs, math_tangent, network, normal, relative
+from tangents import F64, ByNumbers, by_numbers, gradient, inputs, math_tangent, network, normal, relative
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -323,7 +323,7 @@ class Inline(nn.Module):
         self.first, self.second = nn.SiLU(), nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(double(self.first(x)))
+        return self.second(by_numbers(self.first(x)))
 
 
 def test_a_right_tangent_passes_the_check() -> None:
@@ -343,7 +343,7 @@ def test_a_zero_derivative_passes_the_check() -> None:
         assert check_tangent(lambda x: x.softmax(-1).sum(-1), (x.to(dtype),), (dx.to(dtype),)).relative_error <= 1e-2
 
 
-@pytest.mark.parametrize(("culprit", "kind"), [(Opaque, "Opaque"), (Inline, "Inline")])
+@pytest.mark.parametrize(("culprit", "kind"), [(ByNumbers, "ByNumbers"), (Inline, "Inline")])
 def test_a_wrong_tangent_is_refused_and_names_the_layer(culprit: type[nn.Module], kind: str) -> None:
     net, (primals, tangents) = network(), inputs()
     net.blocks[1].act = culprit()
@@ -354,8 +354,8 @@ def test_a_wrong_tangent_is_refused_and_names_the_layer(culprit: type[nn.Module]
 
 
 def test_a_zero_tangent_is_refused() -> None:
-    net, (primals, tangents) = nn.Sequential(nn.Linear(16, 16), Opaque()).to(F64), inputs()
-    with pytest.raises(UserError, match=r"is zero, finite differences are not: relative error 1\.0e\+00 .* layer 1 of type Opaque"):
+    net, (primals, tangents) = nn.Sequential(nn.Linear(16, 16), ByNumbers()).to(F64), inputs()
+    with pytest.raises(UserError, match=r"is zero, finite differences are not: relative error 1\.0e\+00 .* layer 1 of type ByNumbers"):
         check_tangent(net, primals[:1], tangents[:1], net)
 
 
@@ -368,7 +368,7 @@ def test_an_operator_that_says_it_has_no_rule_is_refused_and_named() -> None:
 
 def test_the_check_leaves_no_hooks_behind_after_an_error() -> None:
     net, (primals, tangents) = network(), inputs()
-    net.blocks[1].act = Opaque()
+    net.blocks[1].act = ByNumbers()
     with pytest.raises(UserError):
         check_tangent(net, primals, tangents, net)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
