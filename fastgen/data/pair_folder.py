@@ -198,6 +198,11 @@ def create_folder(path: Path, manifest: Manifest) -> PairFolder:
             other = "which has changed since" if then == now else f"not {now!r}"  # a teacher of the same name
             raise UserError(f"--output: {str(path)!r} holds pairs drawn with {key} {then!r}, {other}; choose another folder")
         manifest = before.model_copy(update={"count": max(manifest.count, before.count)})  # of an older format, if it is
+        if manifest.format == 1 and PairFolder(path, before).held() < manifest.count:
+            raise UserError(
+                f"--output: {str(path)!r} holds pairs of an older fastgen, which drew their seeds otherwise: they can be used, but not continued; "
+                "choose another folder"
+            )
     elif path.is_dir() and any(path.iterdir()):
         raise UserError(f"--output: {str(path)!r} holds other files and no pairs; choose an empty or new folder")
     record = manifest.model_dump(mode="json")

@@ -270,14 +270,18 @@ def as_older(path: Path) -> None:
         save_file(load_file(file), file, metadata=metadata)
 
 
-def test_a_folder_of_an_older_fastgen_is_read_identified_and_continued(tmp_path: Path) -> None:
+def test_a_folder_of_an_older_fastgen_is_read_and_identified_but_not_continued(tmp_path: Path) -> None:
     folder = complete(create_folder(tmp_path, manifest(11)))
     content = folder.content(11)
     as_older(tmp_path)
     assert open_folder(tmp_path).content(11) == content
     open_folder(tmp_path).check(TEACHER | {"sha256": "unknown to it"}, SHAPE)
-    complete(create_folder(tmp_path, Manifest.describe(SAMPLER, TEACHER | {"sha256": "x"}, PROMPTS, seed=1, count=20)))
-    assert_equal(open_folder(tmp_path).load(), drawn(20))
+    complete(create_folder(tmp_path, manifest(11)))
+    with pytest.raises(
+        UserError, match=r"--output: .* pairs of an older fastgen, which drew their seeds otherwise: they can be used, but not continued"
+    ):
+        create_folder(tmp_path, manifest(20))
+    assert_equal(open_folder(tmp_path).load(), drawn(11))
     assert open_folder(tmp_path).content(11) == content
     assert open_folder(tmp_path).manifest.format == 1
 
