@@ -204,4 +204,5 @@ def test_text_encoders_are_rebuilt_from_the_seed(pipeline: Any) -> None:
     rebuilt["text_encoder_3"] = t5_encoder(t5_tokenizer())
     for name, encoder in rebuilt.items():
         shipped = getattr(pipeline, name).state_dict()
-        assert all(torch.equal(value, shipped[key]) for key, value in encoder.state_dict().items()), name
+        for key, value in encoder.state_dict().items():  # torch's normal numbers are the same on every processor to rounding only
+            torch.testing.assert_close(value, shipped[key], rtol=1e-5, atol=1e-6, msg=f"{name}.{key}")
