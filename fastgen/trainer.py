@@ -90,18 +90,16 @@ class Trainer:
     def move_to(self, step: int) -> None:
         """Stand after `step` student steps, and free what no later one uses: the optimizers of roles whose training is over, and roles that
         are not needed any more. A run that is over keeps what its last step had."""
-        self.step = step
-        if step >= self.settings.steps:
-            return
-        for name in [name for name in self.optimizers if self._is_over(name)]:
+        self.step, ahead = step, min(step, self.settings.steps - 1)
+        for name in [name for name in self.optimizers if self._is_over(name, ahead)]:
             del self.optimizers[name], self.parameters[name]
-        for name in [name for name in self.roles if not self.distiller.needed(name, step)]:
+        for name in [name for name in self.roles if not self.distiller.needed(name, ahead)]:
             self.roles.release(name)
             del self.models[name]
 
-    def _is_over(self, name: str) -> bool:
+    def _is_over(self, name: str, step: int) -> bool:
         first, count = self.distiller.span(name) or (0, self.settings.steps)
-        return self.step >= first + count
+        return step >= first + count
 
     def _update(self, update: Update, index: int) -> Metrics:
         for name in update.settles:

@@ -96,6 +96,8 @@ def test_a_resumed_run_must_state_the_same_shift(recipe: Path, tmp_path: Path) -
 def test_an_expert_of_another_shift_is_another_expert(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = plan(Recipe.load(recipe, ["teacher.shift=2"])).resolved()
     monkeypatch.setattr(checkpoint, "trained_students", lambda run_dir: (("student",), before))
+    monkeypatch.setattr(checkpoint, "latest", lambda run_dir: run_dir)
+    monkeypatch.setattr(checkpoint, "read_state", lambda saved: {"inputs": {}})
     for shift, differs in ((2, ()), (4, ("teacher.shift 2.0, here 4.0",))):
         assert _origin(Recipe.load(recipe, [f"teacher.shift={shift}", "student.init=before"])).differs == differs
 

@@ -69,7 +69,8 @@ class RCM(SCM):
         super().check(config, facts)
 
     def span(self, role: str) -> tuple[int, int] | None:
-        return (self.config.start, self.setting.train_steps - self.config.start) if role == "fake_score" else super().span(role)
+        start = self.config.start
+        return None if role != "fake_score" or start == 0 else (start, self.setting.train_steps - start)
 
     def updates(self, step: int) -> list[Update]:
         first, *replays = super().updates(step)

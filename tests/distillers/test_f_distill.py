@@ -211,7 +211,7 @@ def test_each_samples_gradient_gets_its_factor_without_a_gradient_in_the_discrim
         )
         logits = roles["discriminator" if features == "teacher" else "fake_score"].predictor.logits(noised, t, batch_of(6).cond)
     torch.testing.assert_close(ratio[:, 0], double(*by_hand("js", 2 * [(logits, t)], 0.9, 1.0)), rtol=1e-4, atol=1e-6)
-    assert ratio[:, 0].std() > 1e-3
+    assert ratio[:, 0].std() > 1e-4  # fp32 rounding is 1e-7
     assert all(parameter.grad is None for role in roles.values() for parameter in role.denoiser.parameters())
 
 

@@ -83,9 +83,16 @@ def test_a_run_resumes_from_either_side_of_a_phases_end(tmp_path: Path, stopped:
 
 
 def test_a_run_that_is_over_keeps_what_its_last_step_had(tmp_path: Path) -> None:
-    trainer = trainer_of(phased(TWO))
+    """So its last checkpoint holds what a checkpoint one step earlier does, and loads into a new trainer, as for an export."""
+    trainer, other = trainer_of(phased(TWO)), trainer_of(phased(TWO))
+    trainer.run([], should_stop=lambda: trainer.step == 5)
+    before = files(checkpoint.save(tmp_path, trainer, {}, keep=2))
     trainer.run([])
-    assert {"optimizer_student_2", "role_fake_score_2"} <= files(checkpoint.save(tmp_path, trainer, {}, keep=1))
+    last = checkpoint.save(tmp_path, trainer, {}, keep=2)
+    assert files(last) == before >= {"optimizer_student_2", "role_fake_score_2"}
+    checkpoint.load(last, other)
+    assert weights(other).keys() == weights(trainer).keys()
+    assert all(torch.equal(value, weights(trainer)[key]) for key, value in weights(other).items())
 
 
 def test_the_plan_counts_the_phase_that_takes_most(tmp_path: Path) -> None:
