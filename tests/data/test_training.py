@@ -133,7 +133,7 @@ def test_latents_and_conditioning_are_the_familys_encoding(sd3_folder: Path, tmp
     (pixels,) = images.batches(24)
     with torch.no_grad():
         mode = family.vae.encode(pixels).latent_dist.mode()
-    torch.testing.assert_close(data.latents, (mode - 0.0609) * 1.5305, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.latents, (mode - 0.0609) * 1.5305, rtol=0, atol=1e-5)
     assert data.latents.shape == (3, *family.latent.shape)
     encoded = family.encode_prompts(data.prompts)
     assert all(torch.equal(value, encoded[key]) for key, value in data.cond.items())
