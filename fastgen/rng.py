@@ -60,8 +60,11 @@ class SampleRng:
         return replace(self, ids=(SHARED,)).uniform(name, (count,))[0]
 
     def _draw(self, name: str, shape: Sequence[int], fill: Callable[[np.random.Generator, np.ndarray], object]) -> Tensor:
-        key = _hash(16, self.seed, *self.scope, name)
+        philox = np.random.Philox(key=_hash(16, self.seed, *self.scope, name), counter=0)
+        generator, state = np.random.Generator(philox), philox.state
         rows = np.empty((len(self.ids), prod(shape)), np.float32)
         for row, sample in zip(rows, self.ids, strict=True):
-            fill(np.random.Generator(np.random.Philox(key=key, counter=(sample % 2**64) << 192)), row)
+            state["state"]["counter"][:] = (0, 0, 0, sample % 2**64)
+            philox.state = state  # five times as fast as a new generator
+            fill(generator, row)
         return torch.from_numpy(rows).view(len(rows), *shape).to(self.device)
