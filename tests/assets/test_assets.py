@@ -205,4 +205,5 @@ def test_text_encoders_are_rebuilt_from_the_seed(pipeline: Any) -> None:
     for name, encoder in rebuilt.items():
         shipped = getattr(pipeline, name).state_dict()
         for key, value in encoder.state_dict().items():  # torch's normal numbers are the same on every processor to rounding only
-            torch.testing.assert_close(value, shipped[key], rtol=1e-5, atol=1e-6, msg=f"{name}.{key}")
+            scale = max(1.0, shipped[key].abs().max().item())
+            torch.testing.assert_close(value, shipped[key], rtol=0, atol=1e-6 * scale, msg=f"{name}.{key}")
