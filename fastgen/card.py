@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from fastgen.errors import UserError
+from fastgen.families import is_hub_id
 from fastgen.generator import ADAPTER_FILE
 
 # What a LoRA student's scheduler is where its fastgen.json does not name another.
@@ -109,7 +110,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     """README.md of an export: hub metadata, what it is, how it must be called."""
     teacher, call = manifest["teacher"], manifest["call"]
     relation = "adapter" if manifest["weights"] == "lora" else "finetune"
-    on_hub = teacher["pretrained"].count("/") == 1 and not teacher["pretrained"].startswith("/")  # local and bundled teachers have no page to link to
+    on_hub = is_hub_id(teacher["pretrained"])  # local and bundled teachers have no page to link to
     header = [
         "---",
         "library_name: diffusers",

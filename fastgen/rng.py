@@ -8,7 +8,8 @@ word, so no two samples of a stream share a number. Numbers are drawn on the CPU
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -24,6 +25,14 @@ def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any printable parts, stable across machines and Python versions. torch's CPU generator uses its lowest 32 bits
     only, so of many such seeds some repeat."""
     return _hash(8, *parts) >> 1
+
+
+@contextmanager
+def seeded(*parts: object) -> Iterator[None]:
+    """Run with torch's global CPU generator at `derive_seed(*parts)`, for constructors that draw from it, and put it back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(*parts))
+        yield
 
 
 def _hash(num_bytes: int, *parts: object) -> int:

@@ -91,15 +91,15 @@ class Trainer:
         """Stand after `step` student steps, and free what no later one uses: the optimizers of roles whose training is over, and roles that
         are not needed any more. A run that is over keeps what its last step had."""
         self.step, ahead = step, min(step, self.settings.steps - 1)
-        for name in [name for name in self.optimizers if self._is_over(name, ahead)]:
+        for name in [name for name in self.optimizers if ahead >= sum(self._span(name))]:
             del self.optimizers[name], self.parameters[name]
         for name in [name for name in self.roles if not self.distiller.needed(name, ahead)]:
             self.roles.release(name)
             del self.models[name]
 
-    def _is_over(self, name: str, step: int) -> bool:
-        first, count = self.distiller.span(name) or (0, self.settings.steps)
-        return step >= first + count
+    def _span(self, name: str) -> tuple[int, int]:
+        """(first, count) of the student steps in which a role trains."""
+        return self.distiller.span(name) or (0, self.settings.steps)
 
     def _update(self, update: Update, index: int) -> Metrics:
         for name in update.settles:
@@ -139,7 +139,7 @@ class Trainer:
         if not math.isfinite(norm):
             terms = " and ".join(repr(term.__name__) for term in update.terms)
             raise TrainingFailed(f"step {self.step}: the gradient norm of role {name!r}, from term {terms}, is {norm}; {_ADVICE}")
-        first, steps = self.distiller.span(name) or (0, self.settings.steps)
+        first, steps = self._span(name)
         lr = block.lr * lr_factor(block, self.step - first, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr

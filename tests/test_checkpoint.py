@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import flip, flipped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer, weights
@@ -223,15 +223,6 @@ def test_a_broken_file_is_an_error(saved: Path, file: str, message: str) -> None
         checkpoint.load(saved, dmd2())
 
 
-def flip(path: Path, share: float) -> None:
-    """Flip the bit that lies at a share of a file, and keep its times, as a disk does."""
-    stat, content = path.stat(), bytearray(path.read_bytes())
-    bit = int(share * (8 * len(content) - 1))
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-
 @pytest.mark.parametrize("share", [0.0, 0.003, 0.5, 0.77, 1.0])
 def test_one_flipped_bit_in_any_file_is_refused_before_anything_is_loaded(saved: Path, share: float) -> None:
     files = sorted(saved.iterdir())
@@ -251,9 +242,7 @@ def test_a_bit_anywhere_in_the_record_counts(saved: Path) -> None:
     file, content = saved / "state.json", (saved / "state.json").read_bytes()
     state = checkpoint.read_state(saved)
     for bit in range(0, 8 * len(content), 61):
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(flipped)
+        file.write_bytes(flipped(content, bit))
         try:
             assert checkpoint.read_state(saved) == state  # 1e-05 and 1E-05 are one number
         except UserError:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damage import flipped
 
 from fastgen import fingerprints
 from fastgen.errors import UserError
@@ -174,9 +175,7 @@ def test_one_flipped_bit_in_an_entry_is_never_believed(tmp_path: Path, home: Pat
     (entry,) = entries(home)
     content = entry.read_bytes()
     for bit in range(0, 8 * len(content), 61):
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        entry.write_bytes(flipped)
+        entry.write_bytes(flipped(content, bit))
         assert known_hash(file) == sha256(b"one")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from damage import flip
 from diffusers import FlowMapEulerDiscreteScheduler, StableDiffusion3Pipeline
 from pipelines import NEGATIVE, PROMPTS, adapter_tuning, draw, student_role
 from pipelines import sd3_folder as sd3_folder
@@ -199,15 +199,6 @@ def originals(sd3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     info = student_info(teacher=origin)
     lora = export_lora(adapter_role(family), family, info, root / "lora")
     return {"teacher": teacher, "lora": lora, "full": export_student(student_role(family), family, info, root / "full")}
-
-
-def flip(path: Path, share: float) -> None:
-    """Flip the bit that lies at a share of a file, and keep its times, as a disk does."""
-    stat, content = path.stat(), bytearray(path.read_bytes())
-    bit = int(share * (8 * len(content) - 1))
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 @pytest.mark.parametrize("form", ["full", "lora"])

@@ -11,21 +11,18 @@ that is refused on the first pass through a module (lost.py), and the rest is fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from fastgen.jvp.attention import AttentionCalls
 from fastgen.jvp.check import TangentCheck, check_precision, check_tangent
-from fastgen.jvp.differences import central, difference_step
+from fastgen.jvp.differences import Network, Tangents, central, difference_step
 from fastgen.jvp.exact import checked, exact
 from fastgen.jvp.unsupported import refuse_unsupported
 
 __all__ = ["AttentionCalls", "TangentCheck", "check_precision", "check_tangent", "difference_step", "refuse_unsupported", "tangent"]
-
-Network = Callable[..., Tensor]
-Tangents = Sequence[Tensor | None]
 
 
 def tangent(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,14 +12,11 @@ from torch.autograd import forward_ad
 
 from fastgen.errors import UserError
 from fastgen.jvp.attention import AttentionCalls
-from fastgen.jvp.differences import central, difference_step, no_tf32
+from fastgen.jvp.differences import Network, Tangents, central, difference_step, no_tf32
 from fastgen.jvp.exact import checked, exact
 from fastgen.jvp.lost import ADVICE
 from fastgen.jvp.trace import RESOLUTION, Trace, relative
 from fastgen.jvp.unsupported import refuse_unsupported
-
-Network = Callable[..., Tensor]
-Tangents = Sequence[Tensor | None]
 
 
 class TangentCheck(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Network = Callable[..., Tensor]
-Tangents = Sequence[Tensor | None]
+Tangents = Sequence[Tensor | None]  # None: a constant input
 
 
 def difference_step(primals: Sequence[Tensor], tangents: Tangents) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastgen.jvp.attention import AttentionCalls, attend
+from fastgen.jvp.differences import Network, Tangents
 from fastgen.jvp.lost import LostTangents
-
-Network = Callable[..., Tensor]
-Tangents = Sequence[Tensor | None]
 
 
 def checked(primals: Sequence[Tensor], tangents: Tangents) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -34,9 +32,7 @@ def checked(primals: Sequence[Tensor], tangents: Tangents) -> tuple[list[Tensor]
     return list(primals), [None if dx is None else dx.detach() for dx in tangents]
 
 
-def exact(
-    fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Tangents, calls: AttentionCalls, *, watch: bool = False
-) -> tuple[Tensor, Tensor]:
+def exact(fn: Network, primals: Sequence[Tensor], tangents: Tangents, calls: AttentionCalls, *, watch: bool = False) -> tuple[Tensor, Tensor]:
     """(out, d_out) of checked inputs. watch: follow lost tangents through modules that have been seen to lose none, too."""
     lost = LostTangents(always=watch)
     # force_eager: what Dynamo compiles drops tangents, be it a compiled module or the frames of this file around it.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
-from fastgen.rng import derive_seed
+from fastgen.rng import seeded
 
 Taps = Literal["auto"] | tuple[int, ...]
 _WIDTH = 128
@@ -36,8 +36,7 @@ class Heads(nn.Module):
     def __init__(self, taps: Sequence[int], widths: Sequence[int], *, seed: object) -> None:
         super().__init__()
         self.taps = tuple(taps)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed("heads", seed))
+        with seeded("heads", seed):
             self.heads = nn.ModuleList(_head(width) for width in widths)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:

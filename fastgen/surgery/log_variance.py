@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgen.rng import derive_seed
+from fastgen.rng import seeded
 from fastgen.surgery.second_time import smooth_features
 
 _HIDDEN = 64
@@ -19,8 +19,7 @@ class LogVariance(nn.Module):
 
     def __init__(self, *, seed: object) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed("log variance", seed))
+        with seeded("log variance", seed):
             self.hidden = nn.Linear(smooth_features(torch.zeros(1)).shape[1], _HIDDEN)
         self.out = nn.Linear(_HIDDEN, 1)
         nn.init.zeros_(self.out.weight)

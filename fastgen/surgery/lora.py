@@ -11,11 +11,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
-from fastgen.rng import derive_seed
+from fastgen.rng import seeded
 
 
 def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> None:
@@ -31,8 +30,7 @@ def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targ
         )
     scale: Any = alpha  # peft takes fractions too, whatever its annotation says
     config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "adapter"))
+    with warnings.catch_warnings(), seeded(seed, "adapter"):
         # Several adapters on one backbone are the design; peft warns from the second on.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, backbone, adapter_name=name)

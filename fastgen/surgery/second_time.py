@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
 from fastgen.path import Path
-from fastgen.rng import derive_seed
+from fastgen.rng import seeded
 
 Input = Literal["second_time", "guidance"]
 
@@ -83,8 +83,7 @@ class ScalarInputs(nn.Module):
     def __init__(self, names: Sequence[Input], width: int, *, defaults: Defaults | None = None, seed: object, dtype: torch.dtype) -> None:
         super().__init__()
         self.defaults = defaults
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed("scalar inputs", seed))
+        with seeded("scalar inputs", seed):
             self.networks = nn.ModuleDict({name: _network(_FEATURES * (1 + (name == "second_time")), width) for name in names})
         self.to(dtype)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import flipped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -213,9 +214,7 @@ def test_one_flipped_bit_in_any_file_is_refused(tmp_path: Path, share: float) ->
     for file in files:
         content = file.read_bytes()
         bit = int(share * (8 * len(content) - 1))
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(flipped)
+        file.write_bytes(flipped(content, bit))
         with pytest.raises(UserError, match=rf"cannot read .*{file.name}|{file.name}' cannot be read"):
             open_folder(tmp_path).load()
         file.write_bytes(content)
@@ -227,9 +226,7 @@ def test_a_bit_anywhere_in_a_shard_counts(tmp_path: Path) -> None:
     ((file, _),) = folder.shards()
     content, pairs = file.read_bytes(), folder.load()
     for bit in range(0, 8 * len(content), 37):
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(flipped)
+        file.write_bytes(flipped(content, bit))
         try:
             found = folder.load()
         except UserError:
