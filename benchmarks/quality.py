@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastgen import fingerprints, generator, pictures, run
+from fastgen import families, fingerprints, generator, pictures, run
 from fastgen.config import Recipe, read_yaml
 from fastgen.data import digits
 from fastgen.evaluation import runner
@@ -126,7 +126,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     bars, output = Bars(), RESULTS / "quality_digits.jsonl"
     protocol = load_protocol("digits")
-    origin = {"seeds": arguments.seeds, "provenance": runner.provenance(protocol, model_hash=fingerprints.folder_hash(run.resolve_source(TEACHER)))}
+    origin = {
+        "seeds": arguments.seeds,
+        "provenance": runner.provenance(protocol, model_hash=fingerprints.folder_hash(families.resolve_source(TEACHER))),
+    }
     students = [
         row
         for recipe in arguments.recipes

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastgen import fingerprints, run
+from fastgen import families, fingerprints, run
 from fastgen.config import Recipe
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch; seconds and the last digits depend on it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    origin = runner.provenance(load_protocol("digits"), model_hash=fingerprints.folder_hash(run.resolve_source("fastgen:digits")))
+    origin = runner.provenance(load_protocol("digits"), model_hash=fingerprints.folder_hash(families.resolve_source("fastgen:digits")))
     lines: list[dict[str, Any]] = []
     for method in ("scm", "tbcm"):
         rows = rows_of(method, {seed: measure(method, seed, arguments.steps, arguments.work) for seed in arguments.seeds})

@@ -436,7 +436,7 @@ def test_adapters_on_the_plain_teacher_reproduce_the_trainers_own_sample(method:
     with trained.trainer.ema.applied():
         expected = trained.generator("student")(prompts, SEEDS)
     assert (now - expected).abs().max() > 1e-3, "the average must differ from the last weights"
-    folder = export_lora(run._averaged(trained), planned.family, trained.info(), tmp_path / "student")
+    folder = export_lora(trained.averaged(), planned.family, trained.info(), tmp_path / "student")
     if method == "dmd2":
         pipeline = StableDiffusion3Pipeline.from_pretrained(resolve_source("fastgen:digits"))
         call = read_manifest(folder)["call"]

@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file
 
-from fastgen import checkpoint, inputs, run
+from fastgen import checkpoint, generator, inputs, load_student, load_teacher_of, run
 from fastgen import plan as plans
 from fastgen.caching import cache_pairs
 from fastgen.config import Recipe, validate
@@ -333,13 +333,13 @@ def test_a_run_and_its_student_stay_at_their_commit(hub: Hub, tmp_path: Path) ->
     hub.push("b" * 40, shift=2.0)
     run.train(given, run_dir, resume=True, only="train")
     student = run.export(run_dir, tmp_path / "student", as_lora=True)
-    manifest = run.read_manifest(student)
+    manifest = generator.read_manifest(student)
     assert (manifest["teacher"]["revision"], manifest["base"]) == (old, "owner/name")
     assert f'from_pretrained("owner/name", revision="{old}", torch_dtype' in (student / "README.md").read_text()
-    assert run.load_student(student).family.shift == run.load_teacher_of(student).family.shift == 3.0
+    assert load_student(student).family.shift == load_teacher_of(student).family.shift == 3.0
     hub.names[old] = "b" * 40
     with pytest.raises(UserError, match=r"its teacher 'owner/name' has changed since the student was trained"):
-        run.load_student(student)
+        load_student(student)
 
 
 @pytest.mark.parametrize("source", ["fastgen:digits", "toy:mixture", "folder", "./owner/name"])

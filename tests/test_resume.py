@@ -94,7 +94,7 @@ def assert_same_end(resumed: Path, whole: Path) -> None:
 def started(folder: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A training process that is well past its second checkpoint, and its run folder."""
     output = folder / request.node.name
-    environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parents[2])}
     command = [sys.executable, "-m", "fastgen", *arguments(write_recipe(folder), output)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:

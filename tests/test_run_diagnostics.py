@@ -14,7 +14,9 @@ from test_runlog import assert_same
 
 from fastgen import diagnostics, load_student, load_teacher, run
 from fastgen.config import Recipe
+from fastgen.plan import plan
 from fastgen.report import write_report
+from fastgen.run import building, events
 from fastgen.runlog import RunLog
 
 SMALL = ("train.batch_size=8", "train.checkpoint_every=2", "train.sample_every=2", "train.ema=0.5", "evaluate.protocol=null")
@@ -40,7 +42,7 @@ def test_drift_is_that_of_the_exported_student(finished: Path, tmp_path: Path) -
     assert [row["step"] for row in rows if names <= row.keys()] == [2, 4, 6]
     assert not any(names & row.keys() for row in rows if row["step"] % 2)
     student, teacher = load_student(run.export(finished, tmp_path / "student")), load_teacher("fastgen:digits", guidance=1.5)
-    few = run._spread(list(run.plan(Recipe.load("digits_dmd2_1step")).prompts or {}), 4)
+    few = building.spread(list(plan(Recipe.load("digits_dmd2_1step")).prompts or {}), 4)
     prompts = [prompt for prompt in few for _ in range(4)]
     drawn, taught = (generator(prompts, range(16)) for generator in (student, teacher))
     assert {name: rows[-1][name] for name in names} == pytest.approx(diagnostics.drift(drawn, taught, prompts), abs=1e-4)
@@ -49,8 +51,8 @@ def test_drift_is_that_of_the_exported_student(finished: Path, tmp_path: Path) -
 
 def test_drawing_costs_no_evaluations_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    draw = run.Samples._pictures
-    monkeypatch.setattr(run.Samples, "_pictures", lambda self, generator: drawn.append(generator.steps) or draw(self, generator))
+    draw = events.Samples._pictures
+    monkeypatch.setattr(events.Samples, "_pictures", lambda self, generator: drawn.append(generator.steps) or draw(self, generator))
     digits(tmp_path / "run", steps=4)
     assert drawn == [25, 1, 1]  # the teacher once, then the student at each draw
 

@@ -25,6 +25,7 @@ from fastgen.export import export_lora, export_student, verify
 from fastgen.families.sd3 import SD3
 from fastgen.generator import load_student, load_teacher, load_teacher_of, read_manifest
 from fastgen.plan import _origin, dry_run, plan
+from fastgen.run import products
 from fastgen.timesteps import down_to
 
 TOKENS, SHIFT = 16, 2.0
@@ -144,7 +145,7 @@ def test_cached_rows_of_a_teacher_are_told_apart_by_its_grid(monkeypatch: pytest
     monkeypatch.setattr(runner, "cached", lambda key, compute: keys.append(key) or [])
     source = {"pretrained": "fastgen:digits", "guidance": 1.5, "negative_prompt": ""}
     for shift in (None, 2.0, 3.0):  # the same manifest, as older versions wrote it
-        run._teacher_rows(load_protocol("digits"), load_teacher("fastgen:digits", guidance=1.5, shift=shift), source, [4], run.Progress())
+        products._teacher_rows(load_protocol("digits"), load_teacher("fastgen:digits", guidance=1.5, shift=shift), source, [4], run.Progress())
     assert len(set(keys)) == 3
     assert [1.0, 0.75, 0.5, 0.25] in json.loads(keys[0])
 

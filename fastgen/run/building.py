@@ -1,0 +1,121 @@
+"""A plan with its networks, data and trainer: what a run works with, before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastgen import checkpoint, conditioning, inputs
+from fastgen.data import training
+from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
+from fastgen.export import Expert, StudentInfo
+from fastgen.generator import ImageGenerator
+from fastgen.parallel import SingleProcess, launch
+from fastgen.plan import Plan
+from fastgen.roles import Roles, build_roles
+from fastgen.run.progress import Progress
+from fastgen.surgery.second_time import Defaults
+from fastgen.trainer import Trainer
+
+
+@dataclass
+class Run:
+    """A plan with its networks, data and trainer, and what it was begun with."""
+
+    plan: Plan
+    roles: Roles
+    data: training.TrainingData
+    trainer: Trainer
+    parallel: SingleProcess
+    began: inputs.Inputs = field(default_factory=inputs.Inputs)
+
+    def info(self) -> StudentInfo:
+        recipe, resolved = self.plan.recipe, self.plan.resolved()
+        stated = ("shift",) if recipe.teacher.shift is not None else ()
+        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt", *stated)}
+        teacher["sha256"] = self.began.hashes.get(inputs.TEACHER)
+        return StudentInfo(
+            method=recipe.distiller.name,
+            steps=recipe.student.steps,
+            grid=self.plan.grid,
+            guidance=self.plan.guidance,
+            teacher=teacher,
+            prompts=spread(self.data.prompts, 8),
+            recipe=resolved,
+            unfinished=self.unfinished(),
+        )
+
+    def unfinished(self) -> dict[str, dict[str, int]]:
+        """The students that this run still trains, each with its own step and how many it will have."""
+        distiller = self.trainer.distiller
+        trained = {role: distiller.trained(role, self.trainer.step) for role, _ in distiller.students()}
+        return {role: {"step": step, "of": count} for role, (step, count) in trained.items() if step < count}
+
+    def generator(self, role: str) -> ImageGenerator:
+        """Pictures from a role's current weights: the student on its grid, the teacher at its own steps."""
+        recipe, family = self.plan.recipe, self.plan.family
+        student = role == "student"
+        return ImageGenerator(
+            family,
+            self.trainer.distiller.sampler(self.trainer.models) if student else self.roles[role].predictor,
+            steps=recipe.student.steps if student else family.own_call["num_inference_steps"],
+            guidance=self.plan.guidance if student else recipe.teacher.guidance,
+            negative_prompt=recipe.teacher.negative_prompt,
+            grid=self.plan.grid if student else None,
+            device=self.parallel.device,
+        )
+
+    def averaged(self) -> list[Expert]:
+        """The student's experts, with their averaged weights for good."""
+        self.trainer.ema.settle()
+        return [Expert(self.roles[name], end) for name, end in self.trainer.distiller.students()]
+
+
+def build(plan: Plan, progress: Progress) -> Run:
+    """Load the teacher, make the roles, encode the data."""
+    recipe, family = plan.recipe, plan.family
+    parallel = launch(recipe.train.shard, recipe.train.device)
+    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage)
+    progress.stage(f"loading {recipe.teacher.pretrained}")
+    backbone = family.load_backbone().to(parallel.device)
+    setting = plan.setting(conditioning.to(family.encode_prompts([recipe.teacher.negative_prompt]), parallel.device), family.decode)
+    defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
+    roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults, seed=recipe.train.seed)
+    if recipe.student.init != "teacher" and not plan.started:
+        taken = checkpoint.load_students(Path(recipe.student.init).expanduser(), roles, plan.method.inherited(plan.method_config))
+        roles.align_adapters(taken)
+    distiller = plan.method(plan.method_config, setting)
+    trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
+    return Run(plan, roles, data, trainer, parallel)
+
+
+def load_pairs(run: Run, progress: Progress) -> Pairs:
+    """The noise-sample pairs that the recipe names: of a folder, or drawn from the teacher now."""
+    recipe, family = run.plan.recipe, run.plan.family
+    if run.plan.pairs is not None:
+        return run.plan.pairs.load()
+    assert isinstance(recipe.data.pairs, int)
+    times = family.grid(family.own_call["num_inference_steps"]).to(run.parallel.device)
+    teacher = TeacherSampler(run.trainer.distiller.setting.guide(run.trainer.models["teacher"]), times, family.latent.shape)
+    weights = training.prompt_weights(run.plan.prompts, run.plan.images)
+    progress.start("drawing pairs", recipe.data.pairs)
+    try:
+        return make_pairs(
+            teacher,
+            run.data.conditioning,
+            weights,
+            range(recipe.data.pairs),
+            seed=recipe.train.seed,
+            batch=recipe.train.micro_batch or recipe.train.batch_size,
+            progress=lambda done: progress.update(done, {}),
+        )
+    finally:  # a bar left running hides the terminal's cursor
+        progress.finish()
+
+
+def spread(items: Sequence[str], count: int) -> list[str]:
+    """`count` (2 or more) items at even distances, the first and the last among them; all of them when there are fewer."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -1,0 +1,128 @@
+"""Training a built run into its folder: what happens after each step, and what a signal does."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen import checkpoint, diagnostics, pictures
+from fastgen.evaluation import runner
+from fastgen.evaluation.protocols import load_protocol
+from fastgen.generator import ImageGenerator, generate_pictures
+from fastgen.run.building import Run, spread
+from fastgen.run.progress import Interrupted, Progress
+from fastgen.runlog import RunLog
+from fastgen.trainer import Metrics
+
+_SAMPLES, _SAMPLE_PROMPTS = 16, 4  # pictures; the prompts they share, whose spread tells whether modes are lost
+
+
+def train_steps(run: Run, run_dir: Path, progress: Progress) -> None:
+    settings, trainer = run.plan.recipe.train, run.trainer
+    resolved = run.plan.resolved()
+    save = lambda: checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep, inputs=run.began.hashes)  # noqa: E731
+    samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
+    evaluations = _evaluations(run)
+    run.plan.family.free_encoders()
+    watch = diagnostics.Watch()
+    with _signals() as caught, RunLog(run_dir) as log:
+        for row in log.rows():  # of the part that is resumed
+            watch(row)
+
+        def after_step(step: int, metrics: Metrics) -> None:
+            done = step == settings.steps
+            if samples and (done or step % settings.sample_every == 0):
+                metrics = {**metrics, **samples.draw(step)}
+            if run.plan.recipe.evaluate.every and (done or step % run.plan.recipe.evaluate.every == 0):
+                metrics = {**metrics, **evaluations()}
+            row: dict[str, Any] = {"step": step, **{key: float(f"{value:.6g}") for key, value in metrics.items()}}
+            if warnings := watch(row):
+                row["warnings"] = warnings
+            log.write(row)
+            for warning in warnings:
+                progress.warn(f"warning at step {step}: {warning}")
+            if done or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+                log.flush()
+                save()
+            progress.update(step, metrics)
+
+        progress.start("training", settings.steps, trainer.step)
+        try:
+            trainer.run([after_step], should_stop=lambda: bool(caught))
+        finally:  # a bar left running hides the terminal's cursor
+            progress.finish()
+        if caught:
+            if trainer.step < settings.steps:
+                log.flush()
+                save()
+            raise Interrupted(caught[0], trainer.step)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one interrupts at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where Python allows no handlers
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Samples:
+    """Picture grids during training: the teacher's row, then the student's, from the same noise."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        prompts = spread(run.data.prompts, _SAMPLE_PROMPTS)
+        self.prompts = [prompt for prompt in prompts for _ in range(_SAMPLES // len(prompts))]
+        self.seeds = list(range(len(self.prompts)))
+        self.student = run.generator("student")
+        self.student.conditioning(self.prompts)  # while the text encoders are still there
+        self.rows: list[tuple[str, torch.Tensor]] = []
+        if "teacher" in run.roles:
+            teacher = run.generator("teacher")
+            self.rows.append((f"teacher, {teacher.steps} steps", self._pictures(teacher)))
+
+    def draw(self, step: int) -> Metrics:
+        """Write `step_NNNNNN.png` from the averaged weights; returns the student's drift from the teacher, where there is one."""
+        with self.run.trainer.ema.applied():
+            drawn = self._pictures(self.student)
+        student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", drawn)
+        pictures.save_png(pictures.picture_grid([*self.rows, student], self.prompts), self.folder / f"step_{step:06d}.png")
+        return diagnostics.drift(drawn, self.rows[0][1], self.prompts) if self.rows else {}
+
+    def _pictures(self, generator: ImageGenerator) -> torch.Tensor:
+        """In batches no larger than training's own."""
+        train = self.run.plan.recipe.train
+        return generate_pictures(generator, self.prompts, self.seeds, batch=train.micro_batch or train.batch_size)
+
+
+def _evaluations(run: Run) -> Callable[[], Metrics]:
+    """Measure the averaged student during training, as scalars `eval/<metric>`."""
+    name = run.plan.recipe.evaluate.protocol
+    if name is None or not run.plan.recipe.evaluate.every:
+        return dict
+    protocol, student = load_protocol(name), run.generator("student")
+
+    def measure() -> Metrics:
+        with run.trainer.ema.applied():
+            rows = runner.run_protocol(protocol, student, model="student", steps=[student.steps], guidance=student.guidance)
+        return {f"eval/{row['name']}": row["value"] for row in rows}
+
+    return measure
