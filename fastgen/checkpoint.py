@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +21,55 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.errors import UserError
-from fastgen.files import reading, write_atomically
+from fastgen.files import OLD, PARTIAL, publish, reading, recover, remove, remove_partial, share, write_atomically, writing
 from fastgen.fingerprints import check_files, digest, file_hashes, sealed, unsealed
 from fastgen.roles import Roles
-from fastgen.trainer import Trainer
+from fastgen.trainer import Metrics, Trainer
 
 FORMAT = 4
+NO_OTHER = "no other checkpoint is complete: fastgen train … --overwrite starts over"
 
 
-def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, inputs: Mapping[str, str] | None = None) -> Path:
-    """Write `folder`/step_NNNNNN and delete all but the newest `keep`; returns its path. inputs: what the run was begun with, by content."""
+def save(
+    folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, inputs: Mapping[str, str] | None = None, metrics: Metrics | None = None
+) -> Path:
+    """Write `folder`/step_NNNNNN and delete all but the newest `keep`; returns its path. UserError where that cannot be done, and then nothing
+    of it is left.
+
+    inputs: what the run was begun with, by content; metrics: of this step, which a run may have been killed before it logged.
+    """
     target = folder / f"step_{trainer.step:06d}"
-    partial = folder / f".partial_{target.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, tensors in _tensors(trainer).items():
-        _save_synced({key: value.contiguous().cpu() for key, value in tensors.items()}, partial / f"{name}.safetensors")
-    trained = [name for name in trainer.ema if trainer.distiller.finished(name, trainer.step)]
-    pairs = None if trainer.data.pairs is None else len(trainer.data.pairs)
-    state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "pairs": pairs, "recipe": recipe}
-    state |= {"inputs": dict(inputs or {}), "files": file_hashes(partial, sorted(file.name for file in partial.iterdir()))}
-    write_atomically(partial / "state.json", json.dumps(sealed(state), indent=1))
-    replaced = folder / f".old_{target.name}"
-    if target.exists():  # the run was stopped again before another step was done
-        os.replace(target, replaced)
-    os.replace(partial, target)
-    _sync_folder(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    partial = target.with_name(PARTIAL + target.name)
+    with writing(target):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write(partial, trainer, {"recipe": recipe, "inputs": dict(inputs or {}), "metrics": dict(metrics or {})})
+            publish(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in checkpoints(folder)[:-keep]:
+            remove(old)
     return target
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write(folder: Path, trainer: Trainer, given: dict[str, Any]) -> None:
+    """Everything of a checkpoint into an empty folder."""
+    for name, tensors in _tensors(trainer).items():
+        _save_synced({key: value.contiguous().cpu() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    share(folder)
+    trained = [name for name in trainer.ema if trainer.distiller.finished(name, trainer.step)]
+    pairs = None if trainer.data.pairs is None else len(trainer.data.pairs)
+    state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "pairs": pairs, **given}
+    state["files"] = file_hashes(folder, sorted(file.name for file in folder.iterdir()))
+    write_atomically(folder / "state.json", json.dumps(sealed(state), indent=1))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    complete = (path for path in folder.glob("step_*") if (path / "state.json").is_file())
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
+    """Complete checkpoints, oldest first. Other names, such as those of copies, are none."""
+    named = {int(found.group(1)): path for path in folder.glob("step_*") if (found := re.fullmatch(r"step_(\d{6,18})", path.name))}
+    return [path for step, path in sorted(named.items()) if path.name == f"step_{step:06d}" and (path / "state.json").is_file()]
 
 
 def latest(run_dir: Path) -> Path:
@@ -72,6 +78,64 @@ def latest(run_dir: Path) -> Path:
     if not found:
         raise UserError(f"{str(run_dir)!r} holds no checkpoint")
     return found[-1]
+
+
+def opened(run_dir: Path, name: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """A run's newest checkpoint, or that of a name such as step_000100, with its state; every byte of it has been checked.
+
+    UserError when there is none; when it is damaged, the error says which is the newest that is not.
+    """
+    found = checkpoints(run_dir / "checkpoints")
+    if name is None:
+        chosen = latest(run_dir)
+    else:
+        number = re.fullmatch(r"(?:step_)?(\d{1,18})", name)
+        chosen = run_dir / "checkpoints" / f"step_{int(number.group(1)) if number else 0:06d}"
+        if number is None or chosen not in found:
+            have = ", ".join(path.name for path in found) or "none"
+            raise UserError(f"--resume-from: {str(run_dir)!r} holds no checkpoint {name!r}; it has {have}")
+    try:
+        return chosen, _checked(chosen)
+    except UserError as error:
+        whole = newest_whole(path for path in found if path != chosen)
+        other = f"the newest complete one is {whole.name}: fastgen train … --resume-from {whole.name} goes on from it" if whole else NO_OTHER
+        raise UserError(f"{error}; {other}") from error
+
+
+def newest_whole(found: Iterable[Path]) -> Path | None:
+    """The newest of some checkpoints of which every byte is as it was saved."""
+    for path in sorted(found, reverse=True):
+        try:
+            _checked(path)
+        except UserError:
+            continue
+        return path
+    return None
+
+
+def _checked(checkpoint: Path) -> dict[str, Any]:
+    state = read_state(checkpoint)
+    _check(checkpoint, state)
+    return state
+
+
+def recover_all(folder: Path) -> None:
+    """Put back or remove what kills have left among a run's checkpoints."""
+    for old in folder.glob(f"{OLD}step_*"):
+        recover(folder / old.name.removeprefix(OLD))
+    remove_partial(folder)
+
+
+def set_aside(run_dir: Path, chosen: Path) -> list[str]:
+    """Rename the checkpoints newer than `chosen`, from which a run goes on, so that they do not count any more; returns their new names."""
+    found = checkpoints(run_dir / "checkpoints")
+    aside = []
+    for path in found[found.index(chosen) + 1 :]:
+        target = path.with_name(f"abandoned_{path.name}")
+        remove(target)
+        os.replace(path, target)
+        aside.append(target.name)
+    return aside
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -103,11 +167,10 @@ def _check(checkpoint: Path, state: Mapping[str, Any]) -> None:
     check_files(checkpoint, state["files"], "saved")
 
 
-def load(checkpoint: Path, trainer: Trainer) -> None:
+def load(checkpoint: Path, trainer: Trainer, state: dict[str, Any] | None = None) -> None:
     """Restore everything, strictly: a missing, broken or misshapen tensor is a UserError. What had left memory by then is not there, and
-    leaves this trainer's."""
-    state = read_state(checkpoint)
-    _check(checkpoint, state)
+    leaves this trainer's. state: what `opened` gave, which has checked the files already."""
+    state = _checked(checkpoint) if state is None else state
     trainer.move_to(state["step"])
     if trainer.data.pairs is not None:  # their folder may have grown since, and draws depend on their number
         if len(trainer.data.pairs) < state["pairs"]:

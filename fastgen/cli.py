@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -36,25 +37,39 @@ def train(
     overrides: Overrides = None,
     output: Annotated[Optional[Path], typer.Option(help="Run folder (default: runs/RECIPE).")] = None,  # noqa: UP045
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")] = False,
+    resume_or_start: Annotated[bool, typer.Option("--resume-or-start", help="Resume where there is a run, else start: for job queues.")] = False,
+    resume_from: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="step_N", help="Go on from this checkpoint; newer ones are kept aside."),
+    ] = None,
+    allow_change: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="KEY", help="A recipe key in which a resumed run may differ, such as optimizer.student.lr; recorded in the run."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the run folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print roles, parameters, memory and grid; write nothing.")] = False,
     only: Annotated[Optional[str], typer.Option(metavar="train", help="Stop after training: no export, evaluation or report.")] = None,  # noqa: UP045
 ) -> None:
     """Train, export, verify, evaluate and report, as the recipe says."""
-    from fastgen import plan, run, terminal
+    from fastgen import run, terminal
     from fastgen.config import Recipe
 
-    stop_after = _only(only)
+    folder = output or Path("runs") / Path(recipe).stem
+    options: Any = {"resume": resume, "or_start": resume_or_start, "resume_from": resume_from, "allow_change": allow_change or []}
+    options |= {"overwrite": overwrite, "only": _only(only)}
+    if allow_change and not (resume or resume_or_start or resume_from):
+        raise UserError("--allow-change: needs --resume, --resume-or-start or --resume-from")
     if dry_run:
         terminal.quiet()
-        terminal.print_plan(plan.dry_run(Recipe.load(recipe, overrides or []), only=stop_after))
+        terminal.print_plan(run.dry_run(Recipe.load(recipe, overrides or []), folder, **options))
         return
-    folder = output or Path("runs") / Path(recipe).stem
     try:
-        run.train(recipe, folder, overrides=overrides or [], resume=resume, overwrite=overwrite, only=stop_after, progress=terminal.Bars())
+        run.train(recipe, folder, overrides=overrides or [], progress=terminal.Bars(), **options)
     except run.Interrupted as interrupted:
-        words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else []), "--resume"]
-        terminal.note(f"{interrupted}; checkpoint saved. To go on:\n  {shlex.join(words)}")
+        words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else [])]
+        words += [f"--allow-change={key}" for key in allow_change or []]
+        again = shlex.join([*words, "--resume-or-start" if resume_or_start else "--resume"])
+        terminal.note(f"{interrupted}; checkpoint saved. To go on:\n  {again}")
         raise typer.Exit(128 + interrupted.number) from None
     terminal.print_run(folder)
 
@@ -250,6 +265,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.format_message().rstrip('.')}; see {where} --help", 2)
     except TrainingFailed as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 141
+    except OSError as error:  # what no more specific message has caught
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
 

@@ -139,5 +139,5 @@ def _recall(entry: Path, key: dict[str, int]) -> str | None:
 
 
 def _remember(entry: Path, content: dict[str, Any]) -> None:
-    with suppress(OSError):  # the file is read again next time
+    with suppress(UserError):  # the file is read again next time
         write_atomically(entry, json.dumps(sealed(content)) + "\n")

@@ -6,14 +6,14 @@ A run folder records it in `inputs.json` before training begins, and every check
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastgen import checkpoint
 from fastgen.config import Recipe, flatten, read_yaml
-from fastgen.errors import UserError
+from fastgen.errors import UserError, nearest
 from fastgen.families import source_hash
 from fastgen.files import reading, write_atomically
 from fastgen.fingerprints import digest, sealed, unsealed
@@ -21,6 +21,8 @@ from fastgen.plan import Plan
 
 FILE = "inputs.json"
 TEACHER, INIT = "teacher.pretrained", "student.init"
+# What no continuation can change: beginnings of keys.
+_FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs")
 # What may differ between a run and its continuation: nothing that changes a number.
 _RESUMABLE = ("train.checkpoint_every", "train.keep", "train.sample_every", "train.device", "evaluate", "export")
 
@@ -54,10 +56,9 @@ def write(run_dir: Path, inputs: Inputs) -> None:
     write_atomically(run_dir / FILE, json.dumps(sealed({"hashes": dict(inputs.hashes), "pairs": inputs.pairs}), indent=1) + "\n")
 
 
-def recorded(run_dir: Path) -> Inputs:
-    """What a run began with: as its newest checkpoint says, else its folder; nothing where neither does."""
-    if checkpoint.checkpoints(run_dir / "checkpoints"):
-        state = checkpoint.read_state(checkpoint.latest(run_dir))
+def recorded(run_dir: Path, state: Mapping[str, Any] | None) -> Inputs:
+    """What a run began with: as the state of a checkpoint says, else its folder; nothing where neither does."""
+    if state is not None:
         return Inputs(state["inputs"], state["pairs"] if "data.pairs" in state["inputs"] else None)
     if not (run_dir / FILE).is_file():
         return Inputs()
@@ -66,37 +67,74 @@ def recorded(run_dir: Path) -> Inputs:
     return Inputs(content["hashes"], content["pairs"])
 
 
-def check_same(run_dir: Path, planned: Plan) -> Inputs:
-    """What the run in `run_dir` began with; UserError unless `planned` goes on with it: the same numbers in the recipe, the same content
-    behind its paths."""
-    then, now = flatten(read_yaml(run_dir / "recipe.yaml")), flatten(planned.resolved())
-    began = recorded(run_dir)
-    found = dict(identify(planned, pairs=began.pairs).hashes)
+def began_as(run_dir: Path, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The resolved recipe of the run in `run_dir`: that of its folder, else that of a checkpoint's state; None where there is neither."""
+    if (run_dir / "recipe.yaml").is_file():
+        return read_yaml(run_dir / "recipe.yaml")
+    return None if state is None else state["recipe"]
+
+
+def check_same(run_dir: Path, planned: Plan, state: Mapping[str, Any] | None, allowed: Collection[str] = ()) -> tuple[Inputs, dict[str, list[Any]]]:
+    """What the run in `run_dir` goes on with, and of the keys in `allowed` those that have changed, each with what was and what is.
+
+    UserError unless `planned` has the same numbers in its recipe and the same content behind its paths but for these. state: of the
+    checkpoint to go on from, None where there is none.
+    """
+    before = began_as(run_dir, state)
+    then, now = {} if before is None else flatten(before), flatten(planned.resolved())
+    _check_allowed(allowed, then.keys() | now.keys())
+    began = recorded(run_dir, state)
+    found = identify(planned, pairs=began.pairs)
+    compared = dict(found.hashes)
     if planned.started and then.get(INIT) != now[INIT] != "teacher" and Path(now[INIT]).is_dir():  # the same run moved, or another
-        found[INIT] = checkpoint.identity(Path(now[INIT]))
-    by_content = began.hashes.keys() & found.keys()
-    for key in sorted(then.keys() | now.keys()):
-        by_name = key not in by_content and not (key == "teacher.revision" and TEACHER in by_content) and not key.startswith(_RESUMABLE)
-        if by_name and then.get(key) != now.get(key):
-            raise UserError(
-                f"--resume: recipe key {key} is {now.get(key)!r}, the run in {str(run_dir)!r} has {then.get(key)!r}; resume with the same recipe"
-            )
-    for key in sorted(by_content):
-        if began.hashes[key] != found[key]:
-            raise UserError(f"--resume: recipe key {key}: {_changed(then.get(key), now.get(key))}; resume with what the run in {str(run_dir)!r} has")
-    return began
+        compared[INIT] = checkpoint.identity(Path(now[INIT]))
+    by_content = began.hashes.keys() & compared.keys()
+    changed = {key: [then.get(key), now.get(key)] for key in _by_name(then, now, by_content)} if then else {}
+    renewed = {key for key in by_content if began.hashes[key] != compared[key]}
+    for key in sorted(changed.keys() | renewed):
+        if _is_allowed(key, allowed):
+            continue
+        way_on = "" if key.startswith(_FOR_GOOD) else f", or pass --allow-change {key}"
+        if key in changed:
+            ours, theirs = (f"recipe key {key} is {now.get(key)!r}", f"the run in {str(run_dir)!r} has {then.get(key)!r}")
+            raise UserError(f"--resume: {ours}, {theirs}; resume with the same recipe{way_on}")
+        raise UserError(
+            f"--resume: recipe key {key}: {_changed(then.get(key), now.get(key))}; resume with what the run in {str(run_dir)!r} has{way_on}"
+        )
+    hashes = {**began.hashes, **{key: compared[key] for key in renewed}} if began.hashes else found.hashes
+    return Inputs(hashes, found.pairs), changed | {key: [began.hashes[key], compared[key]] for key in renewed}
+
+
+def _by_name(then: Mapping[str, Any], now: Mapping[str, Any], by_content: Collection[str]) -> list[str]:
+    """Keys that differ and that nothing but their value tells."""
+    silent = {"teacher.revision"} if TEACHER in by_content else set()
+    keys = (then.keys() | now.keys()) - silent - set(by_content)
+    return [key for key in keys if not key.startswith(_RESUMABLE) and then.get(key) != now.get(key)]
+
+
+def _check_allowed(allowed: Collection[str], known: Collection[str]) -> None:
+    for key in allowed:
+        if not any(name == key or name.startswith(f"{key}.") for name in known):
+            raise UserError(f"--allow-change: no recipe key {key!r}; {nearest(key, known)}")
+        if key.startswith(_FOR_GOOD) or any(name.startswith(f"{key}.") for name in _FOR_GOOD):
+            raise UserError(f"--allow-change: {key} decides what is trained, so a run cannot go on with another; start a new one")
+
+
+def _is_allowed(key: str, allowed: Collection[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in allowed)
 
 
 def _changed(then: Any, now: Any) -> str:
     return f"{now!r} has changed since the run began" if then == now else f"{now!r} holds something else than {then!r}, with which the run began"
 
 
-def at_its_commit(recipe: Recipe, run_dir: Path) -> Recipe:
-    """A recipe without teacher.revision goes on with the commit that the run in `run_dir` began with, though the hub may have moved on."""
-    before = read_yaml(run_dir / "recipe.yaml").get("teacher") if (run_dir / "recipe.yaml").is_file() else None
-    if recipe.teacher.revision is not None or not isinstance(before, dict) or before.get("pretrained") != recipe.teacher.pretrained:
+def at_its_commit(recipe: Recipe, before: Mapping[str, Any] | None) -> Recipe:
+    """A recipe without teacher.revision goes on with the commit that a run began with, whose recipe was `before`, though the hub may have
+    moved on."""
+    teacher = (before or {}).get("teacher")
+    if recipe.teacher.revision is not None or not isinstance(teacher, dict) or teacher.get("pretrained") != recipe.teacher.pretrained:
         return recipe
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"revision": before.get("revision")})})
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"revision": teacher.get("revision")})})
 
 
 def check_teacher(began: Mapping[str, str], planned: Plan) -> None:

@@ -264,8 +264,13 @@ def _check_data(recipe: Recipe, *, needs_latents: bool, needs_pairs: bool) -> No
 
 
 def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
+    """`describe` of a recipe's plan."""
+    return describe(plan(recipe, only=only))
+
+
+def describe(planned: Plan) -> dict[str, Any]:
     """What a run would do, from shapes alone: roles, parameters, memory of weights and optimizer states, grid, batch."""
-    planned = plan(recipe, only=only)
+    recipe = planned.recipe
     roles = build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
     trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
     parameters = {id(p): p for role in roles.values() for p in role.denoiser.parameters()}

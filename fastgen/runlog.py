@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
-from fastgen.files import write_atomically
+from fastgen.files import write_atomically, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -30,14 +31,16 @@ class RunLog:
         self._board: SummaryWriter | None = None
 
     def __enter__(self) -> RunLog:
-        self._file = self.path.open("a", buffering=1)  # made even before the first row: it is what tells a run from other folders
+        with writing(self.path):
+            self._file = self.path.open("a", buffering=1)
         return self
 
     def __exit__(self, *failure: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(Exception) if any(failure) else writing(self.path):  # a second failure would hide the first
+            if self._file is not None:
+                self._file.close()
+            if self._board is not None:
+                self._board.close()
 
     def rows(self) -> list[dict[str, Any]]:
         """What stands in metrics.jsonl; a last line that a kill cut short is left out."""
@@ -45,25 +48,29 @@ class RunLog:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def truncate(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which an interrupted run had logged past its last checkpoint."""
+        """Drop the lines of steps after `step`, which an interrupted run had logged past its last checkpoint, and half a line."""
         if self.path.is_file():
             write_atomically(self.path, "".join(_line(row) for row in self.rows() if row["step"] <= step))
 
-    def write(self, row: Row) -> None:
-        """Add a row; its line is on disk at once, its events after `flush`."""
+    def write(self, row: Row, *, sync: bool = False) -> None:
+        """Add a row: its line is on disk at once, its events after `flush`. sync: the events before the line, which says that all is there."""
         assert self._file is not None, "a RunLog writes only as a context manager"
-        self._file.write(_line(row))
-        self._board = self._board or _board(self.events, row["step"])
-        for name, value in row.items():
-            if name == "warnings":
-                self._board.add_text(name, "  \n".join(value), row["step"])
-            elif name != "step":
-                self._board.add_scalar(name, value, row["step"])
+        with writing(self.path):
+            self._board = self._board or _board(self.events, row["step"])
+            for name, value in row.items():
+                if name == "warnings":
+                    self._board.add_text(name, "  \n".join(value), row["step"])
+                elif name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+            if sync:
+                self.flush()
+            self._file.write(_line(row))
 
     def flush(self) -> None:
         """Put the events on disk. Due before each checkpoint, or a run killed after it would go on with a gap in its events."""
         if self._board is not None:
-            self._board.flush()
+            with writing(self.events):
+                self._board.flush()
 
 
 def _line(row: Row) -> str:

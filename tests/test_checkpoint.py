@@ -109,7 +109,16 @@ def test_every_file_is_json_or_holds_the_tensors_of_the_run(tmp_path: Path) -> N
         assert_bitwise_equal(load_file(path / f"role_{role}.safetensors"), trainer.roles[role].state_dict())
     assert_bitwise_equal(load_file(path / "ema_student.safetensors"), {**trainer.ema["student"].shadow, "updates": torch.tensor(3)})
     state = json.loads((path / "state.json").read_text())
-    expected = {"format": 4, "step": 3, "seconds": trainer.seconds, "trained": ["student"], "pairs": None, "recipe": RECIPE, "inputs": {}}
+    expected = {
+        "format": 4,
+        "step": 3,
+        "seconds": trainer.seconds,
+        "trained": ["student"],
+        "pairs": None,
+        "recipe": RECIPE,
+        "inputs": {},
+        "metrics": {},
+    }
     expected["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("*.safetensors")}
     assert state == expected | {"seal": state["seal"]}
     assert checkpoint.read_state(path) == expected
@@ -153,9 +162,10 @@ def test_a_crash_while_writing_leaves_the_earlier_checkpoint(tmp_path: Path, mon
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match=r"cannot write .*step_000003': no space left on device"):
         checkpoint.save(folder, stop_at(trainer, 3), RECIPE, keep=1)
     assert checkpoint.latest(tmp_path) == earlier
+    assert [path.name for path in folder.iterdir()] == ["step_000002"]
     checkpoint.load(earlier, dmd2())
 
 

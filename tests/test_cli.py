@@ -89,6 +89,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 
 def test_a_run_folder_holds_everything(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} == {
+        ".lock",
+        "run.json",
         "recipe.yaml",
         "inputs.json",
         "metrics.jsonl",

@@ -57,8 +57,16 @@ def begin(root: Path, given: Recipe) -> Path:
     return root / "run"
 
 
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
+    return checkpoint.read_state(checkpoint.latest(run_dir)) if checkpoint.checkpoints(run_dir / "checkpoints") else None
+
+
+def recorded(run_dir: Path) -> inputs.Inputs:
+    return inputs.recorded(run_dir, newest_state(run_dir))
+
+
 def go_on(run_dir: Path, given: Recipe, **options: Any) -> inputs.Inputs:
-    return inputs.check_same(run_dir, plan(given, only="train", **options))
+    return inputs.check_same(run_dir, plan(given, only="train", **options), newest_state(run_dir))[0]
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -312,7 +320,7 @@ def test_a_hub_id_is_pinned_to_the_commit_that_was_downloaded(hub: Hub, tmp_path
     new = hub.push("b" * 40, shift=2.0)
     assert plan(given).resolved()["teacher"]["revision"] == new
     assert (shift_of(plan(given)), shift_of(plan(changed(given, teacher__revision=old)))) == (2.0, 3.0)
-    kept = inputs.at_its_commit(given, run_dir)  # the hub has moved on, the run has not
+    kept = inputs.at_its_commit(given, inputs.began_as(run_dir, None))  # the hub has moved on, the run has not
     assert kept.teacher.revision == old
     go_on(run_dir, kept)
     with pytest.raises(UserError, match=r"teacher\.pretrained: 'owner/name' has changed since the run began"):
@@ -369,7 +377,7 @@ def test_a_record_that_is_damaged_or_missing(tmp_path: Path) -> None:
     given = recipe(tmp_path)
     run_dir = begin(tmp_path, given)
     record = (run_dir / inputs.FILE).read_text()
-    assert inputs.recorded(run_dir) == inputs.identify(plan(given, only="train"))
+    assert recorded(run_dir) == inputs.identify(plan(given, only="train"))
     for text in (record.replace("toy:", "toz:"), "{", "[]", ""):
         (run_dir / inputs.FILE).write_text(text)
         with pytest.raises(UserError, match=r"cannot read '.*inputs\.json'"):
@@ -383,8 +391,8 @@ def test_a_record_that_is_damaged_or_missing(tmp_path: Path) -> None:
 
 def test_the_record_of_a_run_is_made_once(tmp_path: Path) -> None:
     run_dir = run.train(recipe(tmp_path), tmp_path / "run", only="train")
-    hashes = inputs.recorded(run_dir).hashes
+    hashes = recorded(run_dir).hashes
     assert hashes == {"teacher.pretrained": "toy:mixture", "data.prompts": hashlib.sha256(f'[["0", {1 / 3}], ["2", {2 / 3}]]'.encode()).hexdigest()}
     assert json.loads((run_dir / inputs.FILE).read_text())["hashes"] == hashes
     run.train(changed(recipe(tmp_path), train__seed=1), run_dir, overwrite=True, only="train")
-    assert inputs.recorded(run_dir).hashes == hashes
+    assert recorded(run_dir).hashes == hashes

@@ -171,7 +171,7 @@ def test_a_finished_run_resumes_to_itself_and_may_keep_fewer_checkpoints(tmp_pat
     before = digest(output)
     short(tmp_path, output, "train.keep=1", "train.checkpoint_every=3", resume=True)
     after = digest(output)
-    assert {key for key in before if before[key] != after[key]} == {"recipe.yaml"}
+    assert {key for key in before if before[key] != after[key]} == {"recipe.yaml", "run.json"}
 
 
 def test_overwrite_replaces_the_run(tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = 
     rows = compute()
     try:
         _write_json(path, sealed({"key": key, "rows": rows}))
-    except OSError as error:
-        warnings.warn(f"results could not be cached in {path} ({error})", stacklevel=2)
+    except UserError as error:
+        warnings.warn(f"results could not be cached ({error})", stacklevel=2)
     return rows
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -12,16 +13,16 @@ from fastgen import checkpoint, inputs
 from fastgen.config import Recipe
 from fastgen.data import training
 from fastgen.errors import UserError
-from fastgen.files import write_atomically
-from fastgen.plan import plan
-from fastgen.run.building import build, load_pairs
+from fastgen.files import check_writable, write_atomically
+from fastgen.plan import Plan, describe, plan
+from fastgen.run.building import Run, build, load_pairs
 from fastgen.run.events import train_steps
-from fastgen.run.folder import check_folder, plain, remove_run
+from fastgen.run.folder import RunFolder
 from fastgen.run.products import evaluate, export, finish, measure, require_verified
 from fastgen.run.progress import Interrupted, Progress
 from fastgen.runlog import RunLog
 
-__all__ = ["Interrupted", "Progress", "build", "evaluate", "export", "measure", "require_verified", "train"]
+__all__ = ["Interrupted", "Progress", "build", "dry_run", "evaluate", "export", "measure", "require_verified", "train"]
 
 
 def train(
@@ -30,46 +31,109 @@ def train(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    or_start: bool = False,
+    resume_from: str | None = None,
+    allow_change: Sequence[str] = (),
     overwrite: bool = False,
     only: Literal["train"] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Run a recipe into the run folder `output` and return it; `only="train"` stops after training.
 
-    UserError for mistakes (nothing has been written then), TrainingFailed when a number stops being finite, Interrupted after
-    SIGINT or SIGTERM; in the last two cases the run can be resumed from its last checkpoint.
+    resume: go on from the newest checkpoint; or_start: where there is a run, else start; resume_from: from the checkpoint of that name, such as
+    step_000100. allow_change: recipe keys in which a continuation may differ. UserError for mistakes (nothing has been written then) and for
+    what cannot be written, TrainingFailed when a number stops being finite, Interrupted after SIGINT or SIGTERM; in the last three cases the
+    run can be resumed from its last checkpoint.
     """
     given = None if isinstance(recipe, Recipe) else Path(recipe).expanduser().resolve()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
-    progress, run_dir = progress or Progress(), plain(output)
-    recipe = inputs.at_its_commit(recipe, run_dir) if resume else recipe
-    planned = plan(recipe, only=only, started=resume and bool(checkpoint.checkpoints(run_dir / "checkpoints")))
-    if overwrite and given == (run_dir / "recipe.yaml").resolve():
-        raise UserError(f"--overwrite: {str(run_dir)!r} holds the recipe itself, which would be replaced; choose another --output")
-    check_folder(run_dir, resume=resume, overwrite=overwrite)
-    began = inputs.check_same(run_dir, planned) if resume else None  # silent: what is refused has one line, and large files are known by now
-    for warning in planned.warnings:
-        progress.warn(f"warning: {warning}")
-    run = build(planned, progress)
+    progress, folder = progress or Progress(), RunFolder(output)
+    flags: Any = {"resume": resume or resume_from is not None, "overwrite": overwrite, "or_start": or_start}
+    folder.check(**flags)
+    check_writable(folder.path, "--output")
+    if overwrite and given == (folder.path / "recipe.yaml").resolve():
+        raise UserError(f"--overwrite: {str(folder.path)!r} holds the recipe itself, which would be replaced; choose another --output")
+    with folder.held():
+        resume = folder.check(**flags)
+        if resume:
+            folder.recover()
+        start = _start(recipe, folder, resume=resume, resume_from=resume_from, allow_change=allow_change, only=only)
+        for warning in start.planned.warnings:
+            progress.warn(f"warning: {warning}")
+        folder.claim(lambda: folder.check(**flags))
+        run = build(start.planned, progress)
+        _begin(run, start, folder, progress)
+        train_steps(run, folder.path, progress, None if start.state is None else start.state.get("metrics", {}))
+        if only != "train":
+            finish(run, folder.path, progress)
+    return folder.path
+
+
+def dry_run(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    or_start: bool = False,
+    resume_from: str | None = None,
+    allow_change: Sequence[str] = (),
+    overwrite: bool = False,
+    only: Literal["train"] | None = None,
+) -> dict[str, Any]:
+    """What `train` would do with the same arguments, and UserError where it would refuse; nothing is written. A folder that holds a run already
+    is a warning, for one may ask what a recipe comes to at any time."""
+    folder = RunFolder(output)
+    asks = resume or or_start or overwrite or resume_from is not None
+    resume = folder.check(resume=resume or resume_from is not None, or_start=or_start, overwrite=overwrite or (folder.holds_run and not asks))
+    check_writable(folder.path, "--output")
+    start = _start(recipe, folder, resume=resume, resume_from=resume_from, allow_change=allow_change, only=only)
+    outcome = describe(start.planned)
+    if folder.holds_run and not asks:
+        outcome["warnings"].append(f"{str(folder.path)!r} already holds a run; it takes --resume or --overwrite")
+    return outcome
+
+
+class _Start(NamedTuple):
+    """Where a run begins: its plan, and for a continuation its checkpoint, if it has one, with its state; what it goes on with; what changed."""
+
+    planned: Plan
+    chosen: Path | None = None
+    state: dict[str, Any] | None = None
+    began: inputs.Inputs | None = None
+    changed: Mapping[str, list[Any]] = MappingProxyType({})
+
+
+def _start(
+    recipe: Recipe, folder: RunFolder, *, resume: bool, resume_from: str | None, allow_change: Sequence[str], only: Literal["train"] | None
+) -> _Start:
+    """Everything that can be refused before networks are loaded."""
+    if not resume:
+        return _Start(plan(recipe, only=only))
+    chosen, state = checkpoint.opened(folder.path, resume_from) if folder.has_checkpoint or resume_from else (None, None)
+    recipe = inputs.at_its_commit(recipe, inputs.began_as(folder.path, state))
+    planned = plan(recipe, only=only, started=state is not None)
+    began, changed = inputs.check_same(folder.path, planned, state, allow_change)
+    return _Start(planned, chosen, state, began, changed)
+
+
+def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> None:
+    """Write what the run begins with, and bring its trainer to where it goes on."""
+    began = start.began
     if began is None:
         progress.stage("identifying teacher and data by their content")
-        began = inputs.identify(planned)
+        began = inputs.identify(start.planned)
     run.began = began
-    if recipe.data.pairs is not None:
-        data = training.with_pairs(run.data, load_pairs(run, progress), planned.family, run.parallel.device)
+    if start.planned.recipe.data.pairs is not None:
+        data = training.with_pairs(run.data, load_pairs(run, progress), start.planned.family, run.parallel.device)
         run.trainer.data = data.with_first_pairs(began.pairs)
-    if overwrite:
-        remove_run(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    inputs.write(run_dir, began)
-    write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(planned.resolved(), sort_keys=False, width=120))
-    if resume:
-        if checkpoint.checkpoints(run_dir / "checkpoints"):  # none: it was killed before its first one and starts over
-            newest = checkpoint.latest(run_dir)
-            progress.stage(f"resuming from {newest}")
-            checkpoint.load(newest, run.trainer)
-        RunLog(run_dir).truncate(run.trainer.step)
-    train_steps(run, run_dir, progress)
-    if only != "train":
-        finish(run, run_dir, progress)
-    return run_dir
+    if start.chosen is None:  # also of a run that was killed before its first checkpoint
+        folder.begin(None)
+    else:
+        progress.stage(f"resuming from {start.chosen}")
+        checkpoint.load(start.chosen, run.trainer, start.state)
+        for name in checkpoint.set_aside(folder.path, start.chosen):
+            progress.stage(f"newer than that, so kept aside: {folder.path / 'checkpoints' / name}")
+        folder.begin({"step": run.trainer.step, "changed": dict(start.changed)})
+        RunLog(folder.path).truncate(run.trainer.step)
+    inputs.write(folder.path, began)
+    write_atomically(folder.path / "recipe.yaml", yaml.safe_dump(start.planned.resolved(), sort_keys=False, width=120))

@@ -22,43 +22,59 @@ from fastgen.trainer import Metrics
 _SAMPLES, _SAMPLE_PROMPTS = 16, 4  # pictures; the prompts they share, whose spread tells whether modes are lost
 
 
-def train_steps(run: Run, run_dir: Path, progress: Progress) -> None:
-    settings, trainer = run.plan.recipe.train, run.trainer
+def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | None = None) -> None:
+    """Train to the end. logged: the metrics of the step that the run goes on from, whose row may be missing still.
+
+    A checkpoint is saved before the pictures of its step are drawn, and holds what else the step's row needs.
+    """
+    settings, evaluate, trainer = run.plan.recipe.train, run.plan.recipe.evaluate, run.trainer
     resolved = run.plan.resolved()
-    save = lambda: checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep, inputs=run.began.hashes)  # noqa: E731
     samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
     evaluations = _evaluations(run)
     run.plan.family.free_encoders()
     watch = diagnostics.Watch()
+    is_due = lambda step, every: bool(every) and (step == settings.steps or step % every == 0)  # noqa: E731
     with _signals() as caught, RunLog(run_dir) as log:
-        for row in log.rows():  # of the part that is resumed
+        for row in (rows := log.rows()):  # of the part that is resumed
             watch(row)
+        saved = trainer.step if logged is not None else -1
+        latest: Metrics = logged or {}
 
-        def after_step(step: int, metrics: Metrics) -> None:
-            done = step == settings.steps
-            if samples and (done or step % settings.sample_every == 0):
+        def save() -> None:
+            nonlocal saved
+            log.flush()
+            checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep, inputs=run.began.hashes, metrics=latest)
+            saved = trainer.step
+
+        def write_row(step: int, metrics: Metrics) -> None:
+            if samples and is_due(step, settings.sample_every):
                 metrics = {**metrics, **samples.draw(step)}
-            if run.plan.recipe.evaluate.every and (done or step % run.plan.recipe.evaluate.every == 0):
+            if is_due(step, evaluate.every):
                 metrics = {**metrics, **evaluations()}
             row: dict[str, Any] = {"step": step, **{key: float(f"{value:.6g}") for key, value in metrics.items()}}
             if warnings := watch(row):
                 row["warnings"] = warnings
-            log.write(row)
+            log.write(row, sync=step == settings.steps or is_due(step, settings.checkpoint_every))
             for warning in warnings:
                 progress.warn(f"warning at step {step}: {warning}")
-            if done or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
-                log.flush()
-                save()
             progress.update(step, metrics)
+
+        def after_step(step: int, metrics: Metrics) -> None:
+            nonlocal latest
+            latest = metrics
+            if step == settings.steps or is_due(step, settings.checkpoint_every):
+                save()
+            write_row(step, metrics)
 
         progress.start("training", settings.steps, trainer.step)
         try:
+            if logged and not any(row["step"] == trainer.step for row in rows):
+                write_row(trainer.step, logged)
             trainer.run([after_step], should_stop=lambda: bool(caught))
         finally:  # a bar left running hides the terminal's cursor
             progress.finish()
         if caught:
-            if trainer.step < settings.steps:
-                log.flush()
+            if saved != trainer.step:
                 save()
             raise Interrupted(caught[0], trainer.step)
 

@@ -57,7 +57,7 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False, unfinished: bo
     check_parents(output)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "fastgen.json").is_file())):
         raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
-    state = checkpoint.read_state(checkpoint.latest(run_dir))
+    chosen, state = checkpoint.opened(run_dir)
     state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
     planned = plan(validate(Recipe, state["recipe"]), started=True)
     inputs.check_teacher(state["inputs"], planned)
@@ -66,7 +66,7 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False, unfinished: bo
     run = build(planned, Progress())
     _check_trained(run.trainer.distiller, state["step"], run_dir, unfinished=unfinished)
     run.began = inputs.Inputs(state["inputs"])
-    checkpoint.load(checkpoint.latest(run_dir), run.trainer)
+    checkpoint.load(chosen, run.trainer, state)
     student = run.averaged()
     if as_lora:
         return export_lora(student, planned.family, run.info(), output)
