@@ -70,10 +70,12 @@ def writing(path: Path | str, key: str = "") -> Iterator[None]:
 def _why(error: Exception, path: Path) -> str:
     """What went wrong, and what to do about it."""
     number = error.errno if isinstance(error, OSError) else _number(error)
-    if number in (errno.ENOENT, errno.EEXIST):
+    if number in (errno.ENOENT, errno.EEXIST, errno.ENOTDIR):
         for part in (path, *path.parents):
             if part.is_symlink() and not part.exists():
                 return f"{str(part)!r} is a link to {os.readlink(part)!r}, where there is nothing; make that, or remove the link"
+            if part != path and part.is_file():
+                return f"{str(part)!r} is a file; choose another place"
     reason = os.strerror(number).lower() if number else " ".join(str(error).split())[:300]
     return reason + (f"; {_WAYS_ON[number]}" if number in _WAYS_ON else "")
 
@@ -92,7 +94,6 @@ _WAYS_ON = {
     errno.EACCES: "choose another place, or change its permissions",
     errno.EPERM: "choose another place, or change its permissions",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a part of the path is a file; choose another place",
     errno.EISDIR: "a file is needed there, and it is a folder",
     errno.ELOOP: "its links lead in a circle",
 }
@@ -103,7 +104,7 @@ def check_writable(folder: Path, key: str) -> None:
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
     with writing(folder, key):
         if not there.is_dir():
-            raise OSError(errno.ENOENT if there.is_symlink() else errno.ENOTDIR, "")
+            raise OSError(errno.ENOTDIR, "")
         for part in folder.absolute().relative_to(there).parts:
             if len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX"):
                 raise OSError(errno.ENAMETOOLONG, "")

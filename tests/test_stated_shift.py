@@ -89,9 +89,9 @@ def test_a_resumed_run_must_state_the_same_shift(recipe: Path, tmp_path: Path) -
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(before.resolved()))
-    inputs.check_same(run_dir, before)
+    inputs.check_same(run_dir, before, None)
     with pytest.raises(UserError, match=r"--resume: recipe key teacher\.shift is 4\.0, the run in .* has 2\.0"):
-        inputs.check_same(run_dir, now)
+        inputs.check_same(run_dir, now, None)
 
 
 def test_an_expert_of_another_shift_is_another_expert(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
