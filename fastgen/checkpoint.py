@@ -95,7 +95,7 @@ def opened(run_dir: Path, name: str | None = None) -> tuple[Path, dict[str, Any]
             have = ", ".join(path.name for path in found) or "none"
             raise UserError(f"--resume-from: {str(run_dir)!r} holds no checkpoint {name!r}; it has {have}")
     try:
-        return chosen, _checked(chosen)
+        return chosen, check(chosen)
     except UserError as error:
         whole = newest_whole(path for path in found if path != chosen)
         other = f"the newest complete one is {whole.name}: fastgen train … --resume-from {whole.name} goes on from it" if whole else NO_OTHER
@@ -106,16 +106,17 @@ def newest_whole(found: Iterable[Path]) -> Path | None:
     """The newest of some checkpoints of which every byte is as it was saved."""
     for path in sorted(found, reverse=True):
         try:
-            _checked(path)
+            check(path)
         except UserError:
             continue
         return path
     return None
 
 
-def _checked(checkpoint: Path) -> dict[str, Any]:
+def check(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's state; UserError unless every byte of it is as it was saved."""
     state = read_state(checkpoint)
-    _check(checkpoint, state)
+    _check_against(checkpoint, state)
     return state
 
 
@@ -159,7 +160,7 @@ def identity(run_dir: Path) -> str:
     return digest(read_state(latest(run_dir)))
 
 
-def _check(checkpoint: Path, state: Mapping[str, Any]) -> None:
+def _check_against(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """UserError unless the files are those that were saved: a bit that has flipped, or a file of another role, another step or another run."""
     strange = {file.name for file in checkpoint.glob("*.safetensors")} - state["files"].keys()
     if strange:
@@ -170,7 +171,7 @@ def _check(checkpoint: Path, state: Mapping[str, Any]) -> None:
 def load(checkpoint: Path, trainer: Trainer, state: dict[str, Any] | None = None) -> None:
     """Restore everything, strictly: a missing, broken or misshapen tensor is a UserError. What had left memory by then is not there, and
     leaves this trainer's. state: what `opened` gave, which has checked the files already."""
-    state = _checked(checkpoint) if state is None else state
+    state = check(checkpoint) if state is None else state
     trainer.move_to(state["step"])
     if trainer.data.pairs is not None:  # their folder may have grown since, and draws depend on their number
         if len(trainer.data.pairs) < state["pairs"]:
