@@ -33,6 +33,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.families import is_hub_id, resolve_source
 from fastgen.families.base import Family
+from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
 from fastgen.generator import check_student, open_student, read_manifest
 from fastgen.roles import Role
@@ -216,33 +217,21 @@ def _is_json(value: Any) -> bool:
 
 def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Path], dict[str, Any]]) -> Path:
     """Write into a sibling folder and rename it to `output`; a failure leaves what was there, and no half student."""
-    target = Path(os.path.abspath(output))
-    partial, old = (target.with_name(f".{state}_{target.name}") for state in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write(partial)
-        manifest = describe(partial)
-        (partial / "README.md").write_text(card.model_card(manifest))
-        (partial / "fastgen.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n")
-        _swap(partial, target, old)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    target = Path(os.path.realpath(output))
+    partial = target.with_name(PARTIAL + target.name)
+    with writing(output, "--output"):
+        recover(target)
+        try:
+            partial.mkdir(parents=True)
+            write(partial)
+            manifest = describe(partial)
+            write_atomically(partial / "README.md", card.model_card(manifest))
+            write_atomically(partial / "fastgen.json", json.dumps(sealed(manifest), indent=1) + "\n")
+            share(partial)
+            publish(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return output
-
-
-def _swap(partial: Path, target: Path, old: Path) -> None:
-    """Rename `partial` to `target`, whose former content moves to `old`, or back when the second rename fails."""
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(partial, target)
-    except OSError:
-        if old.exists():
-            os.replace(old, target)
-        raise
 
 
 def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,11 @@ def writing(path: Path | str, key: str = "") -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and _number(error) is None:
+            raise
         raise UserError(f"{key and f'{key}: '}cannot write {str(path)!r}: {_why(error, Path(path))}") from error
 
 

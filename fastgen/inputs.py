@@ -57,13 +57,23 @@ def write(run_dir: Path, inputs: Inputs) -> None:
 
 
 def recorded(run_dir: Path, state: Mapping[str, Any] | None) -> Inputs:
-    """What a run began with: as the state of a checkpoint says, else its folder; nothing where neither does."""
-    if state is not None:
-        return Inputs(state["inputs"], state["pairs"] if "data.pairs" in state["inputs"] else None)
-    if not (run_dir / FILE).is_file():
+    """What a run goes on with: as its folder says, else the state of a checkpoint; nothing where neither does."""
+    try:
+        found = _read(run_dir / FILE)
+    except UserError:
+        if state is None:
+            raise
+        found = Inputs()
+    if found.hashes or state is None:
+        return found
+    return Inputs(state["inputs"], state["pairs"] if "data.pairs" in state["inputs"] else None)
+
+
+def _read(file: Path) -> Inputs:
+    if not file.is_file():
         return Inputs()
-    with reading(run_dir / FILE):
-        content = unsealed(json.loads((run_dir / FILE).read_text(encoding="utf-8")))
+    with reading(file):
+        content = unsealed(json.loads(file.read_text(encoding="utf-8")))
     return Inputs(content["hashes"], content["pairs"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -82,4 +83,18 @@ def _board(folder: Path, first_step: int) -> SummaryWriter:
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
     from torch.utils.tensorboard import SummaryWriter
 
+    _hush_its_thread()
     return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _hush_its_thread() -> None:
+    """What TensorBoard's thread cannot write is raised again by the next call of its writer; Python would print it besides."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            before(failed)
+
+    if not getattr(before, "hushes_tensorboard", False):
+        hook.hushes_tensorboard = True  # type: ignore[attr-defined]
+        threading.excepthook = hook

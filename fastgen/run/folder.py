@@ -51,7 +51,8 @@ class RunFolder:
     @property
     def holds_run(self) -> bool:
         """Whether there is a run, however far it has come; older versions had no marker."""
-        return (self.path / MARKER).is_file() or all((self.path / name).is_file() for name in ("recipe.yaml", "metrics.jsonl"))
+        with writing(self.path, "--output"):
+            return (self.path / MARKER).is_file() or all((self.path / name).is_file() for name in ("recipe.yaml", "metrics.jsonl"))
 
     @property
     def has_checkpoint(self) -> bool:
@@ -133,6 +134,7 @@ class RunFolder:
         """From here on the folder is the run's. resumed: what to record of a continuation; None: everything that a former run wrote is deleted."""
         self._undo = []
         if resumed is None:
+            self.recover()
             with writing(self.path, "--output"):
                 for name in _WRITTEN:
                     remove(self.path / name)
