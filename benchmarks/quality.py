@@ -28,7 +28,7 @@ from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.evaluation.table import markdown_table
 from fastgen.plan import plan
-from fastgen.terminal import Bars
+from fastgen.terminal import progress
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,7 +47,7 @@ RECIPES = (
 TEACHER, TEACHER_GUIDANCE, TEACHER_STEPS = "fastgen:digits", 1.5, (25, 4, 2, 1)
 
 
-def train_and_measure(recipe: str, seed: int, work: Path, bars: Bars) -> list[dict[str, Any]]:
+def train_and_measure(recipe: str, seed: int, work: Path, bars: run.Progress) -> list[dict[str, Any]]:
     """Rows of one student, under the recipe's name: the protocol's metrics and the training seconds. A finished run of the very same
     recipe with as many threads is used again."""
     folder, asked = work / f"{recipe}_seed{seed}", Recipe.load(recipe, [f"train.seed={seed}"])
@@ -84,7 +84,7 @@ def student_rows(runs: Sequence[list[dict[str, Any]]], origin: Mapping[str, Any]
     return [*({**row, **origin} for row in over_seeds(runs)), *(row for own in runs for row in own)]
 
 
-def teacher_rows(bars: Bars) -> list[dict[str, Any]]:
+def teacher_rows(bars: run.Progress) -> list[dict[str, Any]]:
     """The teacher at several step counts."""
     teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
     return run.measure(load_protocol("digits"), teacher, "teacher", TEACHER_STEPS, bars)
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch; seconds and the last digits depend on it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    bars, output = Bars(), RESULTS / "quality_digits.jsonl"
+    bars, output = progress(), RESULTS / "quality_digits.jsonl"
     protocol = load_protocol("digits")
     origin = {
         "seeds": arguments.seeds,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from fastgen.errors import TrainingFailed, UserError
+from fastgen.printing import put
 
 app = typer.Typer(
     name="fastgen",
@@ -64,12 +65,13 @@ def train(
         terminal.print_plan(run.dry_run(Recipe.load(recipe, overrides or []), folder, **options))
         return
     try:
-        run.train(recipe, folder, overrides=overrides or [], progress=terminal.Bars(), **options)
+        run.train(recipe, folder, overrides=overrides or [], progress=terminal.progress(log=sys.stdout), **options)
     except run.Interrupted as interrupted:
         words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else [])]
         words += [f"--allow-change={key}" for key in allow_change or []]
         again = shlex.join([*words, "--resume-or-start" if resume_or_start else "--resume"])
-        terminal.note(f"{interrupted}; checkpoint saved. To go on:\n  {again}")
+        terminal.note(f"{interrupted}; checkpoint saved. To go on:")
+        terminal.note(f"  {again}")
         raise typer.Exit(128 + interrupted.number) from None
     terminal.print_run(folder)
 
@@ -165,7 +167,7 @@ def evaluate(
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
     _check_file(output)
     results = run.evaluate(
-        student_dir, protocol=protocol, steps=counts, output=output, teacher=teacher, teacher_steps=teacher_counts, progress=terminal.Bars()
+        student_dir, protocol=protocol, steps=counts, output=output, teacher=teacher, teacher_steps=teacher_counts, progress=terminal.progress()
     )
     terminal.print_results(results["metrics"])
     terminal.note(f"results: {output or student_dir / 'results.json'}")
@@ -239,7 +241,7 @@ def cache_pairs(
     from fastgen.config import Recipe
 
     read = Recipe.load(recipe, overrides or [])
-    folder, made = caching.cache_pairs(read, output, count=count, steps=steps, solver=solver, batch=batch, progress=terminal.Bars())
+    folder, made = caching.cache_pairs(read, output, count=count, steps=steps, solver=solver, batch=batch, progress=terminal.progress())
     terminal.note(f"pairs: {output} holds {folder.manifest.count}, {made} of them new")
 
 
@@ -275,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    put("error: " + " ".join(message.split()), sys.stderr)
     return status
 
 

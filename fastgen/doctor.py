@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import pkgutil
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import fastgen
+from fastgen.printing import put
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton")
 KERNELS = "fastgen_kernels"
@@ -28,7 +30,7 @@ def print_doctor() -> None:
     pairs = doctor_report()
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        print(f"{name:<{width}}  {value}")
+        put(f"{name:<{width}}  {value}", sys.stdout)
 
 
 def _version(package: str) -> str:

@@ -1,13 +1,15 @@
-"""What the command line shows: progress bars on stderr, results on stdout."""
+"""What the command line shows: progress, warnings and results."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -15,60 +17,163 @@ from rich.text import Text
 
 from fastgen import run
 from fastgen.evaluation.table import summary_table
+from fastgen.printing import Unfailing, printable, put
 
 _SHOWN = ("loss/", "grad_norm/student", "eval/")
+_FIRST, _LONGEST = 5.0, 60.0  # seconds until the first line of progress, and at most between two
 
 
 def echo(text: str) -> None:
-    """A line of output."""
-    print(text)
+    """Lines of output."""
+    for line in text.split("\n"):
+        put(line, sys.stdout)
 
 
 def note(text: str) -> None:
     """A line about what happened and where it is."""
-    print(text, flush=True)
+    put(text, sys.stdout)
 
 
 def warn(text: str) -> None:
     """A line about what did not go as it may have been meant."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    put(f"warning: {text}", sys.stderr)
+
+
+def progress(*, log: TextIO | None = None) -> Several:
+    """Bars where stderr is a terminal; lines in `log` where that is none, so that a file or a scheduler's log shows progress too. log:
+    stdout for a command whose stdout is a log, by default stderr."""
+    quiet()
+    shown = [Bars()] if _moves(sys.stderr) else []
+    log = sys.stderr if log is None and not shown else log
+    return Several([*shown, *([] if log is None or (shown and _moves(log)) else [Lines(log)])])
+
+
+def _moves(file: TextIO) -> bool:
+    """Whether a stream is a terminal with a cursor that moves. Not asked of rich, which takes FORCE_COLOR for one."""
+    return Unfailing(file).isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+class Several(run.Progress):
+    """All that several say; a warning from the first alone."""
+
+    def __init__(self, parts: list[run.Progress]) -> None:
+        self.parts = parts
+
+    def stage(self, message: str) -> None:
+        for part in self.parts:
+            part.stage(message)
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        for part in self.parts:
+            part.start(what, total, done)
+
+    def update(self, done: int, numbers: Mapping[str, float]) -> None:
+        for part in self.parts:
+            part.update(done, numbers)
+
+    def warn(self, message: str) -> None:
+        for part in self.parts[:1]:
+            part.warn(message)
+
+    def finish(self) -> None:
+        for part in self.parts:
+            part.finish()
+
+
+class Lines(run.Progress):
+    """A line of progress every so often: step, rate, time left and the numbers that matter. The first comes after 5 seconds, then they
+    grow rarer, down to one a minute. clock: seconds that never go back."""
+
+    def __init__(self, log: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.log, self.clock = log, clock
+        self.what: str | None = None
+
+    def stage(self, message: str) -> None:
+        put(message, self.log)
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.total, self.begin, self.done, self.numbers = what, total, done, done, ""
+        self.began = self.said = self.clock()
+        self.pause = _FIRST
+        put(f"{what}: {done} of {total}", self.log)
+
+    def update(self, done: int, numbers: Mapping[str, float]) -> None:
+        if self.what is None:
+            return
+        self.done, self.numbers, now = done, _numbers(numbers), self.clock()
+        if now - self.said >= self.pause and done < self.total:
+            rate = (done - self.begin) / (now - self.began)
+            left = f"{_duration((self.total - done) / rate)} left" if rate else ""
+            self._say(_rate(rate), left, self.numbers)
+            self.said, self.pause = now, min(2 * self.pause, _LONGEST)
+
+    def warn(self, message: str) -> None:
+        put(message, sys.stderr)
+
+    def finish(self) -> None:
+        if self.what is not None:
+            self._say(f"after {_duration(self.clock() - self.began)}", self.numbers)
+            self.what = None
+
+    def _say(self, *parts: str) -> None:
+        put(", ".join([f"{self.what}: {self.done} of {self.total}", *filter(None, parts)]), self.log)
+
+
+def _numbers(numbers: Mapping[str, float]) -> str:
+    return "  ".join(f"{key.removeprefix('loss/')} {value:.3g}" for key, value in numbers.items() if key.startswith(_SHOWN))
+
+
+def _rate(speed: float | None) -> str:
+    """Slow work in seconds for each piece."""
+    if not speed:
+        return "\N{EN DASH}/s"
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+
+
+def _duration(seconds: float) -> str:
+    """As 12 s, 3:05 min or 2:00:00 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "–/s")
+        return Text(_rate(task.speed))
 
 
 class Bars(run.Progress):
     """A rich progress bar with rate, time left and the numbers that matter."""
 
     def __init__(self) -> None:
-        quiet()
-        self.console = Console(stderr=True)
+        self.console = Console(file=cast(TextIO, Unfailing(sys.stderr)))
         self.bar: Progress | None = None
 
     def stage(self, message: str) -> None:
-        self.console.print(message, style="dim", highlight=False)
+        self._line(message, "dim")
 
     def start(self, what: str, total: int, done: int = 0) -> None:
-        counts = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        self.bar = Progress(*counts, TextColumn("{task.fields[numbers]}"), console=self.console)
+        counts = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        self.bar = Progress(*counts, TextColumn("{task.fields[numbers]}", markup=False), console=self.console)
         self.task = self.bar.add_task(what, total=total, completed=done, numbers="")
         self.bar.start()
 
     def update(self, done: int, numbers: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{key.removeprefix('loss/')} {value:.3g}" for key, value in numbers.items() if key.startswith(_SHOWN))
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, numbers=shown)
+            self.bar.update(self.task, completed=done, numbers=_numbers(numbers))
 
     def warn(self, message: str) -> None:
-        # Its console is the bar's, which moves down; whole, so that no line break falls into a recipe key.
-        self.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._line(message, "yellow")
 
     def finish(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+    def _line(self, message: str, style: str) -> None:
+        # Through the bar's own console, which moves it down; a Text, in which nothing is markup; whole, so that no break falls into a name.
+        self.console.print(Text(printable(message), style), soft_wrap=True)
 
 
 def quiet() -> None:

@@ -18,7 +18,8 @@ from fastgen.families import family_names
 PACKAGE = Path(fastgen.__file__).parent
 # Each layer may import itself and those before it.
 LAYERS = [
-    {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "fingerprints", "discovery", "legibility"},
+    {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "fingerprints", "discovery", "legibility"}
+    | {"printing"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards"},
     {"roles", "ema", "parallel"},
     {"distillers"},

@@ -18,7 +18,7 @@ from fastgen.assets import DIGITS_CLASSIFIER, DIGITS_TEACHER
 from fastgen.assets.classifier import train_classifier
 from fastgen.assets.skeleton import build_skeleton
 from fastgen.fingerprints import SEAL, sealed
-from fastgen.terminal import Bars
+from fastgen.terminal import progress
 
 WORK = Path(".build")
 
@@ -35,7 +35,7 @@ def build_pipeline(seed: int) -> None:
 
 def build_teacher(seed: int) -> None:
     """Train the teacher with the project's own trainer and put its export into the package."""
-    run_dir = run.train("digits_teacher", WORK / "digits_teacher", overrides=[f"train.seed={seed}"], overwrite=True, progress=Bars())
+    run_dir = run.train("digits_teacher", WORK / "digits_teacher", overrides=[f"train.seed={seed}"], overwrite=True, progress=progress())
     shutil.rmtree(DIGITS_TEACHER, ignore_errors=True)
     shutil.copytree(run_dir / "student", DIGITS_TEACHER)
     shutil.copy(run_dir / "results.json", DIGITS_TEACHER / "results.json")

@@ -34,6 +34,11 @@ def plain(folder: str | Path) -> Path:
 
 
 def check_parents(folder: Path) -> None:
+    """UserError for a folder that cannot be made, or not with what is written into it: JSON, HTML and TensorBoard know no other names."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"--output: {str(folder)!r} is a path that is not UTF-8; choose another name") from error
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UserError(f"--output: {str(folder)!r} cannot be made, because {str(above)!r} is a file")

@@ -140,8 +140,9 @@ def measure(protocol: Any, generator: ImageGenerator, model: str, steps: Sequenc
     """Rows of one model at each step count, with a progress bar."""
     total = len(steps) * sum(len(subset.prompts) for subset in protocol.subsets.values())
     progress.start(f"measuring the {model}", total)
-    rows = runner.run_protocol(
-        protocol, generator, model=model, steps=steps, guidance=generator.guidance, progress=lambda done, total, what: progress.update(done, {})
-    )
-    progress.finish()
-    return rows
+    try:
+        return runner.run_protocol(
+            protocol, generator, model=model, steps=steps, guidance=generator.guidance, progress=lambda done, total, what: progress.update(done, {})
+        )
+    finally:  # a bar left running hides the terminal's cursor
+        progress.finish()
