@@ -17,17 +17,21 @@ from fastgen.generator import ADAPTER_FILE
 SCHEDULER = "FlowMapEulerDiscreteScheduler"
 
 
+TEACHER_DIR = "TEACHER_DIR"  # stands for the folder of a teacher that is not on the hub
+
+
 def call_snippet(manifest: dict[str, Any], folder: str = "STUDENT_DIR") -> str:
     """Python that draws a picture with plain diffusers."""
     picture = calling(manifest, repr(manifest["prompts"][0]), generator="torch.Generator().manual_seed(0)")
     return f"{loading(manifest, folder)}image = {picture}.images[0]\n"
 
 
-def loading(manifest: dict[str, Any], folder: str) -> str:
-    """Python that loads the student as `pipe`. Where callers change experts themselves it also defines `switch`, which does so between
-    steps, and starts with the first; UserError for names that are no identifiers."""
+def loading(manifest: dict[str, Any], folder: str, teacher: str = "") -> str:
+    """Python that loads the student as `pipe`; teacher: the folder of an adapter's teacher, else its hub id, else TEACHER_DIR. Where callers
+    change experts themselves it also defines `switch`, which does so between steps, and starts with the first; UserError for names that are
+    no identifiers."""
     if manifest["weights"] == "lora":
-        loaded = _load_adapters(manifest, folder)
+        loaded = _load_adapters(manifest, folder, teacher)
     else:
         loaded = f"import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({_quoted(folder)})\n"
     return loaded + (_switching(manifest, folder) if switched_by_caller(manifest) else "")
@@ -47,20 +51,21 @@ def switched_by_caller(manifest: dict[str, Any]) -> bool:
     return "experts" in manifest and "boundary_ratio" not in manifest
 
 
-def _load_adapters(manifest: dict[str, Any], folder: str) -> str:
+def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str) -> str:
     pipeline, scheduler, place = _identifier(manifest["pipeline"]), _identifier(manifest.get("scheduler", SCHEDULER)), _quoted(folder)
     if "experts" in manifest:
         names = [_quoted(expert["where"]) for expert in manifest["experts"]]
         adapters = [f'{place}, subfolder={name}, weight_name="{ADAPTER_FILE}", adapter_name={name}' for name in names]
     else:
         adapters = [place]
-    revision = manifest["teacher"].get("revision")
+    revision = None if teacher else manifest["teacher"].get("revision")
+    base = teacher or (manifest["base"] if is_hub_id(manifest["base"]) else TEACHER_DIR)
     commit = "" if revision is None else f"revision={_quoted(revision)}, "
     # A shift is stated for teachers whose scheduler may not even load.
     without = "scheduler=None, " if manifest["teacher"].get("shift") is not None else ""
     return (
         f"import torch\nfrom diffusers import {pipeline}, {scheduler}\n\n"
-        f"pipe = {pipeline}.from_pretrained({_quoted(manifest['base'])}, {commit}{without}torch_dtype=torch.float32)\n"
+        f"pipe = {pipeline}.from_pretrained({_quoted(base)}, {commit}{without}torch_dtype=torch.float32)\n"
         + "".join(f"pipe.load_lora_weights({arguments})\n" for arguments in adapters)
         + f'pipe.scheduler = {scheduler}.from_pretrained({place}, subfolder="scheduler")\n'
     )
@@ -131,8 +136,14 @@ def model_card(manifest: dict[str, Any]) -> str:
         how = f"{how[:-1]}, and other numbers of steps give no sensible picture:"
     experts = [_experts_text(manifest), ""] if "experts" in manifest else []
     unfinished = [unfinished_text(manifest), ""] if "unfinished" in manifest else []
+    base = [_base_text(teacher["pretrained"]), ""] if manifest["weights"] == "lora" and not on_hub else []
     snippet = f"```python\n{call_snippet(manifest)}```"
-    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, how, "", snippet, ""])
+    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, how, "", *base, snippet, ""])
+
+
+def _base_text(teacher: str) -> str:
+    where = f" fastgen brings it, as `fastgen/assets/{teacher.removeprefix('fastgen:')}`." if teacher.startswith("fastgen:") else ""
+    return f"The adapter needs its teacher: put the folder of `{teacher}` in place of `{TEACHER_DIR}`.{where}"
 
 
 def unfinished_text(manifest: dict[str, Any]) -> str:

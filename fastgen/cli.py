@@ -29,6 +29,10 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML fi
 Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key=value]...", help="Overrides, such as train.steps=50.")]  # noqa: UP045
 MOST_STEPS = 1000  # as student.steps of a recipe
 
+TeacherDir = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--teacher", metavar="DIR", help="The folder of the student's teacher, where it is not found."),
+]
 StudentDir = Annotated[Path, typer.Argument(metavar="STUDENT_DIR", help="An exported student.")]
 
 
@@ -101,13 +105,13 @@ def export(
 
 
 @app.command()
-def verify(student_dir: StudentDir) -> None:
+def verify(student_dir: StudentDir, teacher_dir: TeacherDir = None) -> None:
     """Reload the student in plain diffusers, without fastgen, and compare its grid and pictures with ours."""
     from fastgen import export as exports
     from fastgen import run, terminal
 
     terminal.quiet()
-    result = exports.verify(student_dir)
+    result = exports.verify(student_dir, teacher_dir=teacher_dir)
     run.require_verified(result, student_dir)
     terminal.note(f"verified: {result.pictures} pictures differ by at most {result.picture_error:.1e}, the grid by {result.grid_error:.1e}")
 
@@ -127,6 +131,7 @@ def sample(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="W", help="The teacher's guidance in them (default: 1, none)."),
     ] = None,
+    teacher_dir: TeacherDir = None,
 ) -> None:
     """Draw pictures with an exported student."""
     from fastgen import pictures, terminal
@@ -141,12 +146,13 @@ def sample(
         raise UserError(f"--output: {str(output)!r} must end in .png")
     _check_file(output)
     terminal.quiet()
-    student = load_student(student_dir)
+    student = load_student(student_dir, teacher_dir=teacher_dir)
     for warning in student.family.legibility(prompt).check("--prompt"):
         terminal.warn(warning)
     if first_step_from_teacher is not None:
         student.times_after_first(steps)  # refuses before the teacher is loaded
-        student = student.with_first_step(load_teacher_of(student_dir, guidance=guidance), first_step_from_teacher)
+        teacher = load_teacher_of(student_dir, guidance=guidance, teacher_dir=teacher_dir)
+        student = student.with_first_step(teacher, first_step_from_teacher)
     images = student(prompt, [seed + i for i in range(len(prompt))], steps)
     pictures.save_png(pictures.picture_row(images), output)
     terminal.note(f"picture: {output}")
@@ -158,7 +164,8 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="How to measure.")] = "digits",
     steps: Annotated[Optional[str], typer.Option(help="Step counts of the student, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option(help="Results file (default: results.json beside the student).")] = None,  # noqa: UP045
-    teacher: Annotated[bool, typer.Option("--teacher/--no-teacher", help="Also measure the teacher (cached).")] = True,
+    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do not measure the teacher (once measured, it is cached).")] = False,
+    teacher_dir: TeacherDir = None,
     teacher_steps: Annotated[Optional[str], typer.Option(help="Step counts of the teacher (default: its own).")] = None,  # noqa: UP045
 ) -> None:
     """Measure an exported student beside its teacher and write results.json."""
@@ -167,7 +174,14 @@ def evaluate(
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
     _check_file(output)
     results = run.evaluate(
-        student_dir, protocol=protocol, steps=counts, output=output, teacher=teacher, teacher_steps=teacher_counts, progress=terminal.progress()
+        student_dir,
+        protocol=protocol,
+        steps=counts,
+        output=output,
+        teacher=not no_teacher,
+        teacher_steps=teacher_counts,
+        teacher_dir=teacher_dir,
+        progress=terminal.progress(),
     )
     terminal.print_results(results["metrics"])
     terminal.note(f"results: {output or student_dir / 'results.json'}")

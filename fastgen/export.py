@@ -31,11 +31,12 @@ import fastgen
 from fastgen import card
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
-from fastgen.families import is_hub_id, resolve_source
+from fastgen.families import resolve_source
 from fastgen.families.base import Family
 from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
-from fastgen.generator import check_student, open_student, read_manifest
+from fastgen.generator import check_student, open_student, read_manifest, teacher_source
+from fastgen.portable import forget_origins, portable, source_name
 from fastgen.roles import Role
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
@@ -93,6 +94,7 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
                 expert: Any = _in_dtype(network(k), DTYPES[dtype])
                 expert.save_pretrained(folder / place, safe_serialization=True)
         _load_encoders_as_fp32(folder)
+        forget_origins(folder)
 
     ends = [expert.end for expert in experts] if boundary is None else [boundary * family.path.t_max, 0.0]
     division = _division(ends, shares, places) | ({} if boundary is None else {"boundary_ratio": boundary})
@@ -246,13 +248,13 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "own_steps_only": info.own_steps_only,
         "call": family.call_arguments(info.steps, info.guidance, info.grid) | _negative_prompt(info),
         "pipeline": family.pipeline_classes[0],
-        "teacher": info.teacher,
+        "teacher": info.teacher | {"pretrained": source_name(info.teacher["pretrained"])},
         **({"unfinished": info.unfinished} if info.unfinished else {}),
         **more,
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},
         "sha256": file_hashes(folder, file_names(folder)),
-        "recipe": info.recipe,
+        "recipe": portable(info.recipe),
     }
 
 
@@ -262,11 +264,10 @@ def _negative_prompt(info: StudentInfo) -> dict[str, str]:
 
 
 def _base(info: StudentInfo, scheduler: Any) -> dict[str, str]:
-    """What plain diffusers loads an adapter's teacher from (a hub id as it is, else its folder on this machine), and the scheduler's class
-    where it is another than most."""
-    pretrained, name = info.teacher["pretrained"], type(scheduler).__name__
-    base = pretrained if is_hub_id(pretrained) else str(resolve_source(pretrained).resolve())
-    return {"base": base} | ({} if name == card.SCHEDULER else {"scheduler": name})
+    """What plain diffusers loads an adapter's teacher from (a hub id, else the name of a folder), and the scheduler's class where it is
+    another than most."""
+    name = type(scheduler).__name__
+    return {"base": source_name(info.teacher["pretrained"])} | ({} if name == card.SCHEDULER else {"scheduler": name})
 
 
 @dataclass(frozen=True)
@@ -296,13 +297,16 @@ numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().
 """
 
 
-def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3)) -> Verification:
-    """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours in fp32."""
+def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3), teacher_dir: str | Path | None = None) -> Verification:
+    """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours in fp32.
+
+    teacher_dir: as in `load_student`.
+    """
     manifest = read_manifest(folder)
     check_student(folder, manifest)
     prompts = [manifest["prompts"][i % len(manifest["prompts"])] for i in range(len(seeds))]
-    images, sigmas = _plain_diffusers(folder, manifest, prompts, seeds)
-    student = open_student(folder, manifest)
+    images, sigmas = _plain_diffusers(folder, manifest, prompts, seeds, teacher_dir)
+    student = open_student(folder, manifest, teacher_dir=teacher_dir)
     ours = student(prompts, seeds).permute(0, 2, 3, 1).numpy()
     if images.shape != ours.shape or sigmas.shape != (manifest["steps"] + 1,):
         raise UserError(
@@ -313,9 +317,12 @@ def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3)) -> Verification
     return Verification(float(grid_error), float(np.abs(images - ours).max()), len(ours))
 
 
-def _plain_diffusers(folder: Path, manifest: dict[str, Any], prompts: list[str], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _plain_diffusers(
+    folder: Path, manifest: dict[str, Any], prompts: list[str], seeds: Sequence[int], teacher_dir: str | Path | None
+) -> tuple[np.ndarray, np.ndarray]:
     drawn = card.calling(manifest, "prompts", generator="generators", output_type='"np"')
-    program = f"{card.loading(manifest, str(folder.resolve()))}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}.images\n"
+    teacher = _teacher_folder(folder, manifest, teacher_dir) if manifest["weights"] == "lora" else ""
+    program = f"{card.loading(manifest, str(folder.resolve()), teacher)}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}.images\n"
     with tempfile.TemporaryDirectory() as scratch:
         job = {"program": program, "prompts": prompts, "seeds": list(seeds), "output": f"{scratch}/plain.npz"}
         # `-P` keeps the current folder off the path; the child needs nothing of ours.
@@ -325,3 +332,7 @@ def _plain_diffusers(folder: Path, manifest: dict[str, Any], prompts: list[str],
             raise UserError(f"{str(folder)!r} does not load and run in plain diffusers: {reason}")
         with np.load(job["output"]) as arrays:
             return arrays["images"], arrays["sigmas"]
+
+
+def _teacher_folder(folder: Path, manifest: dict[str, Any], teacher_dir: str | Path | None) -> str:
+    return str(resolve_source(*teacher_source(folder, manifest["teacher"], teacher_dir)).resolve())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from fastgen.families import find_family, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import reading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
+from fastgen.portable import is_local, source_name
 from fastgen.sampling import Experts, Predict, few_step, walk
 
 
@@ -199,34 +201,62 @@ def check_if_exported(folder: Path) -> None:
         check_student(folder, read_manifest(folder))
 
 
-def check_teacher_of(folder: Path, source: dict[str, Any]) -> None:
-    """UserError where the files of a student's teacher, its fastgen.json["teacher"], are others than it was trained with.
+def teacher_source(student: Path, recorded: dict[str, Any], given: str | Path | None = None) -> tuple[str, str | None]:
+    """Where a student's teacher is, and at which revision: `given`, what its fastgen.json["teacher"] says, or, where that is the name of
+    a local folder, what the recipe of the run that the student lies in says. UserError where there is none, or one whose files are others
+    than the student was trained with; those of an older fastgen do not know them."""
+    name = recorded["pretrained"]
+    source = str(given) if given is not None else _of_its_run(student, name) if is_local(name) else name
+    revision = recorded.get("revision") if source == name else None
+    try:
+        fits = recorded.get("sha256") in (None, source_hash(source, revision))
+    except UserError as error:
+        reason = str(error).removeprefix("recipe key teacher.pretrained: ")
+        said = f"--teacher: {reason}" if given is not None else f"{str(student)!r}: its teacher: {reason}; {_GIVE_TEACHER}"
+        raise UserError(said) from error
+    if not fits and given is not None:
+        raise UserError(f"--teacher: {source!r} is not the teacher {name!r} that {str(student)!r} was trained with: its SHA-256 differs")
+    if not fits:
+        raise UserError(f"{str(student)!r}: its teacher {source!r} has changed since the student was trained; {_GIVE_TEACHER}")
+    return source, revision
 
-    Students of an older fastgen do not know them.
-    """
-    recorded = source.get("sha256")
-    if recorded is not None and recorded != source_hash(source["pretrained"], source.get("revision")):
-        raise UserError(f"{str(folder)!r}: its teacher {source['pretrained']!r} has changed since the student was trained")
+
+_GIVE_TEACHER = "give the folder of the one it was trained with: --teacher DIR"
 
 
-def load_student(folder: str | Path, *, device: torch.device | str = "cpu") -> ImageGenerator:
+def _of_its_run(student: Path, name: str) -> str:
+    """The folder `name` that a run's recipe.yaml says, for the student in its folder."""
+    recipe = Path(os.path.abspath(student)).parent / "recipe.yaml"
+    block = read_yaml(recipe).get("teacher") if recipe.is_file() else None
+    source = block.get("pretrained") if isinstance(block, dict) else None
+    if not isinstance(source, str) or source_name(source) != name:
+        raise UserError(f"{str(student)!r}: its teacher {name!r} was a local folder, and no run around the student says where; {_GIVE_TEACHER}")
+    return source
+
+
+def load_student(folder: str | Path, *, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None) -> ImageGenerator:
     """An exported student (full weights or LoRA folder, one network or several experts) with the settings of its fastgen.json.
 
-    UserError unless every file is as it was exported, and an adapter's teacher as it was.
+    teacher_dir: where an adapter's teacher is, unless `teacher_source` finds it. UserError unless every file is as it was exported, and
+    an adapter's teacher as it was.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_student(folder, manifest)
-    return open_student(folder, manifest, device=device)
+    return open_student(folder, manifest, device=device, teacher_dir=teacher_dir)
 
 
-def open_student(folder: Path, manifest: dict[str, Any], *, device: torch.device | str = "cpu") -> ImageGenerator:
+def open_student(
+    folder: Path, manifest: dict[str, Any], *, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
+) -> ImageGenerator:
     """`load_student` for files that have been checked."""
     call = manifest["call"]
     is_lora = manifest["weights"] == "lora"
     if is_lora:
-        check_teacher_of(folder, manifest["teacher"])
-    family = find_family(manifest["teacher"]["pretrained"], **_teacher_options(manifest)) if is_lora else find_family(folder, **_size(call))
+        source, revision = teacher_source(folder, manifest["teacher"], teacher_dir)
+        family = find_family(source, revision=revision, **_teacher_options(manifest))
+    else:
+        family = find_family(folder, **_size(call))
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
     load = _load_adapters if is_lora else _load_networks
     predictors = [Predictor(denoiser, family) for denoiser in load(family, folder, [expert["where"] for expert in experts], device)]
@@ -264,17 +294,20 @@ def _load_networks(family: Family, folder: Path, places: Sequence[str], device: 
     return [Denoiser(network.to(device), family) for network in networks]
 
 
-def load_teacher_of(student: str | Path, *, guidance: float | None = None, device: torch.device | str = "cpu") -> ImageGenerator:
-    """The teacher that an exported student's fastgen.json names, with the student's text length and size, and the shift
-    where the recipe stated one; guidance: by default its own there."""
+def load_teacher_of(
+    student: str | Path, *, guidance: float | None = None, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
+) -> ImageGenerator:
+    """The teacher that an exported student's fastgen.json names (`teacher_source`, unless it is in `teacher_dir`), with the student's
+    text length and size, and the shift where the recipe stated one; guidance: by default its own there."""
     manifest = read_manifest(Path(student))
-    source = manifest["teacher"]
-    check_teacher_of(Path(student), source)
+    recorded = manifest["teacher"]
+    source, revision = teacher_source(Path(student), recorded, teacher_dir)
     return load_teacher(
-        source["pretrained"],
-        guidance=source["guidance"] if guidance is None else guidance,
-        negative_prompt=source["negative_prompt"],
+        source,
+        guidance=recorded["guidance"] if guidance is None else guidance,
+        negative_prompt=recorded["negative_prompt"],
         device=device,
+        revision=revision,
         **_teacher_options(manifest),
     )
 
@@ -284,8 +317,9 @@ def _size(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _teacher_options(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the family of a student's teacher is told; the shift where the recipe stated it, for its scheduler may be unknown."""
-    return {**_size(manifest["call"]), "shift": manifest["teacher"].get("shift"), "revision": manifest["teacher"].get("revision")}
+    """How the student's own teacher was loaded: the student's text length and size, and the shift where the recipe stated it, for its
+    scheduler may be unknown."""
+    return {**_size(manifest["call"]), "shift": manifest["teacher"].get("shift")}
 
 
 def cannot_teach(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from fastgen import card, curves
 from fastgen.errors import UserError
 from fastgen.files import write_atomically
+from fastgen.portable import portable
 
 Row = Mapping[str, Any]  # an entry of results.json["metrics"]
 
@@ -59,7 +60,8 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; `results` and `student` (its fastgen.json) are None and `samples` is empty where there is none yet."""
+    """What a run folder holds, with names in place of paths; `results` and `student` (its fastgen.json) are None and `samples` is empty where
+    there is none yet."""
 
     folder: Path
     recipe_text: str
@@ -161,11 +163,13 @@ def read_run(run_dir: Path) -> Run:
         raise UserError(f"cannot read {folder / 'recipe.yaml'}: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{folder / 'recipe.yaml'} is not a recipe: it must be a mapping")
+    if recipe != (named := portable(recipe)):
+        recipe, text = named, yaml.safe_dump(named, sort_keys=False, width=120, allow_unicode=True)
     samples = sorted((int(found[1]), path) for path in folder.glob("samples/*.png") if (found := re.fullmatch(r"step_(\d+)", path.stem)))
     results, student = _read_json(folder / "results.json"), _read_json(folder / "student" / "fastgen.json")
     if results is not None and not isinstance(results.get("metrics"), list):
         raise UserError(f"{folder / 'results.json'} is not a results file: it has no list of metrics")
-    return Run(folder.resolve(), text, recipe, _read_steps(folder / "metrics.jsonl"), samples, results, student)
+    return Run(folder.resolve(), text, recipe, _read_steps(folder / "metrics.jsonl"), samples, results, portable(student))
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
@@ -365,10 +369,11 @@ def _image_uri(path: Path, widest: int) -> str:
 
 
 def _usage(run: Run) -> dict[str, str] | None:
-    """Code that runs the student with diffusers alone, passing what its pipeline must be passed, and the same on the command line."""
+    """Code that runs the student with diffusers alone, passing what its pipeline must be passed, and the same on the command line, both in
+    the folder that the run's lies in."""
     if run.student is None:
         return None
-    folder, prompts = str(run.folder / "student"), run.student.get("prompts") or ["a red fox in deep snow"]
+    folder, prompts = f"{run.folder.name}/student", run.student.get("prompts") or ["a red fox in deep snow"]
     shell = f"fastgen sample {shlex.quote(folder)} --prompt {shlex.quote(prompts[0])} --output image.png"
     return {"python": card.call_snippet(run.student, folder), "shell": shell}
 

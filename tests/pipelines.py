@@ -24,9 +24,11 @@ from torch import Tensor
 
 from fastgen import export
 from fastgen.export import StudentInfo
+from fastgen.families import resolve_source
 from fastgen.families.base import Family
 from fastgen.families.sd3 import SD3
 from fastgen.fingerprints import SEAL, file_hashes, sealed
+from fastgen.generator import read_manifest, teacher_source
 from fastgen.roles import LoraTuning, Role, build_roles, trainable
 
 CLIP_TOKENS = 24
@@ -173,11 +175,19 @@ def same_interpreter() -> Iterator[None]:
         yield
 
 
+def in_a_run(student: Path, teacher: Path) -> Path:
+    """A student, beside which now lies the recipe of a run with this teacher."""
+    (student.parent / "recipe.yaml").write_text(json.dumps({"teacher": {"pretrained": str(teacher)}}))
+    return student
+
+
 def card_snippet(folder: Path) -> str:
-    """The code of the model card, with the student's folder filled in."""
+    """The code of the model card, with the student's folder and that of an adapter's teacher filled in."""
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert "STUDENT_DIR" in snippet
     assert not re.search(r"(import|from) fastgen", snippet)
+    if "TEACHER_DIR" in snippet:
+        snippet = snippet.replace("TEACHER_DIR", str(resolve_source(*teacher_source(folder, read_manifest(folder)["teacher"]))))
     return snippet.replace("STUDENT_DIR", str(folder))
 
 

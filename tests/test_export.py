@@ -26,6 +26,7 @@ from pipelines import (
     assert_shows,
     draw,
     edit_json,
+    in_a_run,
     record_hashes,
     run_snippet,
     student_info,
@@ -100,7 +101,7 @@ def test_manifest_records_the_call_the_grid_and_where_it_comes_from(exported: tu
     assert manifest["grid"] == pytest.approx([1, 0.9, 0.75, 0.5], abs=1e-12)
     assert (manifest["steps"], manifest["weights"], manifest["dtype"], manifest["method"]) == (4, "full", "fp32", "dmd2")
     assert manifest["pipeline"] == "StableDiffusion3Pipeline"
-    assert manifest["teacher"] == {"pretrained": str(sd3_folder), "guidance": 4.0, "negative_prompt": NEGATIVE}
+    assert manifest["teacher"] == {"pretrained": sd3_folder.name, "guidance": 4.0, "negative_prompt": NEGATIVE}
     assert manifest["sha256"] == {
         path.relative_to(exported[0]).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in exported[0].rglob("*")
@@ -294,7 +295,7 @@ def adapter_roles(family: Family) -> Roles:
 def test_a_lora_export_draws_the_roles_pictures_on_the_plain_teacher(sd3_folder: Path, family: SD3, tmp_path: Path) -> None:
     roles, info = adapter_roles(family), student_info(sd3_folder)
     expected = pictures(roles["student"], info)
-    folder = export_lora(roles["student"], family, info, tmp_path / "student")
+    folder = in_a_run(export_lora(roles["student"], family, info, tmp_path / "student"), sd3_folder)
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     plain = draw(pipeline, PROMPTS, SEEDS, **read_manifest(folder)["call"])
     pipeline.load_lora_weights(str(folder))
@@ -321,14 +322,14 @@ def test_an_adapters_code_loads_the_scheduler_that_its_family_exports(sd3_folder
     folder = export_lora(adapter_roles(family)["student"], family, student_info(sd3_folder), tmp_path / "student")
     assert read_manifest(folder)["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     names: dict[str, Any] = {}
-    exec(card.loading(read_manifest(folder), str(folder)), names)
+    exec(card.loading(read_manifest(folder), str(folder), str(sd3_folder)), names)
     assert type(names["pipe"].scheduler) is FlowMatchEulerDiscreteScheduler
     assert names["pipe"].scheduler.config["shift"] == 1.5
 
 
 @pytest.mark.usefixtures("same_interpreter")
 def test_verify_notices_another_scheduler_beside_an_adapter(sd3_folder: Path, family: SD3, tmp_path: Path) -> None:
-    folder = export_lora(adapter_roles(family)["student"], family, student_info(sd3_folder), tmp_path / "student")
+    folder = in_a_run(export_lora(adapter_roles(family)["student"], family, student_info(sd3_folder), tmp_path / "student"), sd3_folder)
     edit_json(folder / "scheduler" / "scheduler_config.json", shift=1.0)
     assert verify(folder).grid_error == pytest.approx(0.25, abs=1e-6)
 
@@ -363,7 +364,7 @@ def test_the_cards_snippet_draws_our_picture_without_fastgen(
 
 def test_the_snippet_of_an_explicit_grid_and_of_an_adapter(sd3_folder: Path, family: SD3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gridded = export_student(student_role(family), family, student_info(sd3_folder, grid=[1.0, 0.8, 0.3], steps=3), tmp_path / "gridded")
-    adapter = export_lora(adapter_roles(family)["student"], family, student_info(sd3_folder), tmp_path / "adapter")
+    adapter = in_a_run(export_lora(adapter_roles(family)["student"], family, student_info(sd3_folder), tmp_path / "adapter"), sd3_folder)
     for folder in (gridded, adapter):
         assert_shows(run_snippet(monkeypatch, folder), load_student(folder)(PROMPTS[:1], [0]))
 

@@ -21,6 +21,7 @@ from pipelines import (
     card_snippet,
     draw,
     edit_json,
+    in_a_run,
     run_snippet,
     student_info,
     without_fastgen,
@@ -92,7 +93,8 @@ def exported(sd3_folder: Path, family: SD3, tmp_path_factory: pytest.TempPathFac
 def adapters(sd3_folder: Path, family: SD3, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Expert]]:
     """Two experts as adapters of one network."""
     experts = make_experts(family, TWO, tuning=adapter_tuning())
-    return export_lora(experts, family, student_info(sd3_folder), tmp_path_factory.mktemp("exports") / "adapters"), experts
+    folder = export_lora(experts, family, student_info(sd3_folder), tmp_path_factory.mktemp("exports") / "adapters")
+    return in_a_run(folder, sd3_folder), experts
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_every_form_draws_what_the_experts_draw_in_turn(
     for k in range(len(ends)):
         assert (pictures(family, experts, [k] * 4) - expected).abs().max() > 1e-3, "every expert must show"
     export_it = export_lora if form == "lora" else export_student
-    folder = export_it(experts, family, student_info(sd3_folder), tmp_path / "student")
+    folder = in_a_run(export_it(experts, family, student_info(sd3_folder), tmp_path / "student"), sd3_folder)
     assert (load_student(folder)(PROMPTS, SEEDS) - expected).abs().max() <= 1e-5
     result = verify(folder, seeds=SEEDS)
     assert result.passed, result
@@ -197,7 +199,7 @@ def test_a_second_picture_needs_the_line_that_starts_with_the_first_expert(
 def test_with_guidance_and_an_explicit_grid(form: str, sd3_folder: Path, family: SD3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = make_experts(family, [0.3, 0.0], tuning=adapter_tuning() if form == "lora" else None)
     info = student_info(sd3_folder, grid=[0.98, 0.8, 0.3], steps=3, guidance=5.0)
-    folder = (export_lora if form == "lora" else export_student)(experts, family, info, tmp_path / "student")
+    folder = in_a_run((export_lora if form == "lora" else export_student)(experts, family, info, tmp_path / "student"), sd3_folder)
     assert [expert["steps"] for expert in read_manifest(folder)["experts"]] == [[0, 1], [2]]
     assert verify(folder, seeds=SEEDS).passed
     assert_shows(run_snippet(monkeypatch, folder), load_student(folder)(PROMPTS[:1], [0]))
@@ -405,7 +407,7 @@ def test_adapters_for_a_pipeline_with_two_networks(tmp_path: Path) -> None:
     expected = by_hand(wan21, experts, OF_TWO)
     base = tmp_path / "base"
     tiny_wan().save_pretrained(base)
-    folder = export_lora(experts, wan21, student_info(base), tmp_path / "student")
+    folder = in_a_run(export_lora(experts, wan21, student_info(base), tmp_path / "student"), base)
     snippet, names = card_snippet(folder), dict[str, Any]()
     exec(snippet[: snippet.index("image = pipe(")], names)
     drawn = wan_latents(names["pipe"], **read_manifest(folder)["call"], callback_on_step_end=names["switch"])

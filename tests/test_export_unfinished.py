@@ -92,7 +92,7 @@ def test_what_is_still_the_teacher_is_refused(
 
 @pytest.mark.usefixtures("same_interpreter")
 def test_a_phase_that_has_begun_is_exported_on_demand_and_recorded(
-    phased: tuple[dict[int, Path], list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    phased: tuple[dict[int, Path], list[str]], sd3_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folders, form = phased
     folder = tmp_path / "student"
@@ -101,14 +101,14 @@ def test_a_phase_that_has_begun_is_exported_on_demand_and_recorded(
     assert read_manifest(folder)["unfinished"] == {"student_2": {"step": 1, "of": 2}}
     card = (folder / "README.md").read_text()
     assert "Exported before the end of training: `student_2` had trained 1 of its 2 steps." in card
-    assert cli.main(["verify", str(folder)]) == 0
+    assert cli.main(["verify", str(folder), "--teacher", str(sd3_folder)]) == 0
     # The picture is that of the checkpoint's averages, experts in turn.
     state = checkpoint.read_state(checkpoint.latest(folders[3]))
     made = run.build(plan(validate(Recipe, state["recipe"]), started=True), run.Progress())
     checkpoint.load(checkpoint.latest(folders[3]), made.trainer)
     with made.trainer.ema.applied():
         expected = made.generator("student")(PROMPTS[:2], [0, 1])
-    assert (load_student(folder)(PROMPTS[:2], [0, 1]) - expected).abs().max() <= 1e-5
+    assert (load_student(folder, teacher_dir=sd3_folder)(PROMPTS[:2], [0, 1]) - expected).abs().max() <= 1e-5
 
 
 def test_a_finished_run_is_exported_without_a_flag_or_a_word(phased: tuple[dict[int, Path], list[str]], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from damage import flip
 from diffusers import FlowMapEulerDiscreteScheduler, StableDiffusion3Pipeline
-from pipelines import NEGATIVE, PROMPTS, adapter_tuning, draw, student_role
+from pipelines import NEGATIVE, PROMPTS, adapter_tuning, draw, in_a_run, student_role
 from pipelines import sd3_folder as sd3_folder
 from torch import Tensor
 
@@ -197,7 +197,7 @@ def originals(sd3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     family = SD3(teacher, max_sequence_length=TOKENS)
     origin = {"pretrained": str(teacher), "guidance": 4.0, "negative_prompt": NEGATIVE, "sha256": source_hash(str(teacher))}
     info = student_info(teacher=origin)
-    lora = export_lora(adapter_role(family), family, info, root / "lora")
+    lora = in_a_run(export_lora(adapter_role(family), family, info, root / "lora"), teacher)
     return {"teacher": teacher, "lora": lora, "full": export_student(student_role(family), family, info, root / "full")}
 
 
@@ -403,7 +403,7 @@ def test_a_first_step_that_cannot_be_taken_is_refused(teacher: ImageGenerator) -
 def test_load_teacher_of_a_student_follows_its_manifest(sd3_folder: Path, tmp_path: Path) -> None:
     family = SD3(sd3_folder, max_sequence_length=TOKENS, resolution=24)
     origin = {"pretrained": str(sd3_folder), "guidance": 4.0, "negative_prompt": NEGATIVE}
-    folder = export_student(student_role(family), family, student_info(teacher=origin), tmp_path / "student")
+    folder = in_a_run(export_student(student_role(family), family, student_info(teacher=origin), tmp_path / "student"), sd3_folder)
     for guidance in (None, 1.5):
         found = load_teacher_of(folder, guidance=guidance)
         same = load_teacher(sd3_folder, guidance=guidance or 4.0, negative_prompt=NEGATIVE, max_sequence_length=TOKENS, resolution=24)

@@ -20,7 +20,7 @@ PACKAGE = Path(fastgen.__file__).parent
 LAYERS = [
     {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "fingerprints", "discovery", "legibility"}
     | {"printing"},
-    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards"},
+    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards", "portable"},
     {"roles", "ema", "parallel"},
     {"distillers"},
     {"trainer", "checkpoint"},

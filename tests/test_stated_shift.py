@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pipelines import NEGATIVE, PROMPTS, adapter_tuning, card_snippet, edit_json, student_info, student_role
+from pipelines import NEGATIVE, PROMPTS, adapter_tuning, card_snippet, edit_json, in_a_run, student_info, student_role
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 
@@ -112,7 +112,7 @@ def test_a_student_and_its_teacher_go_by_the_stated_shift(
     family = SD3(foreign, max_sequence_length=TOKENS, shift=SHIFT)
     teacher = {"pretrained": str(foreign), "guidance": 4.0, "negative_prompt": NEGATIVE, "shift": SHIFT}
     role, info = student_role(family, tuning=adapter_tuning() if as_lora else None), student_info(foreign, steps=2, teacher=teacher, grid=grid)
-    folder = (export_lora if as_lora else export_student)(role, family, info, tmp_path / "student")
+    folder = in_a_run((export_lora if as_lora else export_student)(role, family, info, tmp_path / "student"), foreign)
     assert read_manifest(folder)["teacher"]["shift"] == SHIFT
     assert verify(folder).passed
     assert ("scheduler=None" in card_snippet(folder)) == as_lora
@@ -131,7 +131,8 @@ def test_a_student_and_its_teacher_go_by_the_stated_shift(
 
 def test_a_student_without_a_stated_shift_follows_its_teachers_scheduler(sd3_folder: Path, tmp_path: Path) -> None:
     family = SD3(sd3_folder, max_sequence_length=TOKENS)
-    folder = export_lora(student_role(family, tuning=adapter_tuning()), family, student_info(sd3_folder), tmp_path / "student")
+    role = student_role(family, tuning=adapter_tuning())
+    folder = in_a_run(export_lora(role, family, student_info(sd3_folder), tmp_path / "student"), sd3_folder)
     assert "scheduler=None" not in card_snippet(folder)
     assert (load_student(folder).family.shift, load_teacher_of(folder).family.shift) == (3, 3)
     edit_json(folder / "fastgen.json", teacher=read_manifest(folder)["teacher"] | {"shift": "two"})
@@ -145,7 +146,8 @@ def test_cached_rows_of_a_teacher_are_told_apart_by_its_grid(monkeypatch: pytest
     monkeypatch.setattr(runner, "cached", lambda key, compute: keys.append(key) or [])
     source = {"pretrained": "fastgen:digits", "guidance": 1.5, "negative_prompt": ""}
     for shift in (None, 2.0, 3.0):  # the same manifest, as older versions wrote it
-        products._teacher_rows(load_protocol("digits"), load_teacher("fastgen:digits", guidance=1.5, shift=shift), source, [4], run.Progress())
+        teacher = load_teacher("fastgen:digits", guidance=1.5, shift=shift)
+        products._teacher_rows(load_protocol("digits"), teacher, "0" * 64, source, [4], run.Progress())
     assert len(set(keys)) == 3
     assert [1.0, 0.75, 0.5, 0.25] in json.loads(keys[0])
 

@@ -16,7 +16,7 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.export import Verification, export_lora, export_student, verify
 from fastgen.families import resolve_source
 from fastgen.fingerprints import folder_hash
-from fastgen.generator import ImageGenerator, check_teacher_of, load_student, load_teacher_of, read_manifest
+from fastgen.generator import ImageGenerator, load_student, load_teacher_of, read_manifest, teacher_source
 from fastgen.plan import plan
 from fastgen.run.building import Run, build
 from fastgen.run.folder import check_parents, plain
@@ -97,25 +97,27 @@ def evaluate(
     output: str | Path | None = None,
     teacher: bool = True,
     teacher_steps: Sequence[int] | None = None,
+    teacher_dir: str | Path | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure an exported student and, unless `teacher=False`, its teacher (cached), and write results.json; returns its content.
 
-    steps: step counts of the student (default: its own); teacher_steps: of the teacher (default: its own).
+    steps: step counts of the student (default: its own); teacher_steps: of the teacher (default: its own); teacher_dir: where the teacher
+    is, unless the student's fastgen.json or the run that it lies in says so.
     """
     progress, folder = progress or Progress(), Path(student_dir)
     manifest = read_manifest(folder)
-    measured, student = load_protocol(protocol), load_student(folder, device=device)
-    if teacher:
-        check_teacher_of(folder, manifest["teacher"])  # before the student is measured
+    measured, student = load_protocol(protocol), load_student(folder, device=device, teacher_dir=teacher_dir)
+    source = teacher_source(folder, manifest["teacher"], teacher_dir) if teacher else None  # before the student is measured
     for count in steps or []:
         student.times(count)  # refuses counts that the student was not made for before anything is measured
     progress.stage(f"measuring {folder} with protocol {protocol}")
     rows = measure(measured, student, "student", steps or [student.steps], progress)
-    if teacher:
-        base = load_teacher_of(folder, device=device)
-        rows += _teacher_rows(measured, base, manifest["teacher"], teacher_steps or [base.steps], progress)
+    if source is not None:
+        base = load_teacher_of(folder, device=device, teacher_dir=teacher_dir)
+        weights = folder_hash(resolve_source(*source))
+        rows += _teacher_rows(measured, base, weights, manifest["teacher"], teacher_steps or [base.steps], progress)
     rows += runner.cached(f"floors/{measured.hash()}/{measured.extractor_hash()}", measured.floors)
     provenance = runner.provenance(measured, device=device, model_hash=folder_hash(folder))
     if "unfinished" in manifest:
@@ -124,9 +126,10 @@ def evaluate(
     return {"protocol": protocol, "metrics": rows, "provenance": provenance}
 
 
-def _teacher_rows(protocol: Any, teacher: ImageGenerator, source: dict[str, Any], steps: Sequence[int], progress: Progress) -> list[Any]:
+def _teacher_rows(
+    protocol: Any, teacher: ImageGenerator, weights: str, source: dict[str, Any], steps: Sequence[int], progress: Progress
+) -> list[Any]:
     """The teacher's rows, measured once for each weights, protocol, guidance and sampling grid."""
-    weights = folder_hash(resolve_source(source["pretrained"], source.get("revision")))
     settings = {key: value for key, value in source.items() if key not in ("pretrained", "revision", "sha256")}  # who it is, the weights say
     rows = []
     for count in steps:
