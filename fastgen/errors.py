@@ -11,7 +11,14 @@ class UserError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on (a loss or gradient is not finite): the message names step, role and term (exit status 1)."""
+    """Training cannot go on (a loss or gradient is not finite): the message names step, term and the role that diverged (exit status 1).
+
+    role: the one that diverged, where one did.
+    """
+
+    def __init__(self, message: str, *, role: str | None = None) -> None:
+        super().__init__(message)
+        self.role = role
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgen import divergence
 from fastgen.config import OptimizerBlock, TrainBlock
-from fastgen.data.training import TrainingData
+from fastgen.data.training import Batch, TrainingData
 from fastgen.distillers.base import Distiller, Update
 from fastgen.ema import EMA, Averages
 from fastgen.errors import TrainingFailed
@@ -23,6 +24,8 @@ from fastgen.rng import SampleRng
 from fastgen.roles import Roles
 
 Metrics = dict[str, float]
+
+_CHECK_EVERY = 100  # steps between checks of all weights, which read them once
 
 
 def make_optimizer(block: OptimizerBlock, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -59,6 +62,7 @@ class Trainer:
             self.parallel.prepare(role)
         self.models = self.roles.predictors()
         self.parameters = {name: list(role.parameters().values()) for name, role in self.roles.trained.items()}
+        self.begun = {name: divergence.largest(own) for name, own in self.parameters.items()}  # largest weights, by role
         self.optimizers = {name: make_optimizer(self.optimizer_blocks[name], own) for name, own in self.parameters.items()}
         averaged = {name: role for name, role in self.roles.items() if role.spec.averaged}
         self.ema = Averages({name: EMA(role.parameters(), self.settings.ema) for name, role in averaged.items()})
@@ -71,6 +75,8 @@ class Trainer:
             metrics = self.train_step()
             taken = time.perf_counter() - started
             self.seconds += taken
+            if self.step % _CHECK_EVERY == 0 or self.step == self.settings.steps:
+                self.check_weights()  # some methods' losses stay finite, even 0, whatever becomes of their network
             metrics |= {"seconds": self.seconds, "samples_per_second": self.settings.batch_size / taken}
             for event in events:
                 event(self.step, metrics)
@@ -86,6 +92,12 @@ class Trainer:
             self.ema[name].update()
         self.move_to(self.step + 1)
         return {name: sum(values) / len(values) for name, values in sums.items()}
+
+    def check_weights(self) -> None:
+        """TrainingFailed where a trained role or its average has left its range, as it may in an optimizer step with a finite gradient: due
+        before what these weights are kept or drawn for, because it reads them all."""
+        if found := divergence.unsound(self.roles.trained, self.begun) or divergence.unsound_average(self.ema):
+            raise TrainingFailed(f"after step {self.step}: {found.reason}", role=found.role)
 
     def move_to(self, step: int) -> None:
         """Stand after `step` student steps, and free what no later one uses: the optimizers of roles whose training is over, and roles that
@@ -124,7 +136,9 @@ class Trainer:
             batch, share = self.data.draw(rng.at("data")), len(micro) / len(ids)
             for k, term in enumerate(update.terms):
                 loss = term(self.models, batch, rng.at(term.__name__), self.step)
-                self._require_finite(loss.value, update, term.__name__)
+                if not bool(torch.isfinite(loss.value)):
+                    trained = " and ".join(repr(name) for name in update.trains)
+                    raise self._failed(f"the loss of term {term.__name__!r}, which trains role {trained}, is {loss.value.item()}", batch)
                 last = m == len(micro_batches) - 1 and k == len(update.terms) - 1
                 with self.roles.held(update.trains[0]), self.parallel.gradients(modules, synchronise=last):
                     (loss.value * share).backward()
@@ -138,7 +152,7 @@ class Trainer:
         norm = self.parallel.clip_gradients(self.parameters[name], block.clip).item()
         if not math.isfinite(norm):
             terms = " and ".join(repr(term.__name__) for term in update.terms)
-            raise TrainingFailed(f"step {self.step}: the gradient norm of role {name!r}, from term {terms}, is {norm}; {_ADVICE}")
+            raise self._failed(f"the gradient norm of role {name!r}, from term {terms}, is {norm}")
         first, steps = self._span(name)
         lr = block.lr * lr_factor(block, self.step - first, steps)
         for group in optimizer.param_groups:
@@ -147,10 +161,10 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return {f"grad_norm/{name}": norm, f"lr/{name}": lr}
 
-    def _require_finite(self, value: Tensor, update: Update, term: str) -> None:
-        if not bool(torch.isfinite(value)):
-            roles = " and ".join(repr(name) for name in update.trains)
-            raise TrainingFailed(f"step {self.step}: the loss of term {term!r}, which trains role {roles}, is {value.item()}; {_ADVICE}")
+    def _failed(self, what: str, batch: Batch | None = None) -> TrainingFailed:
+        inputs = {} if batch is None else divergence.inputs_of(batch, self.distiller.setting.negative)
+        found = divergence.diagnose(self.roles, self.begun, inputs)
+        return TrainingFailed(f"step {self.step}: {what}; {found.reason}", role=found.role)
 
 
 @dataclass
@@ -169,6 +183,3 @@ class _Mean:
     @property
     def value(self) -> Tensor:
         return torch.as_tensor(self.total / self.count)
-
-
-_ADVICE = "the last checkpoint is intact: lower the learning rate and resume, or check the data"

@@ -23,7 +23,7 @@ LAYERS = [
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards", "portable"},
     {"roles", "ema", "parallel"},
     {"distillers"},
-    {"trainer", "checkpoint"},
+    {"divergence", "trainer", "checkpoint"},
     {"export", "evaluation", "report", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"},
     {"plan", "inputs"},
     {"run"},

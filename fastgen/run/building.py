@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from fastgen import checkpoint, conditioning, inputs
 from fastgen.data import training
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
+from fastgen.divergence import largest
+from fastgen.errors import UserError
 from fastgen.export import Expert, StudentInfo
 from fastgen.generator import ImageGenerator
 from fastgen.parallel import SingleProcess, launch
@@ -79,6 +82,8 @@ def build(plan: Plan, progress: Progress) -> Run:
     data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
+    if not math.isfinite(largest(backbone.parameters())):
+        raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has weights that are not finite, so it cannot teach")
     setting = plan.setting(conditioning.to(family.encode_prompts([recipe.teacher.negative_prompt]), parallel.device), family.decode)
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
     roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults, seed=recipe.train.seed)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from fastgen import checkpoint, diagnostics, pictures
+from fastgen.errors import TrainingFailed
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.generator import ImageGenerator, generate_pictures
 from fastgen.run.building import Run, spread
+from fastgen.run.diverged import with_way_on
 from fastgen.run.progress import Interrupted, Progress
 from fastgen.runlog import RunLog
 from fastgen.trainer import Metrics
@@ -42,6 +44,7 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
 
         def save() -> None:
             nonlocal saved
+            trainer.check_weights()
             log.flush()
             checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep, inputs=run.began.hashes, metrics=latest)
             saved = trainer.step
@@ -71,11 +74,13 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
             if logged and not any(row["step"] == trainer.step for row in rows):
                 write_row(trainer.step, logged)
             trainer.run([after_step], should_stop=lambda: bool(caught))
+            if caught and saved != trainer.step:
+                save()
+        except TrainingFailed as failure:
+            raise with_way_on(failure, run_dir / "checkpoints", trainer) from failure
         finally:  # a bar left running hides the terminal's cursor
             progress.finish()
         if caught:
-            if saved != trainer.step:
-                save()
             raise Interrupted(caught[0], trainer.step)
 
 
@@ -117,6 +122,7 @@ class Samples:
 
     def draw(self, step: int) -> Metrics:
         """Write `step_NNNNNN.png` from the averaged weights; returns the student's drift from the teacher, where there is one."""
+        self.run.trainer.check_weights()
         with self.run.trainer.ema.applied():
             drawn = self._pictures(self.student)
         student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", drawn)
@@ -137,6 +143,7 @@ def _evaluations(run: Run) -> Callable[[], Metrics]:
     protocol, student = load_protocol(name), run.generator("student")
 
     def measure() -> Metrics:
+        run.trainer.check_weights()
         with run.trainer.ema.applied():
             rows = runner.run_protocol(protocol, student, model="student", steps=[student.steps], guidance=student.guidance)
         return {f"eval/{row['name']}": row["value"] for row in rows}
