@@ -7,11 +7,13 @@ quoted here must be an identifier.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from fastgen.errors import UserError
 from fastgen.families import is_hub_id
 from fastgen.generator import ADAPTER_FILE
+from fastgen.printing import printable
 
 # What a LoRA student's scheduler is where its fastgen.json does not name another.
 SCHEDULER = "FlowMapEulerDiscreteScheduler"
@@ -101,8 +103,14 @@ def _switching(manifest: dict[str, Any], folder: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A Python string literal."""
-    return json.dumps(text, ensure_ascii=False)
+    """A Python string literal, on one line."""
+    return printable(json.dumps(text, ensure_ascii=False))
+
+
+def _code(text: str) -> str:
+    """A Markdown span in which nothing is markup."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {printable(text)} {fence}" if "`" in text else f"`{printable(text)}`"
 
 
 def _identifier(name: str) -> str:
@@ -120,13 +128,13 @@ def model_card(manifest: dict[str, Any]) -> str:
         "---",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        *([f"base_model: {teacher['pretrained']}", f"base_model_relation: {relation}"] if on_hub else []),
+        *([f"base_model: {_quoted(teacher['pretrained'])}", f"base_model_relation: {relation}"] if on_hub else []),
         "tags: [distillation, few-step, fastgen]" if call["guidance_scale"] == 1 else "tags: [fastgen]",
         "---",
     ]
     guided = "without classifier-free guidance" if call["guidance_scale"] == 1 else f"with guidance {call['guidance_scale']}"
     version, method = manifest["versions"]["fastgen"], manifest["method"]
-    what = f"Made by fastgen {version} with `{method}` from `{teacher['pretrained']}` (guidance {teacher['guidance']})."
+    what = f"Made by fastgen {version} with {_code(method)} from {_code(teacher['pretrained'])} (guidance {teacher['guidance']})."
     how = (
         f"It samples in {manifest['steps']} network evaluation{'s' if manifest['steps'] > 1 else ''}, {guided}, at times "
         f"{[round(t, 4) for t in manifest['grid']]}. A stock pipeline call has its own defaults for steps, guidance and text length, "
@@ -143,18 +151,18 @@ def model_card(manifest: dict[str, Any]) -> str:
 
 def _base_text(teacher: str) -> str:
     where = f" fastgen brings it, as `fastgen/assets/{teacher.removeprefix('fastgen:')}`." if teacher.startswith("fastgen:") else ""
-    return f"The adapter needs its teacher: put the folder of `{teacher}` in place of `{TEACHER_DIR}`.{where}"
+    return f"The adapter needs its teacher: put the folder of {_code(teacher)} in place of `{TEACHER_DIR}`.{where}"
 
 
 def unfinished_text(manifest: dict[str, Any]) -> str:
     """How far training had come of a student that was exported before its end."""
-    parts = [f"`{role}` had trained {done['step']} of its {done['of']} steps" for role, done in manifest["unfinished"].items()]
+    parts = [f"{_code(role)} had trained {done['step']} of its {done['of']} steps" for role, done in manifest["unfinished"].items()]
     return f"Exported before the end of training: {', '.join(parts)}."
 
 
 def _experts_text(manifest: dict[str, Any]) -> str:
     experts = manifest["experts"]
-    shares = ", ".join(f"`{expert['where']}` takes {_steps_text(expert['steps'])}" for expert in experts)
+    shares = ", ".join(f"{_code(expert['where'])} takes {_steps_text(expert['steps'])}" for expert in experts)
     text = f"It has {len(experts)} experts, which divide the steps: {shares}. "
     if not switched_by_caller(manifest):
         return f"{text}The pipeline itself changes between them, at its `boundary_ratio` {manifest['boundary_ratio']:.4g}."

@@ -228,7 +228,7 @@ def recipes_list() -> None:
     from fastgen.config import shipped_recipes
 
     for name, path in shipped_recipes().items():
-        terminal.echo(f"{name:28s} {path.read_text().splitlines()[0].lstrip('# ')}")
+        terminal.echo(f"{name:28s} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
 @recipes_app.command("show")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,7 +131,8 @@ def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[tuple[str, str]]:
     fills: Any = dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")
     inks: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
     pictures = []
-    with rc_context({**style, **spines, **fills, **inks}):
+    with rc_context({**style, **spines, **fills, **inks}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text, with fonts of its own
         for name, lines in groups.items():
             figure = Figure(figsize=(4.6, 2.9), layout="constrained")
             _draw(figure.add_subplot(), name, lines)
@@ -142,7 +144,8 @@ def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[tuple[str, str]]:
 
 def _draw(axes: Axes, name: str, lines: Mapping[str, Line]) -> None:
     """One panel: each line as logged (faint) and smoothed; learning rates and short runs are not smoothed."""
-    for i, (label, (steps, values)) in enumerate(lines.items()):
+    for i, (name_of_line, (steps, values)) in enumerate(lines.items()):
+        label = f" {name_of_line}" if name_of_line.startswith("_") else name_of_line  # a legend leaves out what begins with an underscore
         colour = COLOURS[i % len(COLOURS)]
         smooth = name.partition("/")[0] != "lr" and len(values) >= 30
         marker = "o" if len(values) == 1 else ""

@@ -162,9 +162,9 @@ def _load_encoders_as_fp32(folder: Path) -> None:
     """Without a dtype argument diffusers loads its own networks in fp32 but transformers' in the dtype of their config.json, and
     the two do not work together. So a plain `from_pretrained` of a half-precision student gets fp32 everywhere."""
     for path in folder.glob("*/config.json"):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if "dtype" in config:
-            path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+            path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentInfo, output: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from fastgen.files import write_atomically
+from fastgen.printing import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ def picture_grid(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] | No
     Captions run upwards where columns are narrow. Text is drawn in Pillow's own font, which has Latin letters only.
     Raises ValueError for no rows, another shape, a value that is not finite, or another number of captions than columns.
     """
+    rows, columns = [(_line(label), images) for label, images in rows], None if columns is None else [_line(text) for text in columns]
     pictures = [[_resized(image, cell or SMALLEST) for image in _to_images(images)] for _, images in rows]
     num_columns = max(map(len, pictures), default=0)
     if not num_columns or (columns is not None and len(columns) != num_columns):
@@ -72,6 +74,11 @@ def save_png(image: Image.Image, path: str | Path) -> None:
     content = io.BytesIO()
     image.save(content, format="PNG")
     write_atomically(Path(path), content.getvalue())
+
+
+def _line(text: str) -> str:
+    """A label or prompt as one line of characters that can be seen."""
+    return printable(" ".join(text.split()))
 
 
 def _to_images(images: Tensor) -> list[Image.Image]:

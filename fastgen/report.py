@@ -17,6 +17,7 @@ from fastgen import card, curves
 from fastgen.errors import UserError
 from fastgen.files import write_atomically
 from fastgen.portable import portable
+from fastgen.printing import printable
 
 Row = Mapping[str, Any]  # an entry of results.json["metrics"]
 
@@ -407,4 +408,4 @@ def _write(path: Path, page: Mapping[str, Any]) -> Path:
     loader = jinja2.PackageLoader("fastgen", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = environment.get_template("report.html.j2").render(page)
-    return write_atomically(path, html)
+    return write_atomically(path, "\n".join(printable(line) for line in html.split("\n")))

@@ -33,7 +33,7 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         with writing(self.path):
-            self._file = self.path.open("a", buffering=1)
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -45,7 +45,7 @@ class RunLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """What stands in metrics.jsonl; a last line that a kill cut short is left out."""
-        text = self.path.read_text() if self.path.is_file() else ""
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def truncate(self, step: int) -> None:

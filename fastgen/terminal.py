@@ -195,7 +195,7 @@ def print_run(folder: Path) -> None:
     """Where a finished run's products lie, and its results."""
     results = folder / "results.json"
     if results.is_file():
-        print_results(json.loads(results.read_text())["metrics"])
+        print_results(json.loads(results.read_text(encoding="utf-8"))["metrics"])
     newest = sorted((folder / "samples").glob("step_*.png"))[-1:]
     for name, path in [("student", folder / "student"), *(("samples", path) for path in newest), ("report", folder / "report.html")]:
         if path.exists():

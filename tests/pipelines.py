@@ -183,7 +183,7 @@ def in_a_run(student: Path, teacher: Path) -> Path:
 
 def card_snippet(folder: Path) -> str:
     """The code of the model card, with the student's folder and that of an adapter's teacher filled in."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert "STUDENT_DIR" in snippet
     assert not re.search(r"(import|from) fastgen", snippet)
     if "TEACHER_DIR" in snippet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -394,3 +395,24 @@ def test_model_card_header(sd3_folder: Path, family: SD3, tmp_path: Path, pretra
     assert card.get("base_model_relation") == (None if base is None else "finetune")
     assert "fastgen" in card["tags"]
     assert "in 4 network evaluations, without classifier-free guidance, at times [1.0, 0.9, 0.75, 0.5]" in body
+
+
+def test_a_card_shows_any_name_and_prompt_as_it_is(sd3_folder: Path, family: SD3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the code still runs."""
+    name, prompt = "my `teacher` [x](y) <b>\x1b", 'a ```cat``` """ \\ <b> \u202e ü\n```\nend'
+    (tmp_path / name).symlink_to(sd3_folder)
+    info = student_info(tmp_path / name, prompts=[prompt])
+    full = export_student(student_role(family), family, info, tmp_path / "student")
+    adapter = in_a_run(export_lora(adapter_roles(family)["student"], family, info, tmp_path / "adapter"), tmp_path / name)
+    for folder in (full, adapter):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert "from `` my `teacher` [x](y) <b>\\x1b `` (guidance" in text
+        assert "\x1b" not in text and "\u202e" not in text
+        assert len(re.findall("(?m)^ {0,3}```", text)) == 2  # no fence but the code's own
+        assert_shows(run_snippet(monkeypatch, folder), load_student(folder)([prompt], [0]))
+
+
+def test_a_hub_id_in_the_cards_header_is_a_string(sd3_folder: Path, family: SD3, tmp_path: Path) -> None:
+    teacher = {"pretrained": "owner/a: [b] # c", "guidance": 4.0, "negative_prompt": ""}
+    folder = export_student(student_role(family), family, student_info(sd3_folder, teacher=teacher), tmp_path / "student")
+    assert yaml.safe_load((folder / "README.md").read_text().split("---\n", 2)[1])["base_model"] == "owner/a: [b] # c"

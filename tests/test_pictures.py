@@ -115,3 +115,10 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="disk full"):
         save_png(image, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_any_text_is_a_label() -> None:
+    """What cannot be seen is drawn as its escape."""
+    images = torch.zeros(2, 3, 8, 8)
+    given, escaped = ["a\x1b[31m $\\frac [b]\n\ud800", "\u202e猫"], ["a\\x1b[31m $\\frac [b] \\ud800", "\\u202e猫"]
+    assert picture_grid([(given[0], images)], given).tobytes() == picture_grid([(escaped[0], images)], escaped).tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import subprocess
@@ -70,3 +71,21 @@ def test_an_ascii_terminal_gets_the_help_and_the_name_of_any_file() -> None:
     helped = subprocess.run(program(["train", "--help"], PYTHONIOENCODING="ascii:strict", COLUMNS="100"), capture_output=True, check=False)
     assert (helped.returncode, helped.stderr) == (0, b"")
     assert b"[key=value]" in helped.stdout
+
+
+def encodings(path: Path) -> list[str]:
+    """Places of a source file where text is read or written in the encoding of whichever locale there is."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text", "open"):
+            modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant) and isinstance(argument.value, str)]
+            on_path = node.func.attr != "open" or (ast.unparse(node.func.value) not in ("os", "Image") and not any("b" in mode for mode in modes))
+            if on_path and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                found.append(f"{path.name}:{node.lineno}")
+    return found
+
+
+def test_no_file_is_in_the_encoding_of_a_locale() -> None:
+    """A Chinese prompt in a card, under LANG=C."""
+    package = Path(fastgen.__file__).parent
+    assert [place for path in sorted(package.rglob("*.py")) for place in encodings(path)] == []

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from fastgen.errors import UserError
@@ -305,3 +306,25 @@ def test_comparison_tells_runs_of_the_same_name_apart(tmp_path: Path) -> None:
         write_comparison([runs[0], runs[0]], tmp_path / "page.html")
     with pytest.raises(UserError, match="at least one run folder"):
         write_comparison([], tmp_path / "page.html")
+
+
+HOSTILE = '_run [bold]$\\frac{x <blink> \x1b[31m \u202e 猫 --> id="x_1"'
+
+
+def test_names_are_shown_as_they_are_whatever_they_look_like(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Folder, prompt, teacher and scalars; no mathematics, no tags, no legend without its line, no warning of a font."""
+    runs = [_write_run(tmp_path / name) for name in (HOSTILE, "b")]
+    manifest = json.loads((runs[0] / "student/fastgen.json").read_text())
+    (runs[0] / "student/fastgen.json").write_text(json.dumps(manifest | {"prompts": [HOSTILE + "\ud800"]}))
+    (runs[0] / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load(RECIPE.replace("LR", "1")) | {"teacher": {"pretrained": f"/a/{HOSTILE}"}}))
+    rows = [json.loads(line) | {f"new/{HOSTILE}": 1.0} for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    (runs[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = HOSTILE.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+    for path in (write_report(runs[0]), write_comparison(runs, tmp_path / "both.html")):
+        page = Page(path)
+        assert shown in page.text
+        assert "blink" not in page.tags and "\x1b" not in path.read_text(encoding="utf-8")
+    overlaid = re.findall("<svg.*?</svg>", (tmp_path / "both.html").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(overlaid) == 6
+    assert all("_run [bold]$\\frac{x &lt;blink&gt; \\x1b" in panel for panel in overlaid)  # its lines stand in the legends
+    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []

@@ -7,7 +7,6 @@ recipes/digits_teacher.yaml (flow matching), whose exported student becomes the 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from fastgen import run
 from fastgen.assets import DIGITS_CLASSIFIER, DIGITS_TEACHER
 from fastgen.assets.classifier import train_classifier
 from fastgen.assets.skeleton import build_skeleton
-from fastgen.fingerprints import SEAL, sealed
 from fastgen.terminal import progress
 
 WORK = Path(".build")
@@ -39,12 +37,6 @@ def build_teacher(seed: int) -> None:
     shutil.rmtree(DIGITS_TEACHER, ignore_errors=True)
     shutil.copytree(run_dir / "student", DIGITS_TEACHER)
     shutil.copy(run_dir / "results.json", DIGITS_TEACHER / "results.json")
-    for name in ("fastgen.json", "README.md"):  # the skeleton does not ship, so its place on this machine says nothing
-        path = DIGITS_TEACHER / name
-        path.write_text(path.read_text().replace(str((WORK / "digits_skeleton").resolve()), "fastgen.assets.skeleton"))
-    manifest = json.loads((DIGITS_TEACHER / "fastgen.json").read_text())
-    manifest.pop(SEAL)  # it was that of the other text
-    (DIGITS_TEACHER / "fastgen.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n")
     print("teacher:", DIGITS_TEACHER)
 
 

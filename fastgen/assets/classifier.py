@@ -80,7 +80,7 @@ def train_classifier(output: Path, seed: int) -> dict[str, Any]:
     }
     output.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), output / "model.safetensors")
-    (output / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    (output / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
