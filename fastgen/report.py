@@ -11,52 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fastgen import card, curves
+from fastgen import card, curves, report_table
 from fastgen.errors import UserError
 from fastgen.files import write_atomically
 from fastgen.portable import portable
 from fastgen.printing import printable
-
-Row = Mapping[str, Any]  # an entry of results.json["metrics"]
+from fastgen.report_table import ABSENT, Row, number
 
 NUM_EARLIER = 12  # sample grids besides the latest one
-ABSENT = "\N{EN DASH}"
 
 _WIDEST_LATEST, _WIDEST_EARLIER = 2400, 1600  # pixels; wider sample grids are reduced, or reports would take hundreds of megabytes
-
-
-class Metric(NamedTuple):
-    """How a metric is printed: `better` is an arrow, or empty where more is not simply better."""
-
-    heading: str
-    better: str = ""
-    decimals: int = 2
-
-
-# In the order of the table's columns; a metric that is not listed comes last, under its own name.
-METRICS = {
-    "fd_digits": Metric("FD-digits", "↓"),
-    "fid": Metric("FID", "↓"),
-    "fid_infinity": Metric("FID∞", "↓"),
-    "kid": Metric("KID", "↓", 5),
-    "fd_dinov2": Metric("FD-DINOv2", "↓", 1),
-    "cmmd": Metric("CMMD", "↓", 3),
-    "clip_score": Metric("CLIP score", "↑"),
-    "prompt_accuracy": Metric("prompt accuracy", "↑", 3),
-    "parity_accuracy": Metric("parity accuracy", "↑", 3),
-    "fd_digits_named": Metric("FD named", "↓"),
-    "fd_digits_pixel": Metric("FD pixel", "↓"),
-    "precision": Metric("precision", "↑", 3),
-    "recall": Metric("recall", "↑", 3),
-    "diversity": Metric("diversity"),
-    "lpips_diversity": Metric("LPIPS diversity", "", 3),
-    "vendi": Metric("Vendi score"),
-    "mode_entropy": Metric("modes"),
-    "seconds_per_1000_images": Metric("images/s", "↑", 0),
-    "peak_memory_bytes": Metric("peak memory, MiB", "↓", 0),
-}
 
 
 @dataclass(frozen=True)
@@ -101,14 +67,14 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """
     run = read_run(run_dir)
     output = Path(run_dir) / "report.html" if output is None else Path(output)
-    columns = _columns([run])
+    columns = report_table.columns(_measured([run]))
     page = {
         "title": run.title,
         "subtitle": f"{run.folder.name} · {run.date}",
         "notes": _notes(run),
         "tiles": _tiles(run),
-        "results": _table({"": _rows(run, floors=False)}, columns),
-        "floors": _table({"": _rows(run, floors=True)}, columns),
+        "results": report_table.table({"": _rows(run, floors=False)}, columns),
+        "floors": report_table.table({"": _rows(run, floors=True)}, columns),
         "counts": _image_counts([run]),
         "differences": None,
         "curves": curves.panels(curves.by_group(run.steps)),
@@ -129,14 +95,14 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
     runs = dict(zip(_names(run_dirs), map(read_run, run_dirs), strict=True))
     if not runs:
         raise UserError("a report needs at least one run folder, got none")
-    columns = _columns(runs.values())
+    columns = report_table.columns(_measured(runs.values()))
     page = {
         "title": f"Comparison of {_count(len(runs), 'run')}",
         "subtitle": " · ".join(f"{name}: {run.title}" for name, run in runs.items()),
         "notes": [f"{name}: {note}" for name, run in runs.items() for note in _notes(run)],
         "tiles": [],
-        "results": _table({name: _rows(run, floors=False) for name, run in runs.items()}, columns),
-        "floors": _table({name: _rows(run, floors=True) for name, run in runs.items()}, columns),
+        "results": report_table.table({name: _rows(run, floors=False) for name, run in runs.items()}, columns),
+        "floors": report_table.table({name: _rows(run, floors=True) for name, run in runs.items()}, columns),
         "counts": _image_counts(runs.values()),
         "differences": _differences(runs),
         "curves": curves.panels(curves.by_scalar({name: run.steps for name, run in runs.items()})),
@@ -228,84 +194,26 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     steps = own if any(row.get("steps") == own for row in students) else next((row.get("steps") for row in students), None)
     mine = {row["name"]: row for row in students if row.get("steps") == steps}
     teacher = {row["name"]: row for row in reversed(rows) if row["model"] == "teacher"}
-    quality = [name for name in METRICS if name in mine and METRICS[name].better][:2]
+    quality = [name for name in report_table.METRICS if name in mine and report_table.METRICS[name].better][:2]
     tiles = []
     for name in dict.fromkeys([*quality, *({"seconds_per_1000_images"} & mine.keys())]):
-        against = f"teacher, {_count(teacher[name]['steps'], 'step')}: {_number(teacher[name])}" if "steps" in teacher.get(name, {}) else ""
-        tiles.append((f"{METRICS[name].heading}, {_count(steps, 'step')}", _number(mine[name]), against))
+        against = (
+            f"teacher, {_count(teacher[name]['steps'], 'step')}: {number(teacher[name])}" if "steps" in teacher.get(name, {}) else ""
+        )
+        tiles.append((f"{report_table.METRICS[name].heading}, {_count(steps, 'step')}", number(mine[name]), against))
     if run.steps:
         seconds = run.steps[-1].get("seconds")
         tiles.append(("training steps", f"{run.steps[-1]['step']:,}", _duration(seconds) if isinstance(seconds, int | float) else ""))
     return tiles
 
 
+def _measured(runs: Iterable[Run]) -> list[Row]:
+    return [row for run in runs for row in (run.results or {}).get("metrics") or []]
+
+
 def _rows(run: Run, *, floors: bool) -> list[Row]:
     """The measurements of models, or those of real data."""
-    rows = (run.results or {}).get("metrics") or []
-    return [row for row in rows if (row["model"] == "real" or "floor" in row) == floors]
-
-
-def _columns(runs: Iterable[Run]) -> list[str]:
-    """Names of all metrics: those of METRICS first, in its order."""
-    found = dict.fromkeys(row["name"] for run in runs for row in (run.results or {}).get("metrics") or [])
-    return [name for name in METRICS if name in found] + [name for name in found if name not in METRICS]
-
-
-def _table(groups: Mapping[str, Sequence[Row]], columns: Sequence[str]) -> dict[str, Any] | None:
-    """Headings and lines, one line for each (group, model, steps, guidance, floor); metrics that no line has are left out."""
-    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for group, rows in groups.items():
-        for row in rows:
-            # The bootstrap floor uses as many images as a model does, as do real rows that are no floor: they share a line.
-            floor = None if row.get("floor") == "bootstrap" else row.get("floor")
-            key = (group, row["model"], floor, row.get("steps"), row.get("guidance"))
-            lines.setdefault(key, {})[row["name"]] = row
-    if not lines:
-        return None
-    used = [name for name in columns if any(name in line for line in lines.values())]
-    first = {"run": any(group for group in groups), "model": True}
-    ends = {"steps": any(key[3] is not None for key in lines), "guidance": any(key[4] is not None for key in lines)}
-    return {
-        "labels": [name for name, shown in first.items() if shown],
-        "numbers": [name for name, shown in ends.items() if shown] + [f"{_metric(name).heading} {_metric(name).better}".strip() for name in used],
-        "lines": [_line(key, line, used, first | ends) for key, line in lines.items()],
-    }
-
-
-def _line(key: tuple[Any, ...], line: Mapping[str, Row], used: Sequence[str], shown: Mapping[str, bool]) -> dict[str, Any]:
-    group, model, floor, steps, guidance = key
-    settings = [
-        text for name, text in (("steps", steps), ("guidance", guidance)) if shown[name] for text in [ABSENT if text is None else f"{text:g}"]
-    ]
-    return {
-        "labels": ([group] if shown["run"] else []) + [f"{model}, {floor}" if floor else model],
-        "student": model == "student",
-        "numbers": [(text, "") for text in settings]
-        + [(_number(line[name], with_std=True), _remark(line[name])) if name in line else (ABSENT, "") for name in used],
-    }
-
-
-def _metric(name: str) -> Metric:
-    return METRICS.get(name) or Metric(name.replace("_", " "), "", -1)
-
-
-def _number(row: Row, *, with_std: bool = False) -> str:
-    """A measurement as text, in the unit of its heading; a metric without a fixed number of decimals has four significant digits."""
-    value, std, decimals = row["value"], row.get("std"), _metric(row["name"]).decimals
-    if row["name"] == "seconds_per_1000_images":
-        # To first order a rate has the relative spread of its time.
-        rate = 1000 / value
-        value, std, decimals = rate, None if std is None else std / value * rate, 0 if rate >= 10 else 2
-    elif row["name"] == "peak_memory_bytes":
-        value, std = value / 2**20, None if std is None else std / 2**20
-    texts = [f"{number:.4g}" if decimals < 0 else f"{number:,.{decimals}f}" for number in (value, std) if number is not None]
-    return " ± ".join(texts if with_std else texts[:1])
-
-
-def _remark(row: Row) -> str:
-    """What a number's tooltip says: unrounded value, number of images, what its spread is over."""
-    parts = [f"{row['name']} = {row['value']:.6g}"] + ([f"n = {row['n']}"] if "n" in row else [])
-    return ", ".join([*parts, f"± over {row['std_over']}"] if "std_over" in row else parts)
+    return [row for row in _measured([run]) if (row["model"] == "real" or "floor" in row) == floors]
 
 
 def _image_counts(runs: Iterable[Run]) -> str:
@@ -317,7 +225,7 @@ def _image_counts(runs: Iterable[Run]) -> str:
                 counts.setdefault(row["name"], set()).add(row["n"])
     by_text: dict[str, list[str]] = {}
     for name, numbers in counts.items():
-        by_text.setdefault(" or ".join(f"{n:,}" for n in sorted(numbers)), []).append(_metric(name).heading)
+        by_text.setdefault(" or ".join(f"{n:,}" for n in sorted(numbers)), []).append(report_table.metric(name).heading)
     return "; ".join(f"{text} ({', '.join(names)})" for text, names in by_text.items())
 
 

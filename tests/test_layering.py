@@ -24,7 +24,7 @@ LAYERS = [
     {"roles", "ema", "parallel"},
     {"distillers"},
     {"divergence", "trainer", "checkpoint"},
-    {"export", "evaluation", "report", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"},
+    {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"},
     {"plan", "inputs"},
     {"run"},
     {"caching"},
