@@ -18,7 +18,7 @@ from fastgen.errors import UserError
 from fastgen.files import write_atomically
 from fastgen.portable import portable
 from fastgen.printing import printable
-from fastgen.report_table import ABSENT, Row, number
+from fastgen.report_table import ABSENT, Row, formatted
 
 NUM_EARLIER = 12  # sample grids besides the latest one
 
@@ -197,10 +197,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     quality = [name for name in report_table.METRICS if name in mine and report_table.METRICS[name].better][:2]
     tiles = []
     for name in dict.fromkeys([*quality, *({"seconds_per_1000_images"} & mine.keys())]):
-        against = (
-            f"teacher, {_count(teacher[name]['steps'], 'step')}: {number(teacher[name])}" if "steps" in teacher.get(name, {}) else ""
-        )
-        tiles.append((f"{report_table.METRICS[name].heading}, {_count(steps, 'step')}", number(mine[name]), against))
+        against = f"teacher, {_count(teacher[name]['steps'], 'step')}: {formatted(teacher[name])}" if "steps" in teacher.get(name, {}) else ""
+        tiles.append((f"{report_table.METRICS[name].heading}, {_count(steps, 'step')}", formatted(mine[name]), against))
     if run.steps:
         seconds = run.steps[-1].get("seconds")
         tiles.append(("training steps", f"{run.steps[-1]['step']:,}", _duration(seconds) if isinstance(seconds, int | float) else ""))

@@ -77,7 +77,7 @@ def _line(key: tuple[Any, ...], line: Mapping[str, Row], used: Sequence[str], sh
         "labels": ([group] if shown["run"] else []) + [f"{model}, {floor}" if floor else model],
         "student": model == "student",
         "numbers": [(text, "") for text in settings]
-        + [(number(line[name], with_std=True), remark(line[name])) if name in line else (ABSENT, "") for name in used],
+        + [(formatted(line[name], with_std=True), remark(line[name])) if name in line else (ABSENT, "") for name in used],
     }
 
 
@@ -85,7 +85,7 @@ def metric(name: str) -> Metric:
     return METRICS.get(name) or Metric(name.replace("_", " "), "", -1)
 
 
-def number(row: Row, *, with_std: bool = False) -> str:
+def formatted(row: Row, *, with_std: bool = False) -> str:
     """A measurement as text, in the unit of its heading; a metric without a fixed number of decimals has four significant digits."""
     value, std, decimals = row["value"], row.get("std"), metric(row["name"]).decimals
     if row["name"] == "seconds_per_1000_images":
