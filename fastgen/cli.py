@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from fastgen.errors import TrainingFailed, UserError
+from fastgen.files import check_writable_file
 from fastgen.printing import put
 
 app = typer.Typer(
@@ -144,7 +145,7 @@ def sample(
         raise UserError(f"--first-step-guidance: {guidance:g} is not a number from 1 (no guidance) up")
     if output.suffix.lower() != ".png":
         raise UserError(f"--output: {str(output)!r} must end in .png")
-    _check_file(output)
+    check_writable_file(output, "--output")
     terminal.quiet()
     student = load_student(student_dir, teacher_dir=teacher_dir)
     for warning in student.family.legibility(prompt).check("--prompt"):
@@ -172,7 +173,8 @@ def evaluate(
     from fastgen import run, terminal
 
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
-    _check_file(output)
+    if output is not None or student_dir.is_dir():
+        check_writable_file(output or student_dir / "results.json", "--output")
     results = run.evaluate(
         student_dir,
         protocol=protocol,
@@ -196,14 +198,6 @@ def _counts(option: str, text: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _check_file(output: Path | None) -> None:
-    """Before any work: a file can be written there."""
-    if output is not None and output.is_dir():
-        raise UserError(f"--output: {str(output)!r} is a folder, a file is needed")
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"--output: no folder {str(output.parent)!r}")
-
-
 @app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="One run, or several to compare.")],
@@ -213,7 +207,8 @@ def report(
     from fastgen import report as reports
     from fastgen import terminal
 
-    _check_file(output)
+    if output is not None:
+        check_writable_file(output, "--output")
     if len(run_dirs) == 1:
         written = reports.write_report(run_dirs[0], output)
     else:

@@ -118,6 +118,31 @@ def check_writable(folder: Path, key: str) -> None:
             raise OSError(errno.EACCES, "")
 
 
+def check_writable_file(path: Path, key: str) -> None:
+    """UserError unless a file can be written there; a device or a FIFO needs no place for another beside it."""
+    if path.is_dir():
+        raise UserError(f"{key}: {str(path)!r} is a folder, a file is needed")
+    if not path.parent.is_dir():
+        raise UserError(f"{key}: no folder {str(path.parent)!r}")
+    with writing(path, key):
+        if path.exists() and not path.is_file():
+            if not os.access(path, os.W_OK):
+                raise OSError(errno.EACCES, "")
+        else:
+            folder = Path(os.path.realpath(path)).parent
+            if not folder.is_dir():
+                raise OSError(errno.ENOENT, "")
+            check_writable(folder, key)
+
+
+def local(source: str | Path) -> Path:
+    """A path that may begin with `~`; where no home folder is known it stays as it is, and names nothing."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
 def share(folder: Path) -> None:
     """Give the files below a folder that we have made the permissions which the umask gives new ones: safetensors makes them private."""
     allowed = folder.stat().st_mode & 0o666
