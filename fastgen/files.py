@@ -120,19 +120,19 @@ def check_writable(folder: Path, key: str) -> None:
 
 def check_writable_file(path: Path, key: str) -> None:
     """UserError unless a file can be written there; a device or a FIFO needs no place for another beside it."""
-    if path.is_dir():
-        raise UserError(f"{key}: {str(path)!r} is a folder, a file is needed")
-    if not path.parent.is_dir():
-        raise UserError(f"{key}: no folder {str(path.parent)!r}")
     with writing(path, key):
+        if path.is_dir():
+            raise UserError(f"{key}: {str(path)!r} is a folder, a file is needed")
+        if not path.parent.is_dir():
+            raise UserError(f"{key}: no folder {str(path.parent)!r}")
         if path.exists() and not path.is_file():
             if not os.access(path, os.W_OK):
                 raise OSError(errno.EACCES, "")
-        else:
-            folder = Path(os.path.realpath(path)).parent
-            if not folder.is_dir():
-                raise OSError(errno.ENOENT, "")
-            check_writable(folder, key)
+            return
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            raise OSError(errno.ENOENT, "")
+        check_writable(folder, key)
 
 
 def local(source: str | Path) -> Path:
