@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in what the user gave: the message says what was given, what is allowed, and which recipe key (exit status 2)."""
 
 
+class NotFinite(UserError):
+    """A model that the user gave, or trained, draws what is no picture: the message says which, and how many of how many."""
+
+
 class TrainingFailed(RuntimeError):
     """Training cannot go on (a loss or gradient is not finite): the message names step, term and the role that diverged (exit status 1).
 

@@ -21,7 +21,7 @@ from fastgen import conditioning, timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.config import read_yaml
 from fastgen.denoiser import Denoiser, Predictor, guided
-from fastgen.errors import UserError
+from fastgen.errors import NotFinite, UserError
 from fastgen.families import find_family, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import reading
@@ -45,7 +45,7 @@ class FirstStep(NamedTuple):
 class ImageGenerator:
     """A model with its sampler settings. steps: default number of evaluations; grid: explicit times for exactly `steps`.
 
-    own_steps_only: the network serves that grid alone, and other numbers of steps are a UserError.
+    own_steps_only: the network serves that grid alone, and other numbers of steps are a UserError. name: what messages call it.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class ImageGenerator:
         grid: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
         own_steps_only: bool = False,
+        name: str = "the model",
     ) -> None:
         self.family, self.steps, self.guidance, self.explicit_grid = family, steps, guidance, grid
-        self.own_steps_only = own_steps_only
+        self.own_steps_only, self.name = own_steps_only, name
         self.device = torch.device(device)
         self.predict = predict if guidance == 1 else guided(predict, guidance, self._encode([negative_prompt]))
         self._encoded: dict[str, Conditioning] = {}
@@ -118,8 +119,22 @@ class ImageGenerator:
         return walk(self.predict, noise.to(self.device), times.to(self.device), self.conditioning(prompts), renoise="euler")
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) fp32 in [0, 1], on the CPU."""
-        return self.family.decode_latents(self.latents(prompts, seeds, steps)).cpu()
+        """Pixels (B, 3, H, W) fp32 in [0, 1], on the CPU. NotFinite where a picture is none."""
+        latents = self.latents(prompts, seeds, steps)
+        pixels = self.family.decode_latents(latents).cpu()
+        self._require_finite(latents.cpu(), pixels)
+        return pixels
+
+    def _require_finite(self, latents: Tensor, pixels: Tensor) -> None:
+        """latents (B, *shape) and pixels (B, 3, H, W) of the same pictures; a decoder's clamp may hide what the latents show."""
+        from_network, broken = (~each.isfinite().flatten(1).all(1) for each in (latents, pixels))
+        if bool(from_network.any()):
+            raise NotFinite(
+                f"{int(from_network.sum())} of {len(latents)} pictures of {self.name} are not finite: its network is damaged or overflows"
+            )
+        if bool(broken.any()):
+            what = "its network's latents are finite, so its decoder (VAE) is damaged or overflows"
+            raise NotFinite(f"{int(broken.sum())} of {len(pixels)} pictures of {self.name} are not finite; {what}")
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...); each distinct prompt is encoded once in this object's life."""
@@ -269,6 +284,7 @@ def open_student(
         grid=call.get("sigmas"),
         device=device,
         own_steps_only=manifest.get("own_steps_only", False),
+        name=f"student {str(folder)!r}",
     )
 
 
@@ -355,4 +371,5 @@ def load_teacher(
         guidance=found.own_call["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative_prompt,
         device=device,
+        name=f"teacher {str(source)!r}" if isinstance(source, (str, Path)) else f"the live {type(source).__name__}",
     )

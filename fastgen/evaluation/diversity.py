@@ -11,6 +11,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from fastgen.evaluation.fid import finite
+
 
 def pairwise_distance(features: Tensor, groups: Sequence[Hashable]) -> float:
     """Mean over groups of the mean Euclidean distance between two different samples of that group, in the features' own units.
@@ -48,10 +50,10 @@ def mode_entropy(labels: Tensor, groups: Sequence[Hashable]) -> float:
 
 
 def _matrix(features: Tensor, groups: Sequence[Hashable]) -> Tensor:
-    """The features in fp64, once their shape is known to be right."""
+    """The features in fp64, once their shape is known to be right and they to be finite."""
     if features.ndim != 2 or len(features) != len(groups):
         raise ValueError(f"one group per row of features (N, D): got {len(groups)} groups and shape {tuple(features.shape)}")
-    return features.detach().double()
+    return finite(features)
 
 
 def _grouped(rows: Tensor, groups: Sequence[Hashable]) -> list[Tensor]:

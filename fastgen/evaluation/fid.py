@@ -22,10 +22,10 @@ class FeatureStatistics:
 
     @classmethod
     def from_features(cls, features: Tensor) -> FeatureStatistics:
-        """Statistics of features (N, D), any float dtype, accumulated in fp64. Raises ValueError unless 2-D with at least one row."""
+        """Statistics of features (N, D), any float dtype, accumulated in fp64. ValueError unless they are 2-D with at least one row, and finite."""
         if features.ndim != 2 or len(features) == 0:
             raise ValueError(f"features must have shape (N, D) with N >= 1, got {tuple(features.shape)}")
-        wide = features.detach().double()
+        wide = finite(features)
         mean = wide.mean(0)
         centred = wide - mean
         return cls(n=len(wide), mean=mean, scatter=centred.T @ centred)
@@ -45,6 +45,14 @@ class FeatureStatistics:
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.n}")
         return self.scatter / (self.n - 1)
+
+
+def finite(features: Tensor) -> Tensor:
+    """Features (N, D) in fp64; ValueError where one is not finite, of which nothing can be measured."""
+    wide = features.detach().double()
+    if not bool(wide.isfinite().all()):
+        raise ValueError(f"features of {int((~wide.isfinite().all(1)).sum())} of {len(wide)} images are not finite")
+    return wide
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.errors import UserError
+from fastgen.errors import NotFinite, UserError
 from fastgen.evaluation.protocols import Protocol, Row, Subset
 from fastgen.evaluation.speed import peak_memory_bytes, reset_peak_memory, synchronise
 from fastgen.files import write_atomically
@@ -42,8 +42,8 @@ def run_protocol(
 
     `model` and `guidance` are only recorded: `generate` applies its own guidance. Time is that of generating every image of the protocol
     once (transfer to the CPU included), after one batch that is not counted; memory as in `speed.peak_memory_bytes`.
-    Raises UserError for step counts or batch sizes below 1 and for images of a shape that the protocol does not measure, ValueError when
-    `generate` returns another number of images than asked for.
+    Raises UserError for step counts or batch sizes below 1 and for images of a shape that the protocol does not measure, NotFinite for
+    images that are none, ValueError when `generate` returns another number of images than asked for.
     """
     if not steps or min(steps) < 1 or batch_size < 1:
         raise UserError(f"step counts and the batch size must be at least 1, got steps {list(steps)} and batch size {batch_size}")
@@ -77,6 +77,7 @@ def _generate(subset: Subset, generate: Generate, steps: int, batch_size: int, t
         seconds += time.perf_counter() - began
         if len(images) != len(prompts):
             raise ValueError(f"the generator returned {len(images)} images for {len(prompts)} prompts")
+        _require_finite(images)
         batches.append(images)
         tick(start + len(prompts))
     return torch.cat(batches), seconds
@@ -88,6 +89,13 @@ def _warm_up(protocol: Protocol, generate: Generate, steps: int, batch_size: int
     subset = next(iter(protocol.subsets.values()))
     images = generate(list(subset.prompts[:batch_size]), list(subset.seeds[:batch_size]), steps)
     protocol.check_image(images.shape[1:])
+    _require_finite(images)
+
+
+def _require_finite(images: Tensor) -> None:
+    broken = ~images.isfinite().flatten(1).all(1)
+    if bool(broken.any()):
+        raise NotFinite(f"{int(broken.sum())} of {len(images)} images that the generator returned are not finite, so nothing can be measured")
 
 
 def _ticker(progress: Progress | None, before: int, total: int, label: str) -> Callable[[int], None]:

@@ -67,6 +67,7 @@ class Run:
             negative_prompt=recipe.teacher.negative_prompt,
             grid=self.plan.grid if student else None,
             device=self.parallel.device,
+            name="the student" if student else f"teacher {recipe.teacher.pretrained!r}",
         )
 
     def averaged(self) -> list[Expert]:

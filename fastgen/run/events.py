@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastgen import checkpoint, diagnostics, pictures
-from fastgen.errors import TrainingFailed
+from fastgen.errors import NotFinite, TrainingFailed
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.generator import ImageGenerator, generate_pictures
@@ -76,6 +76,8 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
             trainer.run([after_step], should_stop=lambda: bool(caught))
             if caught and saved != trainer.step:
                 save()
+        except NotFinite as error:
+            raise with_way_on(TrainingFailed(f"step {trainer.step}: {error}"), run_dir / "checkpoints", trainer) from error
         except TrainingFailed as failure:
             raise with_way_on(failure, run_dir / "checkpoints", trainer) from failure
         finally:  # a bar left running hides the terminal's cursor
