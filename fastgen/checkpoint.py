@@ -14,12 +14,14 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastgen import records
 from fastgen.errors import UserError
 from fastgen.files import OLD, PARTIAL, publish, reading, recover, remove, remove_partial, share, write_atomically, writing
 from fastgen.fingerprints import check_files, digest, file_hashes, sealed, unsealed
@@ -139,14 +141,27 @@ def set_aside(run_dir: Path, chosen: Path) -> list[str]:
     return aside
 
 
+class State(records.Schema):
+    """state.json, of the present format."""
+
+    step: Annotated[int, Field(ge=0, lt=10**18)]
+    seconds: Annotated[float, Field(ge=0)]
+    trained: list[str]
+    pairs: Annotated[int, Field(ge=0)] | None
+    recipe: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, str]
+    metrics: Annotated[dict[str, Any], Field(default_factory=dict)]
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's step, resolved recipe, inputs and files, as they were written; UserError for a damaged record or another format."""
+    state = records.read(checkpoint / "state.json")
+    version = state.get("format")
+    if version != FORMAT or isinstance(version, bool):
+        raise UserError(f"{str(checkpoint)!r} has format {records.shown(version)}; {_why_not(version)}")
     with reading(checkpoint / "state.json"):
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        version = state.get("format") if isinstance(state, dict) else None
-        if version != FORMAT:
-            raise UserError(f"{str(checkpoint)!r} has format {version!r}; {_why_not(version)}")
-        return unsealed(state)
+        return records.checked(unsealed(state), State)
 
 
 def _why_not(version: Any) -> str:

@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -207,12 +208,46 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def reading(source: Path) -> Iterator[None]:
-    """Around a loader of safetensors, diffusers or transformers: a file under `source` that is missing, broken or misshapen is a UserError."""
+    """Around our own readers, and around safetensors': a file under `source` that is missing, broken or misshapen is a UserError, and so is what
+    is no file, such as a FIFO, on which a reader would wait for ever."""
     from safetensors import SafetensorError
 
+    _refuse_special(source)
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot read {str(source)!r}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(_cannot_read(source, error)) from error
+
+
+@contextmanager
+def loading(source: Path) -> Iterator[None]:
+    """Around what *another library* does with a user's files: whatever it raises is a UserError. It asserts, indexes and computes with what it
+    reads, and Rust's panics are no Exceptions. Not around code of ours, whose faults it would hide."""
+    try:
+        with reading(source):
+            yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(_cannot_read(source, error, type(error).__name__)) from error
+
+
+def _cannot_read(source: Path, error: BaseException, kind: str = "") -> str:
+    said = " ".join(str(error).split())[:300]
+    return f"cannot read {str(source)!r}: {': '.join(filter(None, (kind, said)))}"
+
+
+def _refuse_special(source: Path) -> None:
+    """UserError where a FIFO, a socket or a device lies at `source` or below it."""
+    folders = [Path(here) / name for here, _, names in os.walk(source) for name in names]
+    for path in (source, *folders):
+        try:
+            mode = path.stat().st_mode
+        except (OSError, ValueError):  # whoever opens it will say so
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"cannot read {str(path)!r}: it is no file, but a FIFO, a socket or a device")

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastgen import records
 from fastgen.errors import UserError
 from fastgen.files import reading, write_atomically
 
@@ -131,8 +132,8 @@ def _entry(key: dict[str, int]) -> Path | None:
 
 def _recall(entry: Path, key: dict[str, int]) -> str | None:
     try:
-        content = unsealed(json.loads(entry.read_bytes()))
-    except (OSError, ValueError, RecursionError):
+        content = unsealed(records.read(entry))
+    except ValueError:
         return None
     value = content.get("sha256")
     return value if content.get("file") == key and isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else None

@@ -7,7 +7,6 @@ draws when it is given one such generator per prompt. So seed by seed the pictur
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -17,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen import conditioning, timesteps
+from fastgen import conditioning, records, timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.config import read_yaml
 from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import NotFinite, UserError
 from fastgen.families import find_family, resolve_source, source_hash
 from fastgen.families.base import Family
-from fastgen.files import reading
+from fastgen.files import loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
+from fastgen.manifest import Pipeline, Student
 from fastgen.portable import is_local, source_name
 from fastgen.sampling import Experts, Predict, few_step, walk
 
@@ -148,12 +148,6 @@ class ImageGenerator:
         return conditioning.to(self.family.encode_prompts(prompts), self.device)
 
 
-_NEEDED = {
-    "": ("weights", "steps", "grid", "call", "teacher", "prompts"),
-    "call.": ("num_inference_steps", "guidance_scale"),
-    "teacher.": ("pretrained", "guidance", "negative_prompt"),
-}
-_EXPERT = ("end", "steps", "where")
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # unless told this name, diffusers looks for a pickle
 
 
@@ -170,24 +164,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"no folder {str(folder)!r}")
     if not path.is_file():
         raise UserError(f"{str(folder)!r} holds no fastgen.json, so it is not an exported student")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} is not valid JSON ({error})") from error
-    version = manifest.get("format") if isinstance(manifest, dict) else None
+    manifest = records.read(path)
+    version = manifest.get("format")
     if version not in (1, 2):
-        raise UserError(f"{str(path)!r} has format {version!r}, this fastgen reads 1 and 2")
+        raise UserError(f"{str(path)!r} has format {records.shown(version)}, this fastgen reads 1 and 2")
     if version == 2:
         manifest = _as_exported(manifest, path)
-    blocks = {"": manifest, "call.": manifest.get("call"), "teacher.": manifest.get("teacher")}
-    blocks |= {f"experts.{k}.": expert for k, expert in enumerate(manifest.get("experts", []))}
-    needed = {prefix: _NEEDED.get(prefix, _EXPERT) for prefix in blocks}
-    missing = [prefix + name for prefix, block in blocks.items() for name in needed[prefix] if not isinstance(block, dict) or name not in block]
-    if missing:
-        raise UserError(f"{str(path)!r} has no {missing[0]!r}; export the student again")
-    if manifest["weights"] not in ("full", "lora"):
-        raise UserError(f"{str(path)!r} has weights {manifest['weights']!r}; allowed: full, lora")
-    return manifest
+    try:
+        return records.checked(manifest, Student)
+    except ValueError as error:
+        raise UserError(f"{str(path)!r}: {error}; export the student again") from error
 
 
 def _as_exported(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -293,7 +279,7 @@ def _load_adapters(family: Family, folder: Path, places: Sequence[str], device: 
     backbone: Any = family.load_backbone()
     names = [place or "student" for place in places]
     for place, name in zip(places, names, strict=True):
-        with reading(folder / place / ADAPTER_FILE), warnings.catch_warnings():
+        with loading(folder / place / ADAPTER_FILE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one network are meant
             backbone.load_lora_adapter(folder / place, prefix=family.component, weight_name=ADAPTER_FILE, adapter_name=name)
     backbone.to(device)
@@ -305,7 +291,7 @@ def _load_networks(family: Family, folder: Path, places: Sequence[str], device: 
     first: Any = family.load_backbone()
     networks = [first]
     for place in places[1:]:
-        with reading(folder / place):
+        with loading(folder / place):
             networks.append(type(first).from_pretrained(folder, subfolder=place, use_safetensors=True).float().eval())
     return [Denoiser(network.to(device), family) for network in networks]
 
@@ -341,7 +327,7 @@ def _teacher_options(manifest: dict[str, Any]) -> dict[str, Any]:
 def cannot_teach(folder: Path) -> str | None:
     """Why a pipeline folder is no teacher, where its fastgen.json says that the pipeline's network is not all of a student, or not at all times."""
     path = folder / "fastgen.json"
-    manifest = read_yaml(path) if path.is_file() else {}
+    manifest = records.read(path, Pipeline) if path.is_file() else {}
     if "experts" in manifest:
         return "a student of several experts"
     return "a student of its own number of steps alone" if manifest.get("own_steps_only") else None

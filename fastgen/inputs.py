@@ -9,9 +9,11 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastgen import checkpoint
+from pydantic import Field
+
+from fastgen import checkpoint, records
 from fastgen.config import Recipe, flatten, read_yaml
 from fastgen.errors import UserError, nearest
 from fastgen.families import source_hash
@@ -69,11 +71,17 @@ def recorded(run_dir: Path, state: Mapping[str, Any] | None) -> Inputs:
     return Inputs(state["inputs"], state["pairs"] if "data.pairs" in state["inputs"] else None)
 
 
+class _Record(records.Schema):
+    hashes: dict[str, str]
+    pairs: Annotated[int, Field(ge=0)] | None
+
+
 def _read(file: Path) -> Inputs:
     if not file.is_file():
         return Inputs()
+    record = records.read(file)
     with reading(file):
-        content = unsealed(json.loads(file.read_text(encoding="utf-8")))
+        content = records.checked(unsealed(record), _Record)
     return Inputs(content["hashes"], content["pairs"])
 
 

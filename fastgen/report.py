@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,12 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastgen import card, curves, report_table
+from fastgen import card, curves, records, report_table
 from fastgen.errors import UserError
-from fastgen.files import write_atomically
+from fastgen.evaluation.runner import read_results
+from fastgen.files import reading, write_atomically
+from fastgen.manifest import Student
 from fastgen.portable import portable
 from fastgen.printing import printable
 from fastgen.report_table import ABSENT, Row, formatted
+from fastgen.runlog import read_rows
 
 NUM_EARLIER = 12  # sample grids besides the latest one
 
@@ -123,7 +127,8 @@ def read_run(run_dir: Path) -> Run:
     for name in ("recipe.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{run_dir} is not a run folder with something to report: it has no {name}")
-    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    with reading(folder / "recipe.yaml"):
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -133,36 +138,19 @@ def read_run(run_dir: Path) -> Run:
     if recipe != (named := portable(recipe)):
         recipe, text = named, yaml.safe_dump(named, sort_keys=False, width=120, allow_unicode=True)
     samples = sorted((int(found[1]), path) for path in folder.glob("samples/*.png") if (found := re.fullmatch(r"step_(\d+)", path.stem)))
-    results, student = _read_json(folder / "results.json"), _read_json(folder / "student" / "fastgen.json")
-    if results is not None and not isinstance(results.get("metrics"), list):
-        raise UserError(f"{folder / 'results.json'} is not a results file: it has no list of metrics")
-    return Run(folder.resolve(), text, recipe, _read_steps(folder / "metrics.jsonl"), samples, results, portable(student))
+    results = read_results(folder / "results.json") if os.path.lexists(folder / "results.json") else None
+    student = portable(_read_student(folder / "student"))
+    return Run(folder.resolve(), text, recipe, _read_steps(folder / "metrics.jsonl"), samples, results, student)
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
     """One dict for each step, in order; of a step logged twice (the run was resumed) the later one; a last line cut short is left out."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    steps: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            steps[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise UserError(f"line {number} of {path} is not a JSON object with a step") from error
+    steps = {row["step"]: row for row in read_rows(path)}
     return [steps[step] for step in sorted(steps)]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return content
+def _read_student(folder: Path) -> dict[str, Any] | None:
+    return records.read(folder / "fastgen.json", Student) if os.path.lexists(folder / "fastgen.json") else None
 
 
 def _notes(run: Run) -> list[str]:

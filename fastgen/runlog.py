@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from fastgen.files import write_atomically, writing
+from pydantic import Field
+
+from fastgen import records
+from fastgen.errors import UserError
+from fastgen.files import reading, write_atomically, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Row = Mapping[str, Any]  # "step", scalars by name, and "warnings": [text, …] where something has gone wrong
+
+
+class _Row(records.Schema):
+    step: Annotated[int, Field(ge=0, lt=10**18)]
+    warnings: Annotated[list[str], Field(default_factory=list)]
+    seconds: float | None = None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in their order; a last line that a kill cut short is left out. UserError naming the line that is no row."""
+    with reading(path):
+        lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows += [records.parse(line, _Row)] if line.strip() else []
+        except ValueError as error:
+            raise UserError(f"cannot read {str(path)!r}: line {number}: {error}") from error
+    return rows
 
 
 class RunLog:
@@ -44,9 +68,8 @@ class RunLog:
                 self._board.close()
 
     def rows(self) -> list[dict[str, Any]]:
-        """What stands in metrics.jsonl; a last line that a kill cut short is left out."""
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        """What stands in metrics.jsonl; a last line that a kill cut short is left out. UserError for a line that is no row."""
+        return read_rows(self.path) if os.path.lexists(self.path) else []
 
     def truncate(self, step: int) -> None:
         """Drop the lines of steps after `step`, which an interrupted run had logged past its last checkpoint, and half a line."""

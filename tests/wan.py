@@ -83,7 +83,7 @@ class Wan(Family):
         return [24] * len(self.blocks(backbone))
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=TOKENS)
         return {"encoder_hidden_states": embeds}
 

@@ -11,13 +11,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save
 
+from fastgen import records
 from fastgen.data.pairs import Encode, Pairs, Solver, TeacherSampler, cat, make_pairs
 from fastgen.errors import UserError
 from fastgen.files import reading, write_atomically
@@ -37,16 +38,16 @@ class Manifest(BaseModel):
     """pairs.json. format: 1 for folders of an older fastgen, which recorded no hashes; teacher: the recipe's block, a local folder as an
     absolute path, and its content as `sha256`; prompts: hash of the weighted prompts drawn from; count: pairs the folder is to hold."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     format: Literal[1, 2] = 2
     teacher: dict[str, Any]
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=1, le=2**20)], ...]
     solver: Solver
-    steps: int
+    steps: Annotated[int, Field(ge=1, le=1000)]
     grid: tuple[float, ...]
     seed: int
     prompts: str
-    count: int
+    count: Annotated[int, Field(ge=1, le=10**9)]
 
     @classmethod
     def describe(cls, sampler: TeacherSampler, teacher: Mapping[str, Any], prompts: Mapping[str, float], *, seed: int, count: int) -> Manifest:
@@ -172,13 +173,15 @@ def open_folder(source: str | Path) -> PairFolder:
     if not file.is_file():
         raise UserError(f"{KEY}: {str(source)!r} is no folder made by `fastgen cache pairs`")
     try:
-        record = json.loads(file.read_bytes())
-        versioned = isinstance(record, dict) and record.get("format") == 2
-        return PairFolder(path, Manifest.model_validate(unsealed(record) if versioned else record))
+        record = records.read(file)
+        content = unsealed(record) if record.get("format") == 2 else record
+        return PairFolder(path, Manifest.model_validate(content))
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{KEY}: {str(file)!r} cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
-    except (OSError, ValueError) as error:
+    except UserError as error:
+        raise UserError(f"{KEY}: {error}") from error
+    except ValueError as error:
         raise UserError(f"{KEY}: {str(file)!r} cannot be read ({error})") from error
 
 
@@ -227,10 +230,10 @@ def _header(file: Path, key: str) -> Any:
     """A JSON list in a shard's header, None when it is not there; UserError when it cannot be read."""
     with reading(file), safe_open(file, "pt") as shard:
         text = (shard.metadata() or {}).get(key)
-        found = None if text is None else json.loads(text)
-        if not (found is None or (isinstance(found, list) and all(isinstance(item, str) for item in found))):
-            raise ValueError(f"{key} in its header is no list of texts")
-        return found
+        try:
+            return None if text is None else records.parse(text, list[str])
+        except ValueError as error:
+            raise ValueError(f"{key} in its header: {error}") from error
 
 
 def _pair_hashes(pairs: Pairs) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen import records
 from fastgen.errors import NotFinite, UserError
 from fastgen.evaluation.protocols import Protocol, Row, Subset
 from fastgen.evaluation.speed import peak_memory_bytes, reset_peak_memory, synchronise
@@ -129,15 +130,33 @@ def write_results(path: str | Path, protocol_name: str, rows: Sequence[Row], pro
     _write_json(Path(path), {"protocol": protocol_name, "metrics": list(rows), "provenance": dict(provenance)})
 
 
+class Measurement(records.Schema):
+    """A row of results.json."""
+
+    name: str
+    model: str
+    value: float
+    steps: int | None = None
+    guidance: float | None = None
+    n: int = 1
+    std: float | None = None
+    floor: str | None = None
+
+
+class Results(records.Schema):
+    protocol: str
+    metrics: list[Measurement]
+    provenance: dict[str, Any]
+
+
+class _Entry(records.Schema):
+    key: str
+    rows: list[Measurement]
+
+
 def read_results(path: str | Path) -> dict[str, Any]:
     """results.json as a dict with the keys protocol, metrics, provenance; raises UserError when it is missing or is something else."""
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read results from {path}: {error}") from error
-    if not isinstance(results, dict) or not {"protocol", "metrics", "provenance"} <= results.keys():
-        raise UserError(f"{path} is not a results file: it must have the keys protocol, metrics, provenance")
-    return results
+    return records.read(Path(path), Results)
 
 
 def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:
@@ -154,7 +173,7 @@ def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = 
     if path.exists():
         try:
             return _read_entry(path, key)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             warnings.warn(f"cached results {path} are unreadable ({error}); computing them again", stacklevel=2)
     rows = compute()
     try:
@@ -165,8 +184,8 @@ def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = 
 
 
 def _read_entry(path: Path, key: str) -> list[Row]:
-    entry = unsealed(json.loads(path.read_text(encoding="utf-8")))
-    if entry.get("key") != key or not isinstance(entry.get("rows"), list):
+    entry = records.checked(unsealed(records.read(path)), _Entry)
+    if entry["key"] != key:
         raise ValueError("not an entry of this key")
     return entry["rows"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError, nearest
 from fastgen.families.base import Family
+from fastgen.families.components import check_sizes, read_index
 from fastgen.fingerprints import file_names, folder_hash, known_hash
 
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
@@ -16,7 +16,7 @@ _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", "
 
 def family_names() -> list[str]:
     """Names that `teacher.family` accepts beside `auto`."""
-    return module_names(__name__, shared=("base", "components", "schedules"))
+    return module_names(__name__, shared=("base", "components", "schedules", "weights"))
 
 
 def family_class(name: str) -> type[Family]:
@@ -32,6 +32,8 @@ def find_family(source: Any, name: str = "auto", *, revision: str | None = None,
         source = resolve_source(source, revision)
     if name == "auto":
         name = "toy" if isinstance(source, str) and source.startswith("toy:") else _family_of(_pipeline_class(source))
+    if isinstance(source, (str, Path)) and family_class(name).exportable:
+        check_sizes(resolve_source(source))
     family = family_class(name)(source, **options)
     _ = family.shift  # read now, so that a schedule which cannot be followed is refused before anything is loaded
     return family
@@ -47,23 +49,12 @@ def _family_of(pipeline_class: str) -> str:
 def _pipeline_class(source: Any) -> str:
     if not isinstance(source, (str, Path)):
         return type(source).__name__
-    return _class_name(_index(resolve_source(source)))
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """A pipeline folder's model_index.json; UserError unless it names a class."""
-    path = folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        _class_name(index)
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"recipe key teacher.pretrained: {str(path)!r} is not JSON with a '_class_name'") from error
-    return index
+    return _class_name(read_index(resolve_source(source)))
 
 
 def _class_name(index: dict[str, Any]) -> str:
     name = index["_class_name"]
-    return name[-1] if isinstance(name, list) else str(name)
+    return name[-1] if isinstance(name, list) else name
 
 
 def is_hub_id(source: str) -> bool:
@@ -88,7 +79,7 @@ def source_hash(source: str, revision: str | None = None) -> str:
     if source.startswith("toy:"):
         return source
     folder = resolve_source(source, revision)
-    components = {name for name, value in _index(folder).items() if isinstance(value, list)}
+    components = {name for name, value in read_index(folder).items() if isinstance(value, list)}
     return folder_hash(folder, [name for name in file_names(folder) if _is_loaded(PurePosixPath(name), components)], of=known_hash)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
+from fastgen.errors import UserError
 from fastgen.legibility import Legibility
 from fastgen.path import Kind, Path
 
@@ -84,9 +85,24 @@ class Family(ABC):
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         """Channels C of each block's `block_feature`, in the order of `blocks`; from shapes alone, so that a meta network will do."""
 
-    @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning (P, ...) of prompts, on the CPU, without gradients. Encoders load on first use: see `free_encoders`."""
+        """Conditioning (P, ...) of prompts, on the CPU, without gradients. Encoders load on first use: see `free_encoders`.
+
+        UserError where a number of it is not finite, as from weights in which a bit has flipped."""
+        cond = self.encode_texts(prompts)
+        for name, values in cond.items():
+            finite = values.isfinite()
+            if not finite.all():
+                prompt = prompts[int(finite.flatten(1).all(1).int().argmin())]
+                raise UserError(
+                    f"recipe key teacher.pretrained: its text encoder gives {name} that are not finite for {prompt[:60]!r}; "
+                    "its weights are damaged: get them again"
+                )
+        return cond
+
+    @abstractmethod
+    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
+        """`encode_prompts` as the encoders have it."""
 
     def legibility(self, prompts: Sequence[str]) -> Legibility:
         """What the pipeline reads of prompts, without its text encoders, which are slow to load; where a family cannot tell, all."""

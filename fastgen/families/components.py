@@ -6,17 +6,18 @@ A configuration means nothing without its class: the same key can be missing, ig
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, model_validator
 from torch import nn
 
+from fastgen import records
 from fastgen.errors import UserError
-from fastgen.files import reading
 
 # What a scheduler's owner can change after it was built, and where the stock `set_timesteps` then reads it.
 _SET_LATER = {"shift": "_shift", "scale_factors": "_scale_factors"}
@@ -31,6 +32,16 @@ class Component:
     name: str
     classes: tuple[str, ...]
     given: Mapping[str, Any]
+    file: Path | None = None  # None: of a live pipeline
+
+    def check(self, schema: type[records.Schema]) -> None:
+        """UserError unless the options that are given are as a schema says, which has bounds for what sizes a network."""
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in self.given.items()}
+        try:
+            records.checked(given, schema)
+        except ValueError as error:
+            where = f"its {self.name}" if self.file is None else f"{str(self.file)!r}"
+            raise UserError(f"recipe key teacher.pretrained: {where}: {error}") from error
 
     def option(self, key: str) -> Any:
         """As given, else the class's own default; UserError where there is neither."""
@@ -63,20 +74,65 @@ def read_component(source: Any, name: str) -> Component:
     return Component(name, _live_classes(part), given)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError when there is none."""
-    with reading(path):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError("not a JSON object")
-    return data
+class Index(records.Schema):
+    """model_index.json. Its components are [library, class], or [null, null] where a pipeline goes without."""
+
+    class_name: str | list[str] = Field(alias="_class_name", min_length=1)
+    __pydantic_extra__: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _components(self) -> Index:
+        for key, value in self.__pydantic_extra__.items():
+            if isinstance(value, list) and not (len(value) == 2 and all(part is None or (isinstance(part, str) and part) for part in value)):
+                raise ValueError(f"{key} is {records.shown(value)}, not [library, class]")
+        return self
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's model_index.json; UserError unless it names a class, and a library and a class for each component."""
+    return of_teacher(folder / "model_index.json", Index)
+
+
+def of_teacher(path: Path, schema: Any = dict[str, Any]) -> dict[str, Any]:
+    """`records.read` of a file in a pipeline's folder; the UserError names the recipe key."""
+    try:
+        return records.read(path, schema)
+    except UserError as error:
+        raise UserError(f"recipe key teacher.pretrained: {error}") from error
+
+
+def check_sizes(folder: Path) -> None:
+    """UserError for a number in a component's configuration with which building it, which comes before reading its weights, would not end."""
+    for name, entry in read_index(folder).items():
+        file = folder / name / "config.json"
+        if isinstance(entry, list) and file.is_file():
+            for key, value in _numbers(of_teacher(file)):
+                most = next(most for pattern, most in _MOST if re.search(pattern, key))
+                if abs(value) > most:
+                    what = f"key {key} is {records.shown(value)}, but no network has more than {most:,}"
+                    raise UserError(f"recipe key teacher.pretrained: {str(file)!r}: {what}")
+
+
+_SIZE = r"(size|dims?|d_\w+|width|channels|heads?|embeddings|buckets|groups|vocab|length|positions?)(\.\d+)?$"
+# By what ends a key: how many layers or blocks, how large a dimension; all else is only a number.
+_MOST = ((r"(layers?|blocks?|per_block|depth)(\.\d+)?$", 1000), (rf"(^|[._]){_SIZE}", 2**22), ("", float("inf")))
+
+
+def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number in JSON data with its dotted key."""
+    if isinstance(node, (int, float)) and not isinstance(node, bool):
+        yield key, node
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, below in pairs:
+        yield from _numbers(below, f"{key}.{name}" if key else str(name))
 
 
 def _stored(folder: Path, name: str) -> Component:
-    given = read_json(folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json"))
-    index, own = _class_name(read_json(folder / "model_index.json").get(name)), _class_name(given.get("_class_name"))
+    file = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    given = of_teacher(file)
+    index, own = _class_name(read_index(folder).get(name)), _class_name(given.get("_class_name"))
     agree = index is not None and own is not None and index.endswith(f".{own}")  # for another library's class only the index names the library
-    return Component(name, tuple(dict.fromkeys(said for said in (index, None if agree else own) if said)), given)
+    return Component(name, tuple(dict.fromkeys(said for said in (index, None if agree else own) if said)), given, file)
 
 
 def _class_name(entry: Any) -> str | None:

@@ -28,13 +28,13 @@ their pipeline passes no sigmas (diffusers#13243), a fault of the grid and not a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from fastgen import records
 from fastgen.errors import UserError
 from fastgen.families.components import Component, defaults, read_component
 
@@ -125,7 +125,7 @@ def _check_options(name: str, reading: _Reading, options: Mapping[str, Any]) -> 
         value = options.get(key)
         off = key in passed or value == default or not (value or default)  # false, null and 0 mean the same
         if not (value in allowed[key] if key in allowed else off):
-            raise _refusal(f"its scheduler {name} has {key}: {_as_json(value)}, which fastgen does not follow")
+            raise _refusal(f"its scheduler {name} has {key}: {records.shown(value)}, which fastgen does not follow")
 
 
 def _mu(name: str, options: Mapping[str, Any], tokens: int) -> float:
@@ -142,18 +142,14 @@ def _is_number(value: Any) -> bool:
 
 def _number(name: str, key: str, value: Any) -> float:
     if not _is_number(value):
-        raise _refusal(f"its scheduler {name} has {key}: {_as_json(value)}, which is not a number")
+        raise _refusal(f"its scheduler {name} has {key}: {records.shown(value)}, which is not a number")
     return float(value)
 
 
 def _positive(name: str, what: str, shift: float) -> float:
-    if shift <= 0:
-        raise _refusal(f"its scheduler {name} has {what}: {shift:g}, but a shift is above 0")
+    if not 0 < shift < math.inf:
+        raise _refusal(f"its scheduler {name} has {what}: {shift:g}, but a shift is above 0 and finite")
     return shift
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, default=repr)
 
 
 def _refusal(what: str) -> UserError:

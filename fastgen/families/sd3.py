@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from fastgen import manifest, records
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
 from fastgen.families import schedules
 from fastgen.families.base import Family, LatentSpec
-from fastgen.families.components import Component, read_component, read_json
-from fastgen.files import reading
+from fastgen.families.components import Component, of_teacher, read_component, read_index
+from fastgen.families.weights import check_weights
+from fastgen.files import loading
 from fastgen.legibility import Legibility, Reader, read
 from fastgen.path import Flow
 
@@ -25,6 +28,37 @@ _CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}  # t
 _MOST_TOKENS = 512  # StableDiffusion3Pipeline.check_inputs
 # StableDiffusion3Pipeline.__call__, where a scheduler does not say it
 _MU = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.16}
+_Count = Annotated[int, Field(ge=1, le=1000)]
+_Width = Annotated[int, Field(ge=1, le=2**18)]
+_Side = Annotated[int, Field(ge=1, le=4096)]
+
+
+class _Transformer(records.Schema):
+    """Its options that decide how large anything becomes; all have defaults of diffusers' own."""
+
+    num_layers: _Count = 1
+    patch_size: Annotated[int, Field(ge=1, le=64)] = 1
+    sample_size: _Side = 1
+    pos_embed_max_size: _Side = 1
+    in_channels: _Width = 1
+    out_channels: _Width | None = None
+    num_attention_heads: _Count = 1
+    attention_head_dim: _Side = 1
+    joint_attention_dim: _Width = 1
+    caption_projection_dim: _Width = 1
+    pooled_projection_dim: _Width = 1
+
+
+class _VAE(records.Schema):
+    block_out_channels: list[_Width] = Field(default_factory=list, min_length=1, max_length=12)
+    layers_per_block: _Count = 1
+    latent_channels: _Width = 1
+    norm_num_groups: _Width = 1
+    scaling_factor: float = 1.0
+    shift_factor: float | None = None
+
+
+_SCHEMAS = {"transformer": _Transformer, "vae": _VAE}
 
 
 @contextmanager
@@ -38,6 +72,12 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def _same(what: str, found: Any, needed: Any) -> None:
+    if found != needed:
+        found, needed = (tuple(one) if isinstance(one, torch.Size) else one for one in (found, needed))
+        raise ValueError(f"{what}: {found}, where {needed} is needed")
 
 
 class SD3(Family):
@@ -56,6 +96,7 @@ class SD3(Family):
         self.folder = resolve_source(source) if self._live is None else None
         self._encoder_pipeline: Any = None
         self._vae: Any = None
+        self._checked = False
         self._shift = None if shift is None else schedules.stated(shift)
         backbone, vae = self._component("transformer"), self._component("vae")
         self.pixels_per_latent = 2 ** (len(vae.option("block_out_channels")) - 1)
@@ -79,6 +120,8 @@ class SD3(Family):
         wrong = [cls for cls in component.classes if cls != _CLASSES[name]]
         if wrong:
             raise UserError(f"recipe key teacher.pretrained: its {name} is a {wrong[0]}, family SD3 takes a {_CLASSES[name]}")
+        if component.classes:
+            component.check(_SCHEMAS[name])
         for key in ("scaling_factor", "shift_factor") if name == "vae" and component.classes else ():
             value = component.option(key)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -88,7 +131,7 @@ class SD3(Family):
     @property
     def own_call(self) -> dict[str, Any]:
         path = self.folder / "fastgen.json" if self.folder else None
-        stored = read_json(path).get("call", {}) if path and path.is_file() else {}
+        stored = of_teacher(path, manifest.Pipeline).get("call", {}) if path and path.is_file() else {}
         return {"num_inference_steps": 28, "guidance_scale": 7.0, **stored}
 
     @property
@@ -101,14 +144,67 @@ class SD3(Family):
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
         from diffusers import SD3Transformer2DModel
 
+        self._check_networks()
         if meta:
-            with torch.device("meta"):
-                return SD3Transformer2DModel.from_config(dict(self._component("transformer").given)).eval()  # type: ignore[union-attr]
+            return self._on_meta("transformer")
         if self._live is not None:
             return copy.deepcopy(self._live.transformer).float().eval()
         assert self.folder is not None
-        with reading(self.folder / "transformer"):
+        with loading(self.folder / "transformer"):
             return SD3Transformer2DModel.from_pretrained(self.folder, subfolder="transformer", use_safetensors=True).float().eval()
+
+    def _on_meta(self, name: str) -> Any:
+        """A network as its configuration describes it, without weights."""
+        import diffusers
+
+        options = dict(self._component(name).given)
+        with loading((self.folder or FilePath()) / name), torch.device("meta"):
+            return getattr(diffusers, _CLASSES[name]).from_config(options).eval()
+
+    def _check_networks(self) -> None:
+        """UserError unless transformer and VAE can be built, have their weights, and take and give what the pipeline's other parts do."""
+        if self._checked or self.folder is None:
+            return
+        transformer, vae, shape = self._on_meta("transformer"), self._on_meta("vae"), (1, *self.latent.shape)
+        check_weights(self.folder / "transformer", transformer)
+        check_weights(self.folder / "vae", vae)
+        config = transformer.config
+        with loading(self.folder / "transformer"), torch.device("meta"), torch.no_grad():
+            texts = {"encoder_hidden_states": (1, 8, config.joint_attention_dim), "pooled_projections": (1, config.pooled_projection_dim)}
+            cond = {key: torch.empty(size) for key, size in texts.items()}
+            _same("its output", self.call(transformer, torch.empty(shape), torch.ones(1), cond).shape, shape)
+        with loading(self.folder / "vae"), torch.device("meta"), torch.no_grad():
+            pixels = torch.empty(1, 3, self.resolution, self.resolution)
+            _same("its latents", vae.encode(pixels).latent_dist.mode().shape, shape)
+            _same("its pictures", vae.decode(torch.empty(shape), return_dict=False)[0].shape, pixels.shape)
+        self._check_encoders(config.joint_attention_dim, config.pooled_projection_dim)
+        self._checked = True
+
+    def _check_encoders(self, width: int, pooled: int) -> None:
+        """UserError where the text encoders' outputs are not as wide as the transformer's inputs, or their tokenizers give longer texts."""
+        from transformers import AutoConfig
+
+        assert self.folder is not None
+        configs: dict[str, Any] = {}
+        for name in filter(self._has, ("text_encoder", "text_encoder_2", "text_encoder_3")):
+            with loading(self.folder / name):
+                config: Any = AutoConfig.from_pretrained(self.folder / name)
+                configs[name] = getattr(config, "text_config", config)
+        clips = [config for name, config in configs.items() if name != "text_encoder_3"]
+        with loading(self.folder):
+            if len(clips) == 2:
+                _same("the projections of text_encoder and text_encoder_2 together", sum(config.projection_dim for config in clips), pooled)
+            if "text_encoder_3" in configs:
+                _same("the output of text_encoder_3", configs["text_encoder_3"].d_model, width)
+            if sum(config.hidden_size for config in clips) > width:
+                raise ValueError(f"the outputs of text_encoder and text_encoder_2 are wider together than the transformer's {width}")
+        for name, config in configs.items():
+            file = self.folder / name.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
+            if name != "text_encoder_3" and file.is_file():
+                longest, given = config.max_position_embeddings, of_teacher(file).get("model_max_length", 77)
+                if not isinstance(given, int) or not 1 <= given <= longest:
+                    what = f"key model_max_length is {records.shown(given)}, but {name} reads 1 to {longest} tokens"
+                    raise UserError(f"recipe key teacher.pretrained: {str(file)!r}: {what}")
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return backbone(hidden_states=x, timestep=1000 * t, **cond, return_dict=False)[0]
@@ -126,16 +222,17 @@ class SD3(Family):
         return [network.config.num_attention_heads * network.config.attention_head_dim] * len(network.transformer_blocks)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
         if self._encoder_pipeline is None:
             self._encoder_pipeline = self._live or self._pipeline(transformer=None, vae=None)
         chunks = [list(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
-        encoded = [
-            self._encoder_pipeline.encode_prompt(
-                prompt=chunk, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
-            )
-            for chunk in chunks
-        ]
+        with nullcontext() if self.folder is None else loading(self.folder):
+            encoded = [
+                self._encoder_pipeline.encode_prompt(
+                    prompt=chunk, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+                )
+                for chunk in chunks
+            ]
         return {
             "encoder_hidden_states": torch.cat([embeds for embeds, _, _, _ in encoded]).float().cpu(),
             "pooled_projections": torch.cat([pooled for _, _, pooled, _ in encoded]).float().cpu(),
@@ -158,7 +255,7 @@ class SD3(Family):
         if self._live is not None:
             return getattr(self._live, component) is not None
         assert self.folder is not None
-        return read_json(self.folder / "model_index.json").get(component, [None])[0] is not None
+        return (read_index(self.folder).get(component) or [None])[0] is not None
 
     def free_encoders(self) -> None:
         self._encoder_pipeline = self._vae = None
@@ -171,7 +268,7 @@ class SD3(Family):
             from diffusers import AutoencoderKL
 
             assert self.folder is not None
-            with reading(self.folder / "vae"):
+            with loading(self.folder / "vae"):
                 self._vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True).float().eval().requires_grad_(False)
         return self._vae
 
@@ -225,7 +322,7 @@ class SD3(Family):
         from diffusers import StableDiffusion3Pipeline
 
         assert self.folder is not None
-        with reading(self.folder):  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
+        with loading(self.folder):  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
             pipeline: Any = StableDiffusion3Pipeline.from_pretrained(self.folder, use_safetensors=True, scheduler=None, **components)
         pipeline.register_modules(scheduler=scheduler)
         return pipeline.to(dtype=torch.float32)

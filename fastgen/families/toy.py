@@ -146,7 +146,7 @@ class Toy(Family):
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         return [layer.out_features for layer in backbone.layers]  # type: ignore[union-attr]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
         self.legibility(prompts).check("prompts")
         return {"component": torch.tensor([int(prompt) if prompt else -1 for prompt in prompts])}
 

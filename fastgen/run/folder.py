@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fastgen
-from fastgen import checkpoint, inputs
+from fastgen import checkpoint, inputs, records
 from fastgen.errors import UserError
 from fastgen.files import PARTIAL, recover, remove, remove_partial, write_atomically, writing
 
@@ -42,6 +42,10 @@ def check_parents(folder: Path) -> None:
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UserError(f"--output: {str(folder)!r} cannot be made, because {str(above)!r} is a file")
+
+
+class _Marker(records.Schema):
+    resumed: list[Any]
 
 
 class RunFolder:
@@ -156,10 +160,9 @@ class RunFolder:
     def _record(self) -> dict[str, Any]:
         """What the marker says; nothing where it is missing or broken, for what else the run needs stands elsewhere."""
         try:
-            record = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return records.read(self.path / MARKER, _Marker)
+        except UserError:
             return {}
-        return record if isinstance(record, dict) and isinstance(record.get("resumed"), list) else {}
 
     def recover(self) -> None:
         """Put back or remove what kills have left."""

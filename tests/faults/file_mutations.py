@@ -218,7 +218,7 @@ def _tensor(path: Path, draw: random.Random) -> str:
     kind = draw.choice(["gone", "renamed", "turned", "shorter", "int64", "not finite", "huge", "more", "a number"])
     tensor = tensors.pop(name)
     changed = {
-        "gone": lambda: {},
+        "gone": dict,
         "renamed": lambda: {f"x.{name}": tensor},
         "turned": lambda: {name: tensor.reshape(tensor.shape[::-1]).contiguous()},
         "shorter": lambda: {name: tensor[:-1].contiguous() if tensor.ndim else tensor.reshape(1)},
@@ -294,7 +294,7 @@ def _child(call: Callable[[], int], report: Path) -> None:
         os.dup2(nothing, 1)
         sys.stderr, sys.stdout = os.fdopen(2, "w", closefd=False), os.fdopen(1, "w", closefd=False)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
         code = call()
     except BaseException:
         traceback.print_exc()

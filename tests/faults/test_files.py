@@ -73,7 +73,9 @@ SCENARIOS = {
     "pairs are planned with": Scenario(
         "pairs", lambda root: command_line("train", root / "on_pairs.yaml", "--output", root / "new", "--only", "train", "--dry-run")
     ),
-    "pairs are trained on": Scenario("pairs", lambda root: command_line("train", root / "on_pairs.yaml", "--output", root / "new", "--only", "train")),
+    "pairs are trained on": Scenario(
+        "pairs", lambda root: command_line("train", root / "on_pairs.yaml", "--output", root / "new", "--only", "train")
+    ),
     "pairs are continued": Scenario(
         "pairs", lambda root: command_line("cache", "pairs", root / TOY, "--output", root / "pairs", "--count", "12", "--steps", "2")
     ),

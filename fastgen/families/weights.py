@@ -1,0 +1,50 @@
+"""Whether the weights of a component are those of the network that its configuration describes, by names and shapes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from fastgen import records
+from fastgen.errors import UserError
+from fastgen.families.components import of_teacher
+from fastgen.files import reading
+
+STEM = "diffusion_pytorch_model.safetensors"
+# What diffusers itself renames when it loads the attention of an old VAE.
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+class WeightsIndex(records.Schema):
+    """*.safetensors.index.json of a network in several files."""
+
+    weight_map: dict[str, str]
+
+
+def check_weights(folder: Path, network: nn.Module) -> None:
+    """UserError where a tensor of the network (a meta one will do) is missing from the weights in a component's `folder`, or has another
+    shape there. Nothing is said of weights that are not there at all: whoever loads them will."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in _files(folder):
+        with reading(file), safe_open(file, "pt") as header:
+            found |= {_renamed(key): tuple(header.get_slice(key).get_shape()) for key in header.keys()}  # noqa: SIM118
+    for name, tensor in network.state_dict().items() if found else ():
+        if found.get(name) != tuple(tensor.shape):
+            is_there = f"has the shape {found[name]}" if name in found else "is missing"
+            what = f"{name} {is_there} in its weights, where its config.json says {tuple(tensor.shape)}"
+            raise UserError(f"recipe key teacher.pretrained: cannot read {str(folder)!r}: {what}")
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / f"{STEM}.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(of_teacher(index, WeightsIndex)["weight_map"].values()))]
+    return [folder / STEM] if (folder / STEM).exists() else []
+
+
+def _renamed(key: str) -> str:
+    for old, new in _OLD_NAMES.items():
+        key = key.replace(old, new)
+    return key
