@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastgen.data import digits, weighted
+from fastgen.data.texts import flaw, local_path, missing, parse_json, read_lines, short
 from fastgen.errors import UserError
 
 KEY = "recipe key data.prompts"
@@ -16,17 +16,18 @@ KEY = "recipe key data.prompts"
 
 def load_prompts(source: str) -> dict[str, float]:
     """Prompts and probabilities (they sum to 1) from `fastgen:digits`, .txt (one a line), .jsonl or .parquet (`prompt`, and
-    optionally `weight`). Repeated prompts add up. UserError names the key, the file and the line."""
+    optionally `weight`), in upper case too. Repeated prompts add up. UserError names the key, the file and the line."""
     if source == "fastgen:digits":
         return digits.prompts()
-    path = Path(source).expanduser()
+    path = local_path(source)
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise UserError(f"{KEY}: {source!r} is none of fastgen:digits, *.txt, *.jsonl, *.parquet")
-    if not path.is_file():
-        raise UserError(f"{KEY}: no file {source!r}")
+    if problem := missing(path):
+        raise UserError(f"{KEY}: {problem}")
     table: dict[str, list[float]] = {}
-    for prompt, weight in readers[path.suffix](path):
+    for prompt, weight in readers[suffix](path):
         table.setdefault(prompt, []).append(weight)
     shares = dict(zip(table, weighted.shares(table.values()), strict=True))
     if not any(shares.values()):
@@ -34,26 +35,15 @@ def load_prompts(source: str) -> dict[str, float]:
     return {prompt: share for prompt, share in shares.items() if share > 0}
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        # `splitlines` would also split at U+2028 and the like, which captions from the web contain; -sig drops a byte order mark.
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{KEY}: {str(path)!r} is not UTF-8 text") from error
-
-
 def _read_text(path: Path) -> Iterable[tuple[str, float]]:
-    return ((line.strip(), 1.0) for line in _lines(path) if line.strip())
+    return ((line.strip(), 1.0) for line in read_lines(path, KEY) if line.strip())
 
 
 def _read_jsonl(path: Path) -> Iterable[tuple[str, float]]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path, KEY), 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # also of a number with more digits than Python reads
-                raise UserError(f"{KEY}: {str(path)!r} line {number} is not JSON ({error})") from error
-            yield _row(row, f"{str(path)!r} line {number}")
+            where = f"{str(path)!r} line {number}"
+            yield _row(parse_json(line, f"{KEY}: {where}"), where)
 
 
 def _read_parquet(path: Path) -> Iterable[tuple[str, float]]:
@@ -62,17 +52,24 @@ def _read_parquet(path: Path) -> Iterable[tuple[str, float]]:
     except ImportError as error:
         raise UserError(f"{KEY}: reading {str(path)!r} needs pyarrow: pip install 'fastgen-distill[data]'") from error
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
-        raise UserError(f"{KEY}: {str(path)!r} is not a parquet file ({error})") from error
+        # Not `read_table`: a folder called `prompt=cat` would give it a column of that name.
+        file = parquet.ParquetFile(path)
+        columns = file.schema_arrow.names
+        rows = file.read([name for name in ("prompt", "weight") if name in columns]).to_pylist()
+    except Exception as error:  # pyarrow raises whatever its readers of a foreign file come to
+        raise UserError(f"{KEY}: {str(path)!r} is not a parquet file that can be read ({' '.join(str(error).split())[:300]})") from error
+    if "prompt" not in columns:
+        raise UserError(f"{KEY}: {str(path)!r} has no column 'prompt', but {short(columns)}")
     for number, row in enumerate(rows, 1):
         yield _row(row, f"{str(path)!r} row {number}")
 
 
 def _row(row: Any, where: str) -> tuple[str, float]:
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f"{KEY}: {where} has no text field 'prompt'")
-    weight = row.get("weight", 1.0)
+    prompt, weight = (row.get("prompt"), row.get("weight", 1.0)) if isinstance(row, dict) else (None, None)
+    if not isinstance(prompt, str):
+        raise UserError(f"{KEY}: {where} has no text field 'prompt': {short(row)}")
+    if problem := flaw(prompt):
+        raise UserError(f"{KEY}: {where}: the prompt {problem}")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
-        raise UserError(f"{KEY}: {where} has weight {weight!r:.60}, not a number >= 0")
-    return row["prompt"], float(weight)
+        raise UserError(f"{KEY}: {where} has weight {short(weight)}, not a number >= 0")
+    return prompt, float(weight)

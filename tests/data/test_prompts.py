@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -121,13 +122,64 @@ def test_the_embedded_digits_are_a_prompt_set() -> None:
         ("p.jsonl", '{"prompt": "a", "weight": NaN}', r"line 1 has weight nan, not a number"),
         ("p.jsonl", '{"prompt": "a", "weight": Infinity}', r"line 1 has weight inf, not a number"),
         ("p.jsonl", '{"prompt": "a", "weight": 1e999}', r"line 1 has weight inf, not a number"),
-        ("p.jsonl", '{"prompt": "a", "weight": 1' + "0" * 400 + "}", r"line 1 has weight 10{59}, not a number"),
+        ("p.jsonl", '{"prompt": "a", "weight": 1' + "0" * 400 + "}", r"line 1 has weight 10{50}0*\.\., not a number"),
         ("p.jsonl", '{"prompt": "a", "weight": 1' + "0" * 5000 + "}", r"p.jsonl' line 1 is not JSON"),
+        ("p.jsonl", "\n" + "[" * 100_000, r"line 2 is not JSON \(it is nested too deeply\)"),
+        ("p.jsonl", '{"prompt": "a", "weight": ' + "[" * 900 + "]" * 900 + "}", r"line 1 has weight \[\[\[.*, not a number"),
+        ("p.jsonl", '{"text": "' + "a" * 1_000_000 + '"}', r"line 1 has no text field 'prompt': \{'text': 'a{20,60}$"),
+        ("p.jsonl", r'{"prompt": "a \ud800 b"}', r"line 1: the prompt holds half a surrogate pair, '\\ud800'"),
+        ("p.jsonl", r'{"prompt": "a \u0000 b"}', r"line 1: the prompt holds a NUL character"),
+        ("p.txt", b"a cat\na \0 dog", "p.txt' holds NUL bytes"),
+        ("p.txt", "a cat".encode("utf-16-le"), "p.txt' holds NUL bytes, .* UTF-16 .* with a byte order mark only"),
+        ("p.txt", "a cat".encode("utf-16")[:-1], "p.txt' is neither UTF-8 text nor the UTF-16 that its first bytes say"),
+        ("p.txt", b"\xff\xfe\x00", "p.txt' is neither UTF-8 text nor the UTF-16 that its first bytes say"),
+        ("p" * 300 + ".txt/p.txt", None, "no file"),
+        ("p.txt\0.txt", None, r"no file '.*p\.txt\\x00\.txt'"),
     ],
 )
-def test_mistakes_name_the_key_the_file_and_the_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
-    with pytest.raises(UserError, match=rf"^recipe key data\.prompts: .*{message}"):
-        load_prompts(write(tmp_path / name, text))
+def test_mistakes_name_the_key_the_file_and_the_line(tmp_path: Path, name: str, text: str | bytes | None, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^recipe key data\.prompts: .*{message}") as error:
+        load_prompts(str(tmp_path / name) if text is None else write(tmp_path / name, text))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-be", "utf-32-be"])
+def test_text_in_any_encoding_that_begins_with_its_mark(tmp_path: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    assert load_prompts(write(tmp_path / "p.txt", f"{mark}ein Bär\r\n猫".encode(encoding))) == {"ein Bär": 0.5, "猫": 0.5}
+    assert load_prompts(write(tmp_path / "p.jsonl", (mark + '{"prompt": "猫 𝔊"}\n').encode(encoding))) == {"猫 𝔊": 1.0}
+
+
+def test_suffixes_in_upper_case(tmp_path: Path) -> None:
+    assert load_prompts(write(tmp_path / "P.TXT", "a cat")) == {"a cat": 1.0}
+    assert load_prompts(write(tmp_path / "P.JsonL", '{"prompt": "a cat"}')) == {"a cat": 1.0}
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.txt")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "null.txt").symlink_to("/dev/null")
+    (tmp_path / "dangling.txt").symlink_to("gone")
+    (tmp_path / "circle.txt").symlink_to("circle.txt")
+    messages = {
+        "fifo": "is no file, but a device",
+        "folder": "is a folder",
+        "null": "is no file, but a device",
+        "dangling": "link to 'gone'",
+        "circle": "link",
+    }
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=rf"^recipe key data\.prompts: .*{name}\.txt'.*{message}"):
+            load_prompts(str(tmp_path / f"{name}.txt"))
+
+
+def test_a_home_that_is_not_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^recipe key data\.prompts: no file '~nobody-of-this-name/p\.txt'"):
+        load_prompts("~nobody-of-this-name/p.txt")
+
+
+def test_a_weight_of_minus_zero_is_zero(tmp_path: Path) -> None:
+    assert load_prompts(write(tmp_path / "p.jsonl", '{"prompt": "a", "weight": -0.0}\n{"prompt": "b", "weight": 2}')) == {"b": 1.0}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -168,3 +220,24 @@ def test_parquet_mistakes(tmp_path: Path) -> None:
         load_prompts(str(path))
     with pytest.raises(UserError, match=r"^recipe key data\.prompts: '.*p\.parquet' is not a parquet file"):
         load_prompts(write(path, b"not parquet"))
+
+
+def test_parquet_of_foreign_types(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    far = pyarrow.array([2**62], pyarrow.timestamp("ms"))  # beyond what Python's datetime holds
+    invalid = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")])
+    text = pyarrow.array(["a"])
+    tables = {
+        "time": ({"prompt": far}, "not a parquet file that can be read|no text field 'prompt'"),
+        "invalid": ({"prompt": invalid}, "not a parquet file that can be read"),
+        "bytes": ({"prompt": pyarrow.array([b"a"])}, "row 1 has no text field 'prompt'"),
+        "list": ({"prompt": pyarrow.array([["a"]])}, "row 1 has no text field 'prompt'"),
+        "weight": ({"prompt": text, "weight": pyarrow.array([{"a": 1}])}, "row 1 has weight {'a': 1}, not a number"),
+        "none": ({"caption": text}, "row 1 has no text field 'prompt'|has no column 'prompt'"),
+    }
+    for name, (columns, message) in tables.items():
+        parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+        with pytest.raises(UserError, match=rf"^recipe key data\.prompts: '.*{name}\.parquet' .*({message})"):
+            load_prompts(str(tmp_path / f"{name}.parquet"))
+    parquet.write_table(pyarrow.table({"prompt": text, "when": far}), tmp_path / "other.PARQUET")  # what is not asked for is not read
+    assert load_prompts(str(tmp_path / "other.PARQUET")) == {"a": 1.0}
