@@ -50,14 +50,13 @@ class Expert(Schema):
     where: str
 
 
-class Student(Schema):
-    """All that loading, calling and describing a student takes."""
+class Exported(Schema):
+    """All that describing a student takes, and calling it."""
 
     weights: Literal["full", "lora"]
     steps: Steps
     grid: list[Time] = Field(min_length=1, max_length=1000)
     call: StudentCall
-    teacher: Teacher
     prompts: list[str] = Field(min_length=1)
     own_steps_only: bool = False
     experts: list[Expert] = Field(default_factory=list, max_length=1000)
@@ -70,6 +69,12 @@ class Student(Schema):
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Student(Exported):
+    """And loading it."""
+
+    teacher: Teacher
 
 
 class Pipeline(Schema):

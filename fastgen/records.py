@@ -47,11 +47,32 @@ def checked(content: Any, schema: Any) -> Any:
     try:
         _adapter(schema).validate_python(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        given = "" if first["type"] == "missing" else f", not {shown(first['input'])}"
-        raise ValueError(f"{key and f'key {key}: '}{_words(first)}{given}") from error
+        raise ValueError(explained(error)) from error
     return content
+
+
+def explained(error: ValidationError) -> str:
+    """The first mistake: its key, what is needed there and what was given."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"key {key}: missing"
+    what = first["msg"].removeprefix("Value error, ")
+    for theirs, ours in _WORDS.items():
+        what = re.sub(f"^Input should be (a |an )?(valid )?{theirs}\\b.*", f"must be {ours}", what)
+    what = what.replace("Input should be", "must be")
+    given = "" if first["type"] == "value_error" else f", not {shown(first['input'])}"
+    return f"{key and f'key {key}: '}{what}{given}"
+
+
+_WORDS = {
+    "(dictionary|mapping|object)": "a JSON object",
+    "string": "a text",
+    "(list|array|tuple)": "a list",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+}
 
 
 def read(path: Path, schema: Any = dict[str, Any]) -> Any:
@@ -68,14 +89,6 @@ def shown(value: Any) -> str:
     """A value as it stands in a message."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _words(mistake: Any) -> str:
-    if mistake["type"] == "missing":
-        return "missing"
-    what = re.sub(r"^Input should be (a valid )?", "", mistake["msg"])
-    what = {"dictionary": "object", "instance of Mapping": "object"}.get(what, what)
-    return what if what.startswith("Value error") else f"must be {what}"
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from fastgen import card, curves, records, report_table
 from fastgen.errors import UserError
 from fastgen.evaluation.runner import read_results
 from fastgen.files import reading, write_atomically
-from fastgen.manifest import Student
+from fastgen.manifest import Exported
 from fastgen.portable import portable
 from fastgen.printing import printable
 from fastgen.report_table import ABSENT, Row, formatted
@@ -150,7 +150,7 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_student(folder: Path) -> dict[str, Any] | None:
-    return records.read(folder / "fastgen.json", Student) if os.path.lexists(folder / "fastgen.json") else None
+    return records.read(folder / "fastgen.json", Exported) if os.path.lexists(folder / "fastgen.json") else None
 
 
 def _notes(run: Run) -> list[str]:

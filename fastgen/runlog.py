@@ -31,15 +31,16 @@ class _Row(records.Schema):
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in their order; a last line that a kill cut short is left out. UserError naming the line that is no row."""
+    """The rows of metrics.jsonl in their order; a last line cut short is left out. UserError naming another line that is no row."""
     with reading(path):
         lines = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate(lines, 1):
         try:
             rows += [records.parse(line, _Row)] if line.strip() else []
         except ValueError as error:
-            raise UserError(f"cannot read {str(path)!r}: line {number}: {error}") from error
+            if number < len(lines):
+                raise UserError(f"line {number} of {str(path)!r} is no row: {error}") from error
     return rows
 
 

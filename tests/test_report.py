@@ -261,7 +261,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
         ("recipe.yaml", "just text", "must be a mapping"),
         ("metrics.jsonl", '{"step": 1}\nbroken\n{"step": 2}\n', "line 2 of .*metrics.jsonl"),
         ("results.json", "{", "cannot read .*results.json"),
-        ("results.json", "{}", "no list of metrics"),
+        ("results.json", "{}", "results.json.*key protocol: missing"),
         ("student/fastgen.json", "[]", "JSON object"),
         ("samples/step_000040.png", "not a picture", "is not an image"),
     ],

@@ -137,7 +137,7 @@ def test_a_student_without_a_stated_shift_follows_its_teachers_scheduler(sd3_fol
     assert (load_student(folder).family.shift, load_teacher_of(folder).family.shift) == (3, 3)
     edit_json(folder / "fastgen.json", teacher=read_manifest(folder)["teacher"] | {"shift": "two"})
     for load in (load_student, load_teacher_of):
-        with pytest.raises(UserError, match=r"recipe key teacher\.shift: 'two' is not a number above 0"):
+        with pytest.raises(UserError, match=r"key teacher\.shift: must be a number, not .two.; export the student again"):
             load(folder)
 
 

@@ -177,12 +177,11 @@ def open_folder(source: str | Path) -> PairFolder:
         content = unsealed(record) if record.get("format") == 2 else record
         return PairFolder(path, Manifest.model_validate(content))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{KEY}: {str(file)!r} cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+        raise UserError(f"{KEY}: cannot read {str(file)!r}: {records.explained(error)}") from error
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from error
     except ValueError as error:
-        raise UserError(f"{KEY}: {str(file)!r} cannot be read ({error})") from error
+        raise UserError(f"{KEY}: cannot read {str(file)!r}: {error}") from error
 
 
 def create_folder(path: Path, manifest: Manifest) -> PairFolder:

@@ -49,11 +49,10 @@ def _family_of(pipeline_class: str) -> str:
 def _pipeline_class(source: Any) -> str:
     if not isinstance(source, (str, Path)):
         return type(source).__name__
-    return _class_name(read_index(resolve_source(source)))
-
-
-def _class_name(index: dict[str, Any]) -> str:
-    name = index["_class_name"]
+    folder = resolve_source(source)
+    name = read_index(folder).get("_class_name")
+    if name is None:
+        raise UserError(f"recipe key teacher.pretrained: {str(folder / 'model_index.json')!r} has no key '_class_name'")
     return name[-1] if isinstance(name, list) else name
 
 

@@ -77,7 +77,7 @@ def read_component(source: Any, name: str) -> Component:
 class Index(records.Schema):
     """model_index.json. Its components are [library, class], or [null, null] where a pipeline goes without."""
 
-    class_name: str | list[str] = Field(alias="_class_name", min_length=1)
+    class_name: str | list[str] | None = Field(default=None, alias="_class_name", min_length=1)
     __pydantic_extra__: dict[str, Any]
 
     @model_validator(mode="after")
@@ -89,7 +89,7 @@ class Index(records.Schema):
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """A pipeline folder's model_index.json; UserError unless it names a class, and a library and a class for each component."""
+    """A pipeline folder's model_index.json; UserError unless it names a library and a class for each component."""
     return of_teacher(folder / "model_index.json", Index)
 
 

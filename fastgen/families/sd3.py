@@ -54,8 +54,6 @@ class _VAE(records.Schema):
     layers_per_block: _Count = 1
     latent_channels: _Width = 1
     norm_num_groups: _Width = 1
-    scaling_factor: float = 1.0
-    shift_factor: float | None = None
 
 
 _SCHEMAS = {"transformer": _Transformer, "vae": _VAE}
@@ -124,7 +122,7 @@ class SD3(Family):
             component.check(_SCHEMAS[name])
         for key in ("scaling_factor", "shift_factor") if name == "vae" and component.classes else ():
             value = component.option(key)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
                 raise UserError(f"recipe key teacher.pretrained: its vae has {key} {value!r}, but StableDiffusion3Pipeline needs a number")
         return component
 

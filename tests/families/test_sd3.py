@@ -388,9 +388,9 @@ def test_resolve_source_says_what_is_wrong(sd3_folder: Path, tmp_path: Path, mon
 
 
 def test_a_broken_model_index_is_one_clear_line(tmp_path: Path) -> None:
-    for text in (b"{", b"[]", b"{}", b'{"_class_name": []}', b"\xff\xfe"):
+    for text in (b"{", b"[]", b"{}", b'{"_class_name": []}', b'{"_class_name": 3}', b'{"_class_name": "X", "vae": [1, 2]}', b"\xff\xfe"):
         (tmp_path / "model_index.json").write_bytes(text)
-        with pytest.raises(UserError, match=r"model_index\.json' is not JSON with a '_class_name'"):
+        with pytest.raises(UserError, match=r"recipe key teacher\.pretrained: .*model_index\.json'"):
             find_family(tmp_path)
 
 
