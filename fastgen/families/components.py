@@ -107,15 +107,19 @@ def check_sizes(folder: Path) -> None:
         file = folder / name / "config.json"
         if isinstance(entry, list) and file.is_file():
             for key, value in _numbers(of_teacher(file)):
-                most = next(most for pattern, most in _MOST if re.search(pattern, key))
-                if abs(value) > most:
-                    what = f"key {key} is {records.shown(value)}, but no network has more than {most:,}"
+                least, most = next(((least, most) for pattern, least, most in _LIMITS if re.search(pattern, key)), (value, value))
+                if not least <= value <= most:
+                    what = f"key {key} is {records.shown(value)}, not a number from {least:,} to {most:,}"
                     raise UserError(f"recipe key teacher.pretrained: {str(file)!r}: {what}")
 
 
 _SIZE = r"(size|dims?|d_\w+|width|channels|heads?|embeddings|buckets|groups|vocab|length|positions?)(\.\d+)?$"
 # By what ends a key: how many layers or blocks, how large a dimension; all else is only a number.
-_MOST = ((r"(layers?|blocks?|per_block|depth)(\.\d+)?$", 1000), (rf"(^|[._]){_SIZE}", 2**22), ("", float("inf")))
+_LIMITS = (
+    (r"(^|\.)num_(hidden_)?layers$", 1, 1000),
+    (r"(layers?|blocks?|per_block|depth)(\.\d+)?$", -1000, 1000),
+    (rf"(^|[._]){_SIZE}", -1, 2**22),
+)
 
 
 def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, int | float]]:

@@ -188,14 +188,22 @@ class SD3(Family):
             with loading(self.folder / name):
                 config: Any = AutoConfig.from_pretrained(self.folder / name)
                 configs[name] = getattr(config, "text_config", config)
-        clips = [config for name, config in configs.items() if name != "text_encoder_3"]
+
+        def widths(key: str, *names: str) -> list[int]:
+            found = {name: getattr(configs[name], key) for name in names if name in configs}
+            for name, value in found.items():
+                if not isinstance(value, int):
+                    raise ValueError(f"{key} of {name} is {records.shown(value)}, not a whole number")
+            return list(found.values())
+
+        clips = ("text_encoder", "text_encoder_2")
         with loading(self.folder):
-            if len(clips) == 2:
-                _same("the projections of text_encoder and text_encoder_2 together", sum(config.projection_dim for config in clips), pooled)
-            if "text_encoder_3" in configs:
-                _same("the output of text_encoder_3", configs["text_encoder_3"].d_model, width)
-            if sum(config.hidden_size for config in clips) > width:
+            if len(projections := widths("projection_dim", *clips)) == 2:
+                _same("the projections of text_encoder and text_encoder_2 together", sum(projections), pooled)
+            _same("the output of text_encoder_3", widths("d_model", "text_encoder_3") or [width], [width])
+            if sum(widths("hidden_size", *clips)) > width:
                 raise ValueError(f"the outputs of text_encoder and text_encoder_2 are wider together than the transformer's {width}")
+            widths("max_position_embeddings", *clips)
         for name, config in configs.items():
             file = self.folder / name.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
             if name != "text_encoder_3" and file.is_file():

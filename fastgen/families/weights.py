@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from safetensors import safe_open
@@ -24,8 +25,8 @@ class WeightsIndex(records.Schema):
 
 
 def check_weights(folder: Path, network: nn.Module) -> None:
-    """UserError where a tensor of the network (a meta one will do) is missing from the weights in a component's `folder`, or has another
-    shape there. Nothing is said of weights that are not there at all: whoever loads them will."""
+    """UserError where the tensors of a diffusers network (a meta one will do) are not those in a component's `folder`, by name and shape.
+    Nothing is said of weights that are not there at all: whoever loads them will."""
     found: dict[str, tuple[int, ...]] = {}
     for file in _files(folder):
         with reading(file), safe_open(file, "pt") as header:
@@ -35,6 +36,11 @@ def check_weights(folder: Path, network: nn.Module) -> None:
             is_there = f"has the shape {found[name]}" if name in found else "is missing"
             what = f"{name} {is_there} in its weights, where its config.json says {tuple(tensor.shape)}"
             raise UserError(f"recipe key teacher.pretrained: cannot read {str(folder)!r}: {what}")
+    ignored = [re.compile(pattern) for pattern in getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    more = [name for name in sorted(found.keys() - network.state_dict().keys()) if not any(pattern.search(name) for pattern in ignored)]
+    if more:
+        what = f"{more[0]} is among its weights, but not in the network of its config.json"
+        raise UserError(f"recipe key teacher.pretrained: cannot read {str(folder)!r}: {what}")
 
 
 def _files(folder: Path) -> list[Path]:

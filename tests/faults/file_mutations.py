@@ -128,7 +128,7 @@ def _dumped(value: Any) -> str:
 def _reseal(folder: Path, damaged: Path) -> None:
     """As if that file had been written so: its record is sealed again, or its hash in the record beside it is renewed."""
     for name in ("fastgen.json", "state.json", "inputs.json", "pairs.json"):
-        for record in folder.rglob(name):
+        for record in filter(Path.is_file, folder.rglob(name)):
             try:
                 content = json.loads(record.read_text())
                 if record != damaged:
