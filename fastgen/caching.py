@@ -10,7 +10,7 @@ import torch
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.config import Recipe
-from fastgen.data.images import load_images
+from fastgen.data.images import images_of
 from fastgen.data.pair_folder import Manifest, PairFolder, create_folder
 from fastgen.data.pairs import Solver, TeacherSampler
 from fastgen.data.prompts import load_prompts
@@ -40,7 +40,7 @@ def cache_pairs(
     continued, also to a larger count. UserError before anything is written.
     """
     progress, recipe = progress or Progress(), pinned(recipe)
-    images = None if recipe.data.images is None else load_images(recipe.data.images)
+    images = images_of(recipe.data)
     if recipe.data.prompts is None and images is None:
         raise UserError("recipe key data.prompts: missing; pairs are drawn for prompts, or for the captions of data.images")
     prompts = prompt_weights(None if images else load_prompts(str(recipe.data.prompts)), images)
@@ -54,7 +54,7 @@ def cache_pairs(
         device=choose_device(recipe.train.device),
         **block.options,
     )
-    for warning in check_texts(recipe, teacher.family, prompts):
+    for warning in (*(images.warnings if images else ()), *check_texts(recipe, teacher.family, prompts)):
         progress.warn(f"warning: {warning}")
     sampler = TeacherSampler(teacher.predict, teacher.times().to(teacher.device), teacher.family.latent.shape, solver)
     described = resolved_teacher(recipe) | {"sha256": source_hash(block.pretrained, block.revision)}

@@ -84,12 +84,15 @@ class MethodBlock(BaseModel):
 
 
 class DataBlock(Block):
-    """background: what transparent pixels of the images lie on, a colour as CSS writes it. pairs: how many noise-sample pairs the teacher
+    """background: what transparent pixels of the images lie on, a colour as CSS writes it. caption_key: of their metadata, the key or column
+    with the captions. skip_broken: leave out images without caption or that cannot be read. pairs: how many noise-sample pairs the teacher
     draws when the run starts, or a folder made by `fastgen cache pairs`."""
 
     prompts: str | None = None
     images: str | None = None
     background: str = "white"
+    caption_key: str = Field(default="text", min_length=1)
+    skip_broken: bool = Field(default=False, strict=True)
     pairs: int | str | None = None
 
     @field_validator("background", mode="before")

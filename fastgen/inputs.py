@@ -26,7 +26,15 @@ TEACHER, INIT = "teacher.pretrained", "student.init"
 # What no continuation can change: beginnings of keys.
 _FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs")
 # What may differ between a run and its continuation: nothing that changes a number.
-_RESUMABLE = ("train.checkpoint_every", "train.keep", "train.sample_every", "train.device", "evaluate", "export")
+_RESUMABLE = (
+    "train.checkpoint_every",
+    "train.keep",
+    "train.sample_every",
+    "train.device",
+    "evaluate",
+    "export",
+    *("data.caption_key", "data.skip_broken"),
+)
 
 
 @dataclass(frozen=True)

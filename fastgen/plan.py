@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgen import checkpoint
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
-from fastgen.data.images import CaptionedImages, load_images
+from fastgen.data.images import CaptionedImages, images_of
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
 from fastgen.data.training import prompt_weights
@@ -124,14 +124,15 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     _check_inputs(recipe, method.roles_for(config), family)
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
-    images = None if recipe.data.images is None else load_images(recipe.data.images, recipe.data.background)
+    images = images_of(recipe.data)
     pairs = open_folder(recipe.data.pairs) if isinstance(recipe.data.pairs, str) else None
     if pairs is not None:
         by_content = {"sha256": _teacher_hash(recipe)} if "sha256" in pairs.manifest.teacher else {}
         pairs.check(resolved_teacher(recipe) | by_content, family.latent.shape)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, started)
     _check_networks(planned)
-    return planned if started else replace(planned, warnings=tuple(check_texts(recipe, family, prompt_weights(prompts, images))))
+    left_out = images.warnings if images else ()
+    return planned if started else replace(planned, warnings=(*left_out, *check_texts(recipe, family, prompt_weights(prompts, images))))
 
 
 def check_texts(recipe: Recipe, family: Family, prompts: Iterable[str]) -> list[str]:
@@ -252,8 +253,6 @@ def _check_data(recipe: Recipe, *, needs_latents: bool, needs_pairs: bool) -> No
     unused = "prompts" if needs_latents else "images"
     if getattr(recipe.data, unused) is not None:
         raise UserError(f"recipe key data.{unused}: {recipe.distiller.name} does not use it; remove it")
-    if recipe.data.background != "white" and recipe.data.images is None:
-        raise UserError("recipe key data.background: needs data.images, whose transparent pixels it is for; remove it")
     if needs_pairs and recipe.data.pairs is None:
         raise UserError(
             f"recipe key data.pairs: missing; {recipe.distiller.name} regresses on noise-sample pairs: "

@@ -229,7 +229,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "images given to dmd2": (train("data.images=fastgen:digits"), ("recipe key data.images", "dmd2 does not use it")),
     "images missing": (images("nowhere"), ("recipe key data.images", "'nowhere'", "metadata.jsonl")),
     "images without rows": (images("images_empty"), ("recipe key data.images", "is empty")),
-    "images line broken": (images("images_bad_line"), ("recipe key data.images", "line 1", "'file_name'")),
+    "images line broken": (images("images_bad_line"), ("recipe key data.images", "line 1", "is not JSON")),
     "images line without text": (images("images_no_text"), ("recipe key data.images", "line 1", "'text'")),
     "images file missing": (images("images_no_file"), ("recipe key data.images", "line 1", "a.png")),
     "background that is no colour": (train("data.background=whit"), ("recipe key data.background", "a name such as white", "'whit'")),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -139,7 +140,8 @@ def test_the_plan_refuses_what_the_teacher_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^recipe key teacher\.negative_prompt: 'blurry' "):
         plan(recipe(tmp_path, "a handwritten seven", negative_prompt="blurry"))
     captioned = {"distiller": {"name": "flow_matching"}, "optimizer": {"student": {"lr": 1e-3}}, "data": {"images": str(tmp_path)}}
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "prompts.txt", "text": ["any digit", "blorp"]}')
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["any digit", "blorp"]}')
     with pytest.raises(UserError, match=r"^recipe key data\.images: 'blorp' "):
         plan(Recipe.model_validate(recipe(tmp_path, "any digit").dump() | captioned))
 

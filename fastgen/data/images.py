@@ -1,11 +1,11 @@
-"""Images with captions: a folder in the Hugging Face `imagefolder` layout, or the embedded digits."""
+"""Images with captions: a folder of picture files, or the embedded digits."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,28 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
+from fastgen.config import DataBlock
 from fastgen.data import digits
-from fastgen.data.pixels import UNREADABLE, Colour, read_rgb
+from fastgen.data.captions import KEY, Captions, Faults, read_captions
+from fastgen.data.pixels import Colour, Unreadable, check_header, read_rgb
+from fastgen.data.texts import local_path
 from fastgen.errors import UserError
 from fastgen.fingerprints import digest, known_hash
 
-KEY = "recipe key data.images"
+BUNDLED = "fastgen:digits"
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """captions[i]: every caption of image i with its probability. background: sRGB, what transparent pixels of files lie on."""
+    """captions[i]: every caption of image i with its probability. background: sRGB, what transparent pixels of files lie on. warnings: what
+    was left out when the set was listed. undecodable: of those to be skipped, what `batches` has left out so far, each with why."""
 
-    captions: list[dict[str, float]]
+    captions: list[Captions]
     sources: list[Any]  # image files, or tensors (3, H, W) fp32 in [-1, 1]
     background: Colour = (255, 255, 255)
+    skip_broken: bool = False
+    warnings: tuple[str, ...] = ()
+    undecodable: dict[int, str] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -37,66 +44,81 @@ class CaptionedImages:
         return digest([[list(captions.items()), _hash(source)] for captions, source in zip(self.captions, self.sources, strict=True)])
 
     def batches(self, resolution: int, size: int = 64) -> Iterator[Tensor]:
-        """Pixels (B, 3, resolution, resolution) fp32 in [-1, 1]: the largest centre square, resized with antialiasing."""
+        """Pixels (B, 3, resolution, resolution) fp32 in [-1, 1]: the largest centre square, resized with antialiasing. UserError for a file
+        that cannot be decoded, or with `skip_broken` a place in `undecodable`."""
         for start in range(0, len(self), size):
-            yield torch.stack([_pixels(source, resolution, self.background) for source in self.sources[start : start + size]])
+            indices = range(start, min(start + size, len(self)))
+            pixels = [picture for i in indices if (picture := self._pixels(i, resolution)) is not None]
+            if pixels:
+                yield torch.stack(pixels)
+
+    def decodable(self) -> tuple[CaptionedImages, list[str]]:
+        """The images that `batches` has yielded, once it is through, and a warning of others; UserError where there is none."""
+        kept = [i for i in range(len(self)) if i not in self.undecodable]
+        warnings = Faults(self.skip_broken, list(self.undecodable.values())).warnings(len(kept))
+        return replace(self, captions=[self.captions[i] for i in kept], sources=[self.sources[i] for i in kept], undecodable={}), warnings
+
+    def _pixels(self, index: int, resolution: int) -> Tensor | None:
+        source, faults = self.sources[index], Faults(self.skip_broken)
+        if isinstance(source, Tensor):
+            if source.shape[-1] != resolution:
+                raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {resolution}")
+            return source
+        from torchvision.transforms.v2 import functional
+
+        try:
+            picture = read_rgb(source, self.background)
+        except Unreadable as error:
+            faults.add(_unreadable(source, error))
+            self.undecodable[index] = faults.found[0]
+            return None
+        square = functional.center_crop(picture, [min(picture.shape[-2:])] * 2)
+        return (functional.resize(square, [resolution, resolution], antialias=True) / 127.5 - 1).clamp(-1, 1)
 
 
-def load_images(source: str, background: str = "white") -> CaptionedImages:
-    """`fastgen:digits`, or a folder with metadata.jsonl rows {"file_name": ..., "text": caption or list of captions}.
+def images_of(data: DataBlock) -> CaptionedImages | None:
+    """`load_images` of what a recipe names, None where that is nothing. UserError for keys that have nothing to say about it."""
+    options = {key: getattr(data, key) for key in ("background", "caption_key", "skip_broken")}
+    given = [key for key, value in options.items() if value != DataBlock.model_fields[key].default]
+    if given and data.images is None:
+        raise UserError(f"recipe key data.{given[0]}: needs data.images, which it is about; remove it")
+    if given and data.images == BUNDLED:
+        raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {BUNDLED} has none; remove it")
+    return None if data.images is None else load_images(data.images, **options)
 
-    background: the colour of transparent pixels, as Pillow's ImageColor names it.
+
+def load_images(source: str, background: str = "white", caption_key: str = "text", *, skip_broken: bool = False) -> CaptionedImages:
+    """`fastgen:digits`, or a folder of pictures with captions, as `read_captions` finds them; the header of every file is read.
+
+    background: the colour of transparent pixels, as Pillow's ImageColor names it. caption_key: of metadata, the key or column with the caption
+    or a list of captions. UserError for a picture without caption, file or format that is read, which `skip_broken` leaves out.
     """
-    if source == "fastgen:digits":
+    if source == BUNDLED:
         images, labels = digits.load_images()
         return CaptionedImages([digits.captions(label) for label in labels.tolist()], list(images))
-    folder = Path(source).expanduser()
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise UserError(f"{KEY}: {source!r} is neither fastgen:digits nor a folder with metadata.jsonl")
-    try:
-        lines = metadata.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would also split at U+2028 inside captions
-    except UnicodeDecodeError as error:
-        raise UserError(f"{KEY}: {str(metadata)!r} is not UTF-8 text") from error
-    rows = [_row(folder, line, number) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise UserError(f"{KEY}: {str(metadata)!r} is empty")
+    faults = Faults(skip_broken)
+    rows, ignored = read_captions(local_path(source), caption_key, faults)
+    problem = functools.cache(_header_problem)  # a file may have several rows
+    for file, _ in rows:
+        if why := problem(file):
+            faults.add(why)
+    kept = [(captions, file) for file, captions in rows if not problem(file)]
     red, green, blue = ImageColor.getrgb(background)[:3]
-    return CaptionedImages([captions for captions, _ in rows], [file for _, file in rows], (red, green, blue))
+    warnings = (*ignored, *faults.warnings(len(kept)))
+    return CaptionedImages([captions for captions, _ in kept], [file for _, file in kept], (red, green, blue), skip_broken, warnings)
 
 
-def _row(folder: Path, line: str, number: int) -> tuple[dict[str, float], Path]:
-    where = f"{str(folder / 'metadata.jsonl')!r} line {number}"
+def _header_problem(file: Path) -> str | None:
     try:
-        row = json.loads(line)
-        file, text = folder / row["file_name"], row["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{KEY}: {where} is not a JSON object with 'file_name' and 'text'") from error
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, list) or not texts or not all(isinstance(item, str) for item in texts):
-        raise UserError(f"{KEY}: {where}: 'text' must be a caption or a list of captions")
-    if not file.is_file():
-        raise UserError(f"{KEY}: {where}: no file {str(file)!r}")
-    captions: dict[str, float] = {}
-    for item in texts:
-        captions[item] = captions.get(item, 0.0) + 1 / len(texts)
-    return captions, file
+        check_header(file)
+    except Unreadable as error:
+        return _unreadable(file, error)
+    return None
+
+
+def _unreadable(file: Path, error: Unreadable) -> str:
+    return f"{str(file)!r} is not an image that can be read ({error})"
 
 
 def _hash(source: Any) -> str:
     return hashlib.sha256(source.numpy().tobytes()).hexdigest() if isinstance(source, Tensor) else known_hash(source)
-
-
-def _pixels(source: Any, resolution: int, background: Colour) -> Tensor:
-    if isinstance(source, Tensor):
-        if source.shape[-1] != resolution:
-            raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {resolution}")
-        return source
-    from torchvision.transforms.v2 import functional
-
-    try:
-        picture = read_rgb(source, background)
-    except UNREADABLE as error:
-        raise UserError(f"{KEY}: {str(source)!r} is not an image that can be read ({error})") from error
-    square = functional.center_crop(picture, [min(picture.shape[-2:])] * 2)
-    return (functional.resize(square, [resolution, resolution], antialias=True) / 127.5 - 1).clamp(-1, 1)

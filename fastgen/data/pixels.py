@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import io
-import struct
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,19 +21,65 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 Colour = tuple[int, int, int]
-# What Pillow raises for files that are broken, beside OSError: its readers let through what parsing raises.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is zero
 _SHARED_BY_ALL = 2  # levels by which encodings of sRGB differ among the profiles that say it
 
 
+class Unreadable(ValueError):
+    """A picture file that cannot be read; the message says why."""
+
+
 def read_rgb(path: Path, background: Colour = (255, 255, 255)) -> Tensor:
-    """`upright_rgb` of a picture file; `UNREADABLE` for one that Pillow cannot decode."""
+    """`upright_rgb` of a picture file; Unreadable for one that Pillow cannot decode."""
     # Not by its path: Pillow would map an uncompressed TIFF into memory with width and height exchanged where it is to be turned.
-    with path.open("rb") as file, Image.open(file) as image:
-        return upright_rgb(image, background)
+    with _pillow():
+        file = path.open("rb")
+    with file:
+        return upright_rgb(_opened(file), background)
+
+
+def check_header(path: Path) -> None:
+    """Unreadable unless Pillow knows the format and the size is one that it reads; decodes nothing."""
+    with _pillow():
+        file = path.open("rb")
+    with file:
+        _opened(file)
+
+
+@functools.cache
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the formats that are read."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")  # a program, which Pillow has Ghostscript run
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    with _pillow():
+        image = Image.open(file, formats=_formats())
+    if 0 in image.size:
+        raise Unreadable("it has no pixels")
+    return image
+
+
+@contextmanager
+def _pillow() -> Iterator[None]:
+    """Around Pillow's readers of a user's file: whatever they raise is Unreadable, for they let through what parsing comes to."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of large pictures, which are read, and of broken metadata
+            yield
+    except Image.UnidentifiedImageError as error:
+        raise Unreadable("it is in no format that is read") from error
+    except Image.DecompressionBombError as error:
+        pixels, limit = re.findall(r"\d+", str(error))[:2]
+        raise Unreadable(f"its {pixels} pixels exceed the limit of {limit}; scale it down") from error
+    except Exception as error:
+        raise Unreadable(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
 def upright_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Tensor:
@@ -38,7 +87,7 @@ def upright_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Ten
     frame. Turned as EXIF says; transparent pixels lie on `background`, mixed in sRGB values as browsers do.
 
     Integer grey of more than 8 bits is 16 bits wide, whatever its range. Float grey runs from 0 to 1, or in whole numbers from 0 to 255.
-    Embedded profiles are converted to sRGB, perceptually; those that cannot be used are ignored. ValueError for grey outside its range.
+    Embedded profiles are converted to sRGB, perceptually; those that cannot be used are ignored. Unreadable for grey outside its range.
     """
     rawmode = _prepared(image)
     upright, profile = _upright(image), image.info.get("icc_profile")
@@ -66,10 +115,12 @@ def _prepared(image: Image.Image) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()
+    with _pillow():
+        image.load()
     try:
-        return ImageOps.exif_transpose(image)
-    except UNREADABLE:  # the metadata alone are broken
+        with _pillow():
+            return ImageOps.exif_transpose(image)
+    except Unreadable:  # the metadata alone are broken
         return image
 
 
@@ -102,10 +153,10 @@ def _unit(values: np.ndarray, rawmode: str) -> float:
         if 0 <= low <= high <= 1:
             return 255
         if not (0 <= low <= high <= 255 and (values == values.round()).all()):
-            raise ValueError(f"its float values run from {low:g} to {high:g}; they must be from 0 to 1, or whole numbers from 0 to 255")
+            raise Unreadable(f"its float values run from {low:g} to {high:g}; they must be from 0 to 1, or whole numbers from 0 to 255")
         return 1
     if not 0 <= low <= high <= 65535:
-        raise ValueError(f"its values run from {low} to {high}; integers must fit into 16 bits, from 0 to 65535")
+        raise Unreadable(f"its values run from {low} to {high}; integers must fit into 16 bits, from 0 to 65535")
     return 255 / 4095 if rawmode == "I;12" else 1 / 257
 
 

@@ -117,8 +117,10 @@ def prepare(
     images: CaptionedImages | None,
     device: torch.device,
     progress: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> TrainingData:
-    """Encode every prompt and image once. Images bring their own captions; prompts serve methods that train without images."""
+    """Encode every prompt and image once. Images bring their own captions; prompts serve methods that train without images. warn: of images
+    that are left out because they cannot be decoded."""
     table = prompt_weights(prompts, images)
     texts = list(table)
     progress(f"encoding {len(texts)} prompts")
@@ -128,7 +130,11 @@ def prepare(
         return TrainingData(texts, cond, cumulative)
     progress(f"encoding {len(images)} images")
     resolution = family.latent.size[-1] * family.pixels_per_latent
-    latents = torch.cat([family.encode_latents(batch.to(device)) for batch in images.batches(resolution)]).to(device)
+    encoded = [family.encode_latents(batch.to(device)) for batch in images.batches(resolution)]
+    images, warnings = images.decodable()
+    for warning in warnings:
+        warn(f"warning: {warning}")
+    latents = torch.cat(encoded).to(device)
     row = {text: i for i, text in enumerate(texts)}
     captions = [(torch.tensor([row[text] for text in image]), weighted.cumulative(image.values())) for image in images.captions]
     return TrainingData(texts, cond, cumulative, latents, captions)

@@ -80,7 +80,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
     parallel = launch(recipe.train.shard, recipe.train.device)
-    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage)
+    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, progress.warn)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
     if not math.isfinite(largest(backbone.parameters())):

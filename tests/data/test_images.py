@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgen.config import DataBlock
 from fastgen.data import digits
-from fastgen.data.images import CaptionedImages, load_images
+from fastgen.data.images import CaptionedImages, images_of, load_images
 from fastgen.errors import UserError
 
 
@@ -154,14 +156,29 @@ def test_the_embedded_digits() -> None:
     ("rows", "message"),
     [
         ([], "metadata.jsonl' is empty"),
-        (['{"file_name": "a.png", "text": "x"}', "{"], "line 2 is not a JSON object with 'file_name' and 'text'"),
-        (['{"file_name": "a.png"}'], "line 1 is not a JSON object with 'file_name' and 'text'"),
-        (['{"text": "x"}'], "line 1 is not a JSON object"),
-        (['["a.png", "x"]'], "line 1 is not a JSON object"),
-        (['{"file_name": 5, "text": "x"}'], "line 1 is not a JSON object"),
-        (['{"file_name": "a.png", "text": []}'], "line 1: 'text' must be a caption or a list of captions"),
-        (['{"file_name": "a.png", "text": ["x", 5]}'], "line 1: 'text' must be a caption or a list of captions"),
-        (['{"file_name": "a.png", "text": null}'], "line 1: 'text' must be a caption or a list of captions"),
+        (['{"file_name": "a.png", "text": "x"}', "{"], r"line 2 is not JSON \("),
+        (['{"file_name": "a.png"}'], "line 1 has no caption: no 'text' among its keys 'file_name'"),
+        (['{"text": "x"}'], "line 1 has no 'file_name' among its keys 'text'"),
+        (['["a.png", "x"]'], r"line 1 is not a JSON object, but \['a\.png', 'x'\]"),
+        (['{"file_name": 5, "text": "x"}'], "line 1 has the 'file_name' 5, which is no name of a file"),
+        (['{"file_name": null, "text": "x"}'], "line 1 has the 'file_name' None"),
+        (['{"file_name": "", "text": "x"}'], "line 1 has the 'file_name' ''"),
+        (['{"file_name": "a.png", "text": []}'], r"line 1 has no caption: 'text' is \[\]"),
+        (['{"file_name": "a.png", "text": ""}'], "line 1 has no caption: 'text' is ''"),
+        (['{"file_name": "a.png", "text": [" ", ""]}'], r"line 1 has no caption: 'text' is \[' ', ''\]"),
+        (['{"file_name": "a.png", "text": ["a", null]}'], r"line 1 has no caption: 'text' is \['a', None\]"),
+        (['{"file_name": "a.png", "text": 1e999}'], "line 1 has no caption: 'text' must be a caption or a list of captions, not inf"),
+        (['{"file_name": "a.png", "text": ' + "[" * 900 + "]" * 900 + "}"], r"line 1 has no caption: 'text' must be .*, not \[\[\["),
+        (["[" * 100_000], r"line 1 is not JSON \(it is nested too deeply\)"),
+        (['{"file_name": "a.png", "text": ' + "1" * 5000 + "}"], r"line 1 is not JSON \(Exceeds the limit"),
+        ([r'{"file_name": "a.png", "text": "a \udfff"}'], r"line 1 has a caption that holds half a surrogate pair, '\\udfff'"),
+        ([r'{"file_name": "a.png", "text": ["a", "\u0000"]}'], "line 1 has a caption that holds a NUL character"),
+        ([r'{"file_name": "a\u0000.png", "text": "x"}'], r"line 1: no file '.*a\\x00\.png'"),
+        ([r'{"file_name": "a\ud800.png", "text": "x"}'], r"line 1: no file '.*a\\ud800\.png'"),
+        (['{"file_name": "' + "a" * 300 + '.png", "text": "x"}'], r"line 1: no file '.*aaa\.png'"),
+        (['{"file_name": ".", "text": "x"}'], r"line 1: '.*' is a folder, not a file"),
+        (['{"file_name": "a.png", "text": ["x", 5]}'], "line 1 has no caption: 'text' must be a caption or a list of captions"),
+        (['{"file_name": "a.png", "text": null}'], "line 1 has no caption: 'text' is None"),
         (["", '{"file_name": "b.png", "text": "x"}'], "line 2: no file '.*b.png'"),
     ],
 )
@@ -171,29 +188,89 @@ def test_mistakes_name_the_key_the_file_and_the_line(tmp_path: Path, rows: list[
         load_images(imagefolder(tmp_path, *rows))
 
 
-def test_other_sources_are_refused(tmp_path: Path) -> None:
-    for source in (str(tmp_path), str(tmp_path / "nothing"), "fastgen:faces"):
-        with pytest.raises(UserError, match=r"is neither fastgen:digits nor a folder with metadata\.jsonl"):
-            load_images(source)
-
-
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_text("not an image")
-    images = load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "x"}))
-    with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image"):
-        list(images.batches(4))
+    """Already when the set is listed, where its first bytes tell; else when it is decoded."""
+    folder = imagefolder(tmp_path, {"file_name": "a.png", "text": "x"})
+    for content, reason in {
+        b"not an image": "it is in no format that is read",
+        b"": "in no format",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n": "in no format",
+    }.items():
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(UserError, match=rf"^recipe key data\.images: '.*a\.png' is not an image .*{reason}"):
+            load_images(folder)
     Image.fromarray(np.full((4, 4), 3.5, dtype=np.float32)).save(tmp_path / "a.png", format="TIFF")
+    images = load_images(folder)
     with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*its float values run from 3\.5 to 3\.5"):
+        list(images.batches(4))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*No such file"):
         list(images.batches(4))
 
 
 def test_a_file_that_ends_early_or_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise_png(tmp_path / "a.png", 40, 40)
-    images = load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "x"}))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
-    with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*exceeds limit"):
-        list(images.batches(4))
-    monkeypatch.undo()
+    folder = imagefolder(tmp_path, {"file_name": "a.png", "text": "x"})
+    images = load_images(folder)
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
     with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image"):
         list(images.batches(4))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(
+        UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*its 1600 pixels exceed the limit of 1400; scale it down"
+    ):
+        load_images(folder)
+
+
+def test_what_is_broken_is_left_out_only_when_asked(tmp_path: Path) -> None:
+    pixels = noise_png(tmp_path / "a.png", 4, 4)
+    noise_png(tmp_path / "short.png", 40, 40)
+    (tmp_path / "short.png").write_bytes((tmp_path / "short.png").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("text")
+    names = ["gone.png", "a.png", "text.png", "short.png", "a.png", "text.png"]
+    folder = imagefolder(tmp_path, *({"file_name": name, "text": f"{i}"} for i, name in enumerate(names)), {"file_name": "a.png", "text": None})
+    with pytest.raises(UserError, match=r"line 1: no file '.*gone\.png'; data\.skip_broken: true leaves such pictures out"):
+        load_images(folder)
+    images = load_images(folder, skip_broken=True)
+    assert images.captions == [{"1": 1.0}, {"3": 1.0}, {"4": 1.0}]
+    (warning,) = images.warnings
+    assert re.fullmatch(r"recipe key data\.images: 4 of 7 pictures are left out, such as: '.*metadata\.jsonl' line 1: no file '.*gone\.png'", warning)
+    for size in (1, 2, 64):
+        batches = list(images.batches(4, size))
+        torch.testing.assert_close(torch.cat(batches), in_range(pixels).expand(2, 3, 4, 4), rtol=0, atol=1e-6)
+    kept, (warning,) = images.decodable()
+    assert kept.captions == [{"1": 1.0}, {"4": 1.0}] and [file.name for file in kept.sources] == ["a.png", "a.png"]
+    assert re.match(r"recipe key data\.images: 1 of 3 pictures are left out, such as: '.*short\.png' is not an image", warning)
+    assert kept.decodable() == (kept, [])
+
+
+def test_a_set_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    folder = imagefolder(tmp_path, {"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text": "x"})
+    with pytest.raises(UserError, match=r"^recipe key data\.images: all of 2 pictures are broken, the first: '.*' line 1: no file '.*a\.png'$"):
+        load_images(folder, skip_broken=True)
+    noise_png(tmp_path / "a.png", 40, 40)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    images = load_images(folder, skip_broken=True)
+    assert list(images.batches(4)) == []
+    with pytest.raises(UserError, match=r"^recipe key data\.images: all of 1 pictures are broken, the first: '.*a\.png' is not an image"):
+        images.decodable()
+
+
+def test_a_file_may_have_several_rows_and_lie_anywhere(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    pixels = noise_png(folder / "a.png", 4, 4)
+    other = noise_png(tmp_path / "b.PNG", 4, 4, seed=1)
+    (folder / "link.jpg").symlink_to("../b.PNG")
+    names = ["a.png", "a.png", "../b.PNG", str(tmp_path / "b.PNG"), "link.jpg"]
+    images = load_images(imagefolder(folder, *({"file_name": name, "text": f"{i}"} for i, name in enumerate(names))))
+    assert images.captions == [{f"{i}": 1.0} for i in range(5)]
+    torch.testing.assert_close(only(images, 4), torch.stack([in_range(p) for p in (pixels, pixels, other, other, other)]), rtol=0, atol=1e-6)
+
+
+def test_keys_that_have_nothing_to_say_are_refused() -> None:
+    for key, value in {"background": "black", "caption_key": "caption", "skip_broken": True}.items():
+        with pytest.raises(UserError, match=rf"^recipe key data\.{key}: needs data\.images"):
+            images_of(DataBlock.model_validate({key: value}))
+        with pytest.raises(UserError, match=rf"^recipe key data\.{key}: .*fastgen:digits has none"):
+            images_of(DataBlock.model_validate({"images": "fastgen:digits", key: value}))
+    assert images_of(DataBlock()) is None

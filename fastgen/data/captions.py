@@ -1,0 +1,201 @@
+"""The captions of a folder of pictures: `metadata.jsonl` or `metadata.csv` in the Hugging Face `imagefolder` layout, or `a.txt` beside `a.png`."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastgen.data.pixels import picture_suffixes
+from fastgen.data.texts import flaw, missing, parse_json, read_lines, read_text, short
+from fastgen.errors import UserError
+
+KEY = "recipe key data.images"
+FORMS = "metadata.jsonl, metadata.csv, or .txt files beside the pictures"
+
+_METADATA = ("metadata.jsonl", "metadata.csv")  # where both are, the first is read
+_USUAL = ("text", "caption", "captions", "prompt", "description", "label")  # what others call it
+_NAMED = 6  # kinds of files that a message lists
+_NOT_READ = {".tar": "webdataset archives are not read: unpack them", ".parquet": "pictures in parquet are not read: save them as files"}
+
+Captions = dict[str, float]  # with their probabilities
+
+
+@dataclass
+class Faults:
+    """What is wrong with single pictures of a set. The first is a UserError, unless they are to be skipped: then they are collected."""
+
+    skip: bool
+    found: list[str] = field(default_factory=list)
+
+    def add(self, problem: str) -> None:
+        if not self.skip:
+            raise UserError(f"{KEY}: {problem}; data.skip_broken: true leaves such pictures out")
+        self.found.append(problem)
+
+    def warnings(self, kept: int) -> list[str]:
+        """A line about what is left out of a set of which `kept` pictures remain; UserError where none does."""
+        count = len(self.found)
+        if not kept:
+            raise UserError(f"{KEY}: all of {count} pictures are broken, the first: {self.found[0]}")
+        return [f"{KEY}: {count} of {count + kept} pictures are left out, such as: {self.found[0]}"] if count else []
+
+
+def read_captions(folder: Path, caption_key: str, faults: Faults) -> tuple[list[tuple[Path, Captions]], list[str]]:
+    """Picture files with their captions, in the order of the metadata or of the names, and warnings; from `train/` where the folder itself has
+    none. UserError names the file and the row, or says what is there instead."""
+    for home in (folder, folder / "train"):
+        names = _names(home)
+        metadata = sorted(
+            (name for name in names if name.lower() in _METADATA), key=lambda name: (_METADATA.index(name.lower()), name.lower() != name)
+        )
+        if metadata:
+            ignored = [f"{KEY}: {metadata[0]} is read, {', '.join(metadata[1:])} beside it is not"] if metadata[1:] else []
+            return list(_from_metadata(home, home / metadata[0], caption_key, faults)), ignored
+        if texts := _texts(home, names):
+            return list(_from_texts(home, names, texts, faults)), []
+    raise UserError(f"{KEY}: {str(folder)!r} is neither fastgen:digits nor a folder with {FORMS}: {_instead(folder)}")
+
+
+def _names(folder: Path) -> list[str]:
+    """What a folder holds, hidden names apart; nothing where there is none."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return []
+    except OSError as error:
+        raise UserError(f"{KEY}: cannot read {str(folder)!r}: {error.strerror or error}") from error
+
+
+def _from_metadata(home: Path, metadata: Path, caption_key: str, faults: Faults) -> Iterator[tuple[Path, Captions]]:
+    read, empty = (_csv_rows if metadata.suffix.lower() == ".csv" else _json_rows), True
+    for row, where in read(metadata):
+        empty = False
+        name = row.get("file_name")
+        if problem := _name_problem(row) or _caption_problem(row, caption_key):
+            faults.add(f"{where} {problem}")
+        elif problem := missing(home / str(name)):
+            faults.add(f"{where}: {problem}")
+        else:
+            yield home / str(name), _shares(row[caption_key])
+    if empty:
+        raise UserError(f"{KEY}: {str(metadata)!r} is empty")
+
+
+def _json_rows(metadata: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    for number, line in enumerate(read_lines(metadata, KEY), 1):
+        if line.strip():
+            where = f"{str(metadata)!r} line {number}"
+            row = parse_json(line, f"{KEY}: {where}")
+            if not isinstance(row, dict):
+                raise UserError(f"{KEY}: {where} is not a JSON object, but {short(row)}")
+            yield row, where
+
+
+def _csv_rows(metadata: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Rows by the names of the first; a field may hold commas and newlines inside quotes."""
+    reader = csv.reader(io.StringIO(read_text(metadata, KEY), newline=""), strict=True, skipinitialspace=True)
+    columns: list[str] = []
+    while True:
+        number = reader.line_num + 1
+        where = f"{str(metadata)!r} line {number}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{KEY}: {where} is not CSV ({error})") from error
+        if not any(fields):
+            continue
+        if not columns:
+            columns = [name.strip() for name in fields]
+            if "file_name" not in columns or len(set(columns)) < len(columns):
+                raise UserError(
+                    f"{KEY}: {where} must name the columns, once each and separated by commas, file_name among them; it is {short(columns)}"
+                )
+        elif len(fields) != len(columns):
+            raise UserError(f"{KEY}: {where} has {len(fields)} fields for {len(columns)} columns; a caption with commas needs quotes around it")
+        else:
+            yield dict(zip(columns, fields, strict=True)), where
+
+
+def _name_problem(row: Mapping[str, Any]) -> str | None:
+    name = row.get("file_name")
+    if "file_name" not in row:
+        return f"has no 'file_name' among its keys {_listed(row)}"
+    return None if isinstance(name, str) and name.strip() else f"has the 'file_name' {short(name)}, which is no name of a file"
+
+
+def _caption_problem(row: Mapping[str, Any], key: str) -> str | None:
+    if key not in row:
+        return f"has no caption: no {key!r} among its keys {_listed(row)}{_proposal(key, row)}"
+    value = row[key]
+    texts = value if isinstance(value, list) else [value]
+    if any(not isinstance(text, str) for text in texts if text is not None):
+        return f"has no caption: {key!r} must be a caption or a list of captions, not {short(value)}"
+    if None in texts or not any(text.strip() for text in texts):  # '' beside others asks for nothing part of the time
+        return f"has no caption: {key!r} is {short(value)}"
+    problem = next(filter(None, map(flaw, texts)), None)
+    return problem and f"has a caption that {problem}"
+
+
+def _shares(value: str | list[str]) -> Captions:
+    texts = [value] if isinstance(value, str) else value
+    return {text: count / len(texts) for text, count in Counter(texts).items()}
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    shown = ", ".join(short(key) for key in list(row)[: 2 * _NAMED])
+    return shown + (", …" if len(row) > 2 * _NAMED else "")
+
+
+def _proposal(key: str, row: Mapping[str, Any]) -> str:
+    others = [name for name in row if name != "file_name"]
+    close = difflib.get_close_matches(key, others, n=1) or [name for name in _USUAL if name in others] or (others if len(others) == 1 else [])
+    return f"; did you mean data.caption_key: {short(close[0])}?" if close else ""
+
+
+def _texts(home: Path, names: list[str]) -> dict[str, str]:
+    """The .txt files that have a picture beside them, by the name without the suffix."""
+    stems = {Path(name).stem for name in _pictures(home, names)}
+    return {stem: name for name in names if (stem := Path(name).stem) in stems and Path(name).suffix.lower() == ".txt"}
+
+
+def _pictures(home: Path, names: list[str]) -> list[str]:
+    return [name for name in names if Path(name).suffix.lower() in picture_suffixes() and not os.path.isdir(home / name)]
+
+
+def _from_texts(home: Path, names: list[str], texts: Mapping[str, str], faults: Faults) -> Iterator[tuple[Path, Captions]]:
+    for name in _pictures(home, names):
+        picture = home / name
+        if picture.stem not in texts:
+            faults.add(f"{str(picture)!r} has no caption: there is no {picture.stem + '.txt'!r} beside it")
+            continue
+        caption = " ".join(read_text(home / texts[picture.stem], KEY).split())
+        if not caption:
+            faults.add(f"{str(picture)!r} has no caption: {str(home / texts[picture.stem])!r} is empty")
+        elif problem := flaw(caption) or missing(picture):
+            faults.add(f"{str(picture)!r}: {problem}")
+        else:
+            yield picture, {caption: 1.0}
+
+
+def _instead(folder: Path) -> str:
+    """What is there in place of a folder of captioned pictures."""
+    if not os.path.isdir(folder):
+        return "it is no folder" if os.path.exists(folder) else "there is nothing"
+    names = _names(folder)
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        is_folder = os.path.isdir(folder / name)
+        kinds.setdefault("folders" if is_folder else f"{Path(name).suffix.lower()} files".strip(), []).append(name + "/" * is_folder)
+    listed = [f"{len(some)} {kind}" if len(some) > 1 else some[0] for kind, some in sorted(kinds.items(), key=lambda item: -len(item[1]))]
+    more = f" and {len(listed) - _NAMED} other kinds" if len(listed) > _NAMED else ""
+    hint = next((f"; {what}" for suffix, what in _NOT_READ.items() if f"{suffix} files" in kinds), "")
+    return f"it holds {', '.join(listed[:_NAMED])}{more}{hint}" if names else "it is empty"
