@@ -67,12 +67,11 @@ class CaptionedImages:
         from torchvision.transforms.v2 import functional
 
         try:
-            picture = read_rgb(source, self.background)
+            square = read_rgb(source, self.background, square=True)
         except Unreadable as error:
             faults.add(_unreadable(source, error))
             self.undecodable[index] = faults.found[0]
             return None
-        square = functional.center_crop(picture, [min(picture.shape[-2:])] * 2)
         return (functional.resize(square, [resolution, resolution], antialias=True) / 127.5 - 1).clamp(-1, 1)
 
 

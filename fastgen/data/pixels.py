@@ -21,6 +21,8 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 Colour = tuple[int, int, int]
+Box = tuple[int, int, int, int]  # left, upper, right, lower
+
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _PHOTOMETRIC = 262  # the TIFF tag; 0: white is zero
 _SHARED_BY_ALL = 2  # levels by which encodings of sRGB differ among the profiles that say it
@@ -30,13 +32,13 @@ class Unreadable(ValueError):
     """A picture file that cannot be read; the message says why."""
 
 
-def read_rgb(path: Path, background: Colour = (255, 255, 255)) -> Tensor:
+def read_rgb(path: Path, background: Colour = (255, 255, 255), *, square: bool = False) -> Tensor:
     """`upright_rgb` of a picture file; Unreadable for one that Pillow cannot decode."""
     # Not by its path: Pillow would map an uncompressed TIFF into memory with width and height exchanged where it is to be turned.
     with _pillow():
         file = path.open("rb")
     with file:
-        return upright_rgb(_opened(file), background)
+        return upright_rgb(_opened(file), background, square=square)
 
 
 def check_header(path: Path) -> None:
@@ -82,23 +84,27 @@ def _pillow() -> Iterator[None]:
         raise Unreadable(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
-def upright_rgb(image: Image.Image, background: Colour = (255, 255, 255)) -> Tensor:
+def upright_rgb(image: Image.Image, background: Colour = (255, 255, 255), *, square: bool = False) -> Tensor:
     """sRGB (3, H, W) fp32 in [0, 255], whole numbers unless the picture is deeper than 8 bits or partly transparent; an animation's first
     frame. Turned as EXIF says; transparent pixels lie on `background`, mixed in sRGB values as browsers do.
 
     Integer grey of more than 8 bits is 16 bits wide, whatever its range. Float grey runs from 0 to 1, or in whole numbers from 0 to 255.
     Embedded profiles are converted to sRGB, perceptually; those that cannot be used are ignored. Unreadable for grey outside its range.
+    square: only the largest centre square, which costs as much less as it is smaller.
     """
     rawmode = _prepared(image)
     upright, profile = _upright(image), image.info.get("icc_profile")
+    box = _centre(upright.size) if square else (0, 0, *upright.size)
     if upright.mode in _DEEP:
         is_negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-        colours, alpha = _deep(upright, profile, rawmode, is_negative=is_negative)
+        colours, alpha = _deep(upright, box, profile, rawmode, is_negative=is_negative)
     else:
-        colours, alpha = _shallow(upright, profile)
+        colours, alpha = _shallow(upright.crop(box) if square else upright, profile)
     if alpha is not None:
         paper = np.array(background, dtype=np.float32)
-        colours = paper + alpha[..., None] * (colours - paper)
+        colours -= paper  # in place, for a photograph takes a gigabyte
+        colours *= alpha[..., None]
+        colours += paper
     return torch.from_numpy(colours.transpose(2, 0, 1))
 
 
@@ -124,6 +130,13 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _centre(size: tuple[int, int]) -> Box:
+    """The largest centre square, to which an odd margin is as torchvision's `center_crop` has it."""
+    side = min(size)
+    left, upper = (round((length - side) / 2) for length in size)
+    return left, upper, left + side, upper + side
+
+
 def _shallow(image: Image.Image, profile: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """Colours (H, W, 3) fp32 and alpha (H, W) in [0, 1], or None, of a picture with 8 bits or fewer."""
     image, alpha = image.convert("LA") if image.mode == "La" else image, None
@@ -136,10 +149,12 @@ def _shallow(image: Image.Image, profile: Any) -> tuple[np.ndarray, np.ndarray |
     return np.asarray(_srgb(image, profile), dtype=np.float32), alpha
 
 
-def _deep(image: Image.Image, profile: Any, rawmode: str, *, is_negative: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _deep(image: Image.Image, box: Box, profile: Any, rawmode: str, *, is_negative: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """The same of grey pictures with more than 8 bits. is_negative: 0 is white, which Pillow heeds up to 8 bits only."""
     values, key = np.asarray(image), image.info.get("transparency")
-    grey = values * np.float64(_unit(values, rawmode))
+    unit = np.float64(_unit(values, rawmode))  # which the whole picture tells
+    values = values[box[1] : box[3], box[0] : box[2]]
+    grey = values * unit
     grey = 255 - grey if is_negative else grey
     ramp = np.asarray(_srgb(Image.fromarray(np.arange(256, dtype=np.uint8)[None]), profile))[0]
     colours = np.stack([np.interp(grey, np.arange(256), ramp[:, channel]) for channel in range(3)], -1)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from raw_pictures import ADOBE_GAMMA, ADOBE_TO_XYZ, GREY, GREY_ALPHA, INDEXED, RGB, adobe_rgb, linear_grey, png, printer, profile, xyz
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 from fastgen.data.pixels import Colour, read_rgb, upright_rgb
 
@@ -346,3 +347,21 @@ def test_srgbs_own_profile_changes_no_level(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     path = saved(tmp_path / "a.png", Image.fromarray(pixels), icc_profile=srgb)
     assert torch.equal(read(path), torch.from_numpy(pixels).permute(2, 0, 1).float())
+
+
+@pytest.mark.parametrize(("width", "height"), [(9, 6), (6, 9), (10, 5), (5, 10), (7, 7), (1, 5)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "I;16", "F"])
+def test_the_centre_square_alone_is_that_of_the_whole(tmp_path: Path, mode: str, width: int, height: int) -> None:
+    """Where a picture's range tells what its values are worth, that of the whole does: here 0 and 1 in the middle, and 255 at the ends."""
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    if mode == "F":
+        image = Image.fromarray((values[..., 0] % 2).astype(np.float32))
+        image.putpixel((0, 0), 255)
+        image.putpixel((width - 1, height - 1), 255)
+    else:
+        image = Image.fromarray(values[..., 0].astype(np.uint16) * 256) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = saved(tmp_path / "a.tif", image, exif=exif)
+    expected = functional.center_crop(read(whole, (9, 8, 7)), [min(width, height)] * 2)
+    assert torch.equal(read_rgb(whole, (9, 8, 7), square=True), expected)
