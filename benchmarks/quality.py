@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from fastgen import families, fingerprints, generator, pictures, run
-from fastgen.config import Recipe, read_yaml
+from fastgen.config import Recipe
 from fastgen.data import digits
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.evaluation.table import markdown_table
 from fastgen.plan import plan
 from fastgen.terminal import progress
+from fastgen.yaml_files import read_yaml
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shlex
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import typer
 
-from fastgen.errors import TrainingFailed, UserError
+from fastgen.errors import TrainingFailed, UserError, one_line
 from fastgen.files import check_writable_file
 from fastgen.printing import put
 
@@ -230,7 +231,8 @@ def recipes_list() -> None:
 def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")]) -> None:
     """Print a recipe."""
     from fastgen import terminal
-    from fastgen.config import find_recipe, read_text
+    from fastgen.config import find_recipe
+    from fastgen.yaml_files import read_text
 
     terminal.echo(read_text(find_recipe(name)).rstrip())
 
@@ -286,10 +288,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    put("error: " + " ".join(message.split()), sys.stderr)
+    put("error: " + one_line(message), sys.stderr)
     return status
 
 
 def run_main() -> None:
     """Entry point of the `fastgen` program."""
+    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes, or the terminal lack letters, that make `print` fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -16,7 +16,9 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from fastgen.errors import UserError, nearest
+from fastgen.errors import UserError, nearest, one_line, shown
+from fastgen.files import expanded
+from fastgen.yaml_files import MOST_DEPTH, parse, read_yaml
 
 
 class Block(BaseModel):
@@ -228,9 +230,9 @@ def _check_numbers(given: Any, read: Any, key: str) -> None:
         for i, (one, number) in enumerate(zip(given, read, strict=True)):
             _check_numbers(one, number, f"{key}.{i}")
     elif isinstance(given, bool) and not isinstance(read, bool):
-        raise UserError(f"recipe key {key}: a number is needed, not a boolean (given: {given!r})")
+        raise UserError(f"recipe key {key}: a number is needed, not a boolean (given: {shown(given)})")
     elif isinstance(read, float) and not math.isfinite(read):
-        raise UserError(f"recipe key {key}: a finite number is needed (given: {given!r})")
+        raise UserError(f"recipe key {key}: a finite number is needed (given: {shown(given)})")
 
 
 def _explain(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
@@ -238,14 +240,14 @@ def _explain(model: type[BaseModel], error: ValidationError, prefix: str) -> str
     mistakes = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
     found, loc = mistakes[0], [str(part) for part in mistakes[0]["loc"]]
     path = _without_union_tags(loc)
-    key = ".".join(([prefix] if prefix else []) + path) or "(top level)"
+    key = one_line(".".join(([prefix] if prefix else []) + path), 200) or "(top level)"
     if found["type"] == "extra_forbidden":
         return f"recipe key {key}: unknown key; {nearest(loc[-1], _fields_at(model, loc[:-1]))}"
     if found["type"] == "missing" and isinstance(found["loc"][-1], str):
         return f"recipe key {key}: missing, and it has no default"
     same = [e for e in mistakes if _without_union_tags(e["loc"]) == path]  # one for each member of a union
     message = " or ".join(dict.fromkeys(_message(model, e) for e in same))
-    return f"recipe key {key}: {message} (given: {found['input']!r})"[:600].replace("\n", " ")
+    return f"recipe key {key}: {message} (given: {shown(found['input'])})"
 
 
 def _message(model: type[BaseModel], mistake: Any) -> str:
@@ -273,28 +275,6 @@ def _fields_at(model: Any, loc: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML would silently resolve to the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError with the line of a syntax error."""
-    try:
-        data = yaml.load(read_text(path), _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise UserError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{str(path)!r} is not a recipe: a mapping of {', '.join(Recipe.model_fields)} is needed")
-    return data
-
-
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested mappings."""
     if not isinstance(data, dict):
@@ -302,31 +282,25 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, below in data.items() for key, value in flatten(below, f"{prefix}.{name}" if prefix else name).items()}
 
 
-def read_text(path: Path) -> str:
-    """A recipe as it was written, comments included; UserError when it is not text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not valid YAML: it is not UTF-8 text") from error
-
-
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Set `a.b.c=value` in nested data; the value is read as YAML and typed by the schema afterwards."""
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts, said = key.strip().split("."), f"override {shown(override)}"
     if not equals or not all(parts):
-        raise UserError(f"override {override!r} is not of the form key=value, such as train.steps=10")
+        raise UserError(f"{said} is not of the form key=value, such as train.steps=10")
+    if len(parts) > MOST_DEPTH:
+        raise UserError(f"{said}: no recipe key has {len(parts)} parts")
     try:
-        value = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        value = parse(text)
+    except ValueError as error:
+        raise UserError(f"{said}: the value is not valid YAML: {error}") from error
     for depth, part in enumerate(parts[:-1]):
         below = data.setdefault(part, {})
         if not isinstance(below, dict):
             if parts[: depth + 1] == ["student", "tune"]:
                 below = data[part] = {}  # `full` gives way to `student.tune.lora.rank=8`
             else:
-                raise UserError(f"override {override!r}: recipe key {'.'.join(parts[: depth + 1])} is {below!r}, which has no keys below it")
+                raise UserError(f"{said}: recipe key {'.'.join(parts[: depth + 1])} is {shown(below)}, which has no keys below it")
         data = below
     data[parts[-1]] = value
 
@@ -344,7 +318,7 @@ def shipped_recipes() -> Mapping[str, Path]:
 
 def find_recipe(source: str | Path) -> Path:
     """The file behind a path or a shipped recipe's bare name; a shipped recipe is also found as `recipes/NAME.yaml` anywhere."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return path
     shipped = shipped_recipes()
@@ -352,5 +326,7 @@ def find_recipe(source: str | Path) -> Path:
     if bare in shipped and str(path.parent) in (".", "recipes"):
         return shipped[bare]
     if path.is_dir():
-        raise UserError(f"{str(source)!r} is a folder, not a recipe")
-    raise UserError(f"no recipe {str(source)!r}; {nearest(bare, shipped)}")
+        raise UserError(f"{shown(str(source))} is a folder, not a recipe")
+    if path.exists():
+        raise UserError(f"{shown(str(source))} is a device or a pipe; a recipe is read from a file")
+    raise UserError(f"no recipe {shown(str(source))}; {nearest(bare, shipped)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from fastgen.printing import printable
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: the message says what was given, what is allowed, and which recipe key (exit status 2)."""
@@ -30,3 +32,17 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return (f"did you mean {close[0]!r}? " if close else "") + "allowed: " + ", ".join(names)
+
+
+def shown(value: object, most: int = 200) -> str:
+    """A value as Python writes it, without its middle where that is long."""
+    return _shortened(repr(value), most)
+
+
+def one_line(text: str, most: int = 4000) -> str:
+    """A message as one line that any terminal takes: other white space as spaces, control characters and half characters as escapes."""
+    return _shortened(printable(" ".join(text.split())), most)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-(most // 4) :]}"

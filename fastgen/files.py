@@ -136,14 +136,6 @@ def check_writable_file(path: Path, key: str) -> None:
         check_writable(folder, key)
 
 
-def local(source: str | Path) -> Path:
-    """A path that may begin with `~`; where no home folder is known it stays as it is, and names nothing."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:
-        return Path(source)
-
-
 def share(folder: Path) -> None:
     """Give the files below a folder that we have made the permissions which the umask gives new ones: safetensors makes them private."""
     allowed = folder.stat().st_mode & 0o666
@@ -204,6 +196,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def expanded(source: str | Path) -> Path:
+    """A path with the home folder that a leading `~` stands for; as it is where there is none."""
+    return Path(os.path.expanduser(source))
 
 
 @contextmanager

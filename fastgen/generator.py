@@ -18,16 +18,16 @@ from torch import Tensor
 
 from fastgen import conditioning, records, timesteps
 from fastgen.conditioning import Conditioning
-from fastgen.config import read_yaml
 from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import NotFinite, UserError
 from fastgen.families import find_family, resolve_source, source_hash
 from fastgen.families.base import Family
-from fastgen.files import loading
+from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
 from fastgen.manifest import Pipeline, Student
 from fastgen.portable import is_local, source_name
 from fastgen.sampling import Experts, Predict, few_step, walk
+from fastgen.yaml_files import read_yaml
 
 
 def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -345,7 +345,7 @@ def load_teacher(
 ) -> ImageGenerator:
     """A teacher: `fastgen:digits`, a hub id (at a `revision`), a diffusers folder or a live pipeline; steps and guidance default to its own.
     options: `max_sequence_length`, `resolution`, and `shift` as in the recipe's teacher block."""
-    if isinstance(source, (str, Path)) and (reason := cannot_teach(Path(source).expanduser())):
+    if isinstance(source, (str, Path)) and (reason := cannot_teach(expanded(source))):
         raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
     found = find_family(source, family, **options)
     if found.exportable and isinstance(source, (str, Path)):

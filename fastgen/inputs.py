@@ -14,12 +14,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fastgen import checkpoint, records
-from fastgen.config import Recipe, flatten, read_yaml
+from fastgen.config import Recipe, flatten
 from fastgen.errors import UserError, nearest
 from fastgen.families import source_hash
-from fastgen.files import reading, write_atomically
+from fastgen.files import expanded, reading, write_atomically
 from fastgen.fingerprints import digest, sealed, unsealed
 from fastgen.plan import Plan
+from fastgen.yaml_files import read_yaml
 
 FILE = "inputs.json"
 TEACHER, INIT = "teacher.pretrained", "student.init"
@@ -57,7 +58,7 @@ def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
         pairs = planned.pairs.manifest.count if pairs is None else pairs
         hashes["data.pairs"] = planned.pairs.content(pairs)
     if init != "teacher" and not planned.started:  # all that it brings is in the checkpoint of a run that has begun
-        hashes[INIT] = checkpoint.identity(Path(init).expanduser())
+        hashes[INIT] = checkpoint.identity(expanded(init))
     return Inputs(hashes, pairs if planned.pairs is not None else None)
 
 

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,7 @@ from fastgen.errors import UserError, nearest
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
-from fastgen.files import reading
+from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
@@ -161,7 +160,7 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
 
 def _origin(recipe: Recipe) -> Origin:
     """What student.init holds, compared with the recipe. UserError where it has no trained student."""
-    run_dir = Path(recipe.student.init).expanduser()
+    run_dir = expanded(recipe.student.init)
     trained, before = checkpoint.trained_students(run_dir)
     if not trained:
         raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no student whose training is over")
@@ -193,7 +192,7 @@ def resolved_teacher(recipe: Recipe) -> dict[str, Any]:
 
 def _absolute(source: Any) -> Any:
     """An existing file or folder by its absolute path; anything else, such as a number or a bundled name, as it is."""
-    path = Path(source).expanduser() if isinstance(source, str) and source else None
+    path = expanded(source) if isinstance(source, str) and source else None
     return str(path.resolve()) if path and path.exists() else source
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastgen.assets.classifier import DigitClassifier, load_classifier
 from fastgen.data import digits
 from fastgen.errors import UserError, nearest
+from fastgen.files import expanded
 from fastgen.fingerprints import digest, known_hash
 
 KEY = "recipe key distiller.reward.name"
@@ -41,7 +42,7 @@ class RewardConfig(BaseModel):
     def _holds_in_any_folder(cls, name: str) -> str:
         """A file that exists is named by its absolute path, which a resumed run finds from anywhere."""
         source, colon, function = name.rpartition(":")
-        file = Path(source).expanduser()
+        file = expanded(source)
         return f"{file.resolve()}:{function}" if colon and file.suffix == ".py" and file.is_file() else name
 
 
@@ -88,7 +89,7 @@ def _bundled(name: str) -> Reward:
 
 
 def _module(name: str, source: str) -> ModuleType:
-    file = Path(source).expanduser()
+    file = expanded(source)
     if file.suffix == ".py" and not file.is_file():
         raise UserError(f"{KEY}: {name!r}: no file {source!r}")
     try:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fastgen import files
 from fastgen.errors import UserError
-from fastgen.files import PARTIAL, check_writable, check_writable_file, local, publish, recover, remove, share, write_atomically, writing
+from fastgen.files import PARTIAL, check_writable, check_writable_file, publish, recover, remove, share, write_atomically, writing
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -189,11 +189,3 @@ def test_where_a_file_can_be_written_is_known_before(tmp_path: Path) -> None:
     for name, why in {"": "is a folder", "no/file": "no folder", "link": "is a link to", "n" * 300: "too long"}.items():
         with pytest.raises(UserError, match=f"--output: .*{why}"):
             check_writable_file(tmp_path / name, "--output")
-
-
-def test_without_a_home_a_path_below_it_names_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless(*_: object) -> None:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "expanduser", homeless)
-    assert local("~/recipe.yaml") == Path("~/recipe.yaml")

@@ -17,8 +17,8 @@ from fastgen.config import DataBlock
 from fastgen.data import digits
 from fastgen.data.captions import KEY, Captions, Faults, read_captions
 from fastgen.data.pixels import Colour, Unreadable, check_header, read_rgb
-from fastgen.data.texts import local_path
 from fastgen.errors import UserError
+from fastgen.files import expanded
 from fastgen.fingerprints import digest, known_hash
 
 BUNDLED = "fastgen:digits"
@@ -96,7 +96,7 @@ def load_images(source: str, background: str = "white", caption_key: str = "text
         images, labels = digits.load_images()
         return CaptionedImages([digits.captions(label) for label in labels.tolist()], list(images))
     faults = Faults(skip_broken)
-    rows, ignored = read_captions(local_path(source), caption_key, faults)
+    rows, ignored = read_captions(expanded(source), caption_key, faults)
     problem = functools.cache(_header_problem)  # a file may have several rows
     for file, _ in rows:
         if why := problem(file):

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from fastgen import records
 from fastgen.data.pairs import Encode, Pairs, Solver, TeacherSampler, cat, make_pairs
 from fastgen.errors import UserError
-from fastgen.files import reading, write_atomically
+from fastgen.files import expanded, reading, write_atomically
 from fastgen.fingerprints import digest, sealed, unsealed
 
 KEY = "recipe key data.pairs"
@@ -168,7 +168,7 @@ class PairFolder:
 
 def open_folder(source: str | Path) -> PairFolder:
     """What `data.pairs` names; UserError when that is no folder of pairs."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     file = path / "pairs.json"
     if not file.is_file():
         raise UserError(f"{KEY}: {str(source)!r} is no folder made by `fastgen cache pairs`")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.data import digits, weighted
-from fastgen.data.texts import flaw, local_path, missing, parse_json, read_lines, short
+from fastgen.data.texts import flaw, missing, parse_json, read_lines, short
 from fastgen.errors import UserError
+from fastgen.files import expanded
 
 KEY = "recipe key data.prompts"
 
@@ -19,7 +20,7 @@ def load_prompts(source: str) -> dict[str, float]:
     optionally `weight`), in upper case too. Repeated prompts add up. UserError names the key, the file and the line."""
     if source == "fastgen:digits":
         return digits.prompts()
-    path = local_path(source)
+    path = expanded(source)
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     suffix = path.suffix.lower()
     if suffix not in readers:

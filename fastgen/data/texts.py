@@ -19,11 +19,6 @@ _SHORT = reprlib.Repr()  # whose limit on nested levels keeps it from recursing
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 2 * _SHOWN
 
 
-def local_path(source: str) -> Path:
-    """A path with `~` as the home folder; as it stands where there is no home."""
-    return Path(os.path.expanduser(source))
-
-
 def missing(path: Path) -> str | None:
     """What is at `path` in place of a file; None where a file, or a link to one, is. Opens nothing: a FIFO would wait for ever."""
     if os.path.isfile(path):

@@ -9,6 +9,7 @@ from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError, nearest
 from fastgen.families.base import Family
 from fastgen.families.components import check_sizes, read_index
+from fastgen.files import expanded
 from fastgen.fingerprints import file_names, folder_hash, known_hash
 
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
@@ -99,7 +100,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"recipe key teacher.revision: {revision!r} is given, but {text!r} is no hub id 'owner/name', and only these have revisions")
     if text.startswith("fastgen:"):
         return _bundled(text.removeprefix("fastgen:"))
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UserError(f"recipe key teacher.pretrained: {text!r} is a folder without model_index.json, so not a diffusers pipeline")

@@ -13,7 +13,7 @@ from fastgen import checkpoint, inputs
 from fastgen.config import Recipe
 from fastgen.data import training
 from fastgen.errors import UserError
-from fastgen.files import check_writable, write_atomically
+from fastgen.files import check_writable, expanded, write_atomically
 from fastgen.plan import Plan, describe, plan
 from fastgen.run.building import Run, build, load_pairs
 from fastgen.run.events import train_steps
@@ -45,7 +45,7 @@ def train(
     what cannot be written, TrainingFailed when a number stops being finite, Interrupted after SIGINT or SIGTERM; in the last three cases the
     run can be resumed from its last checkpoint.
     """
-    given = None if isinstance(recipe, Recipe) else Path(recipe).expanduser().resolve()
+    given = None if isinstance(recipe, Recipe) else expanded(recipe).resolve()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
     progress, folder = progress or Progress(), RunFolder(output)
     flags: Any = {"resume": resume or resume_from is not None, "overwrite": overwrite, "or_start": or_start}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fastgen import checkpoint, conditioning, inputs
 from fastgen.data import training
@@ -13,6 +12,7 @@ from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
 from fastgen.divergence import largest
 from fastgen.errors import UserError
 from fastgen.export import Expert, StudentInfo
+from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan
@@ -89,7 +89,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
     roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults, seed=recipe.train.seed)
     if recipe.student.init != "teacher" and not plan.started:
-        taken = checkpoint.load_students(Path(recipe.student.init).expanduser(), roles, plan.method.inherited(plan.method_config))
+        taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
         roles.align_adapters(taken)
     distiller = plan.method(plan.method_config, setting)
     trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)

@@ -321,6 +321,6 @@ def test_a_crash_while_writing_leaves_no_half_shard(tmp_path: Path, monkeypatch:
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", crash)
-    with pytest.raises(UserError, match="cannot write .*disk full"):
+    with pytest.raises(UserError, match=r"cannot write .*disk full"):
         complete(folder)
     assert names(tmp_path) == ["pairs.json"]
