@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 141
     except OSError as error:  # what no more specific message has caught
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+        return _fail(f"{one_line(str(error.filename or 'a file'), 200)}: {error.strerror or error}", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
 
