@@ -167,8 +167,9 @@ def spoil_fake_score(trained: Trainer) -> None:
 def said(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     capfd.readouterr()
     assert cli.main(arguments) == 1
-    (line,) = capfd.readouterr().err.splitlines()
+    *warnings, line = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
+    assert all(warning.startswith("warning") for warning in warnings)
     return line
 
 
@@ -238,3 +239,23 @@ def test_a_teacher_with_weights_that_are_not_finite_is_refused(sd3_folder: Path,
     assert cli.main(arguments) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line == f"error: recipe key teacher.pretrained: '{teacher}' has weights that are not finite, so it cannot teach"
+
+
+def test_a_checkpoint_on_the_way_is_not_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Weights a thousand times as large are finite, and were saved."""
+
+    def grow(trained: Trainer) -> None:
+        with torch.no_grad():
+            for parameter in trained.parameters["fake_score"]:
+                parameter *= 1e3
+
+    failing_after(5, grow, monkeypatch)
+    with monkeypatch.context() as patch:
+        failing_after(9, spoil_fake_score, patch)
+        line = said(command(tmp_path, "optimizer.fake_score.lr=1e-9", "optimizer.student.lr=1e-9"), capfd)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-2:] == ["step_000006", "step_000008"]
+    assert "role 'fake_score' has diverged" in line
+    assert (
+        "newest sound checkpoint: step_000004; go on from it with fastgen train RECIPE optimizer.fake_score.lr=1e-10 --resume-from step_000004"
+        in line
+    )

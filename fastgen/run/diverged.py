@@ -10,14 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastgen import checkpoint
-from fastgen.divergence import DIVERGED, largest
+from fastgen.divergence import DIVERGED, SUSPICIOUS, largest
 from fastgen.errors import TrainingFailed
 from fastgen.trainer import Trainer
 
 
 def with_way_on(failure: TrainingFailed, folder: Path, trainer: Trainer) -> TrainingFailed:
     """The same failure with the newest sound checkpoint of `folder`, and the command that goes on from it with a lower learning rate."""
-    sound, role = newest_sound(folder, trainer.begun), failure.role
+    role = failure.role
+    sound = newest_sound(folder, {name: start * (_limit(trainer, name) if name == role else DIVERGED) for name, start in trainer.begun.items()})
     lower = "" if role is None else f" optimizer.{role}.lr={trainer.optimizer_blocks[role].lr / 10:g}"
     if sound is None:
         way = "newest sound checkpoint: none; start again" + (f" with a lower learning rate, such as{lower}" if role else "")
@@ -28,18 +29,25 @@ def with_way_on(failure: TrainingFailed, folder: Path, trainer: Trainer) -> Trai
     return TrainingFailed(f"{failure}; {way}", role=role)
 
 
-def newest_sound(folder: Path, begun: Mapping[str, float]) -> Path | None:
-    """The newest checkpoint whose weights and averages are all finite, and none grown beyond what training does; None where there is none."""
-    return next((path for path in reversed(checkpoint.checkpoints(folder)) if _is_sound(path, begun)), None)
+def _limit(trainer: Trainer, role: str) -> float:
+    """How far the weights of the role that diverged may have grown in a sound checkpoint: half of the orders of magnitude by which it failed,
+    at most two, for it may have been on its way long before a number was not finite."""
+    grown = largest(trainer.roles[role].parameters().values()) / trainer.begun[role] if role in trainer.roles and trainer.begun[role] else math.inf
+    return min(max(SUSPICIOUS, math.sqrt(grown)), SUSPICIOUS**2) if math.isfinite(grown) else SUSPICIOUS**2
 
 
-def _is_sound(path: Path, begun: Mapping[str, float]) -> bool:
+def newest_sound(folder: Path, limits: Mapping[str, float]) -> Path | None:
+    """The newest checkpoint whose weights and averages are all finite and, role by role, within `limits`; None where there is none."""
+    return next((path for path in reversed(checkpoint.checkpoints(folder)) if _is_sound(path, limits)), None)
+
+
+def _is_sound(path: Path, limits: Mapping[str, float]) -> bool:
     for file in [*path.glob("role_*.safetensors"), *path.glob("ema_*.safetensors")]:
         try:
             size = largest(value for value in load_file(file).values() if value.is_floating_point())
         except (OSError, SafetensorError):
             return False
-        start = begun.get(file.stem.removeprefix("role_").removeprefix("ema_"), 0.0)
-        if not math.isfinite(size) or size > DIVERGED * start > 0:
+        limit = limits.get(file.stem.removeprefix("role_").removeprefix("ema_"), 0.0)
+        if not math.isfinite(size) or size > limit > 0:
             return False
     return True
