@@ -73,9 +73,8 @@ def make_runs(root: Path) -> None:
         (root / name / "recipe.yaml").write_text(yaml.safe_dump(resolved))
         (root / name / "metrics.jsonl").write_text('{"step": 1, "loss/match": 0.5}\n')
     (root / "run/checkpoints/step_000001").mkdir(parents=True)
-    (root / "run/checkpoints/step_000001/state.json").write_text(
-        json.dumps(sealed({"format": checkpoint.FORMAT, "step": 1, "seconds": 1.0, "pairs": None, "recipe": resolved, "inputs": {}, "files": {}}))
-    )
+    state = {"format": checkpoint.FORMAT, "step": 1, "seconds": 1.0, "trained": [], "pairs": None, "recipe": resolved, "inputs": {}, "files": {}}
+    (root / "run/checkpoints/step_000001/state.json").write_text(json.dumps(sealed(state)))
     (root / "run_bad_recipe/recipe.yaml").write_text("train: [")
     (root / "run_without_metrics").mkdir()
     (root / "run_without_metrics/recipe.yaml").write_text("train: {}")
@@ -244,7 +243,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pairs that are a boolean": (dmd("true"), ("recipe key data.pairs", "a number of pairs", "True")),
     "pairs from nowhere": (dmd("nowhere"), ("recipe key data.pairs: 'nowhere' is no folder", "`fastgen cache pairs`")),
     "pairs from another folder": (dmd("full"), ("recipe key data.pairs: 'full' is no folder",)),
-    "pairs that cannot be read": (dmd("pairs_broken"), ("recipe key data.pairs", "'pairs_broken/pairs.json' cannot be read")),
+    "pairs that cannot be read": (dmd("pairs_broken"), ("recipe key data.pairs", "cannot read 'pairs_broken/pairs.json'")),
     "pairs not all there": (dmd("pairs_unfinished"), ("recipe key data.pairs: 'pairs_unfinished' holds 0 of 3",)),
     "pairs of other guidance": (dmd("pairs_guided"), ("recipe key data.pairs: 'pairs_guided'", "teacher.guidance 9.0", "has 1.5")),
     "pairs of another shape": (dmd("pairs_large"), ("recipe key data.pairs: 'pairs_large'", "(16, 128, 128)", "(2, 8, 8)")),
@@ -274,7 +273,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cache pairs over a file": (cache_pairs("--output", "empty.txt"), ("--output: 'empty.txt'", "is a file")),
     "cache pairs below a file": (cache_pairs("--output", "empty.txt/x"), ("--output: 'empty.txt/x'", "'", "is a file")),
     "cache pairs among others": (cache_pairs("--output", "pairs_guided"), ("--output: 'pairs_guided'", "teacher.guidance 9.0, not 1.5")),
-    "cache pairs among unreadable ones": (cache_pairs("--output", "pairs_broken"), ("'pairs_broken/pairs.json' cannot be read",)),
+    "cache pairs among unreadable ones": (cache_pairs("--output", "pairs_broken"), ("cannot read 'pairs_broken/pairs.json'",)),
     # teachers
     "teacher folder missing": (train("teacher.pretrained=./nowhere"), ("recipe key teacher.pretrained", "'./nowhere'", "hub id")),
     "teacher folder without index": (train("teacher.pretrained=./full"), ("recipe key teacher.pretrained", "'./full'", "model_index.json")),
@@ -342,11 +341,11 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sample from a file": (sample("empty.txt"), ("no folder 'empty.txt'",)),
     "sample without fastgen.json": (sample("student_no_manifest"), ("'student_no_manifest' holds no fastgen.json",)),
     "fastgen.json is no JSON": (sample("student_no_json"), ("student_no_json/fastgen.json", "not valid JSON")),
-    "fastgen.json is a list": (sample("student_a_list"), ("student_a_list/fastgen.json", "format")),
+    "fastgen.json is a list": (sample("student_a_list"), ("student_a_list/fastgen.json", "must be a JSON object")),
     "fastgen.json of a later version": (sample("student_format_9"), ("student_format_9/fastgen.json", "format 9")),
-    "fastgen.json without call": (sample("student_no_call"), ("student_no_call/fastgen.json", "'call'")),
-    "fastgen.json without steps": (sample("student_no_steps"), ("student_no_steps/fastgen.json", "'call.num_inference_steps'")),
-    "fastgen.json with odd weights": (sample("student_odd_weights"), ("'half'", "full, lora")),
+    "fastgen.json without call": (sample("student_no_call"), ("student_no_call/fastgen.json", "key call: missing")),
+    "fastgen.json without steps": (sample("student_no_steps"), ("student_no_steps/fastgen.json", "key call.num_inference_steps: missing")),
+    "fastgen.json with odd weights": (sample("student_odd_weights"), ("'full' or 'lora'", '"half"')),
     "student without weights": (sample("student_no_weights"), ("student_no_weights/transformer", "cannot read")),
     "student without config": (sample("student_no_config"), ("student_no_config/transformer/config.json", "cannot read")),
     "student with a broken header": (sample("student_bad_header"), ("student_bad_header/transformer", "cannot read")),

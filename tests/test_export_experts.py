@@ -272,7 +272,7 @@ def test_a_missing_expert_is_named(copied: Path, adapters: tuple[Path, list[Expe
     experts = read_manifest(copied)["experts"]
     del experts[1]["where"]
     edit_json(copied / "fastgen.json", experts=experts)
-    with pytest.raises(UserError, match=r"has no 'experts\.1\.where'; export the student again"):
+    with pytest.raises(UserError, match=r"key experts\.1\.where: missing; export the student again"):
         read_manifest(copied)
 
 
