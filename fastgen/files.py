@@ -209,7 +209,7 @@ def reading(source: Path) -> Iterator[None]:
     is no file, such as a FIFO, on which a reader would wait for ever."""
     from safetensors import SafetensorError
 
-    _refuse_special(source)
+    refuse_special(source)
     try:
         yield
     except UserError:
@@ -238,7 +238,7 @@ def _cannot_read(source: Path, error: BaseException, kind: str = "") -> str:
     return f"cannot read {str(source)!r}: {': '.join(filter(None, (kind, said)))}"
 
 
-def _refuse_special(source: Path) -> None:
+def refuse_special(source: Path) -> None:
     """UserError where a FIFO, a socket or a device lies at `source` or below it."""
     folders = [Path(here) / name for here, _, names in os.walk(source) for name in names]
     for path in (source, *folders):

@@ -296,7 +296,7 @@ def test_a_failing_expert_leaves_the_old_student(copied: Path, family: SD3, sd3_
         save(self, folder, **options)
 
     monkeypatch.setattr(SD3Transformer2DModel, "save_pretrained", fail)
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(UserError, match=r"cannot write .*no space left"):
         export_student(make_experts(family, THREE), family, student_info(sd3_folder), copied)
     assert {str(path.relative_to(copied)): path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
     assert [path.name for path in copied.parent.iterdir()] == ["student"]

@@ -333,3 +333,11 @@ def test_the_dry_run_refuses_what_the_run_would_and_writes_nothing(whole: Path, 
         status, out, err = dry(*more)
         assert status == 0 and "warning" not in out, err
     assert {path: path.lstat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+def test_a_fifo_in_a_run_is_refused_before_anybody_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "recipe.yaml").write_text("")
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(UserError, match=r"cannot read '.*/run\.json': it is no file, but a FIFO"):
+        RunFolder(tmp_path).check(resume=True)

@@ -14,7 +14,7 @@ from typing import IO, Any
 import fastgen
 from fastgen import checkpoint, inputs, records
 from fastgen.errors import UserError
-from fastgen.files import PARTIAL, recover, remove, remove_partial, write_atomically, writing
+from fastgen.files import PARTIAL, recover, refuse_special, remove, remove_partial, write_atomically, writing
 
 try:
     import fcntl
@@ -75,6 +75,7 @@ class RunFolder:
         with writing(self.path, "--output"):
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--output: {str(self.path)!r} is a file, a folder is needed")
+            refuse_special(self.path)  # what is written into a FIFO waits for a reader
             others = self._others()
         if resume and not or_start and not self.holds_run:
             raise UserError(f"--resume: {str(self.path)!r} holds no run to resume; --resume-or-start starts one where there is none")

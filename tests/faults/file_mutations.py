@@ -126,15 +126,15 @@ def _dumped(value: Any) -> str:
 
 
 def _reseal(folder: Path, damaged: Path) -> None:
-    """As if that file had been written so: its record is sealed again, or its hash in the record beside it is renewed."""
+    """As if that file had been written so: its record is sealed again, and its hash in a student's is renewed. A checkpoint's is not: weights
+    that are finite and wrong diverge, as they may."""
     for name in ("fastgen.json", "state.json", "inputs.json", "pairs.json"):
         for record in filter(Path.is_file, folder.rglob(name)):
             try:
                 content = json.loads(record.read_text())
                 if record != damaged:
-                    hashes = content["sha256"] if name == "fastgen.json" else content["files"]
                     inside = damaged.relative_to(record.parent).as_posix()
-                    hashes[inside] = file_hashes(record.parent, [inside])[inside]
+                    content["sha256"][inside] = file_hashes(record.parent, [inside])[inside]
                 if SEAL in content:
                     record.write_text(json.dumps(sealed({key: value for key, value in content.items() if key != SEAL})))
             except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError):
