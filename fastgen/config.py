@@ -20,6 +20,9 @@ from fastgen.errors import UserError, nearest, one_line, shown
 from fastgen.files import expanded
 from fastgen.yaml_files import MOST_DEPTH, parse, read_yaml
 
+MOST_STEPS = 10**9  # of training: a year of them at thirty a second
+LARGEST = 1e18  # of a real number: its square fits single precision
+
 
 class Block(BaseModel):
     """Base of every recipe block: unknown keys, infinities and NaN are refused."""
@@ -37,9 +40,9 @@ class TeacherBlock(Block):
     family: str = "auto"
     guidance: float = Field(1.0, ge=1)
     negative_prompt: str = ""
-    max_sequence_length: int | None = Field(None, ge=1)
-    resolution: int | None = Field(None, ge=1)
-    shift: float | None = Field(None, gt=0)
+    max_sequence_length: int | None = Field(None, ge=1, le=2**20)
+    resolution: int | None = Field(None, ge=1, le=2**16)
+    shift: float | None = Field(None, ge=1e-3, le=1e3)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,7 +51,7 @@ class TeacherBlock(Block):
 
 
 class LoraBlock(Block):
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=2**16)  # no layer is wider
     alpha: float | None = Field(None, gt=0)  # None: equal to the rank
     targets: Literal["auto"] | list[str] = "auto"
 
@@ -128,7 +131,7 @@ class OptimizerBlock(Block):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, le=MOST_STEPS)
     clip: float | None = Field(10.0, gt=0)
 
     @field_validator("betas")
@@ -142,17 +145,17 @@ class OptimizerBlock(Block):
 class TrainBlock(Block):
     """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all."""
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    micro_batch: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    steps: int = Field(ge=1, le=MOST_STEPS)
+    batch_size: int = Field(ge=1, le=2**20)
+    micro_batch: int | None = Field(None, ge=1, le=2**20)
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float = Field(0.999, ge=0, lt=1)
     shard: Literal["none"] = "none"
     device: str = "auto"
-    checkpoint_every: int = Field(500, ge=0)
-    keep: int = Field(2, ge=1)
-    sample_every: int = Field(500, ge=0)
+    checkpoint_every: int = Field(500, ge=0, le=MOST_STEPS)
+    keep: int = Field(2, ge=1, le=MOST_STEPS)
+    sample_every: int = Field(500, ge=0, le=MOST_STEPS)
 
     @field_validator("precision")
     @classmethod
@@ -173,7 +176,7 @@ class EvaluateBlock(Block):
     """protocol: how the student is measured, null for not at all. every: also measure each so many training steps; 0 is never."""
 
     protocol: str | None = None
-    every: int = Field(default=0, ge=0)
+    every: int = Field(default=0, ge=0, le=MOST_STEPS)
 
 
 class ExportBlock(Block):
@@ -222,7 +225,7 @@ def validate(model: type[M], data: Any, prefix: str = "") -> M:
 
 
 def _check_numbers(given: Any, read: Any, key: str) -> None:
-    """Refuse what pydantic takes for numbers: booleans, and, in blocks that do not forbid them, NaN and infinity."""
+    """Refuse what pydantic takes for numbers: booleans, and, in blocks that do not forbid them, NaN and infinity; and what torch cannot square."""
     if isinstance(given, dict) and isinstance(read, dict):
         for name in given.keys() & read.keys():
             _check_numbers(given[name], read[name], f"{key}.{name}" if key else name)
@@ -233,6 +236,8 @@ def _check_numbers(given: Any, read: Any, key: str) -> None:
         raise UserError(f"recipe key {key}: a number is needed, not a boolean (given: {shown(given)})")
     elif isinstance(read, float) and not math.isfinite(read):
         raise UserError(f"recipe key {key}: a finite number is needed (given: {shown(given)})")
+    elif isinstance(read, float) and abs(read) > LARGEST:
+        raise UserError(f"recipe key {key}: a number of at most {LARGEST:g} is needed (given: {shown(given)})")
 
 
 def _explain(model: type[BaseModel], error: ValidationError, prefix: str) -> str:

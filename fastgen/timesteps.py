@@ -70,7 +70,7 @@ class TimeSampling(BaseModel, extra="forbid", frozen=True):
     hi: float = Field(default=1.0, ge=0, le=1)
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
-    shift: Annotated[float, Field(gt=0)] | Literal["teacher"] = "teacher"
+    shift: Annotated[float, Field(ge=1e-3, le=1e3)] | Literal["teacher"] = "teacher"
 
     @model_validator(mode="after")
     def _ordered(self) -> TimeSampling:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from fastgen.distillers import distiller_class, distiller_names
 from fastgen.errors import UserError, nearest
 from fastgen.families import resolve_source
 from fastgen.generator import load_teacher
-from fastgen.yaml_files import read_yaml
 
 BASE = "digits_dmd2_1step"
 RECIPES = sorted(shipped_recipes())
@@ -277,107 +275,11 @@ def test_blocks_must_fit_each_other(overrides: list[str], words: str) -> None:
     assert f"recipe key {words}" in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("train: {steps: 1}\nteacher: {}\ntrain: {steps: 2}\n", "key 'train' is given twice"),
-        ("train:\n  steps: 1\n  steps: 2\n", "key 'steps' is given twice"),
-        ("train: {steps: 1\n", "is not valid YAML"),
-        ("- train\n", "is not a recipe: a mapping of blocks, such as teacher and student, is needed"),
-        ("", "is not a recipe"),
-        ("train: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
-        ("? [1]\n: 2\n", "is not valid YAML"),
-    ],
-)
-def test_a_file_that_is_no_recipe_is_named(text: str, words: str, tmp_path: Path) -> None:
-    path = written(tmp_path, text)
-    with pytest.raises(UserError) as refused:
-        Recipe.load(path)
-    assert words in str(refused.value)
-    assert repr(str(path)) in str(refused.value)
-
-
-def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"recipe\.yaml' is not valid YAML: it is not UTF-8 text"):
-        read_yaml(path)
-
-
 def test_a_missing_block_is_named(tmp_path: Path) -> None:
     data = yaml.safe_load(shipped_recipes()[BASE].read_text())
     del data["data"]
     with pytest.raises(UserError, match="recipe key data: missing, and it has no default"):
         Recipe.load(written(tmp_path, yaml.safe_dump(data)))
-
-
-def test_yaml_anchors_and_merges_work(tmp_path: Path) -> None:
-    path = written(tmp_path, "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
-    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("train.steps", "not of the form key=value, such as train.steps=10"),
-        ("=3", "not of the form key=value"),
-        ("train..steps=3", "not of the form key=value"),
-        (".steps=3", "not of the form key=value"),
-        ("train.steps=[1", "the value is not valid YAML"),
-        ("train={steps: 1, steps: 2}", "key 'steps' is given twice"),
-        ("train.steps.x=3", "recipe key train.steps is "),
-        ("=", "not of the form key=value"),
-        ("a..b=1", "not of the form key=value"),
-        ("student.tune.lora.rank=[", "line 1, column 2: expected the node content"),
-        ("train.steps=!!float x", "line 1, column 1: 'x' is no float"),
-        ("train.seed=*a", "found undefined alias 'a'"),
-        ("data.prompts=\udcff", "holds the control character '\\udcff'"),
-        (f"{'a.' * 40}b=1", "no recipe key has 41 parts"),
-    ],
-)
-def test_a_malformed_override_is_repeated_in_the_message(override: str, words: str) -> None:
-    message = refusal(override)
-    assert message.startswith(f"override {override!r}")
-    assert words in message
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "train.steps=" + "x" * 10**5,
-        "train.steps=[" + "9, " * 5000 + "]",
-        "k" * 10**5 + "=1",
-        "data.prompts=" + "[" * 10**5,
-        "train.steps.x=" + "y" * 10**5,
-    ],
-    ids=["a value", "a list", "a key", "brackets"],
-)
-def test_a_message_shows_the_two_ends_of_what_is_long(override: str) -> None:
-    message = refusal(override)
-    assert " ... " in message
-    assert len(message) < 1000
-
-
-def test_an_override_below_an_alias_changes_one_of_its_places(tmp_path: Path) -> None:
-    data = yaml.safe_load(shipped_recipes()[BASE].read_text())
-    data["optimizer"]["fake_score"] = data["optimizer"]["student"]
-    path = written(tmp_path, yaml.safe_dump(data))
-    assert "*id001" in path.read_text()
-    before, after = Recipe.load(path), Recipe.load(path, ["optimizer.student.lr=0.5"])
-    assert (after.optimizer["student"].lr, after.optimizer["fake_score"]) == (0.5, before.optimizer["fake_score"])
-
-
-def test_a_recipe_that_is_a_pipe_is_not_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "recipe.yaml")
-    with pytest.raises(UserError, match=r"recipe\.yaml' is a device or a pipe; a recipe is read from a file"):
-        Recipe.load(tmp_path / "recipe.yaml")
-
-
-def test_the_home_of_nobody_is_a_folder_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"no recipe .~nobody_here/recipe\.yaml"):
-        Recipe.load("~nobody_here/recipe.yaml")
-    with pytest.raises(UserError, match=r"~nobody_here/prompts\.txt"):
-        run.plan(load("data.prompts=~nobody_here/prompts.txt"))
 
 
 def test_apply_override_changes_nothing_else() -> None:

@@ -66,7 +66,13 @@ def test_the_plan_refuses_a_foreign_scheduler_and_takes_a_stated_shift(
     assert said.startswith("error: recipe key teacher.pretrained: its scheduler is my_schedules.MyScheduler, whose schedule fastgen does not know")
     assert said.count("\n") == 1
     assert dry_run(Recipe.load(recipe, ["teacher.shift=2"]))["grid"] == [1.0, round(2 / 3, 6)]
-    for value, what in (("0", "greater than 0"), ("-1", "greater than 0"), (".inf", "finite"), ("true", "boolean"), ("much", "number")):
+    for value, what in (
+        ("0", "greater than or equal to 0.001"),
+        ("-1", "greater than 0"),
+        (".inf", "finite"),
+        ("true", "boolean"),
+        ("much", "number"),
+    ):
         with pytest.raises(UserError, match=rf"recipe key teacher\.shift: .*{what}"):
             Recipe.load(recipe, [f"teacher.shift={value}"])
 

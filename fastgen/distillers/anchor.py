@@ -24,7 +24,7 @@ class AnchorConfig(Options):
     for four steps."""
 
     weight: float = Field(default=0.05, gt=0)
-    evaluations: int = Field(default=6, ge=1)
+    evaluations: int = Field(default=6, ge=1, le=1000)
 
 
 def anchor_loss(student: Predict, teacher: Predict, batch: Batch, rng: SampleRng, setting: Setting, config: AnchorConfig) -> Tensor:

@@ -18,7 +18,7 @@ from fastgen.errors import UserError
 class DMDConfig(DMD2Config):
     """dmd2's keys with DMD's defaults: one critic update a step, the alpha-weighted normaliser of its eq. 8, and the regression."""
 
-    critic_updates: int = Field(default=1, ge=1)
+    critic_updates: int = Field(default=1, ge=1, le=1000)
     weight: MatchingWeight = "alpha"
     regression: RegressionConfig | None = RegressionConfig()
 

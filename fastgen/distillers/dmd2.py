@@ -51,7 +51,7 @@ class DMD2Config(MethodConfig):
     fake score after each student update (SenseFlow, arXiv:2506.00523: .03; allows fewer critic_updates). anchor: the first step
     follows the teacher instead of the matching. reward: samples of high reward count more (Re-DMD, arXiv:2512.04678)."""
 
-    critic_updates: int = Field(default=5, ge=1)
+    critic_updates: int = Field(default=5, ge=1, le=1000)
     match_times: TimeSampling = TimeSampling(lo=0.02, hi=0.98)
     critic_times: TimeSampling = TimeSampling(lo=0.001, hi=1.0)
     weight: losses.MatchingWeight = "normalised"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, softplus
 
 from fastgen.conditioning import Conditioning, cat
+from fastgen.config import MOST_STEPS
 from fastgen.denoiser import Predictor
 from fastgen.distillers.base import Options
 from fastgen.path import Path
@@ -37,7 +38,7 @@ class GANConfig(Options):
     times: TimeSampling = TimeSampling(lo=0.001, hi=1.0)
     r1: float = Field(default=0.0, ge=0)
     r1_noise: float = Field(default=0.1, gt=0)
-    start: int = Field(default=0, ge=0)
+    start: int = Field(default=0, ge=0, le=MOST_STEPS)
 
     @field_validator("taps")
     @classmethod

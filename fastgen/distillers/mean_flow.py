@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
+from fastgen.config import MOST_STEPS
 from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
 from fastgen.distillers.solver import FLOW
 from fastgen.distillers.tangents import check_student, derivative, faded
@@ -46,7 +47,7 @@ class MeanFlowConfig(MethodConfig):
     on_grid: float = Field(0.0, ge=0, le=1)
     power: float = Field(1.0, ge=0, le=2)
     constant: float = Field(1e-3, gt=0)
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, le=MOST_STEPS)
     drop: float = Field(0.1, ge=0, le=1)
     tangent: Literal["exact", "finite_difference"] = "exact"
 

@@ -39,15 +39,15 @@ class Phase(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     start: float = Field(ge=0, le=1)
     end: float = Field(ge=0, le=1)
-    share: float = Field(default=1.0, gt=0)
+    share: float = Field(default=1.0, ge=1e-6, le=1e6)
 
 
 class PhasedDMDConfig(DMD2Config):
     """dmd2's keys, and: phases: their step intervals, from noise to data. first_phase: where this run begins; later ones than 1 need the
     experts before them from `student.init`. margin: least distance of a matching level from the phase's end, as a share of the range."""
 
-    phases: tuple[Phase, ...] = Field(min_length=1)
-    first_phase: int = Field(default=1, ge=1)
+    phases: tuple[Phase, ...] = Field(min_length=1, max_length=64)
+    first_phase: int = Field(default=1, ge=1, le=64)
     margin: float = Field(default=0.02, gt=0, lt=1)
 
 

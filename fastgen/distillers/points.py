@@ -64,9 +64,9 @@ class TrajectoryConfig(Options):
     itself: flow times from 1 to `end`, evenly spaced and then shifted.
     """
 
-    evaluations: int = Field(default=16, ge=2)
+    evaluations: int = Field(default=16, ge=2, le=1000)
     route: Literal["stratified", "logit_normal", "grid"] = "stratified"
-    shift: float = Field(default=2.5, gt=0)
+    shift: float = Field(default=2.5, ge=1e-3, le=1e3)
     end: float = Field(default=0.0025, gt=0, lt=1)
     times: TimeSampling = TimeSampling(name="logit_normal")
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from fastgen.config import MOST_STEPS
 from fastgen.distillers.base import Batch, Facts, Loss, Models, Update
 from fastgen.distillers.dmd2 import DMD2, DMD2Config
 from fastgen.distillers.rollout import RolloutConfig, check_renoise
@@ -30,8 +31,8 @@ class RCMConfig(SCMConfig):
     """sCM's keys, and: start: student steps of the consistency term alone before matching begins. critic_updates: fake-score updates
     before each student update (the paper's F - 1). match_weight: lambda. match_times, critic_times, renoise, rollout: as in dmd2."""
 
-    start: int = Field(0, ge=0)
-    critic_updates: int = Field(4, ge=1)
+    start: int = Field(0, ge=0, le=MOST_STEPS)
+    critic_updates: int = Field(4, ge=1, le=1000)
     match_weight: float = Field(0.01, gt=0)
     match_times: TimeSampling = TimeSampling(lo=0.02, hi=0.98)
     critic_times: TimeSampling = TimeSampling(lo=0.001, hi=1.0)

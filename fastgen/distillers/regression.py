@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen import perceptual
+from fastgen.config import MOST_STEPS
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Facts, Options, Setting
 from fastgen.errors import UserError
@@ -23,7 +24,7 @@ class RegressionConfig(Options):
 
     weight: float = Field(default=0.25, gt=0)
     metric: Literal["latent", "lpips"] = "latent"
-    warmup: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0, le=MOST_STEPS)
 
 
 def check(config: RegressionConfig, facts: Facts) -> None:

@@ -21,7 +21,7 @@ class RolloutConfig(Options):
     (Zheng et al. 2025, section 4). steps: most evaluations of a sampled rollout."""
 
     times: Literal["grid", "sampled"] = "grid"
-    steps: int = Field(default=4, ge=1)
+    steps: int = Field(default=4, ge=1, le=1000)
     sampling: TimeSampling = TimeSampling()
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fastgen.config import MOST_STEPS
 from fastgen.denoiser import Predictor
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Distiller, Facts, Loss, MethodConfig, Models, Update
@@ -46,11 +47,11 @@ class SCMConfig(MethodConfig):
     points: Literal["data", "teacher_trajectory"] = "data"
     times: TimeSampling = TimeSampling(name="logit_normal", mean=-0.1, std=1.6)
     trajectory: TrajectoryConfig = TrajectoryConfig()
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, le=MOST_STEPS)
     normaliser: float = Field(0.1, gt=0)
     tangent: Literal["exact", "semi_continuous", "discrete", "finite_difference"] = "exact"
     discrete_step: float = Field(1.5e-3, gt=0, lt=1)
-    replay: int = Field(1, ge=1)
+    replay: int = Field(1, ge=1, le=1000)
     log_variance: bool = False
 
     @model_validator(mode="after")

@@ -27,8 +27,8 @@ class SolverConfig(MethodConfig):
     """num_times: size of the teacher's time grid (evenly spaced, then shifted as the teacher's). skip: how many of its times one
     solver step crosses; fewer close to data, where it ends."""
 
-    num_times: int = Field(1000, ge=2)
-    skip: int = Field(20, ge=1)
+    num_times: int = Field(1000, ge=2, le=10**6)
+    skip: int = Field(20, ge=1, le=10**6)
 
 
 def draw_step(config: SolverConfig, setting: Setting, rng: SampleRng) -> tuple[Tensor, Tensor]:

@@ -38,8 +38,8 @@ class Stage(BaseModel):
     """segments: k. share: of the training that the stage takes, relative to the others' shares."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    segments: int = Field(ge=1)
-    share: float = Field(default=1.0, gt=0)
+    segments: int = Field(ge=1, le=1000)
+    share: float = Field(default=1.0, ge=1e-6, le=1e6)
 
 
 class TSCDConfig(SolverConfig):
