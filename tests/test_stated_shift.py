@@ -68,7 +68,7 @@ def test_the_plan_refuses_a_foreign_scheduler_and_takes_a_stated_shift(
     assert dry_run(Recipe.load(recipe, ["teacher.shift=2"]))["grid"] == [1.0, round(2 / 3, 6)]
     for value, what in (
         ("0", "greater than or equal to 0.001"),
-        ("-1", "greater than 0"),
+        ("-1", "greater than or equal to 0.001"),
         (".inf", "finite"),
         ("true", "boolean"),
         ("much", "number"),
