@@ -92,7 +92,10 @@ def _only(value: str | None) -> Literal["train"] | None:
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder with a checkpoint.")],
     output: Annotated[Path, typer.Option(help="Folder of the exported student.")],
-    lora: Annotated[bool, typer.Option("--lora", help="Write the LoRA adapter alone.")] = False,
+    lora: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--lora/--full", help="Write the LoRA adapter alone, or the whole pipeline (default: as the recipe's export.weights says)."),
+    ] = None,
     unfinished: Annotated[bool, typer.Option("--unfinished", help="Also a student whose phase has begun and is not over.")] = False,
 ) -> None:
     """Write the averaged student of a run's newest checkpoint as a diffusers pipeline."""
@@ -100,7 +103,8 @@ def export(
     from fastgen.generator import read_manifest
 
     terminal.quiet()
-    folder = run.export(run_dir, output, as_lora=lora, unfinished=unfinished)
+    weights: Any = None if lora is None else "lora" if lora else "full"
+    folder = run.export(run_dir, output, weights=weights, unfinished=unfinished)
     terminal.note(f"student: {folder}")
     if "unfinished" in (manifest := read_manifest(folder)):
         terminal.note(card.unfinished_text(manifest))

@@ -180,6 +180,9 @@ class EvaluateBlock(Block):
 
 
 class ExportBlock(Block):
+    """weights: `full` for a whole pipeline, `lora` for the adapter alone, which is always fp32. dtype: of a whole pipeline."""
+
+    weights: Literal["full", "lora"] = "full"
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
 
 

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -37,7 +37,7 @@ from fastgen.files import PARTIAL, publish, recover, share, write_atomically, wr
 from fastgen.fingerprints import file_hashes, file_names, sealed
 from fastgen.generator import check_student, open_student, read_manifest, teacher_source
 from fastgen.portable import forget_origins, portable, source_name
-from fastgen.roles import Role
+from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
 
@@ -171,15 +171,10 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
     """Write the student's adapter alone, or its experts' adapters, with the scheduler that goes with them; they load on the plain
     teacher pipeline. UserError where adapters cannot hold the student."""
     experts = _experts(student)
-    for expert in experts:
-        _check_adapter(expert.role, info)
+    tuned = all(expert.role.denoiser.adapter is not None for expert in experts)
+    check_lora([expert.role.spec for expert in experts], family, tuned=tuned, method=info.method)
     scheduler = family.export_scheduler(info.grid)
     pipeline = family.load_pipeline(experts[0].role.denoiser.backbone, scheduler)
-    if family.second_component is not None and getattr(pipeline, family.second_component, None) is not None:
-        raise UserError(
-            f"--lora: the teacher's {type(pipeline).__name__} divides sampling between two networks, and this student's adapters belong to one; "
-            "export it without --lora"
-        )
     places = [f"expert_{k}" for k in range(1, len(experts) + 1)] if len(experts) > 1 else [""]
     division = _division([expert.end for expert in experts], _shares(experts, family.grid(info.steps, info.grid)), places)
 
@@ -191,12 +186,18 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
     return _publish(output, write, lambda folder: _manifest(folder, info, family, "lora", "fp32", division | _base(info, scheduler)))
 
 
-def _check_adapter(role: Role, info: StudentInfo) -> None:
-    if role.denoiser.adapter is None:
-        raise UserError("--lora: this student was trained with student.tune: full, so it has no adapter; export it without --lora")
-    if role.spec.inputs:
-        what = role.spec.inputs[0].replace("_", " ")
-        raise UserError(f"--lora: {info.method} gave this student a {what} input, which an adapter cannot hold; export it without --lora")
+def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, method: str, key: str = "--lora") -> None:
+    """UserError where adapters alone cannot hold a student of these roles. tuned: whether they have adapters; key: what asks for them."""
+    way_on = "export it without --lora" if key == "--lora" else "`export.weights: full` merges it"
+    if not tuned:
+        raise UserError(f"{key}: a student trained with student.tune: full has no adapter; {way_on.replace('merges it', 'exports it whole')}")
+    for inputs in (spec.inputs for spec in students if spec.inputs):
+        what = inputs[0].replace("_", " ")
+        raise UserError(f"{key}: {method} gives the student a {what} input, which an adapter cannot hold; {way_on}")
+    if family.second_component is not None and family.has(family.second_component):
+        raise UserError(
+            f"{key}: the teacher's {family.pipeline_classes[0]} divides sampling between two networks, and the student's adapters belong to one; {way_on}"
+        )
 
 
 def _save_adapter(pipeline_class: Any, family: Family, role: Role, folder: Path) -> None:

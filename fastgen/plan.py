@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastgen import checkpoint
+from fastgen import checkpoint, export
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data.images import CaptionedImages, images_of
@@ -75,6 +75,11 @@ class Plan:
         targets = self.family.lora_targets if tune.lora.targets == "auto" else tuple(tune.lora.targets)
         return LoraTuning(tune.lora.rank, tune.lora.alpha or tune.lora.rank, targets, self.recipe.train.seed)
 
+    def check_lora(self, key: str) -> None:
+        """UserError where adapters alone cannot hold the student; key: what asks for them."""
+        students = [spec for spec in self.roles.values() if spec.averaged]
+        export.check_lora(students, self.family, tuned=self.tuning is not None, method=self.recipe.distiller.name, key=key)
+
     @property
     def autocast(self) -> torch.dtype | None:
         return _AUTOCAST[self.recipe.train.precision]
@@ -129,6 +134,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
         by_content = {"sha256": _teacher_hash(recipe)} if "sha256" in pairs.manifest.teacher else {}
         pairs.check(resolved_teacher(recipe) | by_content, family.latent.shape)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, started)
+    _check_export(planned)
     _check_networks(planned)
     left_out = images.warnings if images else ()
     return planned if started else replace(planned, warnings=(*left_out, *check_texts(recipe, family, prompt_weights(prompts, images))))
@@ -194,6 +200,14 @@ def _absolute(source: Any) -> Any:
     """An existing file or folder by its absolute path; anything else, such as a number or a bundled name, as it is."""
     path = expanded(source) if isinstance(source, str) and source else None
     return str(path.resolve()) if path and path.exists() else source
+
+
+def _check_export(planned: Plan) -> None:
+    block = planned.recipe.export
+    if block.weights == "lora":
+        planned.check_lora("recipe key export.weights")
+        if block.dtype != "fp32":
+            raise UserError(f"recipe key export.dtype: {block.dtype} is of a whole pipeline; `export.weights: lora` writes fp32, so remove it")
 
 
 def _check_networks(planned: Plan) -> None:

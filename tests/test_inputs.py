@@ -340,7 +340,7 @@ def test_a_run_and_its_student_stay_at_their_commit(hub: Hub, tmp_path: Path) ->
     run_dir = run.train(given, tmp_path / "run", only="train")
     hub.push("b" * 40, shift=2.0)
     run.train(given, run_dir, resume=True, only="train")
-    student = run.export(run_dir, tmp_path / "student", as_lora=True)
+    student = run.export(run_dir, tmp_path / "student", weights="lora")
     manifest = generator.read_manifest(student)
     assert (manifest["teacher"]["revision"], manifest["base"]) == (old, "owner/name")
     assert f'from_pretrained("owner/name", revision="{old}", torch_dtype' in (student / "README.md").read_text()

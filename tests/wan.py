@@ -70,6 +70,9 @@ class Wan(Family):
     def own_call(self) -> dict[str, Any]:
         return {"num_inference_steps": 50, "guidance_scale": 5.0}
 
+    def has(self, component: str) -> bool:
+        return getattr(self.pipeline, component, None) is not None
+
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
         return self.pipeline.transformer
 

@@ -61,6 +61,10 @@ class Family(ABC):
     def own_call(self) -> dict[str, Any]:
         """`num_inference_steps` and `guidance_scale` the pipeline is meant to be called with: its fastgen.json, else its signature."""
 
+    def has(self, component: str) -> bool:
+        """Whether the pipeline has a component, rather than going without it."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it has")
+
     @abstractmethod
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
         """The network alone, fp32, in eval mode, on the CPU; with `meta` its shapes only, without reading weights."""

@@ -184,7 +184,7 @@ class SD3(Family):
 
         assert self.folder is not None
         configs: dict[str, Any] = {}
-        for name in filter(self._has, ("text_encoder", "text_encoder_2", "text_encoder_3")):
+        for name in filter(self.has, ("text_encoder", "text_encoder_2", "text_encoder_3")):
             with loading(self.folder / name):
                 config: Any = AutoConfig.from_pretrained(self.folder / name)
                 configs[name] = getattr(config, "text_config", config)
@@ -254,10 +254,10 @@ class SD3(Family):
         return [
             Reader(name, tokenizer, self.max_sequence_length if name == "tokenizer_3" else pipeline.tokenizer_max_length)
             for name, encoder in encoders.items()
-            if (tokenizer := getattr(pipeline, name)) is not None and self._has(encoder)
+            if (tokenizer := getattr(pipeline, name)) is not None and self.has(encoder)
         ]
 
-    def _has(self, component: str) -> bool:
+    def has(self, component: str) -> bool:
         if self._live is not None:
             return getattr(self._live, component) is not None
         assert self.folder is not None

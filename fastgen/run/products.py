@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastgen import checkpoint, inputs, report
 from fastgen.config import Recipe, validate
@@ -26,7 +26,7 @@ from fastgen.run.progress import Progress
 def finish(run: Run, run_dir: Path, progress: Progress) -> None:
     student_dir = run_dir / "student"
     progress.stage(f"exporting to {student_dir}")
-    export_student(run.averaged(), run.plan.family, run.info(), student_dir, dtype=run.plan.recipe.export.dtype)
+    _write_student(run, student_dir, run.plan.recipe.export.weights)
     progress.stage("verifying in plain diffusers")
     require_verified(verify(student_dir), student_dir)
     protocol = run.plan.recipe.evaluate.protocol
@@ -45,8 +45,16 @@ def require_verified(result: Verification, folder: Path) -> None:
         )
 
 
-def export(run_dir: Path, output: Path, *, as_lora: bool = False, unfinished: bool = False) -> Path:
-    """Export the averaged student of a run's newest checkpoint; fastgen.json and the card say so where it trains on after that.
+def _write_student(run: Run, output: Path, weights: Literal["full", "lora"]) -> Path:
+    student, family, info = run.averaged(), run.plan.family, run.info()
+    if weights == "lora":
+        return export_lora(student, family, info, output)
+    return export_student(student, family, info, output, dtype=run.plan.recipe.export.dtype)
+
+
+def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | None = None, unfinished: bool = False) -> Path:
+    """Export the averaged student of a run's newest checkpoint; fastgen.json and the card say so where it trains on after that. weights:
+    None for the form that the run's recipe names.
 
     UserError for a student none of whose steps have been trained, and, unless `unfinished`, for one that is no good before its own
     training is over, such as the expert of a phase.
@@ -61,16 +69,13 @@ def export(run_dir: Path, output: Path, *, as_lora: bool = False, unfinished: bo
     state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
     planned = plan(validate(Recipe, state["recipe"]), started=True)
     inputs.check_teacher(state["inputs"], planned)
-    if as_lora and planned.tuning is None:
-        raise UserError("--lora: this run trained with student.tune: full, so it has no adapter; export it without --lora")
+    if weights == "lora":
+        planned.check_lora("--lora")
     run = build(planned, Progress())
     _check_trained(run.trainer.distiller, state["step"], run_dir, unfinished=unfinished)
     run.began = inputs.Inputs(state["inputs"])
     checkpoint.load(chosen, run.trainer, state)
-    student = run.averaged()
-    if as_lora:
-        return export_lora(student, planned.family, run.info(), output)
-    return export_student(student, planned.family, run.info(), output, dtype=planned.recipe.export.dtype)
+    return _write_student(run, output, weights or planned.recipe.export.weights)
 
 
 def _check_trained(distiller: Distiller, step: int, run_dir: Path, *, unfinished: bool) -> None:
