@@ -196,7 +196,8 @@ def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, met
         raise UserError(f"{key}: {method} gives the student a {what} input, which an adapter cannot hold; {way_on}")
     if family.second_component is not None and family.has(family.second_component):
         raise UserError(
-            f"{key}: the teacher's {family.pipeline_classes[0]} divides sampling between two networks, and the student's adapters belong to one; {way_on}"
+            f"{key}: the teacher's {family.pipeline_classes[0]} divides sampling between two networks, and the student's adapters belong to one; "
+            f"{way_on}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from pipelines import sd3_folder as sd3_folder
 from fastgen import cli, run
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
+from fastgen.families.complete import check_complete
 from fastgen.generator import load_student
-from fastgen.plan import Plan, plan
+from fastgen.plan import plan
 
 Change = dict[str, Any]
 WHOLE = ("distiller", "data", "optimizer")  # are replaced as a whole
@@ -88,3 +90,71 @@ def test_a_form_that_the_export_would_refuse(changes: Change, reason: str, recip
 def test_an_adapter_has_no_other_precision(recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match=r"recipe key export\.dtype: bf16 is of a whole pipeline; `export\.weights: lora` writes fp32"):
         plan(recipe(student=LORA, export={"weights": "lora", "dtype": "bf16"}))
+
+
+@pytest.fixture
+def teacher(sd3_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline, to be damaged."""
+    return shutil.copytree(sd3_folder, tmp_path / "teacher")
+
+
+def renamed(name: str, new: str) -> Callable[[Path], object]:
+    return lambda teacher: (teacher / name).rename(teacher / new)
+
+
+def removed(name: str) -> Callable[[Path], object]:
+    return lambda teacher: shutil.rmtree(teacher / name) if (teacher / name).is_dir() else (teacher / name).unlink()
+
+
+def indexed(**entries: Any) -> Callable[[Path], object]:
+    return lambda teacher: edit_json(teacher / "model_index.json", **entries)
+
+
+def one_shard_gone(teacher: Path) -> None:
+    folder = teacher / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    shards = {"a": "diffusion_pytorch_model-00001-of-00002.safetensors", "b": "diffusion_pytorch_model-00002-of-00002.safetensors"}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+
+
+NETWORK, ENCODER = "transformer/diffusion_pytorch_model", "text_encoder_3/model"
+INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no T5": (removed("text_encoder_3"), r"names a text_encoder_3 \(T5EncoderModel\), but there is nothing in '.*/text_encoder_3'"),
+    "no weights of T5": (removed(f"{ENCODER}.safetensors"), r"'.*/text_encoder_3' has no weights: no model\.safetensors"),
+    "no VAE": (removed("vae"), r"names a vae \(AutoencoderKL\), but there is nothing in"),
+    "no tokenizer": (removed("tokenizer_2"), r"names a tokenizer_2 \(\w+\), but there is nothing in"),
+    "no configuration": (removed("text_encoder/config.json"), r"there is no '.*text_encoder/config\.json'"),
+    "a variant": (renamed(f"{NETWORK}.safetensors", f"{NETWORK}.fp16.safetensors"), r"as the variant 'fp16' alone \(.*variant=\"fp16\"\)\.save"),
+    "a variant of T5": (
+        renamed(f"{ENCODER}.safetensors", f"{ENCODER}.fp16.safetensors"),
+        r"'.*text_encoder_3' has its weights as the variant 'fp16'",
+    ),
+    "a variant in shards": (renamed(f"{ENCODER}.safetensors", f"{ENCODER}.fp16-00001-of-00001.safetensors"), "as the variant 'fp16' alone"),
+    "a pickle": (renamed(f"{ENCODER}.safetensors", "text_encoder_3/pytorch_model.bin"), r"as a pickle alone \(pytorch_model\.bin\)"),
+    "a shard": (one_shard_gone, r"names the weights '.*00002-of-00002\.safetensors', which are not there"),
+    "null for T5": (indexed(text_encoder_3=[None, None]), "names no text_encoder_3, without which diffusers does not load a StableDiffusion3"),
+    "null for a tokenizer": (indexed(tokenizer_3=[None, None]), "names no tokenizer_3, without which"),
+    "a class of its own": (indexed(text_encoder_3=["own", "Own"]), r"its text_encoder_3 is a own\.Own, which is none of diffusers and transformers"),
+    "a pipeline of its own": (indexed(_class_name=["own", "StableDiffusion3Pipeline"]), r"is code of its own, and fastgen runs none"),
+}
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_a_teacher_that_is_not_whole(name: str, recipe: Callable[..., Recipe], teacher: Path) -> None:
+    damage, reason = INCOMPLETE[name]
+    damage(teacher)
+    marker = teacher.parent / "ran"
+    for folder in (teacher, teacher / "text_encoder_3"):
+        if folder.is_dir():
+            (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nfrom transformers import T5EncoderModel as Own\n")
+    with pytest.raises(UserError, match=rf"^recipe key teacher\.pretrained: .*{reason}"):
+        plan(recipe(teacher))
+    assert not marker.exists()
+
+
+def test_what_diffusers_can_load_a_pipeline_without_may_be_missing(teacher: Path) -> None:
+    index = json.loads((teacher / "model_index.json").read_text())
+    assert index["image_encoder"] == index["feature_extractor"] == [None, None]
+    check_complete(teacher)
+    edit_json(teacher / "model_index.json", scheduler=["own", "Own"])
+    check_complete(teacher)

@@ -8,6 +8,7 @@ from typing import Any
 from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError, nearest
 from fastgen.families.base import Family
+from fastgen.families.complete import check_complete
 from fastgen.families.components import check_sizes, read_index
 from fastgen.files import expanded
 from fastgen.fingerprints import file_names, folder_hash, known_hash
@@ -17,7 +18,7 @@ _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", "
 
 def family_names() -> list[str]:
     """Names that `teacher.family` accepts beside `auto`."""
-    return module_names(__name__, shared=("base", "components", "schedules", "weights"))
+    return module_names(__name__, shared=("base", "complete", "components", "schedules", "weights"))
 
 
 def family_class(name: str) -> type[Family]:
@@ -34,6 +35,7 @@ def find_family(source: Any, name: str = "auto", *, revision: str | None = None,
     if name == "auto":
         name = "toy" if isinstance(source, str) and source.startswith("toy:") else _family_of(_pipeline_class(source))
     if isinstance(source, (str, Path)) and family_class(name).exportable:
+        check_complete(resolve_source(source))
         check_sizes(resolve_source(source))
     family = family_class(name)(source, **options)
     _ = family.shift  # read now, so that a schedule which cannot be followed is refused before anything is loaded

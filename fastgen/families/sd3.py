@@ -186,7 +186,7 @@ class SD3(Family):
         configs: dict[str, Any] = {}
         for name in filter(self.has, ("text_encoder", "text_encoder_2", "text_encoder_3")):
             with loading(self.folder / name):
-                config: Any = AutoConfig.from_pretrained(self.folder / name)
+                config: Any = AutoConfig.from_pretrained(self.folder / name, trust_remote_code=False)
                 configs[name] = getattr(config, "text_config", config)
 
         def widths(key: str, *names: str) -> list[int]:
