@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastgen import checkpoint, export
+from fastgen import checkpoint, export, foresight
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data.images import CaptionedImages, images_of
@@ -134,6 +134,9 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
         by_content = {"sha256": _teacher_hash(recipe)} if "sha256" in pairs.manifest.teacher else {}
         pairs.check(resolved_teacher(recipe) | by_content, family.latent.shape)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, started)
+    foresight.check_grid(recipe, family)
+    foresight.check_images(images, family)
+    foresight.check_measuring(recipe, family, at_the_end=only != "train")
     _check_export(planned)
     _check_networks(planned)
     left_out = images.warnings if images else ()

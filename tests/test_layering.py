@@ -25,7 +25,7 @@ LAYERS = [
     {"distillers"},
     {"divergence", "trainer", "checkpoint"},
     {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"},
-    {"plan", "inputs"},
+    {"plan", "inputs", "foresight"},
     {"run"},
     {"caching"},
     {"terminal", "cli", "__main__"},

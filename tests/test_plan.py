@@ -30,9 +30,9 @@ def recipe(sd3_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """A recipe of the tiny pipeline, with blocks whose keys are replaced."""
     (tmp_path / "prompts.txt").write_text(PROMPTS)
 
-    def make(teacher: Path = sd3_folder, **changes: Change) -> Recipe:
+    def make(source: Path = sd3_folder, /, **changes: Change) -> Recipe:
         blocks: dict[str, Change] = {
-            "teacher": {"pretrained": str(teacher), "guidance": 2.0, "max_sequence_length": 16},
+            "teacher": {"pretrained": str(source), "guidance": 2.0, "max_sequence_length": 16},
             "student": {"steps": 2},
             "distiller": {"name": "dmd2", "critic_updates": 1},
             "data": {"prompts": str(tmp_path / "prompts.txt")},
@@ -158,3 +158,34 @@ def test_what_diffusers_can_load_a_pipeline_without_may_be_missing(teacher: Path
     check_complete(teacher)
     edit_json(teacher / "model_index.json", scheduler=["own", "Own"])
     check_complete(teacher)
+
+
+PICTURES: Any = {"distiller": {"name": "flow_matching"}, "data": {"images": "fastgen:digits"}, "optimizer": {"student": {"lr": 1e-3}}}
+REFUSED: dict[str, tuple[Change, str]] = {
+    "a protocol of other pictures": ({"evaluate": {"protocol": "digits"}}, r"evaluate\.protocol: protocol digits .* the model makes \(3, 16, 16\)"),
+    "data of other pictures": (PICTURES, r"data\.images: these images are 8 pixels wide, the teacher needs 16"),
+    "a long text": ({"teacher": {"max_sequence_length": 600}}, r"teacher\.max_sequence_length: 600, but the pipeline takes at most 512"),
+    "two times that are one": ({"student": {"grid": [0.9, 0.9 - 1e-9]}}, r"student\.grid: .* has two times that are the same in fp32 \(0\.[89]"),
+    "a time that is zero": ({"student": {"grid": [0.5, 1e-50]}}, r"student\.grid: .* has two times that are the same in fp32 \(0\)"),
+    "a shift that leaves one time": ({"teacher": {"shift": 1e12}, "student": {"steps": 4}}, r"student\.steps: 4 steps with teacher\.shift 1e\+12"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_later_stage_would_refuse(name: str, recipe: Callable[..., Recipe]) -> None:
+    changes, reason = REFUSED[name]
+    with pytest.raises(UserError, match=rf"^recipe key {reason}"):
+        plan(recipe(**changes))
+
+
+def test_the_protocol_counts_only_where_it_measures(recipe: Callable[..., Recipe]) -> None:
+    plan(recipe(evaluate={"protocol": "digits"}), only="train")
+    with pytest.raises(UserError, match=r"evaluate\.protocol: protocol digits measures images of shape"):
+        plan(recipe(evaluate={"protocol": "digits", "every": 1}), only="train")
+
+
+def test_a_size_of_its_own_that_the_pipeline_refuses(recipe: Callable[..., Recipe], teacher: Path) -> None:
+    edit_json(teacher / "transformer" / "config.json", sample_size=9)
+    with pytest.raises(UserError, match=r"recipe key teacher\.resolution: the pipeline's own, 18, is not a multiple of 4"):
+        plan(recipe(teacher))
+    assert plan(recipe(teacher, teacher={"resolution": 16})).family.picture_shape == (3, 16, 16)

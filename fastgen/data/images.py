@@ -43,9 +43,16 @@ class CaptionedImages:
         """What the set is, wherever it lies: SHA-256 over every image's captions and the bytes of its file, in order."""
         return digest([[list(captions.items()), _hash(source)] for captions, source in zip(self.captions, self.sources, strict=True)])
 
+    def check_width(self, resolution: int) -> None:
+        """UserError for images that cannot be resized because they are tensors of another width."""
+        for source in self.sources:
+            if isinstance(source, Tensor) and source.shape[-1] != resolution:
+                raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {resolution}")
+
     def batches(self, resolution: int, size: int = 64) -> Iterator[Tensor]:
         """Pixels (B, 3, resolution, resolution) fp32 in [-1, 1]: the largest centre square, resized with antialiasing. UserError for a file
         that cannot be decoded, or with `skip_broken` a place in `undecodable`."""
+        self.check_width(resolution)
         for start in range(0, len(self), size):
             indices = range(start, min(start + size, len(self)))
             pixels = [picture for i in indices if (picture := self._pixels(i, resolution)) is not None]
@@ -61,8 +68,6 @@ class CaptionedImages:
     def _pixels(self, index: int, resolution: int) -> Tensor | None:
         source, faults = self.sources[index], Faults(self.skip_broken)
         if isinstance(source, Tensor):
-            if source.shape[-1] != resolution:
-                raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {resolution}")
             return source
         from torchvision.transforms.v2 import functional
 

@@ -74,10 +74,11 @@ class Protocol(ABC):
     def extractor_hash(self) -> str:
         """sha256 of the feature extractor's weights: distances are comparable only when it is equal."""
 
-    def check_image(self, shape: Sequence[int]) -> None:
-        """Raise UserError unless images of this shape (C, H, W) are what the protocol measures."""
+    def check_image(self, shape: Sequence[int], key: str = "") -> None:
+        """Raise UserError unless images of this shape (C, H, W) are what the protocol measures; key: what named the protocol."""
         if tuple(shape) != self.image_shape:
-            raise UserError(f"protocol {self.name} measures images of shape {self.image_shape}, the model makes {tuple(shape)}")
+            where = key and f"{key}: "
+            raise UserError(f"{where}protocol {self.name} measures images of shape {self.image_shape}, the model makes {tuple(shape)}")
 
     def hash(self) -> str:
         """sha256 over the metrics' names and every subset's name, prompts and seeds.

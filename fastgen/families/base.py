@@ -52,6 +52,12 @@ class Family(ABC):
         """options: `max_sequence_length` (text tokens), `resolution` (pixels) and `shift` (of the time), None for the pipeline's own."""
 
     @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """(3, H, W) or (3, T, H, W) of what `decode` makes of one sample; of vectors, which are no pictures, their own."""
+        *frames, height, width = self.latent.size or (0, 0)
+        return (3, *frames, height * self.pixels_per_latent, width * self.pixels_per_latent) if self.latent.size else self.latent.shape
+
+    @property
     @abstractmethod
     def shift(self) -> float:
         """Time shift of the teacher's own schedule (1 = none), for training-time distributions; UserError where its scheduler cannot be followed."""

@@ -99,18 +99,22 @@ class SD3(Family):
         backbone, vae = self._component("transformer"), self._component("vae")
         self.pixels_per_latent = 2 ** (len(vae.option("block_out_channels")) - 1)
         self._patch = backbone.option("patch_size")
-        side = backbone.option("sample_size") if resolution is None else self._side(resolution, backbone.option("pos_embed_max_size"))
+        side = self._side(resolution, backbone.option("sample_size"), backbone.option("pos_embed_max_size"))
         self.latent = LatentSpec(backbone.option("in_channels"), (side, side))
         self.max_sequence_length = max_sequence_length or self.own_call.get("max_sequence_length", 256)
         if self.max_sequence_length > _MOST_TOKENS:
             raise UserError(f"recipe key teacher.max_sequence_length: {self.max_sequence_length}, but the pipeline takes at most {_MOST_TOKENS}")
         self.resolution = side * self.pixels_per_latent
 
-    def _side(self, resolution: int, max_patches: int) -> int:
-        unit = self.pixels_per_latent * self._patch
-        if resolution % unit or resolution > max_patches * unit:
-            raise UserError(f"recipe key teacher.resolution: {resolution} is not a multiple of {unit} and at most {max_patches * unit}")
-        return resolution // self.pixels_per_latent
+    def _side(self, resolution: int | None, sample_size: int, max_patches: int) -> int:
+        """Of the latents, at the pictures' resolution in pixels or at the network's own; UserError where the pipeline's call refuses it."""
+        unit, pixels = self.pixels_per_latent * self._patch, resolution or sample_size * self.pixels_per_latent
+        if pixels % unit or pixels > max_patches * unit:
+            allowed = f"a multiple of {unit} and at most {max_patches * unit}"
+            if resolution is None:
+                raise UserError(f"recipe key teacher.resolution: the pipeline's own, {pixels}, is not {allowed}; give one")
+            raise UserError(f"recipe key teacher.resolution: {resolution} is not {allowed}")
+        return pixels // self.pixels_per_latent
 
     def _component(self, name: str) -> Component:
         """The network's or the VAE's configuration. UserError for another class than this file calls, or a VAE without its two numbers."""

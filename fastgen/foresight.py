@@ -1,0 +1,51 @@
+"""What the stages after training would refuse, checked before anything is loaded, by what they themselves go by."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastgen.config import Recipe
+from fastgen.data.images import CaptionedImages
+from fastgen.errors import UserError
+from fastgen.evaluation.protocols import load_protocol
+from fastgen.families.base import Family
+
+_TIMES = 1000  # diffusers tells steps apart by 1000 t, in fp32
+
+
+def check_grid(recipe: Recipe, family: Family) -> None:
+    """UserError for a sampling grid that the exported scheduler cannot step on: it has other times, or two that are one when they are rounded."""
+    student = recipe.student
+    given = None if student.grid == "auto" else list(student.grid)
+    times = family.grid(student.steps, given)
+    key = f"student.steps: {student.steps} steps with teacher.shift {family.shift:g}" if given is None else f"student.grid: {given}"
+    if given is not None and not _agree(times / family.path.t_max, torch.tensor(given, dtype=torch.float64)):
+        raise UserError(f"recipe key {key[:200]} cannot be exported: the scheduler would step on {times.tolist()}"[:500])
+    for a, b in pairwise([*(_TIMES * times.float()).tolist(), 0.0]):
+        if a <= b:
+            raise UserError(f"recipe key {key[:200]} has two times that are the same in fp32 ({b / _TIMES:.9g}), which no scheduler tells apart")
+
+
+def _agree(times: Tensor, given: Tensor) -> bool:
+    return times.shape == given.shape and bool(torch.allclose(times, given, rtol=1e-6, atol=1e-9))
+
+
+def check_images(images: CaptionedImages | None, family: Family) -> None:
+    """UserError for images that come as tensors of another width than the teacher's."""
+    if images is not None and family.latent.size:
+        images.check_width(family.picture_shape[-1])
+
+
+def check_measuring(recipe: Recipe, family: Family, *, at_the_end: bool) -> None:
+    """UserError where evaluate.protocol cannot measure the student: its pictures have another shape, or it has prompts of which the pipeline
+    reads nothing. at_the_end: whether the student is measured after training, rather than at evaluate.every alone."""
+    name = recipe.evaluate.protocol
+    if name is None or not (at_the_end or recipe.evaluate.every):
+        return
+    protocol = load_protocol(name)
+    protocol.check_image(family.picture_shape, "recipe key evaluate.protocol")
+    texts = dict.fromkeys(text for subset in protocol.subsets.values() for text in subset.prompts)
+    family.legibility(list(texts)).check("recipe key evaluate.protocol")
