@@ -275,7 +275,7 @@ def _usage(run: Run) -> dict[str, str] | None:
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
     """Short names of run folders: the last part of each path, or as many parts as make them differ."""
-    parts = [Path(folder).resolve().parts for folder in run_dirs]
+    parts = [Path(os.path.realpath(folder)).parts for folder in run_dirs]  # which takes links in a circle
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

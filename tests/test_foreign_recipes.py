@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_config import BASE, load, refusal, written
 
-from fastgen import run
+from fastgen import cli, run
 from fastgen.config import Recipe, shipped_recipes
 from fastgen.errors import UserError
 from fastgen.yaml_files import read_yaml
@@ -102,6 +102,15 @@ def test_a_recipe_that_is_a_pipe_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "recipe.yaml")
     with pytest.raises(UserError, match=r"recipe\.yaml' is a device or a pipe; a recipe is read from a file"):
         Recipe.load(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_and_runs_that_are_links_in_a_circle_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    circle = tmp_path / "circle"
+    circle.symlink_to("circle")
+    for words in (["train", str(circle), "--output", str(tmp_path / "out")], ["report", str(circle), str(circle)]):
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and str(circle) in error and error.count("\n") == 1
 
 
 def test_the_home_of_nobody_is_a_folder_that_is_not_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -45,13 +46,13 @@ def train(
     what cannot be written, TrainingFailed when a number stops being finite, Interrupted after SIGINT or SIGTERM; in the last three cases the
     run can be resumed from its last checkpoint.
     """
-    given = None if isinstance(recipe, Recipe) else expanded(recipe).resolve()
+    given = None if isinstance(recipe, Recipe) else os.path.realpath(expanded(recipe))
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
     progress, folder = progress or Progress(), RunFolder(output)
     flags: Any = {"resume": resume or resume_from is not None, "overwrite": overwrite, "or_start": or_start}
     folder.check(**flags)
     check_writable(folder.path, "--output")
-    if overwrite and given == (folder.path / "recipe.yaml").resolve():
+    if overwrite and given == os.path.realpath(folder.path / "recipe.yaml"):
         raise UserError(f"--overwrite: {str(folder.path)!r} holds the recipe itself, which would be replaced; choose another --output")
     with folder.held():
         resume = folder.check(**flags)
