@@ -1,6 +1,7 @@
 """Reward functions: a number for each generated picture and its prompt. Samples of high reward weigh more in the matching (Re-DMD).
 
-A reward is any importable Python function; naming one in a recipe runs its module. No gradient is taken through it.
+A reward is any importable Python function. A plan reads its file without running it (`check_reward`); building a run imports it
+(`load_reward`), which runs its module. No gradient is taken through it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from fastgen import static
 from fastgen.assets.classifier import DigitClassifier, load_classifier
 from fastgen.data import digits
 from fastgen.errors import UserError, nearest
@@ -57,9 +59,7 @@ def load_reward(name: str) -> Reward:
 
     What it returns is checked at every call: UserError unless it is one finite number a picture.
     """
-    source, colon, function = name.rpartition(":")
-    if not colon or not source or not function:
-        raise UserError(f"{KEY}: {name!r} is none of fastgen:digits, module:function, path/to/file.py:function")
+    source, function = _parts(name)
     reward = _bundled(function) if source == "fastgen" else _own(name, _module(name, source), function)
 
     @torch.no_grad()
@@ -75,16 +75,61 @@ def load_reward(name: str) -> Reward:
     return checked
 
 
+def check_reward(name: str) -> None:
+    """UserError where `load_reward` surely fails; runs nothing of the user's."""
+    source, function = _parts(name)
+    if source == "fastgen":
+        _check_bundled(function)
+        return
+    file = _located(name, source)
+    if file is None or file.suffix != ".py":
+        return
+    try:
+        static.check_function(static.parse(file), function, 2)
+    except SyntaxError as error:
+        raise UserError(f"{KEY}: {name!r}: cannot import {source!r} ({type(error).__name__}: {error})") from error
+    except OSError as error:
+        raise UserError(f"{KEY}: {name!r}: cannot read {str(file)!r} ({error.strerror})") from error
+    except static.Unfit as error:
+        what = f"{source} {error}" if str(error).startswith("has no") else f"no function of (pixels, prompts): {error}"
+        raise UserError(f"{KEY}: {name!r}: {what}") from error
+
+
 def content(name: str) -> str:
     """What a reward is, wherever it lies: SHA-256 of its function's name and of the file of its module; a bundled one is its name."""
-    source, _, function = name.rpartition(":")
-    file = None if source == "fastgen" else getattr(_module(name, source), "__file__", None)
-    return name if file is None else digest([function, known_hash(Path(file))])
+    source, function = _parts(name)
+    file = None if source == "fastgen" else _located(name, source)
+    return name if file is None else digest([function, known_hash(file)])
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """What is left and right of the colon."""
+    source, colon, function = name.rpartition(":")
+    if not colon or not source or not function:
+        raise UserError(f"{KEY}: {name!r} is none of fastgen:digits, module:function, path/to/file.py:function")
+    return source, function
+
+
+def _located(name: str, source: str) -> Path | None:
+    """The file of a reward's module; None where it has none, or where only an import can tell."""
+    file = Path(source).expanduser()
+    if file.suffix == ".py":
+        if not file.is_file():
+            raise UserError(f"{KEY}: {name!r}: no file {source!r}")
+        return file
+    try:
+        return static.source_file(static.find_module(source))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{KEY}: {name!r}: cannot import {source!r} ({type(error).__name__}: {error})") from error
+
+
+def _check_bundled(name: str) -> None:
+    if name != "digits":
+        raise UserError(f"{KEY}: no bundled reward {'fastgen:' + name!r}; {nearest(name, ['digits'])}")
 
 
 def _bundled(name: str) -> Reward:
-    if name != "digits":
-        raise UserError(f"{KEY}: no bundled reward {'fastgen:' + name!r}; {nearest(name, ['digits'])}")
+    _check_bundled(name)
     return DigitReward(load_classifier())
 
 
@@ -104,7 +149,7 @@ def _from_file(file: Path) -> ModuleType:
 
 @lru_cache
 def _executed(file: Path, changed: int) -> ModuleType:
-    """A file run once as long as it does not change: it is asked for when a recipe is checked and again by the run, and may load a model."""
+    """A file run once as long as it does not change: it may load a model."""
     spec = importlib.util.spec_from_file_location(f"fastgen_reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

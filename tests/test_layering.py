@@ -19,7 +19,7 @@ PACKAGE = Path(fastgen.__file__).parent
 # Each layer may import itself and those before it.
 LAYERS = [
     {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "fingerprints", "discovery", "legibility"}
-    | {"printing", "records", "manifest", "yaml_files"},
+    | {"printing", "records", "manifest", "yaml_files", "static"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards", "portable"},
     {"roles", "ema", "parallel"},
     {"distillers"},

@@ -204,6 +204,11 @@ class Distiller(ABC):
         roles, ends = zip(*self.students(), strict=True)
         return models[roles[0]] if len(roles) == 1 else Experts([models[role] for role in roles], ends)
 
+    @classmethod
+    def load(cls, config: Any) -> None:
+        """Load what a recipe names of other people's code: when a run is built, for a plan runs none. UserError where that fails."""
+        return
+
     @abstractmethod
     def updates(self, step: int) -> list[Update]:
         """The updates of student step `step`, in order."""

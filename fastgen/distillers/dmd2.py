@@ -17,6 +17,7 @@ discriminator listens to the frozen teacher unless told otherwise.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -77,7 +78,16 @@ class DMD2(Distiller):
         super().__init__(config, setting)
         if config.reward is not None:
             self.statistics["reward"] = new_log_means()
-            self._reward = rewards.load_reward(config.reward.name)
+
+    @cached_property
+    def _reward(self) -> rewards.Reward:
+        assert self.config.reward is not None
+        return rewards.load_reward(self.config.reward.name)
+
+    @classmethod
+    def load(cls, config: DMD2Config) -> None:
+        if config.reward is not None:
+            rewards.load_reward(config.reward.name)
 
     @classmethod
     def roles_for(cls, config: DMD2Config) -> dict[str, RoleSpec]:
@@ -114,7 +124,7 @@ class DMD2(Distiller):
         if config.anchor is not None and config.rollout.times != "grid":
             raise UserError("recipe key distiller.anchor: needs rollout.times: grid, on which the first step's end is known")
         if config.reward is not None:
-            rewards.load_reward(config.reward.name)
+            rewards.check_reward(config.reward.name)
 
     @classmethod
     def files(cls, config: DMD2Config) -> dict[str, str]:

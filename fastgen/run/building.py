@@ -80,6 +80,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
     parallel = launch(recipe.train.shard, recipe.train.device)
+    plan.method.load(plan.method_config)
     data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, progress.warn)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
