@@ -267,7 +267,7 @@ def test_a_student_with_guidance_alone_serves_every_number_of_steps(family: SD3,
 
 def test_an_adapter_alone_cannot_hold_the_inputs(family: SD3, sd3_folder: Path, tmp_path: Path) -> None:
     role = sd3_student(family, steps=2, tuning=adapter_tuning())
-    with pytest.raises(UserError, match="--lora: mean_flow gave this student a second time input, which an adapter cannot hold"):
+    with pytest.raises(UserError, match="--lora: mean_flow gives the student a second time input, which an adapter cannot hold"):
         export_lora(role, family, info(sd3_folder, 2), tmp_path / "lora")
     assert not any(tmp_path.iterdir())
 
