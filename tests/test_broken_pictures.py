@@ -115,7 +115,7 @@ def test_training_samples_that_are_none_end_training(
     monkeypatch.setattr(SD3, "decode_latents", failing)
     line = one_line(recipe(tmp_path, sd3_folder), capfd, status=1)
     assert line.startswith("error: step 2: 1 of 2 pictures of the student are not finite; its network's latents are finite")
-    assert "; newest sound checkpoint: step_000001; go on from it with fastgen train RECIPE --resume" in line
+    assert "; newest sound checkpoint: step_000002; go on from it with fastgen train RECIPE --resume" in line
 
 
 def test_latents_that_a_decoder_would_clamp_are_found(sd3_folder: Path, tmp_path: Path) -> None:

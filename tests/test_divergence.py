@@ -34,7 +34,7 @@ def trainer(method: Any, lrs: dict[str, float], **config: Any) -> Trainer:
     made = toy_method(method, toy_setting(family, guidance=1.5, negative="1"), **config)
     latents = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)) if method.needs_latents(made.config) else None
     names = [name for name, spec in made.roles_for(made.config).items() if spec.trainable]
-    optimizers = {name: optimizer_block(lr=lrs.get(name, 1e-3), clip=None) for name in names}
+    optimizers = {name: optimizer_block(lr=1e-3, clip=None).model_copy(update={"lr": lrs.get(name, 1e-3)}) for name in names}
     return toy_trainer(made, family, prompts=["", "0"], latents=latents, optimizers=optimizers, steps=50)
 
 

@@ -100,5 +100,5 @@ def test_the_installed_package_lists_recipes_and_trains_one_by_name(installed: P
     said = python("-m", "fastgen", "train", "digits_dmd2_1step", *SMALL, "--output", "run", cwd=tmp_path, path=installed)
     assert "student: run/student" in said
     made = {path.name for path in (tmp_path / "run").iterdir()}
-    assert made == {"recipe.yaml", "inputs.json", "metrics.jsonl", "checkpoints", "student", "report.html", "tensorboard"}
+    assert made == {".lock", "run.json", "recipe.yaml", "inputs.json", "metrics.jsonl", "checkpoints", "student", "report.html", "tensorboard"}
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3

@@ -112,7 +112,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("disk full")
 
     monkeypatch.setattr("fastgen.files.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         save_png(image, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

@@ -315,7 +315,7 @@ def test_names_are_shown_as_they_are_whatever_they_look_like(tmp_path: Path, rec
     """Folder, prompt, teacher and scalars; no mathematics, no tags, no legend without its line, no warning of a font."""
     runs = [_write_run(tmp_path / name) for name in (HOSTILE, "b")]
     manifest = json.loads((runs[0] / "student/fastgen.json").read_text())
-    (runs[0] / "student/fastgen.json").write_text(json.dumps(manifest | {"prompts": [HOSTILE + "\ud800"]}))
+    (runs[0] / "student/fastgen.json").write_text(json.dumps(manifest | {"prompts": [HOSTILE]}))
     (runs[0] / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load(RECIPE.replace("LR", "1")) | {"teacher": {"pretrained": f"/a/{HOSTILE}"}}))
     rows = [json.loads(line) | {f"new/{HOSTILE}": 1.0} for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     (runs[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -123,7 +123,7 @@ class RunFolder:
 
     def _lock(self) -> None:
         with writing(self.path, "--output"):
-            self._file = (self.path / LOCK).open("a+")
+            self._file = (self.path / LOCK).open("a+", encoding="utf-8")
         try:
             if fcntl is not None:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -53,8 +53,8 @@ def recorded(roles: Roles) -> dict[str, Any]:
     [
         (TWO, 6, 1, [1, 1, 1, 2, 2, 2]),
         ([TWO[0] | {"share": 3}, TWO[1]], 8, 1, [1, 1, 1, 1, 1, 1, 2, 2]),
-        ([phase | {"share": 1e308} for phase in TWO], 4, 1, [1, 1, 2, 2]),
-        ([phase | {"share": 5e-324} for phase in TWO], 4, 1, [1, 1, 2, 2]),
+        ([phase | {"share": 1e6} for phase in TWO], 4, 1, [1, 1, 2, 2]),
+        ([phase | {"share": 1e-6} for phase in TWO], 4, 1, [1, 1, 2, 2]),
         (FOUR, 10, 1, [1, 1, 2, 2, 2, 3, 3, 3, 4, 4]),
         (FOUR, 6, 3, [3, 3, 3, 4, 4, 4]),
         ([{"start": 1, "end": 0}], 3, 1, [1, 1, 1]),
