@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastgen.data.digits import load_images
+from fastgen.errors import UserError
 from fastgen.pictures import GAP, MARGIN, picture_grid, save_png
 
 

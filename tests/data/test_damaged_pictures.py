@@ -1,4 +1,4 @@
-"""Pictures that are damaged, or made to harm: a line that says so, and no memory taken. Thousands more are in tests/faults/test_fuzzed_pictures.py."""
+"""Pictures that are damaged, or made to harm: a line that says so, and no memory taken. More: tests/faults/test_fuzzed_pictures.py."""
 
 from __future__ import annotations
 
