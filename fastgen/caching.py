@@ -31,12 +31,13 @@ def cache_pairs(
     count: int,
     steps: int | None = None,
     solver: Solver = "euler",
-    batch: int = 64,
+    batch: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[PairFolder, int]:
     """Draw noise-sample pairs from a recipe's guided teacher into the folder `output`; returns it and how many pairs are new.
 
-    Of the recipe it takes teacher, data, train.seed and train.device. steps: by default the teacher's own. A folder of the same drawing is
+    Of the recipe it takes teacher, data, train.seed and train.device. steps: by default the teacher's own; batch: by
+    default what training takes at once. A folder of the same drawing is
     continued, also to a larger count. UserError before anything is written.
     """
     progress, recipe = progress or Progress(), pinned(recipe)
@@ -62,7 +63,13 @@ def cache_pairs(
     folder = create_folder(output, manifest)
     progress.start("drawing pairs", folder.manifest.count, held := folder.held())
     try:
-        folder.complete(sampler, lambda texts: _encode(teacher.family, texts), prompts, batch=batch, progress=lambda done: progress.update(done, {}))
+        folder.complete(
+            sampler,
+            lambda texts: _encode(teacher.family, texts),
+            prompts,
+            batch=batch or recipe.train.at_once,
+            progress=lambda done: progress.update(done, {}),
+        )
     finally:  # a bar left running hides the terminal's cursor
         progress.finish()
     return folder, folder.manifest.count - held

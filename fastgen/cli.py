@@ -249,7 +249,7 @@ def cache_pairs(
     count: Annotated[int, typer.Option(min=1, max=10**9, help="Pairs in all.")] = 10_000,
     steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Sampling steps (default: the teacher's).")] = None,  # noqa: UP045
     solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun: order 2, twice the evaluations.")] = "euler",
-    batch: Annotated[int, typer.Option(min=1, max=2**20, help="Pairs drawn at once.")] = 64,
+    batch: Annotated[Optional[int], typer.Option(min=1, max=2**20, help="Pairs drawn at once (default: the recipe's train.micro_batch).")] = None,  # noqa: UP045
 ) -> None:
     """Draw noise-sample pairs from a recipe's teacher, for data.pairs; the same command goes on where one was interrupted."""
     from fastgen import caching, terminal

@@ -157,6 +157,11 @@ class TrainBlock(Block):
     keep: int = Field(2, ge=1, le=MOST_STEPS)
     sample_every: int = Field(500, ge=0, le=MOST_STEPS)
 
+    @property
+    def at_once(self) -> int:
+        """Samples that one process handles at a time: in training, encoders and decoder alike."""
+        return self.micro_batch or self.batch_size
+
     @field_validator("precision")
     @classmethod
     def _no_fp16(cls, precision: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -276,52 +275,3 @@ def _check_data(recipe: Recipe, *, needs_latents: bool, needs_pairs: bool) -> No
         )
     if recipe.data.pairs is not None and not needs_pairs:
         raise UserError(f"recipe key data.pairs: {recipe.distiller.name} does not use them without distiller.regression; remove it")
-
-
-def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
-    """`describe` of a recipe's plan."""
-    return describe(plan(recipe, only=only))
-
-
-def describe(planned: Plan) -> dict[str, Any]:
-    """What a run would do, from shapes alone: roles, parameters, memory of weights and optimizer states, grid, batch."""
-    recipe = planned.recipe
-    roles = build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
-    trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
-    parameters = {id(p): p for role in roles.values() for p in role.denoiser.parameters()}
-    total = sum(p.numel() for p in parameters.values())
-    frozen = total - sum(trained.values())
-    frozen_bytes = frozen * (2 if planned.autocast and planned.tuning is None else 4)  # a base that adapters share stays fp32
-    averaged = sum(trained[name] for name, spec in planned.roles.items() if spec.averaged)
-    return {
-        "method": recipe.distiller.name,
-        "teacher": recipe.teacher.pretrained,
-        "family": type(planned.family).__name__,
-        "roles": {name: {"trains": trained[name], "tuning": _tuning_name(planned, name)} for name in roles},
-        "parameters": total,
-        "bytes": frozen_bytes + 4 * averaged + _trained_bytes(planned, trained),
-        "grid": [round(t, 6) for t in planned.family.grid(recipe.student.steps, planned.grid).tolist()],
-        "batch": recipe.train.batch_size,
-        "micro_batches": math.ceil(recipe.train.batch_size / (recipe.train.micro_batch or recipe.train.batch_size)),
-        "steps": recipe.train.steps,
-        "warnings": list(planned.warnings),
-    }
-
-
-def _trained_bytes(planned: Plan, trained: Mapping[str, int]) -> int:
-    """The most that trained roles take at one time, all in fp32: weights as long as they are needed, gradients and two Adam moments while
-    they train."""
-    distiller = planned.method(planned.method_config, planned.setting({}))
-    spans = {name: distiller.span(name) or (0, planned.recipe.train.steps) for name, count in trained.items() if count}
-
-    def at(step: int) -> int:
-        needed = {name: first <= step < first + count for name, (first, count) in spans.items() if distiller.needed(name, step)}
-        return sum((16 if trains else 4) * trained[name] for name, trains in needed.items())
-
-    return max(at(first) for first, _ in spans.values())
-
-
-def _tuning_name(planned: Plan, role: str) -> str:
-    if not planned.roles[role].trainable:
-        return "frozen"
-    return "full" if planned.tuning is None else f"LoRA rank {planned.tuning.rank}"

@@ -25,7 +25,7 @@ LAYERS = [
     {"distillers"},
     {"divergence", "trainer", "checkpoint"},
     {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"},
-    {"plan", "inputs", "foresight"},
+    {"foresight", "plan", "inputs", "memory", "outlook"},
     {"run"},
     {"caching"},
     {"terminal", "cli", "__main__"},

@@ -23,7 +23,8 @@ from fastgen.families.base import Family
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import Toy
 from fastgen.legibility import Legibility, Reader, read
-from fastgen.plan import dry_run, plan
+from fastgen.outlook import dry_run
+from fastgen.plan import plan
 
 NINE = "a handwritten seven and a drawing of the number nine"  # in CLIP's tokens 9 words, and 'and' as two
 BLORP = "blorp qux"  # in CLIP's tokens 8 letters

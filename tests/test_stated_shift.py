@@ -24,7 +24,8 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.export import export_lora, export_student, verify
 from fastgen.families.sd3 import SD3
 from fastgen.generator import load_student, load_teacher, load_teacher_of, read_manifest
-from fastgen.plan import _origin, dry_run, plan
+from fastgen.outlook import dry_run
+from fastgen.plan import _origin, plan
 from fastgen.run import products
 from fastgen.timesteps import down_to
 

@@ -118,19 +118,21 @@ def prepare(
     device: torch.device,
     progress: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
+    *,
+    batch: int = 64,
 ) -> TrainingData:
-    """Encode every prompt and image once. Images bring their own captions; prompts serve methods that train without images. warn: of images
-    that are left out because they cannot be decoded."""
+    """Encode every prompt and image once, `batch` at a time. Images bring their own captions; prompts serve methods that train without images.
+    warn: of images that are left out because they cannot be decoded."""
     table = prompt_weights(prompts, images)
     texts = list(table)
     progress(f"encoding {len(texts)} prompts")
-    cond = conditioning.to(family.encode_prompts(texts), device)
+    cond = conditioning.to(family.encode_prompts(texts, batch), device)
     cumulative = weighted.cumulative(table.values())
     if images is None:
         return TrainingData(texts, cond, cumulative)
     progress(f"encoding {len(images)} images")
     resolution = family.latent.size[-1] * family.pixels_per_latent
-    encoded = [family.encode_latents(batch.to(device)) for batch in images.batches(resolution)]
+    encoded = [family.encode_latents(pixels.to(device)) for pixels in images.batches(resolution, batch)]
     images, warnings = images.decodable()
     for warning in warnings:
         warn(f"warning: {warning}")
@@ -140,13 +142,13 @@ def prepare(
     return TrainingData(texts, cond, cumulative, latents, captions)
 
 
-def with_pairs(data: TrainingData, pairs: Pairs, family: Family, device: torch.device) -> TrainingData:
+def with_pairs(data: TrainingData, pairs: Pairs, family: Family, device: torch.device, *, batch: int = 64) -> TrainingData:
     """The same data with pairs beside it; their prompts need not be the data's own, and those that are not are encoded now."""
     texts, encoded = list(dict.fromkeys(pairs.prompts)), set(data.prompts)
     known, new = [text for text in texts if text in encoded], [text for text in texts if text not in encoded]
     parts = [data.conditioning(known)] if known else []
     if new:
-        parts.append(conditioning.to(family.encode_prompts(new), device))
+        parts.append(conditioning.to(family.encode_prompts(new, batch), device))
     row = {text: i for i, text in enumerate([*known, *new])}
     return replace(data, pairs=PairTable(pairs, torch.tensor([row[prompt] for prompt in pairs.prompts]), conditioning.cat(parts)))
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
 from fastgen.legibility import Legibility
@@ -95,11 +96,11 @@ class Family(ABC):
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         """Channels C of each block's `block_feature`, in the order of `blocks`; from shapes alone, so that a meta network will do."""
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning (P, ...) of prompts, on the CPU, without gradients. Encoders load on first use: see `free_encoders`.
+    def encode_prompts(self, prompts: Sequence[str], batch: int = 64) -> Conditioning:
+        """Conditioning (P, ...) of prompts, `batch` at a time, on the CPU, without gradients. Encoders load on first use: see `free_encoders`.
 
         UserError where a number of it is not finite, as from weights in which a bit has flipped."""
-        cond = self.encode_texts(prompts)
+        cond = conditioning.cat([self.encode_texts(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
         for name, values in cond.items():
             finite = values.isfinite()
             if not finite.all():
@@ -112,7 +113,11 @@ class Family(ABC):
 
     @abstractmethod
     def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
-        """`encode_prompts` as the encoders have it."""
+        """`encode_prompts` of one batch, as the encoders have it."""
+
+    def meta_conditioning(self, count: int) -> Conditioning:
+        """The shapes and dtypes of `encode_prompts` for `count` prompts, on the meta device, from configurations alone."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how large its conditioning is")
 
     def legibility(self, prompts: Sequence[str]) -> Legibility:
         """What the pipeline reads of prompts, without its text encoders, which are slow to load; where a family cannot tell, all."""

@@ -235,18 +235,16 @@ class SD3(Family):
     def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
         if self._encoder_pipeline is None:
             self._encoder_pipeline = self._live or self._pipeline(transformer=None, vae=None)
-        chunks = [list(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
         with nullcontext() if self.folder is None else loading(self.folder):
-            encoded = [
-                self._encoder_pipeline.encode_prompt(
-                    prompt=chunk, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
-                )
-                for chunk in chunks
-            ]
-        return {
-            "encoder_hidden_states": torch.cat([embeds for embeds, _, _, _ in encoded]).float().cpu(),
-            "pooled_projections": torch.cat([pooled for _, _, pooled, _ in encoded]).float().cpu(),
-        }
+            embeds, _, pooled, _ = self._encoder_pipeline.encode_prompt(
+                prompt=list(prompts), prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            )
+        return {"encoder_hidden_states": embeds.float().cpu(), "pooled_projections": pooled.float().cpu()}
+
+    def meta_conditioning(self, count: int) -> Conditioning:
+        network, tokens = self._component("transformer"), self._readers()[0].length + self.max_sequence_length
+        texts = torch.empty((count, tokens, network.option("joint_attention_dim")), device="meta")
+        return {"encoder_hidden_states": texts, "pooled_projections": torch.empty((count, network.option("pooled_projection_dim")), device="meta")}
 
     def legibility(self, prompts: Sequence[str]) -> Legibility:
         return read(prompts, self._readers())

@@ -150,6 +150,9 @@ class Toy(Family):
         self.legibility(prompts).check("prompts")
         return {"component": torch.tensor([int(prompt) if prompt else -1 for prompt in prompts])}
 
+    def meta_conditioning(self, count: int) -> Conditioning:
+        return {"component": torch.empty(count, dtype=torch.long, device="meta")}
+
     def legibility(self, prompts: Sequence[str]) -> Legibility:
         components = ["", *map(str, range(len(self.mixture.weights)))]
         why = f"a closed-form teacher's prompt is '' or a component 0..{components[-1]}"

@@ -15,7 +15,8 @@ from fastgen.config import Recipe
 from fastgen.data import training
 from fastgen.errors import UserError
 from fastgen.files import check_writable, expanded, write_atomically
-from fastgen.plan import Plan, describe, plan
+from fastgen.outlook import describe
+from fastgen.plan import Plan, plan
 from fastgen.run.building import Run, build, load_pairs
 from fastgen.run.events import train_steps
 from fastgen.run.folder import RunFolder
@@ -125,7 +126,8 @@ def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> No
         began = inputs.identify(start.planned)
     run.began = began
     if start.planned.recipe.data.pairs is not None:
-        data = training.with_pairs(run.data, load_pairs(run, progress), start.planned.family, run.parallel.device)
+        pairs, batch = load_pairs(run, progress), start.planned.recipe.train.at_once
+        data = training.with_pairs(run.data, pairs, start.planned.family, run.parallel.device, batch=batch)
         run.trainer.data = data.with_first_pairs(began.pairs)
     if start.chosen is None:  # also of a run that was killed before its first checkpoint
         folder.begin(None)

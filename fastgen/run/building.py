@@ -81,7 +81,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     recipe, family = plan.recipe, plan.family
     parallel = launch(recipe.train.shard, recipe.train.device)
     plan.method.load(plan.method_config)
-    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, progress.warn)
+    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, progress.warn, batch=recipe.train.at_once)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
     if not math.isfinite(largest(backbone.parameters())):
@@ -114,7 +114,7 @@ def load_pairs(run: Run, progress: Progress) -> Pairs:
             weights,
             range(recipe.data.pairs),
             seed=recipe.train.seed,
-            batch=recipe.train.micro_batch or recipe.train.batch_size,
+            batch=recipe.train.at_once,
             progress=lambda done: progress.update(done, {}),
         )
     finally:  # a bar left running hides the terminal's cursor

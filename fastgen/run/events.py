@@ -116,7 +116,8 @@ class Samples:
         self.prompts = [prompt for prompt in prompts for _ in range(_SAMPLES // len(prompts))]
         self.seeds = list(range(len(self.prompts)))
         self.student = run.generator("student")
-        self.student.conditioning(self.prompts)  # while the text encoders are still there
+        for start in range(0, len(prompts), at_once := run.plan.recipe.train.at_once):
+            self.student.conditioning(prompts[start : start + at_once])  # while the text encoders are still there
         self.rows: list[tuple[str, torch.Tensor]] = []
         if "teacher" in run.roles:
             teacher = run.generator("teacher")
@@ -134,7 +135,7 @@ class Samples:
     def _pictures(self, generator: ImageGenerator) -> torch.Tensor:
         """In batches no larger than training's own."""
         train = self.run.plan.recipe.train
-        return generate_pictures(generator, self.prompts, self.seeds, batch=train.micro_batch or train.batch_size)
+        return generate_pictures(generator, self.prompts, self.seeds, batch=train.at_once)
 
 
 def _evaluations(run: Run) -> Callable[[], Metrics]:

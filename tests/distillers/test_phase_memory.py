@@ -12,7 +12,7 @@ import torch
 from test_phased_dmd import FOUR, TWO, phased, recipe
 from toy_runs import optimizer_block, toy_trainer, weights
 
-from fastgen import checkpoint, plan
+from fastgen import checkpoint, outlook
 from fastgen.config import Recipe, validate
 from fastgen.families.toy import Toy
 from fastgen.roles import LoraTuning, Roles, build_roles
@@ -96,14 +96,17 @@ def test_a_run_that_is_over_keeps_what_its_last_step_had(tmp_path: Path) -> None
 
 
 def test_the_plan_counts_the_phase_that_takes_most(tmp_path: Path) -> None:
-    """Bytes: 4 a parameter for weights and for each average, 12 more for gradients and moments where a role trains."""
+    """Bytes: 4 a parameter for weights and for each average, 8 more for moments where a role trains, 4 for the gradients of one role at a time."""
     data = recipe(tmp_path)
-    found = plan.dry_run(validate(Recipe, data), only="train")
+    found = outlook.dry_run(validate(Recipe, data), only="train")
     size = found["roles"]["student"]["trains"]
+    network = Toy(data["teacher"]["pretrained"]).load_backbone()
     frozen = 4 * (found["parameters"] - sum(role["trains"] for role in found["roles"].values()))
-    first = (16 + 16 + 4 + 4) * size  # student and fake score train; student_2 and fake_score_2 wait
-    assert found["bytes"] == frozen + 8 * size + first
+    buffers, counters = sum(buffer.nbytes for buffer in network.buffers()), 4 * len(list(network.parameters()))
+    training = 8 * size + counters
+    # student and fake score train; student_2 and fake_score_2 wait
+    assert found["network_bytes"] == frozen + 8 * size + 5 * buffers + 4 * 4 * size + 2 * training + 4 * size
     # in a run that begins with the second phase the first expert is rolled out, and the first fake score never trains
     data["distiller"] = {"name": "dmd2", "critic_updates": 1}
-    found = plan.dry_run(validate(Recipe, data), only="train")
-    assert found["bytes"] == frozen + 4 * size + 32 * size
+    found = outlook.dry_run(validate(Recipe, data), only="train")
+    assert found["network_bytes"] == frozen + 4 * size + 3 * buffers + 2 * 4 * size + 2 * training + 4 * size

@@ -23,9 +23,10 @@ from fastgen.export import StudentInfo, export_lora, export_student, verify
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import Toy
 from fastgen.generator import ImageGenerator, load_student
+from fastgen.outlook import dry_run
 from fastgen.path import Flow, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.path import Path as NoisingPath
-from fastgen.plan import dry_run, plan
+from fastgen.plan import plan
 from fastgen.roles import LoraTuning, Role, Roles, build_roles, frozen, trainable
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs, fold, given, noise_fraction, smooth_features, split
 

@@ -1,0 +1,92 @@
+"""How much memory the tensors that a run holds all along take, from shapes alone: networks and what trains them, and the encoded data.
+
+What comes and goes is not counted: activations, text encoders and VAE, and the copies with which averages are sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from fastgen.conditioning import Conditioning
+from fastgen.data.training import prompt_weights
+from fastgen.plan import Plan
+from fastgen.roles import Role, Roles
+
+
+def network_bytes(planned: Plan, roles: Roles) -> int:
+    """The most at one time of weights, buffers, gradients, optimizer states and averages. roles: the plan's, whose networks may be meta ones."""
+    trained = {name: list(role.parameters().values()) for name, role in roles.items()}
+    own = {id(p) for parameters in trained.values() for p in parameters}
+    # A teacher that no adapter shares is in the compute dtype under autocast, but for its buffers.
+    narrow = planned.autocast is not None and planned.tuning is None
+    shared = {id(p): p for role in roles.values() for p in role.denoiser.parameters() if id(p) not in own}
+    frozen = sum(p.numel() * (2 if narrow else p.element_size()) for p in shared.values())
+    averages = sum(4 * _count(trained[name]) for name, spec in planned.roles.items() if spec.averaged)
+    return frozen + _frozen_buffers(roles) + averages + _most_at_once(planned, roles, trained)
+
+
+def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, list[Tensor]]) -> int:
+    """Trained roles have weights as long as they are needed, optimizer states while they train, and gradients while one update does."""
+    steps = planned.recipe.train.steps
+    distiller = planned.method(planned.method_config, planned.setting({}))
+    spans = {name: distiller.span(name) or (0, steps) for name, parameters in trained.items() if parameters}
+
+    def at(step: int) -> int:
+        needed = [name for name in spans if distiller.needed(name, step)]
+        training = [name for name in needed if spans[name][0] <= step < sum(spans[name])]
+        kept = sum(_bytes(trained[name]) + _own_buffers(roles[name]) for name in needed)
+        gradients = max(sum(_bytes(trained[name]) for name in update.trains) for update in distiller.updates(step))
+        return kept + sum(_optimizer_bytes(planned, name, trained[name]) for name in training) + gradients
+
+    moments = {0, steps - 1, *(first for first, _ in spans.values()), *(first + count - 1 for first, count in spans.values())}
+    return max(at(step) for step in moments if 0 <= step < steps)
+
+
+def _optimizer_bytes(planned: Plan, role: str, parameters: list[Tensor]) -> int:
+    """Adam: two moments and a counter of each parameter; SGD: its momentum."""
+    block = planned.optimizers[role]
+    if block.name == "sgd":
+        return _bytes(parameters) if block.betas[0] else 0
+    return 2 * _bytes(parameters) + 4 * len(parameters)
+
+
+def _own_buffers(role: Role) -> int:
+    return _bytes(role.denoiser.buffers()) if _has_copy(role) else 0
+
+
+def _frozen_buffers(roles: Mapping[str, Role]) -> int:
+    buffers = {id(b): b for role in roles.values() if not _has_copy(role) for b in role.denoiser.buffers()}
+    return _bytes(buffers.values())
+
+
+def _has_copy(role: Role) -> bool:
+    """Whether its network is a copy of the teacher's, rather than the one that roles share."""
+    return role.spec.trains_network and role.denoiser.adapter is None
+
+
+def data_bytes(planned: Plan) -> int:
+    """Text embeddings of every prompt and of the negative one, latents of every image, pairs, and the tables that they are drawn by."""
+    family, images, pairs = planned.family, planned.images, planned.pairs
+    texts, sample = prompt_weights(planned.prompts, images), 4 * math.prod(family.latent.shape)
+    total = _conditioning(family.meta_conditioning(len(texts) + 1)) + 8 * len(texts)
+    if images is not None:
+        total += len(images) * sample + sum(16 * len(captions) for captions in images.captions)
+    count = planned.recipe.data.pairs if pairs is None else pairs.manifest.count
+    if isinstance(count, int):  # at most as many prompts as pairs; a row and a seed for each
+        total += count * (sample + 16) + _conditioning(family.meta_conditioning(min(count, len(texts))))
+    return total
+
+
+def _conditioning(cond: Conditioning) -> int:
+    return _bytes(cond.values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

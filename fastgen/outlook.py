@@ -1,0 +1,47 @@
+"""The outcome of a dry run: what a plan comes to, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from fastgen.config import Recipe
+from fastgen.memory import data_bytes, network_bytes
+from fastgen.plan import Plan, plan
+from fastgen.roles import build_roles
+
+
+def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
+    """`describe` of a recipe's plan."""
+    return describe(plan(recipe, only=only))
+
+
+def describe(planned: Plan) -> dict[str, Any]:
+    """What a run would do: roles, parameters, memory, grid, batch."""
+    recipe, family = planned.recipe, planned.family
+    roles = build_roles(planned.roles, family, family.load_backbone(meta=True), tuning=planned.tuning)
+    trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
+    parameters = {id(p): p for role in roles.values() for p in role.denoiser.parameters()}
+    networks, data = network_bytes(planned, roles), data_bytes(planned)
+    return {
+        "method": recipe.distiller.name,
+        "teacher": recipe.teacher.pretrained,
+        "family": type(family).__name__,
+        "roles": {name: {"trains": trained[name], "tuning": _tuning_name(planned, name)} for name in roles},
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "bytes": networks + data,
+        "network_bytes": networks,
+        "data_bytes": data,
+        "grid": [round(t, 6) for t in family.grid(recipe.student.steps, planned.grid).tolist()],
+        "batch": recipe.train.batch_size,
+        "micro_batch": recipe.train.at_once,
+        "micro_batches": math.ceil(recipe.train.batch_size / recipe.train.at_once),
+        "steps": recipe.train.steps,
+        "warnings": list(planned.warnings),
+    }
+
+
+def _tuning_name(planned: Plan, role: str) -> str:
+    if not planned.roles[role].trainable:
+        return "frozen"
+    return "full" if planned.tuning is None else f"LoRA rank {planned.tuning.rank}"
