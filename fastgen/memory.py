@@ -6,7 +6,7 @@ What comes and goes is not counted: activations, text encoders and VAE, and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def network_bytes(planned: Plan, roles: Roles) -> int:
     return frozen + _frozen_buffers(roles) + averages + _most_at_once(planned, roles, trained)
 
 
-def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, list[Tensor]]) -> int:
+def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, Sequence[Tensor]]) -> int:
     """Trained roles have weights as long as they are needed, optimizer states while they train, and gradients while one update does."""
     steps = planned.recipe.train.steps
     distiller = planned.method(planned.method_config, planned.setting({}))
@@ -45,7 +45,7 @@ def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str
     return max(at(step) for step in moments if 0 <= step < steps)
 
 
-def _optimizer_bytes(planned: Plan, role: str, parameters: list[Tensor]) -> int:
+def _optimizer_bytes(planned: Plan, role: str, parameters: Sequence[Tensor]) -> int:
     """Adam: two moments and a counter of each parameter; SGD: its momentum."""
     block = planned.optimizers[role]
     if block.name == "sgd":

@@ -86,7 +86,7 @@ def vectors() -> tuple[Toy, CaptionedImages]:
 def captioned(monkeypatch: pytest.MonkeyPatch) -> TrainingData:
     family, images = vectors()
     family.latent = LatentSpec(2, (1,))
-    monkeypatch.setattr(CaptionedImages, "batches", lambda self, resolution: iter([torch.stack(self.sources)]))
+    monkeypatch.setattr(CaptionedImages, "batches", lambda self, *_: iter([torch.stack(self.sources)]))
     return prepare(family, {"7": 1.0}, images, CPU)
 
 
@@ -191,9 +191,9 @@ def test_only_prompts_that_are_new_are_encoded_for_pairs(monkeypatch: pytest.Mon
     data = prepare(family, {"0": 0.5, "3": 0.5}, None, CPU)
     encode = family.encode_prompts
 
-    def noting(prompts: Sequence[str]) -> dict[str, Tensor]:
+    def noting(prompts: Sequence[str], batch: int) -> dict[str, Tensor]:
         encoded.extend(prompts)
-        return encode(prompts)
+        return encode(prompts, batch)
 
     monkeypatch.setattr(family, "encode_prompts", noting)
     table = with_five_pairs(data, family).pairs
