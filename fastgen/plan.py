@@ -26,6 +26,7 @@ from fastgen.families import find_family, pinned_revision, resolve_source, sourc
 from fastgen.families.base import Family
 from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported
+from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
@@ -110,6 +111,7 @@ class Plan:
 def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool = False) -> Plan:
     """Check everything a recipe names. UserError for the first mistake. started: the run has checkpoints, which hold all that
     `student.init` has brought, so that is not opened again."""
+    launch(recipe.train.shard, recipe.train.device)
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     if recipe.evaluate.protocol is not None:
@@ -163,6 +165,7 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         started=started,
         images=recipe.data.images is not None,
         exported=family.exportable,
+        picture=family.picture_shape,
     )
 
 

@@ -75,11 +75,13 @@ def load_reward(name: str) -> Reward:
     return checked
 
 
-def check_reward(name: str) -> None:
-    """UserError where `load_reward` surely fails; runs nothing of the user's."""
+def check_reward(name: str, picture: Sequence[int] | None = None) -> None:
+    """UserError where `load_reward` surely fails, or a bundled reward does not judge pictures of this shape; runs nothing of the user's."""
     source, function = _parts(name)
     if source == "fastgen":
         _check_bundled(function)
+        if picture is not None:
+            _check_picture(picture)
         return
     file = _located(name, source)
     if file is None or file.suffix != ".py":
@@ -183,14 +185,18 @@ class DigitReward:
         self.meant = _digits_meant()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        if pixels.shape[1:] != (3, 8, 8):
-            raise UserError(f"{KEY}: fastgen:digits judges pictures (3, 8, 8), the teacher's are {tuple(pixels.shape[1:])}")
+        _check_picture(pixels.shape[1:])
         unknown = [prompt for prompt in prompts if prompt not in self.meant]
         if unknown:
             raise UserError(f"{KEY}: fastgen:digits knows the captions of data.prompts: fastgen:digits only, not {unknown[0]!r}")
         log_probability = self.classifier.to(pixels.device)(2 * pixels.float() - 1).log_softmax(1)
         meant = torch.tensor([self.meant[prompt] for prompt in prompts], device=pixels.device)
         return log_probability.masked_fill(~meant, -torch.inf).logsumexp(1).clamp(max=0)  # the sum over all ten rounds to 1e-8
+
+
+def _check_picture(shape: Sequence[int]) -> None:
+    if tuple(shape) != (3, 8, 8):
+        raise UserError(f"{KEY}: fastgen:digits judges pictures (3, 8, 8), the teacher's are {tuple(shape)}")
 
 
 def _digits_meant() -> dict[str, list[bool]]:

@@ -16,6 +16,7 @@ from pipelines import sd3_folder as sd3_folder
 from fastgen import cli, run
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
+from fastgen.evaluation.protocols import Digits, Subset
 from fastgen.families.complete import check_complete
 from fastgen.generator import load_student
 from fastgen.plan import plan
@@ -164,6 +165,11 @@ PICTURES: Any = {"distiller": {"name": "flow_matching"}, "data": {"images": "fas
 REFUSED: dict[str, tuple[Change, str]] = {
     "a protocol of other pictures": ({"evaluate": {"protocol": "digits"}}, r"evaluate\.protocol: protocol digits .* the model makes \(3, 16, 16\)"),
     "data of other pictures": (PICTURES, r"data\.images: these images are 8 pixels wide, the teacher needs 16"),
+    "a device that is not here": ({"train": {"device": "cuda:63"}}, r"train\.device: 'cuda:63' is not available here"),
+    "a reward of other pictures": (
+        {"distiller": {"name": "dmd2", "reward": {"name": "fastgen:digits"}}},
+        r"distiller\.reward\.name: fastgen:digits judges pictures \(3, 8, 8\), the teacher's are \(3, 16, 16\)",
+    ),
     "a long text": ({"teacher": {"max_sequence_length": 600}}, r"teacher\.max_sequence_length: 600, but the pipeline takes at most 512"),
     "two times that are one": ({"student": {"grid": [0.9, 0.9 - 1e-9]}}, r"student\.grid: .* has two times that are the same in fp32 \(0\.[89]"),
     "a time that is zero": ({"student": {"grid": [0.5, 1e-50]}}, r"student\.grid: .* has two times that are the same in fp32 \(0\)"),
@@ -188,3 +194,20 @@ def test_a_size_of_its_own_that_the_pipeline_refuses(recipe: Callable[..., Recip
     with pytest.raises(UserError, match=r"recipe key teacher\.resolution: the pipeline's own, 18, is not a multiple of 4"):
         plan(recipe(teacher))
     assert plan(recipe(teacher, teacher={"resolution": 16})).family.picture_shape == (3, 16, 16)
+
+
+def test_lpips_compares_no_vectors(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    (tmp_path / "prompts.txt").write_text("0\n1\n")
+    distiller = {"name": "dmd", "regression": {"metric": "lpips"}}
+    data = {"prompts": str(tmp_path / "prompts.txt"), "pairs": 8}
+    given = recipe(teacher={"pretrained": "toy:mixture", "max_sequence_length": None}, student={"steps": 1}, distiller=distiller, data=data)
+    with pytest.raises(UserError, match=r"regression\.metric: lpips compares pictures \(3, H, W\), the teacher's samples are \(2,\)"):
+        plan(given, only="train")
+
+
+def test_prompts_of_the_protocol_that_the_pipeline_cannot_read(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Digits, "image_shape", (3, 16, 16))
+    plan(recipe(evaluate={"protocol": "digits"}))
+    monkeypatch.setattr(Digits, "subsets", {"odd": Subset(("a red cat", "日本"), (0, 1))})
+    with pytest.raises(UserError, match=r"^recipe key evaluate\.protocol: "):
+        plan(recipe(evaluate={"protocol": "digits"}))

@@ -105,6 +105,7 @@ class Facts:
     origin: Origin | None = None  # of student.init
     started: bool = False  # a run that goes on from its own checkpoint, whatever student.init was
     images: bool = True  # whether data.images is given
+    picture: tuple[int, ...] | None = None  # shape of what a sample decodes to, (3, H, W) unless the teacher makes vectors
     exported: bool = False  # whether the student becomes a pipeline, which has one way to move between its steps: Euler's
 
 

@@ -124,7 +124,7 @@ class DMD2(Distiller):
         if config.anchor is not None and config.rollout.times != "grid":
             raise UserError("recipe key distiller.anchor: needs rollout.times: grid, on which the first step's end is known")
         if config.reward is not None:
-            rewards.check_reward(config.reward.name)
+            rewards.check_reward(config.reward.name, facts.picture)
 
     @classmethod
     def files(cls, config: DMD2Config) -> dict[str, str]:

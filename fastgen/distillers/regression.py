@@ -34,6 +34,10 @@ def check(config: RegressionConfig, facts: Facts) -> None:
     if config.warmup >= facts.train_steps:
         raise UserError(f"recipe key distiller.regression.warmup: {config.warmup} leaves none of train.steps {facts.train_steps}")
     if config.metric == "lpips":
+        if facts.picture is not None and len(facts.picture) != 3:
+            raise UserError(
+                f"{perceptual.KEY}: lpips compares pictures (3, H, W), the teacher's samples are {facts.picture}; `latent` compares anything"
+            )
         perceptual.load_lpips()
 
 
