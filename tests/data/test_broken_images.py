@@ -18,7 +18,8 @@ from fastgen.data.images import load_images
 from fastgen.data.training import prepare
 from fastgen.errors import UserError
 from fastgen.families.sd3 import SD3
-from fastgen.plan import dry_run, plan
+from fastgen.outlook import dry_run
+from fastgen.plan import plan
 from fastgen.run.progress import Progress
 
 
