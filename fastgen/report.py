@@ -17,12 +17,13 @@ from typing import Any
 from fastgen import card, curves, records, report_table
 from fastgen.errors import UserError
 from fastgen.evaluation.runner import read_results
-from fastgen.files import reading, write_atomically
+from fastgen.files import write_atomically
 from fastgen.manifest import Exported
 from fastgen.portable import portable
 from fastgen.printing import printable
 from fastgen.report_table import ABSENT, Row, formatted
 from fastgen.runlog import read_rows
+from fastgen.yaml_files import read_text, read_yaml
 
 NUM_EARLIER = 12  # sample grids besides the latest one
 
@@ -127,14 +128,7 @@ def read_run(run_dir: Path) -> Run:
     for name in ("recipe.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{run_dir} is not a run folder with something to report: it has no {name}")
-    with reading(folder / "recipe.yaml"):
-        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read {folder / 'recipe.yaml'}: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{folder / 'recipe.yaml'} is not a recipe: it must be a mapping")
+    recipe, text = read_yaml(folder / "recipe.yaml"), read_text(folder / "recipe.yaml")
     if recipe != (named := portable(recipe)):
         recipe, text = named, yaml.safe_dump(named, sort_keys=False, width=120, allow_unicode=True)
     samples = sorted((int(found[1]), path) for path in folder.glob("samples/*.png") if (found := re.fullmatch(r"step_(\d+)", path.stem)))

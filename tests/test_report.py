@@ -257,8 +257,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("recipe.yaml", "a: [", "cannot read .*recipe.yaml"),
-        ("recipe.yaml", "just text", "must be a mapping"),
+        ("recipe.yaml", "a: [", "recipe.yaml' is not valid YAML"),
+        ("recipe.yaml", "a: &a [*a]", "recipe.yaml' is not valid YAML"),
+        ("recipe.yaml", "just text", "not a recipe"),
         ("metrics.jsonl", '{"step": 1}\nbroken\n{"step": 2}\n', "line 2 of .*metrics.jsonl"),
         ("results.json", "{", "cannot read .*results.json"),
         ("results.json", "{}", "results.json.*key protocol: missing"),
