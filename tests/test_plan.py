@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from pipelines import edit_json
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
@@ -19,6 +20,7 @@ from fastgen.errors import UserError
 from fastgen.evaluation.protocols import Digits, Subset
 from fastgen.families.complete import check_complete
 from fastgen.generator import load_student
+from fastgen.pictures import save_png
 from fastgen.plan import plan
 
 Change = dict[str, Any]
@@ -73,7 +75,7 @@ def test_an_adapter_in_the_line_is_measured_and_reported(tmp_path: Path) -> None
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-MEAN_FLOW: Any = {"distiller": {"name": "mean_flow"}, "data": {"images": "fastgen:digits"}, "optimizer": {"student": {"lr": 1e-3}}}
+MEAN_FLOW: Any = {"distiller": {"name": "mean_flow"}, "data": {"images": "images"}, "optimizer": {"student": {"lr": 1e-3}}}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,12 @@ MEAN_FLOW: Any = {"distiller": {"name": "mean_flow"}, "data": {"images": "fastge
         ({"student": LORA, **MEAN_FLOW}, r"mean_flow gives the student a second time input, which an adapter cannot hold"),
     ],
 )
-def test_a_form_that_the_export_would_refuse(changes: Change, reason: str, recipe: Callable[..., Recipe]) -> None:
+def test_a_form_that_the_export_would_refuse(
+    changes: Change, reason: str, recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_png(Image.new("RGB", (16, 16)), Path("images/a.png"))
+    Path("images/a.txt").write_text("a red cat")
     with pytest.raises(UserError, match=rf"recipe key export\.weights: .*{reason}"):
         plan(recipe(export={"weights": "lora"}, **changes))
 
@@ -161,7 +168,7 @@ def test_what_diffusers_can_load_a_pipeline_without_may_be_missing(teacher: Path
     check_complete(teacher)
 
 
-PICTURES: Any = {"distiller": {"name": "flow_matching"}, "data": {"images": "fastgen:digits"}, "optimizer": {"student": {"lr": 1e-3}}}
+PICTURES: Any = {"distiller": {"name": "flow_matching"}, "data": {"images": "images"}, "optimizer": {"student": {"lr": 1e-3}}}
 REFUSED: dict[str, tuple[Change, str]] = {
     "a protocol of other pictures": ({"evaluate": {"protocol": "digits"}}, r"evaluate\.protocol: protocol digits .* the model makes \(3, 16, 16\)"),
     "data of other pictures": (PICTURES, r"data\.images: these images are 8 pixels wide, the teacher needs 16"),

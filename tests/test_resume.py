@@ -234,7 +234,7 @@ class Finishing(run.Progress):
 def test_a_diverging_run_ends_its_bar_and_writes_no_checkpoint_of_it(tmp_path: Path) -> None:
     progress = Finishing()
     with pytest.raises(TrainingFailed, match=r"role 'student' has diverged: .* newest sound checkpoint: none; start again"):
-        short(tmp_path, tmp_path / "run", "optimizer.student.lr=1.0e+30", "train.checkpoint_every=1", progress=progress)
+        short(tmp_path, tmp_path / "run", "optimizer.student.lr=1.0e+18", "train.checkpoint_every=1", progress=progress)
     assert (progress.started, progress.finished) == (1, 1)
     assert not (tmp_path / "run/checkpoints").exists()
 
