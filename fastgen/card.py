@@ -146,7 +146,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     unfinished = [unfinished_text(manifest), ""] if "unfinished" in manifest else []
     base = [_base_text(teacher["pretrained"]), ""] if manifest["weights"] == "lora" and not on_hub else []
     snippet = f"```python\n{call_snippet(manifest)}```"
-    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, how, "", *base, snippet, ""])
+    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, *base, how, "", snippet, ""])
 
 
 def _base_text(teacher: str) -> str:
