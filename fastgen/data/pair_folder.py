@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import save
 from fastgen import records
 from fastgen.data.pairs import Encode, Pairs, Solver, TeacherSampler, cat, make_pairs
 from fastgen.errors import UserError
-from fastgen.files import expanded, reading, write_atomically
+from fastgen.files import PARTIAL, expanded, reading, write_atomically
 from fastgen.fingerprints import digest, sealed, unsealed
 
 KEY = "recipe key data.pairs"
@@ -205,7 +206,7 @@ def create_folder(path: Path, manifest: Manifest) -> PairFolder:
                 f"--output: {str(path)!r} holds pairs of an older fastgen, which drew their seeds otherwise: they can be used, but not continued; "
                 "choose another folder"
             )
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and any(not name.startswith(PARTIAL) for name in os.listdir(path)):  # a kill may have left the first file half written
         raise UserError(f"--output: {str(path)!r} holds other files and no pairs; choose an empty or new folder")
     record = manifest.model_dump(mode="json")
     write_atomically(path / "pairs.json", json.dumps(sealed(record) if manifest.format > 1 else record, indent=1) + "\n")

@@ -324,3 +324,8 @@ def test_a_crash_while_writing_leaves_no_half_shard(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"cannot write .*disk full"):
         complete(folder)
     assert names(tmp_path) == ["pairs.json"]
+
+
+def test_a_kill_before_the_folder_said_what_it_holds_leaves_it_empty(tmp_path: Path) -> None:
+    (tmp_path / ".partial_pairs.json.123.456").touch()
+    assert complete(create_folder(tmp_path, manifest(3)), batch=3).held() == 3
