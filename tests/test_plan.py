@@ -168,10 +168,13 @@ def test_what_diffusers_can_load_a_pipeline_without_may_be_missing(teacher: Path
     check_complete(teacher)
 
 
-PICTURES: Any = {"distiller": {"name": "flow_matching"}, "data": {"images": "images"}, "optimizer": {"student": {"lr": 1e-3}}}
+PICTURES: Any = {"distiller": {"name": "flow_matching"}, "data": {"images": "fastgen:digits"}, "optimizer": {"student": {"lr": 1e-3}}}
 REFUSED: dict[str, tuple[Change, str]] = {
     "a protocol of other pictures": ({"evaluate": {"protocol": "digits"}}, r"evaluate\.protocol: protocol digits .* the model makes \(3, 16, 16\)"),
-    "data of other pictures": (PICTURES, r"data\.images: these images are 8 pixels wide, the teacher needs 16"),
+    "data of other pictures": (
+        MEAN_FLOW | {"data": {"images": "fastgen:digits"}},
+        r"data\.images: these images are 8 pixels wide, the teacher needs 16",
+    ),
     "a device that is not here": ({"train": {"device": "cuda:63"}}, r"train\.device: 'cuda:63' is not available here"),
     "a reward of other pictures": (
         {"distiller": {"name": "dmd2", "reward": {"name": "fastgen:digits"}}},
