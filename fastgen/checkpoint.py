@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,14 +99,14 @@ def opened(run_dir: Path, name: str | None = None) -> tuple[Path, dict[str, Any]
     try:
         return chosen, check(chosen)
     except UserError as error:
-        whole = newest_whole(path for path in found if path != chosen)
+        whole = newest_whole([path for path in found if path != chosen])
         other = f"the newest complete one is {whole.name}: fastgen train … --resume-from {whole.name} goes on from it" if whole else NO_OTHER
         raise UserError(f"{error}; {other}") from error
 
 
-def newest_whole(found: Iterable[Path]) -> Path | None:
-    """The newest of some checkpoints of which every byte is as it was saved."""
-    for path in sorted(found, reverse=True):
+def newest_whole(found: Sequence[Path]) -> Path | None:
+    """The newest of some checkpoints, oldest first, of which every byte is as it was saved."""
+    for path in reversed(found):
         try:
             check(path)
         except UserError:

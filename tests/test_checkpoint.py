@@ -312,3 +312,12 @@ def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
         (tmp_path / f"step_{step:06d}").mkdir()
         (tmp_path / f"step_{step:06d}" / "state.json").write_text("{}")
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step_999999", "step_1000000"]
+
+
+def test_the_newest_whole_checkpoint_is_the_newest_by_number(tmp_path: Path) -> None:
+    """Names alone would put a millionth step before the one that it follows."""
+    first = checkpoint.save(tmp_path, stop_at(dmd2(), 2), RECIPE, keep=3)
+    for step in (999_999, 1_000_000):
+        shutil.copytree(first, tmp_path / f"step_{step:06d}")
+    found = checkpoint.checkpoints(tmp_path)
+    assert checkpoint.newest_whole(found) == tmp_path / "step_1000000"
