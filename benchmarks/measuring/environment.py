@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import importlib.metadata
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measuring import rows
 from benchmarks.measuring.case import Row, Target
 from benchmarks.measuring.clock import kernel_time
 
@@ -93,3 +95,17 @@ def ceilings(target: Target) -> dict[str, Any]:
         "bf16_tflop_per_s": 2 * size**3 / product["median_ms"] / 1e9,
         "bf16_product": [size] * 3,
     }
+
+
+def main() -> None:
+    """Write the line of a run: `python -m benchmarks.measuring.environment FILE RUN [--rehearsal]`."""
+    parser = argparse.ArgumentParser(description="Write where a run measures.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("run")
+    parser.add_argument("--rehearsal", action="store_true")
+    chosen = parser.parse_args()
+    rows.append(chosen.file, [environment(Target("cpu" if chosen.rehearsal else "cuda", chosen.rehearsal), chosen.run)])
+
+
+if __name__ == "__main__":
+    main()
