@@ -102,6 +102,8 @@ def render(name: str, found: Sequence[Row]) -> str:
         if lines := table.lines(own, lambda row: known[row["run"]]):
             runs = [known[run] for run in dict.fromkeys(row["run"] for row in own if row["status"] == "measured")]
             parts.append("\n".join([_where(runs), "", *lines, *_missing(own)]))
+        elif own:
+            parts.append("\n".join([f"*{gpu}*: {NOTHING.lower()}", *_missing(own)]))
     return "\n\n".join(parts) or NOTHING
 
 

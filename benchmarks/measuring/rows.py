@@ -35,11 +35,12 @@ def _parsed(line: str, path: Path, *, is_last: bool) -> Row | None:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows and wait until they are on disk. A torn last line is closed first, so that it spoils no other."""
+    """Add rows and wait until they are on disk; a torn last line makes room for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()
         os.fsync(file.fileno())
 

@@ -127,8 +127,9 @@ class Session:
 
     def _process(self, command: Sequence[str], until: float, heard: Callable[[str], None] = lambda line: None) -> int | None:
         """The exit status of a command, whose output is shown and logged; None where it ran on after `until` and was killed."""
-        path = os.pathsep.join(str(folder) for folder in (*self.packages, ROOT, ROOT / "kernels"))
-        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        path = [str(folder) for folder in (*self.packages, ROOT, ROOT / "kernels", *given) if folder]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
