@@ -22,7 +22,17 @@ class Config:
 INTERPRETER = Config(32, 32, num_warps=4, num_stages=1)
 # Scores of one call from which measuring is worth its compilations.
 MEASURE_FROM = 2**24
-_chosen: dict[Hashable, Config] = {}
+_chosen: dict[tuple[Hashable, bool], Config] = {}  # by kind of problem, and whether it was measured
+
+
+def chosen() -> dict[Hashable, Config]:
+    """What has been chosen so far, by kernel and kind of problem."""
+    return {key: config for (key, _), config in _chosen.items()}
+
+
+def forget() -> None:
+    """Let the next call of each kind choose again."""
+    _chosen.clear()
 
 
 def bucket(length: int) -> int:
