@@ -77,17 +77,18 @@ def _case(problem: Problem, who: Sequence[Contender], target: Target, *, seconds
 
 
 def measure(problem: Problem, who: Sequence[Contender], target: Target, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    """A row for each contender."""
+    """A row for each contender, with its time over that of the first."""
     inputs = problem.inputs(target.device, dtype)
     with torch.no_grad():
         true = truth(problem, inputs)
     found: list[Row] = []
     for contender in who:
-        free_memory()
+        if target.is_gpu:
+            free_memory()
         row = attempt(contender, problem, inputs, true, target)
-        if "median_ms" in row and "median_ms" in (found or [row])[0]:
-            row["ratio"] = row["median_ms"] / (found or [row])[0]["median_ms"]
         found.append(row)
+        if "median_ms" in row and "median_ms" in found[0]:
+            row["ratio"] = row["median_ms"] / found[0]["median_ms"]
     return found
 
 
