@@ -7,7 +7,7 @@ problems.RESULTS. It raises LeftOut where it cannot run here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from benchmarks.kernels.problems import Inputs, Problem, Work
 from benchmarks.measuring.case import LeftOut, Target
 
 Results = tuple[Tensor, ...]
+Three = tuple[Tensor, Tensor, Tensor]
 Attend = Callable[[], Results]
 
 
@@ -69,13 +70,13 @@ def fastgen(work: Work) -> Callable[[Problem, Inputs, Target], AbstractContextMa
         configs.forget()
         if work in ("forward", "jvp"):
             with torch.no_grad():
-                yield lambda: _present(*jvp_attention(*inputs.primals, *tangents, causal=problem.causal)[:2])
+                yield lambda: _present(jvp_attention(*inputs.primals, *tangents, causal=problem.causal)[:2])
             return
         leaves = _leaves(inputs)
 
         def call() -> Results:
             o, to, _ = jvp_attention(*leaves, *tangents, causal=problem.causal)
-            return _present(o, to, *torch.autograd.grad(o, leaves, inputs.do))
+            return _present((o, to, *torch.autograd.grad(o, leaves, inputs.do)))
 
         yield call
 
@@ -94,10 +95,10 @@ def sdpa(backend: SDPBackend, *, backward: bool = False) -> Callable[[Problem, I
     def open(problem: Problem, inputs: Inputs, target: Target) -> Iterator[Attend]:
         if backend == SDPBackend.CUDNN_ATTENTION and not target.is_gpu:
             raise LeftOut("cuDNN's attention needs CUDA")
-        q, k, v = leaves = _leaves(inputs) if backward else inputs.primals
+        leaves = _leaves(inputs) if backward else inputs.primals
 
         def call() -> Results:
-            o = scaled_dot_product_attention(q, k, v, is_causal=problem.causal)
+            o = scaled_dot_product_attention(*leaves, is_causal=problem.causal)
             return (o, *torch.autograd.grad(o, leaves, inputs.do)) if backward else (o,)
 
         with sdpa_kernel(backend), torch.set_grad_enabled(backward):
@@ -181,12 +182,14 @@ def package(peer: Peer) -> Callable[[Problem, Inputs, Target], AbstractContextMa
     return open
 
 
-def _leaves(inputs: Inputs) -> tuple[Tensor, ...]:
-    return tuple(x.detach().requires_grad_() for x in inputs.primals)
+def _leaves(inputs: Inputs) -> Three:
+    q, k, v = (x.detach().requires_grad_() for x in inputs.primals)
+    return q, k, v
 
 
-def _duals(inputs: Inputs) -> list[Tensor]:
-    return [x if t is None else forward_ad.make_dual(x, t) for x, t in zip(inputs.primals, inputs.tangents, strict=True)]
+def _duals(inputs: Inputs) -> Three:
+    q, k, v = (x if t is None else forward_ad.make_dual(x, t) for x, t in zip(inputs.primals, inputs.tangents, strict=True))
+    return q, k, v
 
 
 def _tangent(dual: Tensor) -> Results:
@@ -195,5 +198,5 @@ def _tangent(dual: Tensor) -> Results:
     return o, to
 
 
-def _present(*results: Tensor | None) -> Results:
+def _present(results: Iterable[Tensor | None]) -> Results:
     return tuple(x for x in results if x is not None)

@@ -22,12 +22,13 @@ class Config:
 INTERPRETER = Config(32, 32, num_warps=4, num_stages=1)
 # Scores of one call from which measuring is worth its compilations.
 MEASURE_FROM = 2**24
-_chosen: dict[tuple[Hashable, bool], Config] = {}  # by kind of problem, and whether it was measured
+Kind = tuple[Hashable, ...]  # of problem: the kernel's name, then what a choice depends on
+_chosen: dict[tuple[Kind, bool], Config] = {}  # by kind, and whether it was measured
 
 
-def chosen() -> dict[Hashable, Config]:
-    """What has been chosen so far, by kernel and kind of problem."""
-    return {key: config for (key, _), config in _chosen.items()}
+def chosen() -> dict[Kind, Config]:
+    """What has been chosen so far."""
+    return {kind: config for (kind, _), config in _chosen.items()}
 
 
 def forget() -> None:
@@ -86,7 +87,7 @@ def suited(candidates: list[Config], num_queries: int) -> list[Config]:
     return sorted(candidates, key=lambda config: config.block_m > max(bucket(num_queries), 32))
 
 
-def launch_chosen(key: Hashable, candidates: list[Config], launch: Callable[[Config], None], num_scores: int) -> None:
+def launch_chosen(key: Kind, candidates: list[Config], launch: Callable[[Config], None], num_scores: int) -> None:
     """Launch with the configuration chosen for `key`, choosing it on the first call.
 
     Large problems are measured, unless torch.use_deterministic_algorithms asks for the same bits in every run or a CUDA graph is being
