@@ -77,13 +77,14 @@ def test_the_truth_is_forward_and_reverse_mode_of_the_definition(problem: Proble
 
 
 def test_the_problems_are_named_once_and_those_of_most_worth_come_first() -> None:
-    found = list(jvp_attention.cases(Target("cuda")))
+    found, every = list(jvp_attention.cases(Target("cuda"))), [*jvp_attention.FIRST, *jvp_attention.REST]
     assert len({case.name for case in found}) == len(found)
-    assert [case.name for case in found[:4]] == ["self_4k_d128", "self_4k_d128_others", "self_8k_d128", "self_8k_d128_others"]
-    sizes = {(p.head_size, p.num_queries) for p in jvp_attention.PROBLEMS if p.name.startswith("self")}
+    assert [case.name for case in found[:4]] == ["self_4k_d128", "self_8k_d128", "self_16k_d128", "self_4k_d64"]
+    assert all(3 < case.seconds < 60 for case in found) and [case.seconds < 40 for case in found].count(False) <= 2
+    sizes = {(p.head_size, p.num_queries) for p in every if p.name.startswith("self")}
     assert sizes == {(d, 1024 * n) for d in (64, 128, 256) for n in (1, 4, 8, 16, 32)}
-    assert all(p.heads * p.head_size == 2048 for p in jvp_attention.PROBLEMS if not p.name.startswith("wan"))
-    assert set(jvp_attention.COMPARED) <= set(jvp_attention.PROBLEMS)
+    assert all(p.heads * p.head_size == 2048 for p in every if not p.name.startswith("wan"))
+    assert set(jvp_attention.COMPARED) <= set(every)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_ours_is_held_to_four_times_less_than_others() -> None:
         (LeftOut("no such thing"), "left out", "no such thing"),
         (torch.OutOfMemoryError("tried\nmuch"), "left out", "out of memory: tried"),
         (RuntimeError("No available kernel. Aborting execution."), "left out", "RuntimeError: No available kernel. Aborting execution."),
-        (AssertionError(), "failed", "AssertionError: "),
+        (AssertionError(), "left out", "AssertionError: "),
     ],
 )
 def test_an_error_is_that_contenders_alone(error: Exception, status: str, reason: str) -> None:
@@ -175,8 +176,8 @@ def test_an_error_is_that_contenders_alone(error: Exception, status: str, reason
     assert second["median_ms"] > 0 and "ratio" not in second
 
 
-def test_no_kernel_of_ours_is_a_failure() -> None:
-    assert row_of(contender(raising(RuntimeError("No available kernel.")), ours=True))["status"] == "failed"
+def test_an_error_of_ours_is_a_failure() -> None:
+    assert row_of(contender(raising(RuntimeError("does not compile")), ours=True))["status"] == "failed"
 
 
 def test_an_error_of_the_device_ends_the_case() -> None:
