@@ -222,6 +222,13 @@ def test_tiles_are_those_chosen_since_the_contender_was_opened() -> None:
     configs.forget()
 
 
+def test_memory_is_what_a_call_takes_beyond_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 100), ("max_memory_allocated", 350)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert jvp_attention._peak(lambda: None, Target("cuda")) == 250
+    assert jvp_attention._peak(lambda: None, CPU) is None
+
+
 LONG = Problem("long", 2, 4096, 4096, 64)
 
 

@@ -90,8 +90,8 @@ def suited(candidates: list[Config], num_queries: int) -> list[Config]:
 def launch_chosen(key: Kind, candidates: list[Config], launch: Callable[[Config], None], num_scores: int) -> None:
     """Launch with the configuration chosen for `key`, choosing it on the first call.
 
-    Large problems are measured where there is a choice, unless torch.use_deterministic_algorithms asks for the same bits in every run or a CUDA graph is being
-    captured; otherwise the first candidate that fits is taken.
+    Large problems are measured where there is a choice, unless torch.use_deterministic_algorithms asks for the same bits in every run or a
+    CUDA graph is being captured; otherwise the first candidate that fits is taken.
     """
     measure = num_scores >= MEASURE_FROM and not torch.are_deterministic_algorithms_enabled() and not torch.cuda.is_current_stream_capturing()
     if (key, measure) not in _chosen:
