@@ -1,8 +1,6 @@
 """Other packages that make attention's tangent on a GPU, both MIT and both imported as `jvp_flash_attention`: each is loaded by itself.
 
-A peer is taken from the wheels in benchmarks/.peers (carry that folder to a machine without a network), else from where pip installed it:
-
-    pip download --no-deps --dest benchmarks/.peers jvp-flash-attention==0.14.0
+A peer is taken from the wheels in benchmarks/.peers, where `gpu.py --wheels` puts them, else from where pip installed it.
 """
 
 from __future__ import annotations

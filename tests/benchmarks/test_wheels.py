@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels.peers import PEERS
 from benchmarks.measuring import wheels
 from benchmarks.slices import SLICES
 
 
 def test_each_line_is_a_pinned_requirement_and_what_it_imports() -> None:
     found = wheels.requirements()
+    lines = [line for line in wheels.WHEELS.read_text().splitlines() if not line.startswith("#")]
+    assert {f"{peer.distribution}=={peer.version}" for peer in PEERS} <= {line.partition(" ")[0] for line in lines}
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", requirement) for requirement in found.values())
     assert {"diffusers", "pydantic", "lpips"} <= found.keys() & {name for part in SLICES for name in part.needs}
     assert wheels.to_carry("diffusers") == f"package 'diffusers' (carry the wheel of {found['diffusers']})"
@@ -49,8 +52,11 @@ def wheel(folder: Path, name: str, version: str, text: str) -> None:
 def test_wheels_are_unpacked_without_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
     wheel(tmp_path, "carried_stand_in", "1.0", "value = 7\n")
-    wheels.install(tmp_path, tmp_path / "packages")
+    wheel(tmp_path, "jvp_flash_attention", "0.14.0", "value = 8\n")
+    wheels.install(tmp_path, tmp_path / "packages", tmp_path / "peers")
     assert __import__("carried_stand_in").value == 7
+    assert not (tmp_path / "packages" / "jvp_flash_attention").exists()
+    assert [path.name for path in (tmp_path / "peers").iterdir()] == ["jvp_flash_attention-0.14.0-py3-none-any.whl"]
 
 
 def test_no_wheels_and_broken_wheels_are_refused(tmp_path: Path) -> None:
