@@ -133,7 +133,51 @@ def _missing(own: Sequence[Row]) -> list[str]:
     return ["", *(f"- {line.removeprefix('* ')}" for line in said)] if said else []
 
 
+def _problem(row: Row) -> str:
+    """Such as `4096 × 512, d 128, causal`."""
+    problem = row["problem"]
+    lengths = [problem["num_queries"], problem["num_keys"]]
+    return f"{' × '.join(map(str, lengths))}, d {problem['head_size']}{', causal' * problem['causal']}"
+
+
+def _headline(row: Row) -> bool:
+    """Full attention and text attention of the common head sizes, up to 16k tokens."""
+    problem = row["problem"]
+    return problem["head_size"] in (64, 128) and not problem["causal"] and 4096 <= problem["num_queries"] <= 16384
+
+
+FORWARD = (
+    ("flash_forward", "flash"), ("cudnn_forward", "cuDNN"), ("fa3_forward", "FA3"), ("flex_forward", "flex"), ("fastgen_forward", "ours, forward"),
+    ("fastgen_jvp", "**ours, tangent**"), ("jvp_flash_attention", "jvp-flash-attention"), ("jvp_flash_attention_fork", "its fork"),
+    ("math_jvp", "math"),
+)  # fmt: skip
+BACKWARD = (
+    ("flash_backward", "flash"), ("cudnn_backward", "cuDNN"), ("fa3_backward", "FA3"), ("fastgen_backward", "ours"),
+    ("fastgen_jvp_backward", "ours with tangent"),
+)  # fmt: skip
+RATIO = tuple((name, title) for name, title in FORWARD if name != "flash_forward")
+SPEED = key("TFLOP/s", "tflop_per_s", ".0f")
 TABLES: dict[str, Table | Pivot] = {
+    "attention": Pivot(("attention",), _problem, RATIO, key("time over flash forward", "ratio", ".2f"), _headline),
+    "attention_speed": Pivot(("attention",), _problem, FORWARD, SPEED),
+    "attention_backward": Pivot(("attention",), _problem, BACKWARD, SPEED),
+    "attention_memory": Pivot(("attention",), _problem, FORWARD, key("MB beyond the inputs", "peak_bytes", ".0f", 1e-6)),
+    "training": Table(
+        ("training",),
+        (
+            key("recipe", "recipe"),
+            key("seconds", "seconds", ".0f"),
+            key("samples/s", "samples_per_s", ".0f"),
+            key("FD-digits", "fd", ".2f"),
+            Column("on a CPU", lambda row, _: f"{row['fd_cpu_mean']:.2f} ± {row['fd_cpu_std']:.2f}"),
+            key("prompt accuracy", "prompt_accuracy", ".3f"),
+            key("verified to", "verified_difference", ".0e"),
+        ),
+        lambda row: "seconds" in row,
+    ),
+    "same_again": Table(
+        ("training",), (key("recipe", "recipe"), key("steps", "steps"), key("difference", "difference", ".1e")), lambda row: "difference" in row
+    ),
     "tests": Table(("tests",), (key("tests", "case"), key("passed", "passed"), key("failed", "failed"), key("seconds", "seconds", ".0f"))),
 }
 
