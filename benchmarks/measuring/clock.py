@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import importlib
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring.case import Row, Target
@@ -37,10 +37,23 @@ def wall_time(call: Call, target: Target, *, seconds: float = 1.0, warm_up: int 
     """Of a call as its caller sees it, launches and host work included, until the GPU has finished."""
     for _ in range(warm_up):
         call()
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    estimate = timer.timeit(1).median
-    repeats = max(3 if target.rehearsal else 5, min(100, round(seconds / max(estimate, 1e-6))))
-    return spread([1e3 * timer.timeit(1).median for _ in range(repeats)])
+    estimate = elapsed(call, target)
+    repeats = max(3 if target.rehearsal else 5, min(100, round(1e3 * seconds / max(estimate, 1e-3))))
+    return spread([elapsed(call, target) for _ in range(repeats)])
+
+
+def elapsed(call: Call, target: Target) -> float:
+    """Milliseconds of one call as its caller sees it. PyTorch's Timer would make two more calls before each, to warm up."""
+    _finish(target)
+    started = time.perf_counter()
+    call()
+    _finish(target)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def _finish(target: Target) -> None:
+    if target.is_gpu:
+        torch.cuda.synchronize()
 
 
 @contextmanager
