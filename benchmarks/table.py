@@ -157,11 +157,47 @@ BACKWARD = (
 )  # fmt: skip
 RATIO = tuple((name, title) for name, title in FORWARD if name != "flash_forward")
 SPEED = key("TFLOP/s", "tflop_per_s", ".0f")
+STEP = (
+    Column("network, method", lambda row, _: f"{row['network']}, {row['method']}" if row["network"] != "digits" else row["recipe"]),
+    key("tuned", "tuning"),
+    key("batch", "batch_size"),
+    key("ms", "median_ms", ".0f"),
+    key("± ms", "iqr_ms", ".0f"),
+    key("over its passes", "ratio", ".2f"),
+    key("over passes, optimizers, averages", "ratio_all", ".2f"),
+    Column("of the ceiling", lambda row, here: row["tflop_per_s"] / here["bf16_tflop_per_s"], ".0%"),
+    Column("gaps", lambda row, _: None if row["busy_share"] is None else 1 - row["busy_share"], ".0%"),
+    key("peak GB", "peak_bytes", ".1f", 1e-9),
+)
+DRAWING = (
+    Column("network", lambda row, _: f"{row['network']}, {row['model']}"),
+    key("steps", "steps"),
+    key("guidance", "guidance", "g"),
+    key("batch", "batch"),
+    Column("compiled", lambda row, _: row["compiled"].partition(",")[0]),
+    key("ms", "median_ms", ".1f"),
+    key("± ms", "iqr_ms", ".1f"),
+    key("images/s", "images_per_s", ".1f"),
+    key("times faster", "speedup", ".1f"),
+    key("peak GB", "peak_bytes", ".1f", 1e-9),
+)
+BESIDE_STOCK = (
+    Column("network", lambda row, _: f"{row['network']}, {row['model']}"),
+    key("steps", "steps"),
+    key("ms", "median_ms", ".1f"),
+    key("stock, ms", "stock_median_ms", ".1f"),
+    key("ours over stock", "ratio", ".2f"),
+    key("difference of the pictures", "difference", ".0e"),
+)
 TABLES: dict[str, Table | Pivot] = {
     "attention": Pivot(("attention",), _problem, RATIO, key("time over flash forward", "ratio", ".2f"), _headline),
     "attention_speed": Pivot(("attention",), _problem, FORWARD, SPEED),
     "attention_backward": Pivot(("attention",), _problem, BACKWARD, SPEED),
     "attention_memory": Pivot(("attention",), _problem, FORWARD, key("MB beyond the inputs", "peak_bytes", ".0f", 1e-6)),
+    "train_step": Table(("train_step",), STEP),
+    "real_sizes": Table(("real_sizes",), STEP),
+    "sampling": Table(("sampling",), DRAWING, lambda row: "speedup" in row),
+    "sampling_stock": Table(("sampling",), BESIDE_STOCK, lambda row: "stock_median_ms" in row),
     "training": Table(
         ("training",),
         (
