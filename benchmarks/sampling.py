@@ -99,7 +99,7 @@ def cases(target: Target) -> Iterator[Case]:
     """Latency is that of batch 1, throughput that of the other."""
 
     def compared(build: Build, batch: int, seconds: float, *, compiled: bool = False) -> Case:
-        name = f"{build.__name__}, {'compiled' if compiled else 'eager'}, batch {batch}"
+        name = f"{build.__name__} {'compiled' if compiled else 'eager'} batch {batch}"
         return Case(name, partial(against_teacher, build, batch, target, compiled=compiled), seconds)
 
     yield compared(digits, 1, 12)
@@ -107,7 +107,7 @@ def cases(target: Target) -> Iterator[Case]:
         yield compared(digits, 256, 12)
     yield compared(sd35_medium, 1, 25)
     for build in (digits, sd35_medium):
-        yield Case(f"{build.__name__}, stock", partial(against_stock, build, target), 15)
+        yield Case(f"{build.__name__} stock", partial(against_stock, build, target), 15)
     yield compared(sd35_medium, 1, 60, compiled=True)
     if target.rehearsal:  # of which compiling would be the half
         return

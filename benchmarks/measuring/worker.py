@@ -34,10 +34,11 @@ def work(slice_name: str, cases: Iterable[Case], path: Path, run: str, until: fl
         if time.time() + case.seconds > until:
             return OUT_OF_TIME
         print(f"{BEGINS}{case.name}", flush=True)
+        began = time.perf_counter()
         found, broken = _measured(case)
         rows.append(path, [{"slice": slice_name, "case": case.name, "run": run, **row} for row in found])
-        for row in found:
-            print(f"  {row['status']}{': ' + row['reason'] if 'reason' in row else ''}", flush=True)
+        said = dict.fromkeys(f"{row['status']}{': ' + row['reason'] if 'reason' in row else ''}" for row in found)
+        print(f"  {'; '.join(said)} ({time.perf_counter() - began:.1f} s)", flush=True)
         if broken:
             return BROKEN_DEVICE
         free_memory()
