@@ -164,7 +164,8 @@ def test_medium_has_the_real_sizes() -> None:
         transformer, vae = SD3Transformer2DModel(**MEDIUM.transformer), AutoencoderKL(**MEDIUM.vae)
     count = lambda network: sum(parameter.numel() for parameter in network.parameters())  # noqa: E731
     assert count(transformer) == 2_243_171_520 and count(vae) == 83_819_683
-    assert transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1) == 1024
+    sides: Any = (transformer.config, vae.config)
+    assert sides[0].sample_size * 2 ** (len(sides[1].block_out_channels) - 1) == 1024
 
 
 def test_random_networks_are_made_in_their_dtype_and_again_the_same() -> None:
