@@ -1,0 +1,151 @@
+"""A training step's time beside that of its parts: the network passes, the optimizers and the averages, each made again by itself.
+
+Step and parts are timed in turn, round by round, so that whatever slows the machine for a while slows them alike. A step is repeated with the
+same number, so it draws the same random numbers and makes the same passes every time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from benchmarks.measuring import clock
+from benchmarks.measuring.case import Row, Target
+from benchmarks.training.passes import Pass, arrange, grouped, recorded
+from benchmarks.training.products import step_flops
+from fastgen.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that a step does `count` times. prepare: what comes before each call and is not timed."""
+
+    group: str  # passes, optimizers or averages
+    row: Row
+    count: int
+    call: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+    times: list[float] = field(default_factory=list)
+
+    def measured(self) -> Row:
+        return {**self.row, "count": self.count, **clock.spread(self.times)}
+
+
+def measure_step(
+    trainer: Trainer, decoders: Mapping[str, nn.Module], target: Target, *, seconds: float, profiled: bool = True
+) -> Row:
+    """Of one step of a trainer that stands where it is to be measured. decoders: networks that are no roles; seconds: of timed rounds."""
+    number = trainer.step
+
+    def step() -> dict[str, float]:
+        trainer.step = number
+        return trainer.train_step()
+
+    step()  # tunes kernels, makes optimizer states, checks tangents
+    with clock.peak_bytes(target) as peak:
+        step()
+        peak_bytes = peak()
+    made = recorded(step, trainer.roles, decoders)
+    metrics = {name: value for name, value in step().items() if name.startswith(("loss/", "grad_norm/"))}
+    flops, attention_flops = step_flops(step)
+    busy = clock.busy_share(step, target) if profiled else None
+    whole = Part("step", {}, 1, step)
+    parts = [*_passes(trainer, made), *_optimizers(trainer, number), *_averages(trainer, number)]
+    in_turn([whole, *parts], target, seconds=seconds)
+    forget(trainer)
+    times = clock.spread(whole.times)
+    return {
+        **_ratios(times["median_ms"], parts),
+        **times,
+        "step": number,
+        "samples_per_s": 1e3 * trainer.settings.batch_size / times["median_ms"],
+        "flops": flops,
+        "attention_tangent_flops": attention_flops,
+        "tflop_per_s": flops / times["median_ms"] / 1e9,
+        "busy_share": busy,
+        "peak_bytes": peak_bytes,
+        "passes": [part.measured() for part in parts if part.group == "passes"],
+        "rest": [part.measured() for part in parts if part.group != "passes"],
+        "metrics": metrics,
+        "finite": all(map(math.isfinite, metrics.values())),
+    }
+
+
+def _ratios(step_ms: float, parts: Iterable[Part]) -> Row:
+    """ratio: the step over its passes; ratio_all: over its passes, optimizers and averages."""
+    sums = dict.fromkeys(("passes", "optimizers", "averages"), 0.0)
+    for part in parts:
+        sums[part.group] += part.count * part.measured()["median_ms"]
+    return {
+        "ratio": step_ms / sums["passes"],
+        "ratio_all": step_ms / sum(sums.values()),
+        **{f"{name}_ms": value for name, value in sums.items()},
+    }
+
+
+def in_turn(parts: Sequence[Part], target: Target, *, seconds: float) -> None:
+    """Time each part once a round, for about `seconds` and at least 5 rounds (in a rehearsal 2), after one round that does not count."""
+    least, round_ms = 2 if target.rehearsal else 5, 0.0
+    for i in itertools.count():
+        times = []
+        for part in parts:
+            part.prepare()
+            times.append(clock.elapsed(part.call, target))
+        if i == 0:
+            round_ms = sum(times)
+            continue
+        for part, one in zip(parts, times, strict=True):
+            part.times.append(one)
+        if i >= max(least, min(50, 1e3 * seconds / round_ms)):
+            return
+
+
+def _passes(trainer: Trainer, made: Iterable[Pass]) -> list[Part]:
+    return [
+        Part("passes", {"network": one.network, "kind": one.kind, "batch": one.batch}, count, one.run, lambda one=one: arrange(one, trainer.roles))
+        for one, count in grouped(made)
+    ]
+
+
+def _trained(trainer: Trainer, step: int) -> dict[str, int]:
+    """How often a step trains each role."""
+    names = [name for update in trainer.distiller.updates(step) for name in update.trains]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def _optimizers(trainer: Trainer, step: int) -> list[Part]:
+    """Of each trained role: clipping, the optimizer's step, and what forgets the gradients."""
+
+    def optimise(name: str) -> None:
+        trainer.parallel.clip_gradients(trainer.parameters[name], trainer.optimizer_blocks[name].clip).item()
+        trainer.optimizers[name].step()
+        trainer.optimizers[name].zero_grad(set_to_none=True)
+
+    def prepare(name: str) -> None:
+        for group in trainer.optimizers[name].param_groups:
+            group["lr"] = 0.0
+        for parameter in trainer.parameters[name]:
+            parameter.grad = torch.zeros_like(parameter)
+
+    return [
+        Part("optimizers", {"network": name, "kind": "optimizer"}, count, lambda name=name: optimise(name), lambda name=name: prepare(name))
+        for name, count in _trained(trainer, step).items()
+    ]
+
+
+def _averages(trainer: Trainer, step: int) -> list[Part]:
+    names = trainer.ema.keys() & _trained(trainer, step).keys()
+    return [Part("averages", {"network": name, "kind": "average"}, 1, trainer.ema[name].update) for name in sorted(names)]
+
+
+def forget(trainer: Trainer) -> None:
+    """Leave the parameters as training finds them."""
+    for role in trainer.roles.trained.values():
+        for parameter in role.parameters().values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
