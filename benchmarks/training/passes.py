@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.jvp.lost import float_tensors
 from fastgen.roles import Roles
 
+T = TypeVar("T")
 _ADDITIONS = ("heads", "inputs", "log_variance")
 
 
@@ -104,8 +105,8 @@ def _computing_in(module: nn.Module, autocast: torch.dtype | None) -> Iterator[N
         module.autocast = before
 
 
-def recorded(step: Callable[[], Any], roles: Roles, others: Mapping[str, nn.Module]) -> list[Pass]:
-    """The passes of `step()` in their order; others: networks that are no roles, such as a decoder, by name."""
+def recorded(step: Callable[[], T], roles: Roles, others: Mapping[str, nn.Module]) -> tuple[list[Pass], T]:
+    """The passes of `step()` in their order, and its result; others: networks that are no roles, such as a decoder, by name."""
     made: list[Pass] = []
     with ExitStack() as hooks:
         for name, role in roles.items():
@@ -113,8 +114,8 @@ def recorded(step: Callable[[], Any], roles: Roles, others: Mapping[str, nn.Modu
             hooks.callback(role.module.register_forward_hook(note, with_kwargs=True).remove)
         for name, module in others.items():
             hooks.callback(module.register_forward_hook(partial(_note, made, name, dict), with_kwargs=True).remove)
-        step()
-    return made
+        result = step()
+    return made, result
 
 
 def _note(

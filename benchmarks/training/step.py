@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,12 +22,23 @@ from benchmarks.training.passes import Pass, arrange, grouped, recorded
 from benchmarks.training.products import step_flops
 from fastgen.trainer import Trainer
 
+GROUPS = ("passes", "optimizers", "averages")
+Timed = Callable[[Callable[[], object], Target], float]  # milliseconds of a call
+
+
+def cpu_time(call: Callable[[], object], target: Target) -> float:
+    """Milliseconds that this process computes in a call, on all its threads: on a CPU that others use too, where wall time is no measure."""
+    assert not target.is_gpu
+    started = time.process_time()
+    call()
+    return 1e3 * (time.process_time() - started)
+
 
 @dataclass(frozen=True)
 class Part:
-    """Something that a step does `count` times. prepare: what comes before each call and is not timed."""
+    """Something that a step does `count` times. group: one of GROUPS, or the step itself. prepare: what comes before each call and is not timed."""
 
-    group: str  # passes, optimizers or averages
+    group: str
     row: Row
     count: int
     call: Callable[[], object]
@@ -36,9 +49,7 @@ class Part:
         return {**self.row, "count": self.count, **clock.spread(self.times)}
 
 
-def measure_step(
-    trainer: Trainer, decoders: Mapping[str, nn.Module], target: Target, *, seconds: float, profiled: bool = True
-) -> Row:
+def measure_step(trainer: Trainer, decoders: Mapping[str, nn.Module], target: Target, *, seconds: float, timed: Timed = clock.elapsed) -> Row:
     """Of one step of a trainer that stands where it is to be measured. decoders: networks that are no roles; seconds: of timed rounds."""
     number = trainer.step
 
@@ -48,19 +59,18 @@ def measure_step(
 
     step()  # tunes kernels, makes optimizer states, checks tangents
     with clock.peak_bytes(target) as peak:
-        step()
+        made, metrics = recorded(step, trainer.roles, decoders)
         peak_bytes = peak()
-    made = recorded(step, trainer.roles, decoders)
-    metrics = {name: value for name, value in step().items() if name.startswith(("loss/", "grad_norm/"))}
+    metrics = {name: value for name, value in metrics.items() if name.startswith(("loss/", "grad_norm/"))}
     flops, attention_flops = step_flops(step)
-    busy = clock.busy_share(step, target) if profiled else None
+    busy = clock.busy_share(step, target)
     whole = Part("step", {}, 1, step)
     parts = [*_passes(trainer, made), *_optimizers(trainer, number), *_averages(trainer, number)]
-    in_turn([whole, *parts], target, seconds=seconds)
+    in_turn([whole, *parts], target, seconds=seconds, timed=timed)
     forget(trainer)
     times = clock.spread(whole.times)
     return {
-        **_ratios(times["median_ms"], parts),
+        **_ratios(whole, parts),
         **times,
         "step": number,
         "samples_per_s": 1e3 * trainer.settings.batch_size / times["median_ms"],
@@ -76,26 +86,26 @@ def measure_step(
     }
 
 
-def _ratios(step_ms: float, parts: Iterable[Part]) -> Row:
-    """ratio: the step over its passes; ratio_all: over its passes, optimizers and averages."""
-    sums = dict.fromkeys(("passes", "optimizers", "averages"), 0.0)
-    for part in parts:
-        sums[part.group] += part.count * part.measured()["median_ms"]
-    return {
-        "ratio": step_ms / sums["passes"],
-        "ratio_all": step_ms / sum(sums.values()),
-        **{f"{name}_ms": value for name, value in sums.items()},
-    }
+def _ratios(whole: Part, parts: Sequence[Part]) -> Row:
+    """ratio: the step over its passes; ratio_all: over its passes, optimizers and averages. Each is the median of the rounds', with their
+    interquartile range. passes_ms, optimizers_ms, averages_ms: sums of medians."""
+    sums = {group: [part for part in parts if part.group == group] for group in GROUPS}
+    row: Row = {f"{group}_ms": sum(part.count * clock.spread(part.times)["median_ms"] for part in some) for group, some in sums.items()}
+    for name, some in (("ratio", sums["passes"]), ("ratio_all", parts)):
+        rounds = [step / sum(part.count * part.times[i] for part in some) for i, step in enumerate(whole.times)]
+        low, row[name], high = statistics.quantiles(rounds, n=4)
+        row[f"{name}_iqr"] = high - low
+    return row
 
 
-def in_turn(parts: Sequence[Part], target: Target, *, seconds: float) -> None:
+def in_turn(parts: Sequence[Part], target: Target, *, seconds: float, timed: Timed = clock.elapsed) -> None:
     """Time each part once a round, for about `seconds` and at least 5 rounds (in a rehearsal 2), after one round that does not count."""
     least, round_ms = 2 if target.rehearsal else 5, 0.0
     for i in itertools.count():
         times = []
         for part in parts:
             part.prepare()
-            times.append(clock.elapsed(part.call, target))
+            times.append(timed(part.call, target))
         if i == 0:
             round_ms = sum(times)
             continue

