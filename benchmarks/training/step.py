@@ -70,7 +70,7 @@ def measure_step(trainer: Trainer, decoders: Mapping[str, nn.Module], target: Ta
     forget(trainer)
     times = clock.spread(whole.times)
     return {
-        **_ratios(whole, parts),
+        **ratios(whole, parts),
         **times,
         "step": number,
         "samples_per_s": 1e3 * trainer.settings.batch_size / times["median_ms"],
@@ -86,7 +86,7 @@ def measure_step(trainer: Trainer, decoders: Mapping[str, nn.Module], target: Ta
     }
 
 
-def _ratios(whole: Part, parts: Sequence[Part]) -> Row:
+def ratios(whole: Part, parts: Sequence[Part]) -> Row:
     """ratio: the step over its passes; ratio_all: over its passes, optimizers and averages. Each is the median of the rounds', with their
     interquartile range. passes_ms, optimizers_ms, averages_ms: sums of medians."""
     sums = {group: [part for part in parts if part.group == group] for group in GROUPS}
@@ -100,18 +100,18 @@ def _ratios(whole: Part, parts: Sequence[Part]) -> Row:
 
 def in_turn(parts: Sequence[Part], target: Target, *, seconds: float, timed: Timed = clock.elapsed) -> None:
     """Time each part once a round, for about `seconds` and at least 5 rounds (in a rehearsal 2), after one round that does not count."""
-    least, round_ms = 2 if target.rehearsal else 5, 0.0
+    rounds = 2
     for i in itertools.count():
         times = []
         for part in parts:
             part.prepare()
             times.append(timed(part.call, target))
         if i == 0:
-            round_ms = sum(times)
+            rounds = 2 if target.rehearsal else max(5, min(50, round(1e3 * seconds / sum(times))))
             continue
         for part, one in zip(parts, times, strict=True):
             part.times.append(one)
-        if i >= max(least, min(50, 1e3 * seconds / round_ms)):
+        if i == rounds:
             return
 
 
