@@ -28,7 +28,8 @@ class Sizes:
     text_tokens: int
 
 
-def _vae(channels: Sequence[int], *, layers: int, groups: int, side: int) -> dict[str, Any]:
+def vae_config(channels: Sequence[int], *, layers: int, groups: int, side: int) -> dict[str, Any]:
+    """Of an AutoencoderKL as Stable Diffusion 3 has it, of any width."""
     return {
         "block_out_channels": tuple(channels),
         "down_block_types": ("DownEncoderBlock2D",) * len(channels),
@@ -61,7 +62,7 @@ MEDIUM = Sizes(
         "dual_attention_layers": tuple(range(13)),
         "qk_norm": "rms_norm",
     },
-    vae=_vae((128, 256, 512, 512), layers=2, groups=32, side=1024),
+    vae=vae_config((128, 256, 512, 512), layers=2, groups=32, side=1024),
     text_tokens=256,
 )
 # The same blocks, as small as they can be, for rehearsals.
@@ -78,14 +79,14 @@ TINY = Sizes(
         "pos_embed_max_size": 12,
         "dual_attention_layers": (0,),
     },
-    vae=_vae((8, 8, 8, 8), layers=1, groups=4, side=64),
+    vae=vae_config((8, 8, 8, 8), layers=1, groups=4, side=64),
     text_tokens=8,
 )
 
 
 def live_pipeline(sizes: Sizes, device: torch.device | str, dtype: torch.dtype) -> Any:
     """A StableDiffusion3Pipeline without text encoders, all of it on `device` in `dtype`, the same for the same device."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     with torch.random.fork_rng(), torch.device(device), _default_dtype(dtype):
         torch.manual_seed(0)
@@ -93,8 +94,15 @@ def live_pipeline(sizes: Sizes, device: torch.device | str, dtype: torch.dtype) 
     networks: Any = {"transformer": transformer, "vae": vae}
     for network in networks.values():
         nn.Module.to(network, dtype).eval().requires_grad_(False)  # buffers do not follow the default; diffusers' own `to` warns of what it keeps
+    return without_texts(transformer, vae)
+
+
+def without_texts(transformer: Any, vae: Any) -> Any:
+    """A pipeline of these networks that has no text encoders, and the published time shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
     absent: Any = dict.fromkeys(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
-    pipeline = StableDiffusion3Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **networks, **absent)
+    pipeline = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **absent)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

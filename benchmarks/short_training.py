@@ -44,7 +44,7 @@ def cases(target: Target) -> Iterator[Case]:
         # PyTorch reads it at the first matrix product of a process, and then knows that cuBLAS may be asked for the same sums again.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     trainings = [Case(recipe, partial(trained, recipe, target), seconds) for recipe, seconds in RECIPES.items()]
-    repetitions = [Case(f"{recipe}, twice", partial(twice, recipe, target), 25) for recipe in RECIPES]
+    repetitions = [Case(f"{recipe} twice", partial(twice, recipe, target), 25) for recipe in RECIPES]
     yield from (trainings[0], repetitions[1]) if target.rehearsal else (*trainings, *repetitions)
 
 

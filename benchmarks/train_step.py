@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.measuring import clock
 from benchmarks.measuring.case import Case, LeftOut, Row, Target
+from benchmarks.random_sd3 import MEDIUM
 from benchmarks.training import networks, trainers
 from benchmarks.training.networks import Network
 from benchmarks.training.step import cpu_time, measure_step
@@ -49,7 +50,7 @@ def real_sizes(target: Target) -> Iterator[Case]:
         network = networks.flux("flux_tiny", networks.FLUX_TINY, side=4, tokens=6)
         yield _random(network, "sd35_medium_rcm_4step", target, (*one, "distiller.critic_updates=1"), ("lora",))
         return
-    for network in (networks.sd3("sd35_medium", networks.SD35_MEDIUM), networks.flux("flux_blocks", networks.FLUX_BLOCKS)):
+    for network in (networks.sd3("sd35_medium", MEDIUM.transformer), networks.flux("flux_blocks", networks.FLUX_BLOCKS)):
         yield from (_random(network, name, target, one, seconds=30) for name in SD3_RECIPES[:3])
 
 

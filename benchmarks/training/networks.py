@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.random_sd3 import MEDIUM, vae_config, without_texts
 from fastgen.conditioning import Conditioning
 from fastgen.families import find_family
 from fastgen.families.base import Family, LatentSpec
@@ -31,14 +32,8 @@ class Network:
     overrides: tuple[str, ...] = ()
 
 
-# stabilityai/stable-diffusion-3.5-medium, transformer/config.json
-SD35_MEDIUM = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "num_attention_heads": 24,
-    "attention_head_dim": 64, "caption_projection_dim": 1536, "joint_attention_dim": 4096, "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-}  # fmt: skip
 # About 450 million parameters, at 512 x 512 pixels.
-SD3_SMALL = SD35_MEDIUM | {
+SD3_SMALL = MEDIUM.transformer | {
     "sample_size": 64, "num_layers": 12, "num_attention_heads": 16, "caption_projection_dim": 1024, "pos_embed_max_size": 64,
     "dual_attention_layers": (),
 }  # fmt: skip
@@ -67,16 +62,12 @@ def sd3(name: str, config: Mapping[str, Any], *, tokens: int = 333) -> Network:
 
 def _sd3_family(config: Mapping[str, Any]) -> Family:
     """Of a live pipeline without weights and text encoders, its VAE as small as one of factor 8 can be."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(**config)
-    blocks: Any = {f"{way}_block_types": (f"{kind}Block2D",) * 4 for way, kind in (("down", "DownEncoder"), ("up", "UpDecoder"))}
-    sizes: Any = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": config["in_channels"]}
-    vae: Any = AutoencoderKL(**sizes, **blocks, shift_factor=0.0609, scaling_factor=1.5305)
-    encoders: dict[str, Any] = dict.fromkeys(f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return find_family(StableDiffusion3Pipeline(transformer=transformer, vae=vae.requires_grad_(False), scheduler=scheduler, **encoders))
+    vae = vae_config((4,) * 4, layers=1, groups=2, side=64) | {"latent_channels": config["in_channels"]}
+    return find_family(without_texts(transformer, AutoencoderKL(**vae).requires_grad_(False)))
 
 
 def flux(name: str, config: Mapping[str, Any], *, side: int = 64, tokens: int = 512) -> Network:
