@@ -18,6 +18,7 @@ from toy_runs import normal, optimizer_block, toy_method, toy_setting, toy_train
 
 from benchmarks import train_step
 from benchmarks.measuring.case import LeftOut, Target
+from benchmarks.random_sd3 import MEDIUM
 from benchmarks.training import networks, trainers
 from benchmarks.training.passes import Pass, arrange, grouped, recorded
 from benchmarks.training.products import attention_flops, step_flops
@@ -230,7 +231,7 @@ def test_lora_where_activations_do_not_fit() -> None:
 @pytest.mark.parametrize(("recipe", "on_h100"), [("sd35_medium_dmd2_4step_lora", "lora"), ("sd35_medium_scm_2step", "full")])
 def test_what_fits_of_sd35_medium(recipe: str, on_h100: str) -> None:
     """2.24 B parameters: 35 B each for dmd2, 22.8 for scm, and with LoRA 4 for the shared network and little more."""
-    network = networks.sd3("sd35_medium", networks.SD35_MEDIUM)
+    network = networks.sd3("sd35_medium", MEDIUM.transformer)
     plans = {name: trainers.planned_for(network, Recipe.load(recipe, ["train.device=cpu", change])) for name, change in train_step.TUNINGS.items()}
     needs = {name: trainers.planned_bytes(planned) for name, planned in plans.items()}
     assert tried(needs, 79 * 10**9) == on_h100
