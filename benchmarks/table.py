@@ -53,8 +53,12 @@ class Table:
     columns: tuple[Column, ...]
     chosen: Callable[[Row], bool] = lambda row: True
 
+    def concerns(self, row: Row) -> bool:
+        """Whether a row of its slices belongs to it, also one that was not measured."""
+        return row["status"] != "measured" or self.chosen(row)
+
     def lines(self, found: Sequence[Row], environment: Callable[[Row], Row]) -> list[str]:
-        own = [row for row in found if row["slice"] in self.slices and row["status"] == "measured" and self.chosen(row)]
+        own = [row for row in found if row["status"] == "measured" and self.chosen(row)]
         return _lines([column.title for column in self.columns], [[column.cell(row, environment(row)) for column in self.columns] for row in own])
 
 
@@ -68,8 +72,12 @@ class Pivot:
     value: Column
     chosen: Callable[[Row], bool] = lambda row: True
 
+    def concerns(self, row: Row) -> bool:
+        """Whether a row of its slices belongs to it; a whole case that was not measured does."""
+        return "contender" not in row or (row["contender"] in dict(self.contenders) and self.chosen(row))
+
     def lines(self, found: Sequence[Row], environment: Callable[[Row], Row]) -> list[str]:
-        own = [row for row in found if row["slice"] in self.slices and "contender" in row and self.chosen(row)]
+        own = [row for row in found if "contender" in row]
         cells = {(self.group(row), row["contender"]): self._cell(row, environment(row)) for row in own}
         groups = dict.fromkeys(self.group(row) for row in own if row["status"] == "measured")
         titles = [self.value.title, *(title for _, title in self.contenders)]
@@ -83,7 +91,7 @@ def _lines(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     """A markdown table, numbers to the right; nothing where there are no cells."""
     if not cells:
         return []
-    numeric = [all(re.fullmatch(r"[–−+\-×.,%\d ]+|wrong|yes|no", line[i]) for line in cells) for i in range(len(titles))]
+    numeric = [all(re.fullmatch(r"[–−+\-×.,%e\d ]+|wrong", line[i]) for line in cells) for i in range(len(titles))]
     rule = ["---:" if right else "---" for right in numeric]
     return ["| " + " | ".join(line) + " |" for line in (titles, rule, *cells)]
 
@@ -98,7 +106,8 @@ def render(name: str, found: Sequence[Row]) -> str:
     table, known = TABLES[name], rows.environments(found)
     parts = []
     for gpu in dict.fromkeys(environment["gpu"] for environment in known.values()):
-        own = [row for row in rows.latest(found) if known[row["run"]]["gpu"] == gpu and row["slice"] in table.slices]
+        latest = (row for row in rows.latest(found) if known[row["run"]]["gpu"] == gpu and row["slice"] in table.slices)
+        own = [row for row in latest if table.concerns(row)]
         if lines := table.lines(own, lambda row: known[row["run"]]):
             runs = [known[run] for run in dict.fromkeys(row["run"] for row in own if row["status"] == "measured")]
             parts.append("\n".join([_where(runs), "", *lines, *_missing(own)]))
