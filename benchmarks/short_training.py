@@ -100,15 +100,15 @@ def from_cpu(student: Path, target: Target) -> float:
 
 
 def _quality(recipe: str, student: Path, protocol: str | None, target: Target) -> Row:
-    """What the protocol measures of the student, drawn on the target, beside the CPU's; of a rehearsal only the latter."""
+    """What the protocol measures of the student, drawn on the target, beside the CPU's; of a rehearsal only the latter. fd_deviations: how
+    many standard deviations over seeds its FD is above the CPU's mean."""
     reference = cpu_reference(recipe)
-    known = {f"{name}_cpu_{what}": value for name, own in reference.items() for what, value in own.items()}
+    known = {f"{name.removesuffix('_digits')}_cpu_{what}": value for name, own in reference.items() for what, value in own.items()}
     if protocol is None:
         return known
     metrics = run.evaluate(student, protocol=protocol, teacher=False, device=target.device)["metrics"]
     own = {row["name"]: row["value"] for row in metrics if row["model"] == "student" and row["name"] in METRICS}
-    away = {f"{name}_deviations": (own[name] - reference[name]["mean"]) / reference[name]["std"] for name in METRICS}
-    return own | known | away
+    return own | known | {"fd_deviations": (own["fd_digits"] - known["fd_cpu_mean"]) / known["fd_cpu_std"]}
 
 
 def cpu_reference(recipe: str, path: Path = QUALITY) -> dict[str, dict[str, float]]:
