@@ -204,7 +204,7 @@ TRAINING = (
     Column("on two CPU cores", lambda row, _: f"{row['training_seconds_cpu_mean']:.0f}"),
     key("samples/s", "samples_per_s", ".0f"),
     key("FD-digits", "fd_digits", ".2f"),
-    Column("on a CPU", lambda row, _: f"{row['fd_digits_cpu_mean']:.2f} ± {row['fd_digits_cpu_std']:.2f}"),
+    Column("on a CPU", lambda row, _: f"{row['fd_cpu_mean']:.2f} ± {row['fd_cpu_std']:.2f}"),
     key("prompt accuracy", "prompt_accuracy", ".3f"),
     key("verified to", "verify_picture_error", ".0e"),
 )

@@ -116,3 +116,37 @@ def test_the_pages_hold_what_the_lines_say(page: Any) -> None:
 def test_every_table_has_its_place() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in table.PAGES)
     assert all(pages.count(f"<!-- gpu:{name}:begin -->") == 1 for name in table.TABLES if name not in ("flat", "pivot"))
+
+
+def test_every_table_takes_the_rows_that_its_benchmark_gives() -> None:
+    """Of the keys that the benchmarks write; their own tests hold them to these."""
+    problem = {"name": "x", "heads": 32, "num_queries": 4096, "num_keys": 512, "head_size": 64, "tangents": "q", "causal": False}
+    shared = {"median_ms": 2.0, "iqr_ms": 0.1, "tflop_per_s": 399.1, "ratio": 2.5, "peak_bytes": 2e9}
+    step = {"network": "digits", "method": "scm", "recipe": "digits_scm", "tuning": "full", "batch_size": 8, "ratio_all": 1.0, "busy_share": 0.75}
+    drawing = {"network": "n", "model": "student", "steps": 2, "guidance": 1.0, "batch": 1, "compiled": "no, rehearsal", "images_per_s": 9.0}
+    trained = {"recipe": "r", "seconds": 60.0, "samples_per_s": 99.0, "fd_digits": 2.9, "fd_cpu_mean": 2.86, "fd_cpu_std": 0.04}
+    trained |= {"training_seconds_cpu_mean": 380.0, "prompt_accuracy": 0.98, "verify_picture_error": 3e-7}
+    again = {"recipe": "r", "steps": 10, "algorithms": "default", "unequal_tensors": 3, "tensors": 9, "largest_difference": 2e-5}
+    rows_of = {
+        "attention": [shared | {"contender": name, "problem": problem} for name in ("fastgen_jvp", "flash_forward", "flash_backward")],
+        "train_step": [shared | step],
+        "real_sizes": [shared | step | {"network": "flux_blocks", "busy_share": None}],
+        "sampling": [shared | drawing | {"speedup": 3.0}, shared | drawing | {"stock_median_ms": 4.0, "difference": 1e-7}],
+        "training": [trained, again],
+        "tests": [{"passed": 300, "failed": 0, "seconds": 90.0}],
+    }
+    found = [environment("1"), *({**row, **line("1", "case"), "slice": name} for name, own in rows_of.items() for row in own)]
+    lines = {name: table.render(name, found).splitlines()[-1] for name in table.TABLES if name not in ("flat", "pivot")}
+    assert lines == {
+        "attention": "| 4096 × 512, d 64 | – | – | – | – | 2.50 | – | – | – |",
+        "attention_speed": "| 4096 × 512, d 64 | 399 | – | – | – | – | 399 | – | – | – |",
+        "attention_backward": "| 4096 × 512, d 64 | 399 | – | – | – | – |",
+        "attention_memory": "| 4096 × 512, d 64 | 2000 | – | – | – | – | 2000 | – | – | – |",
+        "train_step": "| digits_scm | full | 8 | 2 | 0 | 2.50 | 1.00 | 50% | 25% | 2.0 |",
+        "real_sizes": "| flux_blocks, scm | full | 8 | 2 | 0 | 2.50 | 1.00 | 50% | – | 2.0 |",
+        "sampling": "| n, student | 2 | 1 | 1 | no | 2.0 | 0.1 | 9.0 | 3.0 | 2.0 |",
+        "sampling_stock": "| n, student | 2 | 2.0 | 4.0 | 2.50 | 1e-07 |",
+        "training": "| r | 60 | 380 | 99 | 2.90 | 2.86 ± 0.04 | 0.980 | 3e-07 |",
+        "same_again": "| r | 10 | default | 3 | 9 | 2e-05 |",
+        "tests": "| case | 300 | 0 | 90 |",
+    }
