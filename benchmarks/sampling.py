@@ -112,8 +112,8 @@ def cases(target: Target) -> Iterator[Case]:
     yield compared(sd35_medium, 1, 60, compiled=True)
     if target.rehearsal:  # of which compiling would be the half
         return
-    yield compared(digits, 1, 30, compiled=True)
-    yield compared(digits, 256, 30, compiled=True)
+    yield compared(digits, 1, 45, compiled=True)
+    yield compared(digits, 256, 45, compiled=True)
     yield compared(sd35_medium, 4, 45)
     yield compared(sd35_medium, 4, 75, compiled=True)
 
