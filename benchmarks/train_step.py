@@ -59,7 +59,8 @@ def _digits(name: str, target: Target, overrides: Sequence[str] = (), seconds: f
 
     def measure() -> Iterable[Row]:
         trainer, planned = trainers.of_recipe(name, changes)
-        yield _row(trainer, planned, target, seconds, timed) | {"network": "digits", "recipe": name, "tuning": "full"}
+        known = {"network": "digits", "recipe": name, "tuning": "full", "planned_bytes": trainers.planned_bytes(planned)}
+        yield _row(trainer, planned, target, seconds, timed) | known
 
     return Case(name, measure, seconds=10)
 
@@ -72,9 +73,11 @@ def _random(
     def measure() -> Iterable[Row]:
         plans = {tuning: trainers.planned_for(network, Recipe.load(recipe, [*changes, TUNINGS[tuning]])) for tuning in tunings}
         needs = {tuning: trainers.planned_bytes(planned) for tuning, planned in plans.items()}
-        row = first_that_fits(
-            needs, target.free_bytes(), lambda tuning: _row(trainers.of_network(plans[tuning], network), plans[tuning], target, 3.0)
-        )
+
+        def measured(tuning: str) -> Row:
+            return _row(trainers.of_network(plans[tuning], network), plans[tuning], target, 3.0) | {"planned_bytes": needs[tuning]}
+
+        row = first_that_fits(needs, target.free_bytes(), measured)
         yield row | {"network": network.name, "recipe": recipe}
 
     return Case(f"{network.name}_{Recipe.load(recipe).distiller.name}", measure, seconds=seconds)
@@ -105,7 +108,6 @@ def _row(trainer: Trainer, planned: Plan, target: Target, seconds: float, timed:
         "micro_batch": train.at_once,
         "precision": train.precision,
         "parameters": trainers.parameters(trainer),
-        "planned_bytes": trainers.planned_bytes(planned),
         **measure_step(trainer, trainers.decoders(planned.family), target, seconds=seconds, timed=timed),
     }
 

@@ -29,7 +29,7 @@ IMAGES = 16  # random latents
 
 def of_recipe(name: str, overrides: Sequence[str]) -> tuple[Trainer, Plan]:
     """A shipped recipe's, in the third quarter of its training: past warm-ups, in the last phase. Nothing is measured of its student."""
-    recipe = Recipe.load(name, ["evaluate.protocol=null", *overrides])
+    recipe = Recipe.load(name, ["evaluate.protocol=null", "evaluate.every=0", *overrides])
     planned = plan(recipe, only="train")
     run = build(planned, Progress())
     if recipe.data.pairs is not None:
