@@ -123,7 +123,16 @@ def test_every_table_takes_the_rows_that_its_benchmark_gives() -> None:
     problem = {"name": "x", "heads": 32, "num_queries": 4096, "num_keys": 512, "head_size": 64, "tangents": "q", "causal": False}
     shared = {"median_ms": 2.0, "iqr_ms": 0.1, "tflop_per_s": 399.1, "ratio": 2.5, "peak_bytes": 2e9}
     step = {"network": "digits", "method": "scm", "recipe": "digits_scm", "tuning": "full", "batch_size": 8, "ratio_all": 1.0, "busy_share": 0.75}
-    drawing = {"network": "n", "model": "student", "steps": 2, "guidance": 1.0, "batch": 1, "compiled": "no, rehearsal", "images_per_s": 9.0}
+    drawing = {
+        "network": "n",
+        "model": "student",
+        "steps": 2,
+        "guidance": 1.0,
+        "batch": 1,
+        "dtype": "bfloat16",
+        "compiled": "no, x",
+        "images_per_s": 9.0,
+    }
     trained = {"recipe": "r", "seconds": 60.0, "samples_per_s": 99.0, "fd_digits": 2.9, "fd_cpu_mean": 2.86, "fd_cpu_std": 0.04}
     trained |= {"training_seconds_cpu_mean": 380.0, "prompt_accuracy": 0.98, "verify_picture_error": 3e-7}
     again = {"recipe": "r", "steps": 10, "algorithms": "default", "unequal_tensors": 3, "tensors": 9, "largest_difference": 2e-5}
@@ -144,7 +153,7 @@ def test_every_table_takes_the_rows_that_its_benchmark_gives() -> None:
         "attention_memory": "| 4096 × 512, d 64 | 2000 | – | – | – | – | 2000 | – | – | – |",
         "train_step": "| digits_scm | full | 8 | 2 | 0 | 2.50 | 1.00 | 50% | 25% | 2.0 |",
         "real_sizes": "| flux_blocks, scm | full | 8 | 2 | 0 | 2.50 | 1.00 | 50% | – | 2.0 |",
-        "sampling": "| n, student | 2 | 1 | 1 | no | 2.0 | 0.1 | 9.0 | 3.0 | 2.0 |",
+        "sampling": "| n, student | 2 | 1 | 1 | bfloat16 | no | 2.0 | 0.1 | 9.0 | 3.0 | 2.0 |",
         "sampling_stock": "| n, student | 2 | 2.0 | 4.0 | 2.50 | 1e-07 |",
         "training": "| r | 60 | 380 | 99 | 2.90 | 2.86 ± 0.04 | 0.980 | 3e-07 |",
         "same_again": "| r | 10 | default | 3 | 9 | 2e-05 |",
