@@ -13,12 +13,13 @@ from fastgen.families.components import check_sizes, read_index
 from fastgen.files import expanded
 from fastgen.fingerprints import file_names, folder_hash, known_hash
 
+_SHARED = ("base", "codec", "complete", "components", "fitting", "pipelined", "schedules", "source", "weights")  # modules that are no family
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
 
 
 def family_names() -> list[str]:
     """Names that `teacher.family` accepts beside `auto`."""
-    return module_names(__name__, shared=("base", "complete", "components", "schedules", "weights"))
+    return module_names(__name__, shared=_SHARED)
 
 
 def family_class(name: str) -> type[Family]:

@@ -1,0 +1,272 @@
+"""What every family with a diffusers pipeline shares. A family states what it is in class variables, and writes `call`, `encode` and
+`text_shapes`; whatever else its pipeline does differently it overrides.
+
+Where parts come from is source.py, the VAE codec.py, the schedule's shift schedules.py, and whether the parts fit fitting.py.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import manifest
+from fastgen.conditioning import Conditioning
+from fastgen.errors import UserError
+from fastgen.families import fitting, schedules
+from fastgen.families.base import Family, LatentSpec
+from fastgen.families.codec import Codec
+from fastgen.families.components import Component, of_teacher
+from fastgen.families.source import Source
+from fastgen.legibility import Legibility, Reader, read
+from fastgen.path import Flow, Path
+
+
+class _Found(Exception):
+    """Ends a network's call once its time features are known."""
+
+
+class Pipelined(Family):
+    """source: a folder, a hub id or a live pipeline."""
+
+    network: ClassVar[str]  # diffusers class of `component`
+    own: ClassVar[Mapping[str, Any]]  # num_inference_steps and guidance_scale of the pipeline's signature
+    vae_network: ClassVar[str] = "AutoencoderKL"
+    normalised_by: ClassVar[tuple[str, ...]] = ("scaling_factor",)  # options of the VAE, see Codec
+    text_length: ClassVar[int | None] = None  # default of the call's max_sequence_length; None: the call has none
+    longest_text: ClassVar[int | None] = None  # the most that the call takes
+    text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # see fitting.check_encoders
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # the network's attributes that hold its blocks, in order
+    pack: ClassVar[int] = 1  # latents on a side that `call` packs into channels
+    own_size: ClassVar[tuple[int, int] | None] = None  # the call's default height and width; None: what the network's sample_size says
+    own_frames: ClassVar[int | None] = None  # of a video's call; None: pictures
+    sized: ClassVar[bool] = True  # the call takes height and width
+    grid_argument: ClassVar[str | None] = "sigmas"  # of the call, for explicit times; None: it takes none
+    fixed_call: ClassVar[Mapping[str, Any]] = {}  # what the call must always be passed
+    # What the pipeline falls back on where its scheduler does not say how the shift follows the number of tokens.
+    mu: ClassVar[Mapping[str, float]] = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    kind = "velocity"
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        max_sequence_length: int | None = None,
+        resolution: int | None = None,
+        shift: float | None = None,
+    ) -> None:
+        self.source = Source(source, type(self).__name__, self.pipeline_classes[0])
+        self._encoders: Any = None
+        self._checked = False
+        self._shift = None if shift is None else schedules.stated(shift)
+        self.config = self.source.component(self.component, self.network)
+        self.codec = Codec(self.source, self.vae_network, self.normalised_by)
+        for component, schema in ((self.config, fitting.Network), (self.codec.config, fitting.VAE)):
+            if component.classes:
+                component.check(schema)
+        self.codec.check()
+        self.pixels_per_latent = self.codec.stride
+        self.size = self._size(resolution)
+        height, width = (side // self.pixels_per_latent for side in self.size)
+        self.latent = LatentSpec(self.config.option("in_channels") // self.pack**2, (height, width))
+        self.max_sequence_length = self._text_length(max_sequence_length)
+        self.path = self.own_path()
+
+    @property
+    def folder(self) -> FilePath | None:
+        return self.source.folder
+
+    @property
+    def resolution(self) -> int:
+        """Pixels on a side of square pictures."""
+        return self.size[0]
+
+    @property
+    def patch(self) -> int:
+        """Latents on a side of the network's own patches, beside what `pack` does."""
+        size = _last(self.config, "patch_size")
+        return 1 if size is None else size
+
+    def largest_side(self) -> int | None:
+        """The most pixels that the network's positions reach; None: any number."""
+        return None
+
+    def _size(self, resolution: int | None) -> tuple[int, int]:
+        """(height, width) in pixels, the pipeline's own where none is given; UserError where its call refuses it."""
+        own = resolution is None
+        if resolution is not None:
+            height = width = resolution
+        elif self.own_size is not None:
+            height, width = self.own_size
+        elif (latents := _last(self.config, "sample_size")) is not None:
+            height = width = latents * self.pixels_per_latent
+        else:
+            raise UserError(f"recipe key teacher.pretrained: its {self.component} has no sample_size; give the recipe key teacher.resolution")
+        unit, largest = self.pixels_per_latent * self.pack * self.patch, self.largest_side() or math.inf
+        allowed = f"a multiple of {unit}" + ("" if largest == math.inf else f" and at most {largest}")
+        for side in (height, width):
+            if side % unit or side > largest:
+                said = f"the pipeline's own, {side}, is not {allowed}; give one" if own else f"{side} is not {allowed}"
+                raise UserError(f"recipe key teacher.resolution: {said}")
+        return height, width
+
+    def _text_length(self, given: int | None) -> int | None:
+        if self.text_length is None:
+            return None
+        length = given or self.own_call.get("max_sequence_length", self.text_length)
+        if self.longest_text is not None and length > self.longest_text:
+            raise UserError(f"recipe key teacher.max_sequence_length: {length}, but the pipeline takes at most {self.longest_text}")
+        return length
+
+    @property
+    def own_call(self) -> dict[str, Any]:
+        path = self.folder / "fastgen.json" if self.folder else None
+        stored = of_teacher(path, manifest.Pipeline).get("call", {}) if path and path.is_file() else {}
+        return {**self.own, **stored}
+
+    def own_path(self) -> Path:
+        """The path that the network was trained on."""
+        return Flow()
+
+    @property
+    def shift(self) -> float:
+        if self._shift is None:
+            tokens = math.prod(self.latent.size) // (self.pack * self.patch) ** 2
+            self._shift = schedules.teacher_shift(self.source.place, tokens, self.mu) if isinstance(self.path, Flow) else 1.0
+        return self._shift
+
+    def has(self, component: str) -> bool:
+        return self.source.has(component)
+
+    def load_backbone(self, *, meta: bool = False) -> nn.Module:
+        if not self._checked and self.folder is not None:
+            fitting.check_networks(self)
+            self._checked = True
+        return self.meta_network() if meta else self.source.network(self.component, self.network)
+
+    def meta_network(self) -> Any:
+        """The network's shapes, as its configuration describes them."""
+        return self.source.meta_network(self.config, self.network)
+
+    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
+        return [block for name in self.block_lists for block in backbone.get_submodule(name).children()]
+
+    def feature_widths(self, backbone: nn.Module) -> list[int]:
+        config: Any = backbone.config
+        return [config.num_attention_heads * config.attention_head_dim] * len(self.blocks(backbone))
+
+    def time_features(self, backbone: nn.Module, t: Tensor) -> Tensor:
+        assert self.time_projection is not None, f"{type(self).__name__} has no place for scalar inputs"
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0])
+            raise _Found
+
+        weight = next(backbone.parameters())
+        x = torch.zeros((len(t), *self.latent.shape), dtype=weight.dtype, device=weight.device)
+        cond = {
+            key: torch.ones(value.shape, dtype=weight.dtype if value.is_floating_point() else value.dtype, device=weight.device)
+            for key, value in self.meta_conditioning(len(t)).items()
+        }
+        handle = backbone.get_submodule(self.time_projection).register_forward_pre_hook(keep)
+        try:
+            self.call(backbone, x, t, cond)
+        except _Found:
+            return found[0]
+        finally:
+            handle.remove()
+        raise AssertionError(f"{self.time_projection} is not part of the network's call")
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        """What `call` is given of the prompts, (P, ...), by the pipeline's own encoders."""
+
+    @abstractmethod
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of one prompt's part of what `encode` gives, from configurations."""
+
+    @torch.no_grad()
+    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
+        if self._encoders is None:
+            self._encoders = self.source.live or self.source.pipeline(without=(self.component, "vae"))
+        with self.source.reading():
+            cond = self.encode(self._encoders, list(prompts))
+        return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}
+
+    def meta_conditioning(self, count: int) -> Conditioning:
+        integers = {"length", "class_labels"}
+        return {
+            key: torch.empty((count, *shape), device="meta", dtype=torch.long if key in integers or "mask" in key else torch.float32)
+            for key, shape in self.text_shapes().items()
+        }
+
+    def legibility(self, prompts: Sequence[str]) -> Legibility:
+        return read(prompts, self.readers())
+
+    def readers(self) -> list[Reader]:
+        """The tokenizers of those encoders that the pipeline has, of which the last keeps `max_sequence_length` tokens; loaded without
+        encoders, which are large."""
+        names = self.source.names("tokenizer")
+        partners = [name.replace("tokenizer", "text_encoder") for name in names]
+        pipeline = self.source.live or self._encoders or self.source.pipeline(without=(self.component, "vae", *partners))
+        readers = []
+        for name, partner in zip(names, partners, strict=True):
+            if (tokenizer := getattr(pipeline, name)) is not None and self.has(partner):
+                cut = self.max_sequence_length if name == names[-1] else None
+                readers.append(Reader(name, tokenizer, cut or tokenizer.model_max_length))
+        return readers
+
+    def free_encoders(self) -> None:
+        self._encoders = None
+        self.codec.free()
+
+    @property
+    def vae(self) -> Any:
+        return self.codec.vae
+
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        return self.codec.encode(pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.codec.decode(latents)
+
+    def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
+        # FlowMatchEuler would shift its grid twice where a pipeline passes no sigmas (diffusers#13243).
+        from diffusers import FlowMapEulerDiscreteScheduler
+
+        return FlowMapEulerDiscreteScheduler(shift=self.shift if grid is None else 1.0)
+
+    def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        scheduler = self.export_scheduler(grid)
+        scheduler.set_timesteps(**({"num_inference_steps": steps} if grid is None else {"sigmas": list(grid)}))
+        return scheduler.sigmas[:-1].double()
+
+    def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
+        arguments = {"num_inference_steps": steps, "guidance_scale": guidance, **self.fixed_call}
+        if self.max_sequence_length is not None:
+            arguments["max_sequence_length"] = self.max_sequence_length
+        if self.sized:
+            arguments |= {"height": self.size[0], "width": self.size[1]}
+        if grid is not None:
+            assert self.grid_argument is not None
+            arguments[self.grid_argument] = list(grid)
+        return arguments
+
+    def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
+        components: dict[str, Any] = {} if backbone is None else {self.component: backbone}
+        return self.source.pipeline(scheduler=scheduler, **components)
+
+
+def _last(component: Component, key: str) -> Any:
+    """An option that is one number or one for each axis; None where it is given as null or its class has none."""
+    try:
+        value = component.option(key)
+    except UserError:
+        return None
+    return value[-1] if isinstance(value, (list, tuple)) else value
