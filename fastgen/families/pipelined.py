@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ class Pipelined(Family):
     own_embedded_guidance: ClassVar[float | None] = None  # the call's, for networks with `guidance_embeds`; None: it has none
     sized: ClassVar[bool] = True  # the call takes height and width
     grid_argument: ClassVar[str | None] = "sigmas"  # of the call, for explicit times; None: it takes none
+    gives_sigmas: ClassVar[bool] = False  # the call hands its scheduler mu and evenly spaced times, which the scheduler shifts
     fixed_call: ClassVar[Mapping[str, Any]] = {}  # what the call must always be passed
     # What the pipeline falls back on where its scheduler does not say how the shift follows the number of tokens.
     mu: ClassVar[Mapping[str, float]] = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
@@ -277,14 +279,16 @@ class Pipelined(Family):
         return self.codec.decode(latents)
 
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
-        # FlowMatchEuler would shift its grid twice where a pipeline passes no sigmas (diffusers#13243).
-        from diffusers import FlowMapEulerDiscreteScheduler
+        # FlowMatchEuler would shift its grid twice where a pipeline passes no sigmas (diffusers#13243), FlowMapEuler takes no mu.
+        from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-        return FlowMapEulerDiscreteScheduler(shift=self.shift if grid is None else 1.0)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler if self.gives_sigmas else FlowMapEulerDiscreteScheduler
+        return scheduler(shift=self.shift if grid is None else 1.0)
 
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        given = np.linspace(1.0, 1 / steps, steps) if self.gives_sigmas and grid is None else grid
         scheduler = self.export_scheduler(grid)
-        scheduler.set_timesteps(**({"num_inference_steps": steps} if grid is None else {"sigmas": list(grid)}))
+        scheduler.set_timesteps(**({"num_inference_steps": steps} if given is None else {"sigmas": list(given)}))
         return scheduler.sigmas[:-1].double()
 
     def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
