@@ -42,3 +42,8 @@ def repeat(cond: Conditioning, count: int) -> Conditioning:
 def drop(cond: Conditioning, null: Conditioning, mask: Tensor) -> Conditioning:
     """Replace the rows where mask (B,) is True by `null` (batch 1): conditioning dropout for classifier-free guidance."""
     return {key: torch.where(mask.to(value.device).view(-1, *(1,) * (value.ndim - 1)), null[key].to(value), value) for key, value in cond.items()}
+
+
+def longest(length: Tensor, most: int) -> int:
+    """The largest of lengths (B,) of texts that are padded to `most` tokens; `most` where there are no values, on the meta device."""
+    return most if length.is_meta else int(length.max())

@@ -52,6 +52,7 @@ class Pipelined(Family):
     grid_argument: ClassVar[str | None] = "sigmas"  # of the call, for explicit times; None: it takes none
     gives_sigmas: ClassVar[bool] = False  # the call hands its scheduler mu and evenly spaced times, which the scheduler shifts
     fixed_call: ClassVar[Mapping[str, Any]] = {}  # what the call must always be passed
+    grid_ends: ClassVar[tuple[str, ...]] = ()  # options of its scheduler that move the ends of its grid and are not ours, see schedules.py
     # What the pipeline falls back on where its scheduler does not say how the shift follows the number of tokens.
     mu: ClassVar[Mapping[str, float]] = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
     kind = "velocity"
@@ -188,7 +189,7 @@ class Pipelined(Family):
     def shift(self) -> float:
         if self._shift is None:
             tokens = math.prod(self.latent.size) // (self.pack * self.patch) ** 2
-            self._shift = schedules.teacher_shift(self.source.place, tokens, self.mu) if isinstance(self.path, Flow) else 1.0
+            self._shift = schedules.teacher_shift(self.source.place, tokens, self.mu, self.grid_ends) if isinstance(self.path, Flow) else 1.0
         return self._shift
 
     def has(self, component: str) -> bool:
