@@ -28,6 +28,10 @@ class Packed(Pipelined):
     pack = 2
     gives_sigmas = True
 
+    @property
+    def patch(self) -> int:
+        return 1  # its configuration's patch_size is what `pack` does already
+
     def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
         arguments = super().call_arguments(steps, guidance, grid) | {"true_cfg_scale": guidance}
         embedded = arguments.pop("guidance_scale") and self.embedded_guidance

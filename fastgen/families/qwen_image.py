@@ -1,0 +1,55 @@
+"""Qwen-Image (Qwen team 2025, arXiv:2508.02324): flow matching on latents packed 2x2 into tokens, time as sigma, texts of any length.
+
+Its tokenizer's reading is put into a template, of which the pipeline drops the first tokens. Its VAE is one for videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import conditioning
+from fastgen.conditioning import Conditioning
+from fastgen.families import packing
+from fastgen.families.packing import Packed
+
+
+class QwenImage(Packed):
+    """QwenImagePipeline. Its stock grid is stretched to end at `shift_terminal`, ours and a student's are not."""
+
+    pipeline_classes = ("QwenImagePipeline",)
+    network = "QwenImageTransformer2DModel"
+    own: ClassVar = {"num_inference_steps": 50, "guidance_scale": 4.0}
+    own_size = (1024, 1024)
+    vae_network = "AutoencoderKLQwenImage"
+    normalised_by = ("latents_mean", "latents_std")
+    text_length, longest_text = 512, 1024
+    text_widths: ClassVar = {"joint_attention_dim": ("text_encoder.hidden_size",)}
+    grid_ends = ("shift_terminal",)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    time_projection = "time_text_embed.timestep_embedder.linear_2"
+
+    def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        length, text = cond["length"], cond["encoder_hidden_states"]
+        text = text[:, : conditioning.longest(length, text.shape[1])]
+        mask = torch.arange(text.shape[1], device=x.device) < length[:, None]
+        out: Any = backbone(
+            hidden_states=packing.pack(x),
+            timestep=t,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=None if mask.is_meta or mask.all() else mask,
+            img_shapes=[[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
+            return_dict=False,
+        )
+        return packing.unpack(out[0], x.shape)
+
+    def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        text, mask = pipeline.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)
+        length = torch.full((len(text),), text.shape[1]) if mask is None else mask.sum(1)
+        return {"encoder_hidden_states": nn.functional.pad(text, (0, 0, 0, (self.max_sequence_length or 0) - text.shape[1])), "length": length}
+
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (self.max_sequence_length or 0, self.config.option("joint_attention_dim")), "length": ()}
