@@ -33,23 +33,18 @@ class QwenImage(Packed):
     time_projection = "time_text_embed.timestep_embedder.linear_2"
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        length, text = cond["length"], cond["encoder_hidden_states"]
-        text = text[:, : conditioning.longest(length, text.shape[1])]
-        mask = torch.arange(text.shape[1], device=x.device) < length[:, None]
-        out: Any = backbone(
-            hidden_states=packing.pack(x),
-            timestep=t,
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=None if mask.is_meta or mask.all() else mask,
-            img_shapes=[[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
-            return_dict=False,
-        )
+        lengths = conditioning.lengths(cond)
+        text = cond["text"][:, : max(lengths)]
+        mask = None if min(lengths) == max(lengths) else torch.arange(max(lengths), device=x.device) < cond["length"][:, None]
+        shapes = [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x)
+        texts = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        out: Any = backbone(hidden_states=packing.pack(x), timestep=t, img_shapes=shapes, **texts, return_dict=False)
         return packing.unpack(out[0], x.shape)
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         text, mask = pipeline.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)
-        length = torch.full((len(text),), text.shape[1]) if mask is None else mask.sum(1)
-        return {"encoder_hidden_states": nn.functional.pad(text, (0, 0, 0, (self.max_sequence_length or 0) - text.shape[1])), "length": length}
+        rows = text if mask is None else [row[:length] for row, length in zip(text, mask.sum(1).tolist(), strict=True)]
+        return conditioning.ragged(rows, self.max_sequence_length or 0)
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (self.max_sequence_length or 0, self.config.option("joint_attention_dim")), "length": ()}
+        return {"text": (self.max_sequence_length or 0, self.config.option("joint_attention_dim")), "length": ()}
