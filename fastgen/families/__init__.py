@@ -18,7 +18,7 @@ _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", "
 
 def family_names() -> list[str]:
     """Names that `teacher.family` accepts beside `auto`."""
-    return module_names(__name__, shared=("base", "complete", "components", "schedules", "weights"))
+    return module_names(__name__, shared=("base", "betas", "complete", "components", "schedules", "stock_samplers", "weights"))
 
 
 def family_class(name: str) -> type[Family]:
