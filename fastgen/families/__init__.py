@@ -14,7 +14,10 @@ from fastgen.files import expanded
 from fastgen.fingerprints import file_names, folder_hash, known_hash
 
 # Modules that are no family.
-_SHARED = ("base", "codec", "complete", "components", "fitting", "packing", "pipelined", "schedules", "source", "weights")
+_SHARED = (
+    *("base", "betas", "codec", "complete", "components", "fitting", "packing", "pipelined", "schedules", "source", "stock_samplers"),
+    "weights",
+)
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
 
 
