@@ -36,3 +36,6 @@ class Packed(Pipelined):
         arguments = super().call_arguments(steps, guidance, grid) | {"true_cfg_scale": guidance}
         embedded = arguments.pop("guidance_scale") and self.embedded_guidance
         return arguments if embedded is None else arguments | {"guidance_scale": embedded}
+
+    def negative_arguments(self, text: str | None, guidance: float) -> dict[str, Any]:
+        return {"negative_prompt": text or ""} if guidance > 1 else {}
