@@ -56,7 +56,14 @@ def allowed(family: Family, steps: int) -> float:
 
 
 def check_pictures(
-    family: Family, pipeline: Any, prompts: Sequence[str] = PROMPTS, *, steps: int, guidance: float = 1.0, negative: str | None = None, grid: Any = None
+    family: Family,
+    pipeline: Any,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    negative: str | None = None,
+    grid: Any = None,
 ) -> Tensor:
     """Ours are stock's. negative: None leaves it to stock's own default. Returns them, (B, 3[, T], H, W)."""
     told = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
