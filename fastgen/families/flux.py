@@ -38,7 +38,8 @@ class Flux(Packed):
         strength = self.embedded_guidance
         guidance = None if strength is None else torch.full((len(x),), strength, device=x.device)
         ids = {"img_ids": image_ids, "txt_ids": text_ids, "guidance": guidance}
-        out: Any = backbone(hidden_states=packing.pack(x), timestep=t, **ids, **cond, return_dict=False)
+        with packing.exact_time(backbone.get_submodule("time_text_embed"), t, 1000):
+            out: Any = backbone(hidden_states=packing.pack(x), timestep=t, **ids, **cond, return_dict=False)
         return packing.unpack(out[0], x.shape)
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:

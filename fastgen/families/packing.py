@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastgen.families.pipelined import Pipelined
 
@@ -20,6 +22,21 @@ def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
     _, channels, height, width = shape
     squares = tokens.unflatten(1, (height // 2, width // 2)).unflatten(3, (channels, 2, 2))
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, height, width)
+
+
+@contextmanager
+def exact_time(embedding: nn.Module, t: Tensor, scale: float) -> Iterator[None]:
+    """Within it, a network's embedding of the time is told scale t in fp32 or wider. In half precision these networks round the time before
+    they embed it, by up to 4 of 1000: pictures bear that, derivatives along it are off by half."""
+
+    def replace(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (t.to(torch.promote_types(given[0].dtype, torch.float32)) * scale, *given[1:])
+
+    handle = embedding.register_forward_pre_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Packed(Pipelined):

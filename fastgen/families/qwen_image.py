@@ -39,7 +39,8 @@ class QwenImage(Packed):
         mask = None if min(lengths) == max(lengths) else torch.arange(max(lengths), device=x.device) < cond["length"][:, None]
         shapes = [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x)
         texts = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
-        out: Any = backbone(hidden_states=packing.pack(x), timestep=t, img_shapes=shapes, **texts, return_dict=False)
+        with packing.exact_time(backbone.get_submodule("time_text_embed"), t, 1):
+            out: Any = backbone(hidden_states=packing.pack(x), timestep=t, img_shapes=shapes, **texts, return_dict=False)
         return packing.unpack(out[0], x.shape)
 
     def guidance_rule(self, cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
