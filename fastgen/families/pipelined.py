@@ -51,6 +51,7 @@ class Pipelined(Family):
     side_unit: ClassVar[int] = 1  # of which the call wants them to be multiples, whatever its network takes
     grid_argument: ClassVar[str | None] = "sigmas"  # of the call, for explicit times; None: it takes none
     fixed_call: ClassVar[Mapping[str, Any]] = {}  # what the call must always be passed
+    after_drawing: ClassVar[tuple[str, ...]] = ()  # components that only look at finished pictures, and may be missing
     # What the pipeline falls back on where its scheduler does not say how the shift follows the number of tokens.
     mu: ClassVar[Mapping[str, float]] = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
     kind = "velocity"
@@ -244,7 +245,7 @@ class Pipelined(Family):
     @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
         if self._encoders is None:
-            self._encoders = self.source.live or self.source.pipeline(without=(self.component, "vae"))
+            self._encoders = self.source.live or self.source.pipeline(without=(self.component, "vae", *self.after_drawing))
         with self.source.reading():
             cond = self.encode(self._encoders, list(prompts))
         return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}
@@ -264,7 +265,7 @@ class Pipelined(Family):
         encoders, which are large."""
         names = self.source.names("tokenizer")
         partners = [name.replace("tokenizer", "text_encoder") for name in names]
-        pipeline = self.source.live or self._encoders or self.source.pipeline(without=(self.component, "vae", *partners))
+        pipeline = self.source.live or self._encoders or self.source.pipeline(without=(self.component, "vae", *self.after_drawing, *partners))
         readers = []
         for name, partner in zip(names, partners, strict=True):
             if (tokenizer := getattr(pipeline, name)) is not None and self.has(partner):
@@ -293,6 +294,7 @@ class Pipelined(Family):
         return FlowMapEulerDiscreteScheduler(shift=self.shift if grid is None else 1.0)
 
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        self.check_explicit(grid)
         scheduler = self.export_scheduler(grid)
         scheduler.set_timesteps(**({"num_inference_steps": steps} if grid is None else {"sigmas": list(grid)}))
         return scheduler.sigmas[:-1].double()
@@ -307,8 +309,17 @@ class Pipelined(Family):
             arguments["num_frames"] = self.frames
         if grid is not None:
             assert self.grid_argument is not None
-            arguments[self.grid_argument] = list(grid)
+            arguments[self.grid_argument] = self.told_times(grid)
         return arguments
+
+    def told_times(self, grid: Sequence[float]) -> list[Any]:
+        """Explicit path times as the call takes them."""
+        return list(grid)
+
+    def check_explicit(self, grid: Sequence[float] | None) -> None:
+        """UserError for explicit times where the call takes none."""
+        if grid is not None and self.grid_argument is None:
+            raise UserError(f"recipe key student.grid: the call of {self.pipeline_classes[0]} takes no times of one's own; remove it")
 
     def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
         components: dict[str, Any] = {} if backbone is None else {self.component: backbone}
