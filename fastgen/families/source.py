@@ -50,6 +50,11 @@ class Source:
             return getattr(self.live, name, None) is not None
         return (read_index(self.folder).get(name) or [None])[0] is not None
 
+    def setting(self, name: str) -> Any:
+        """An argument of the pipeline itself that is no component, else its class's own default."""
+        given = self.live.config if self.live is not None else read_index(self.place)
+        return given[name] if name in given else inspect.signature(self._diffusers(self.pipeline_class).__init__).parameters[name].default
+
     def names(self, prefix: str) -> list[str]:
         """The components whose names begin so, of those that the pipeline names, in order; it may go without some of them."""
         entries = self.live.components if self.live is not None else read_index(self.place)
