@@ -194,6 +194,8 @@ def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, met
     way_on = "export it without --lora" if key == "--lora" else "`export.weights: full` merges it"
     if not tuned:
         raise UserError(f"{key}: a student trained with student.tune: full has no adapter; {way_on.replace('merges it', 'exports it whole')}")
+    if not family.takes_adapters:
+        raise UserError(f"{key}: {family.pipeline_classes[0]} loads no adapters; {way_on}")
     for inputs in (spec.inputs for spec in students if spec.inputs):
         what = inputs[0].replace("_", " ")
         raise UserError(f"{key}: {method} gives the student a {what} input, which an adapter cannot hold; {way_on}")

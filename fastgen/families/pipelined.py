@@ -70,6 +70,7 @@ class Pipelined(Family):
             if component.classes:
                 component.check(schema)
         self.codec.check()
+        self.check_network()
         self.pixels_per_latent, self.path = self.codec.stride, self.own_path()
         given = self._known({key: value for key, value in options.items() if value is not None})
         self._stated_shift = schedules.stated(given["shift"]) if "shift" in given else None
@@ -80,6 +81,13 @@ class Pipelined(Family):
         height, width = (side // self.pixels_per_latent for side in self.size)
         frames = () if self.frames is None else ((self.frames - 1) // self.codec.frame_stride + 1,)
         self.latent = LatentSpec(self.config.option("in_channels") // self.pack**2, (*frames, height, width))
+
+    def check_network(self) -> None:
+        """UserError for a network of the right class that this family's pipeline calls in another way."""
+
+    @property
+    def takes_adapters(self) -> bool:
+        return hasattr(self.source.class_of_pipeline, "save_lora_weights")
 
     @property
     def folder(self) -> FilePath | None:

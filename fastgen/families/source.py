@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch import nn
 from fastgen.errors import UserError
 from fastgen.families.components import Component, read_component, read_index
 from fastgen.files import loading
+
+# What diffusers itself makes of the class that older folders name, by the network's kind of norm.
+_FORMER = "Transformer2DModel"
+_RENAMED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
 class Source:
@@ -28,6 +33,10 @@ class Source:
         self.family, self.pipeline_class = family, pipeline_class
 
     @property
+    def class_of_pipeline(self) -> type:
+        return self._diffusers(self.pipeline_class)
+
+    @property
     def place(self) -> Any:
         """What `read_component` reads."""
         return self.folder if self.live is None else self.live
@@ -39,6 +48,8 @@ class Source:
     def component(self, name: str, class_name: str) -> Component:
         """A component's configuration; UserError for another class than `class_name`. A live network of no diffusers class is taken at its word."""
         component = read_component(self.place, name)
+        renamed = _RENAMED.get(str(component.given.get("norm_type")), _FORMER)
+        component = replace(component, classes=tuple(dict.fromkeys(renamed if cls == _FORMER else cls for cls in component.classes)))
         wrong = [cls for cls in component.classes if cls != class_name]
         if wrong:
             raise UserError(f"recipe key teacher.pretrained: its {name} is a {wrong[0]}, family {self.family} takes a {class_name}")

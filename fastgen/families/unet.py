@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastgen.errors import UserError
 from fastgen.families.discrete import Discrete
 
 
@@ -17,6 +18,11 @@ class UNet(Discrete):
     side_unit = 8
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     time_projection = "time_embedding.linear_2"
+
+    def check_network(self) -> None:
+        if self.config.option("time_cond_proj_dim") is not None:
+            what = "its unet takes a guidance scale (time_cond_proj_dim), as some few-step students do"
+            raise UserError(f"recipe key teacher.pretrained: {what}, which fastgen does not give it")
 
     def blocks(self, backbone: nn.Module) -> list[nn.Module]:
         network: Any = backbone

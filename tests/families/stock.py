@@ -43,7 +43,7 @@ def drawn_by_stock(
     call = family.call_arguments(steps, guidance, grid) | more
     own, pipeline.scheduler = pipeline.scheduler, family.export_scheduler(grid)
     try:
-        pixels = pipeline(list(prompts), generator=generators, output_type="np", **call)[0]
+        pixels = pipeline(**family.call_inputs(prompts), generator=generators, output_type="np", **call)[0]
     finally:
         pipeline.scheduler = own
     return torch.as_tensor(np.asarray(pixels)).movedim(-1, 1)
@@ -75,7 +75,7 @@ def calls_of(network: torch.nn.Module, draw: Callable[[], Any]) -> list[tuple[di
     signature = inspect.signature(network.forward)
 
     def note(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
+        output = output if isinstance(output, Tensor) else output[0]
         calls.append((dict(signature.bind(*args, **kwargs).arguments), output))
 
     handle = network.register_forward_hook(note, with_kwargs=True)
