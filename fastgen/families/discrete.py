@@ -23,6 +23,9 @@ class Discrete(Pipelined):
         path, self.kind = betas.teacher_path(self.source.place)
         return path
 
+    def path_times(self, timesteps: Tensor, sigmas: Tensor) -> Tensor:
+        return (timesteps.double() + 1) / self.path.num_steps
+
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
         return stock_samplers.trailing_solver(self.path, self.kind)
 
