@@ -196,8 +196,6 @@ def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, met
         raise UserError(f"{key}: {family.pipeline_classes[0]} loads no LoRA files; {way_on}")
     if not tuned:
         raise UserError(f"{key}: a student trained with student.tune: full has no adapter; {way_on.replace('merges it', 'exports it whole')}")
-    if not family.takes_adapters:
-        raise UserError(f"{key}: {family.pipeline_classes[0]} loads no adapters; {way_on}")
     for inputs in (spec.inputs for spec in students if spec.inputs):
         what = inputs[0].replace("_", " ")
         raise UserError(f"{key}: {method} gives the student a {what} input, which an adapter cannot hold; {way_on}")
@@ -346,7 +344,9 @@ def _plain_diffusers(
     folder: Path, manifest: dict[str, Any], job: dict[str, Any], place: str, teacher_dir: str | Path | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures, timesteps and sigmas of the stock pipeline. job: what it is given; place: code that moves it."""
-    drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"')
+    # One for each prompt: StableDiffusionPipeline takes no text beside a list.
+    told = {key: f"[{value!r}] * len(generators)" for key, value in manifest["call"].items() if key.startswith("negative_prompt")}
+    drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"', **told)
     teacher = _teacher_folder(folder, manifest, teacher_dir) if manifest["weights"] == "lora" else ""
     program = f"{card.loading(manifest, str(folder.resolve()), teacher)}{place}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}[0]\n"
     with tempfile.TemporaryDirectory() as scratch:
