@@ -49,17 +49,24 @@ def drawn_by_stock(
     return torch.as_tensor(np.asarray(pixels)).movedim(-1, 1)
 
 
-def allowed(family: Family, steps: int, guidance: float = 1.0) -> float:
-    """One step of an eps family amplifies rounding by 1/alpha at its first time, guidance by its scale."""
-    start = family.grid(steps)[:1]
-    return TOLERANCE * max(guidance, 1.0) / (family.path.coeffs(start)[0].item() if family.kind == "eps" else 1.0)
+def allowed(family: Family, steps: int, guidance: float) -> float:
+    """Rounding of the network as it is in pixels: guidance w multiplies that of its two predictions by up to 2w - 1."""
+    return TOLERANCE * (2 * guidance - 1) * family.amplification(family.grid(steps)[0].item())
 
 
 def check_pictures(
-    family: Family, pipeline: Any, prompts: Sequence[str] = PROMPTS, *, steps: int, guidance: float = 1.0, negative: str | None = None, grid: Any = None
+    family: Family,
+    pipeline: Any,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    negative: str | None = None,
+    grid: Any = None,
 ) -> Tensor:
     """Ours are stock's. negative: None leaves it to stock's own default. Returns them, (B, 3[, T], H, W)."""
-    told = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
+    # One for each prompt: StableDiffusionPipeline takes no text beside a list.
+    told = {name: [text] * len(prompts) for name, text in family.negative_arguments(negative, guidance).items()}
     given = {} if negative is None else {"negative_prompt": negative}
     expected = drawn_by_stock(family, pipeline, prompts, steps=steps, guidance=guidance, grid=grid, **told)
     pictures = generator(family, steps, guidance, grid=grid, **given)(prompts, SEEDS[: len(prompts)])
