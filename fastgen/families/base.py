@@ -82,11 +82,6 @@ class Family(ABC):
         """Time shift of the teacher's own schedule (1 = none), for training-time distributions; UserError where its scheduler cannot be followed."""
 
     @property
-    def takes_adapters(self) -> bool:
-        """Whether the pipeline loads LoRA files, so that adapters can be exported alone."""
-        return True
-
-    @property
     @abstractmethod
     def own_call(self) -> dict[str, Any]:
         """`num_inference_steps` and `guidance_scale` the pipeline is meant to be called with: its fastgen.json, else its signature."""

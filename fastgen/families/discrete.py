@@ -30,7 +30,6 @@ class Discrete(Pipelined):
         return stock_samplers.trailing_solver(self.path, self.kind)
 
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
-        self.check_explicit(grid)
         if grid is None:
             return stock_samplers.trailing_times(self.path, steps)
         return (torch.tensor(self.told_times(grid), dtype=torch.float64) + 1) / self.path.num_steps

@@ -23,6 +23,7 @@ class DiT(Discrete):
     own: ClassVar = {"num_inference_steps": 50, "guidance_scale": 4.0}
     sized = False
     grid_argument = None
+    loads_lora = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -86,10 +86,6 @@ class Pipelined(Family):
         """UserError for a network of the right class that this family's pipeline calls in another way."""
 
     @property
-    def takes_adapters(self) -> bool:
-        return hasattr(self.source.class_of_pipeline, "save_lora_weights")
-
-    @property
     def folder(self) -> FilePath | None:
         return self.source.folder
 
@@ -306,7 +302,6 @@ class Pipelined(Family):
         return FlowMapEulerDiscreteScheduler(shift=self.shift if grid is None else 1.0)
 
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
-        self.check_explicit(grid)
         scheduler = self.export_scheduler(grid)
         scheduler.set_timesteps(**({"num_inference_steps": steps} if grid is None else {"sigmas": list(grid)}))
         return scheduler.sigmas[:-1].double()
@@ -327,11 +322,6 @@ class Pipelined(Family):
     def told_times(self, grid: Sequence[float]) -> list[Any]:
         """Explicit path times as the call takes them."""
         return list(grid)
-
-    def check_explicit(self, grid: Sequence[float] | None) -> None:
-        """UserError for explicit times where the call takes none."""
-        if grid is not None and self.grid_argument is None:
-            raise UserError(f"recipe key student.grid: the call of {self.pipeline_classes[0]} takes no times of one's own; remove it")
 
     def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
         components: dict[str, Any] = {} if backbone is None else {self.component: backbone}

@@ -22,6 +22,7 @@ class PixArtSigma(Discrete):
     text_length = 300
     text_widths: ClassVar = {"caption_channels": ("text_encoder.d_model",)}
     fixed_call: ClassVar = {"use_resolution_binning": False, "clean_caption": False}  # binning draws another size and resizes it
+    loads_lora = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     time_projection = "adaln_single.emb.timestep_embedder.linear_2"
 

@@ -33,10 +33,6 @@ class Source:
         self.family, self.pipeline_class = family, pipeline_class
 
     @property
-    def class_of_pipeline(self) -> type:
-        return self._diffusers(self.pipeline_class)
-
-    @property
     def place(self) -> Any:
         """What `read_component` reads."""
         return self.folder if self.live is None else self.live

@@ -61,8 +61,7 @@ def test_what_is_no_class_is_refused(family: Family, prompt: str) -> None:
 
 
 def test_what_the_call_takes_not_is_refused(family: Family, pipeline: Any) -> None:
-    with pytest.raises(UserError, match=r"recipe key student\.grid: the call of DiTPipeline takes no times of one's own"):
-        family.grid(2, [1.0, 0.5])
+    assert not family.takes_times and not family.loads_lora
     with pytest.raises(UserError, match=r"recipe key teacher\.size: does not apply to DiTPipeline"):
         find_family(pipeline, size=[16, 24])
     with pytest.raises(UserError, match=r"recipe key teacher\.negative_prompt: 'goldfish', but the call of DiTPipeline takes none"):
