@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ class StableDiffusion(UNet):
     own: ClassVar = {"num_inference_steps": 50, "guidance_scale": 7.5}
     after_drawing = ("safety_checker", "feature_extractor")
     text_widths: ClassVar = {"cross_attention_dim": ("text_encoder.hidden_size",)}
+
+    def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
+        scheduler = super().export_scheduler(grid)
+        scheduler.register_to_config(steps_offset=1)  # of which the pipeline warns otherwise; trailing times do not look at it
+        return scheduler
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return backbone(x, self.path.step(t), **cond, return_dict=False)[0]
