@@ -344,7 +344,7 @@ def load_teacher(
     **options: Any,
 ) -> ImageGenerator:
     """A teacher: `fastgen:digits`, a hub id (at a `revision`), a diffusers folder or a live pipeline; steps and guidance default to its own.
-    options: `max_sequence_length`, `resolution`, and `shift` as in the recipe's teacher block."""
+    options: as in the recipe's teacher block."""
     if isinstance(source, (str, Path)) and (reason := cannot_teach(expanded(source))):
         raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
     found = find_family(source, family, **options)

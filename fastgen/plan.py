@@ -30,7 +30,7 @@ from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
-_OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.shift", "student.steps", "student.grid")
+_OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.embedded_guidance", "teacher.shift", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 

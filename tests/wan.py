@@ -63,6 +63,10 @@ class Wan(Family):
         self.pipeline = WanPipeline.from_pretrained(source) if isinstance(source, (str, Path)) else source
 
     @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    @property
     def shift(self) -> float:
         return 3.0
 

@@ -16,6 +16,10 @@ from fastgen.errors import UserError
 from fastgen.legibility import Legibility
 from fastgen.path import Kind, Path
 
+# What a family may be told beside its source, by the key of the recipe's teacher block: text tokens; (height, width) in pixels; frames of
+# a video; the network's own guidance input, which is not classifier-free guidance; shift of the teacher's times.
+OPTIONS = ("max_sequence_length", "size", "frames", "embedded_guidance", "shift")
+
 
 @dataclass(frozen=True)
 class LatentSpec:
@@ -50,7 +54,12 @@ class Family(ABC):
 
     @abstractmethod
     def __init__(self, source: Any, **options: Any) -> None:
-        """options: `max_sequence_length` (text tokens), `resolution` (pixels) and `shift` (of the time), None for the pipeline's own."""
+        """options: those of OPTIONS that the family has, and `resolution` for a square `size`; None: the pipeline's own. UserError for others."""
+
+    @property
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The options, as JSON has them, with which this family is made again from the same source; `shift` only where it was stated."""
 
     @property
     def picture_shape(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from fastgen import manifest
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
 from fastgen.families import fitting, schedules
-from fastgen.families.base import Family, LatentSpec
+from fastgen.families.base import OPTIONS, Family, LatentSpec
 from fastgen.families.codec import Codec
 from fastgen.families.components import Component, of_teacher
 from fastgen.families.source import Source
@@ -45,6 +45,7 @@ class Pipelined(Family):
     pack: ClassVar[int] = 1  # latents on a side that `call` packs into channels
     own_size: ClassVar[tuple[int, int] | None] = None  # the call's default height and width; None: what the network's sample_size says
     own_frames: ClassVar[int | None] = None  # of a video's call; None: pictures
+    own_embedded_guidance: ClassVar[float | None] = None  # the call's, for networks with `guidance_embeds`; None: it has none
     sized: ClassVar[bool] = True  # the call takes height and width
     grid_argument: ClassVar[str | None] = "sigmas"  # of the call, for explicit times; None: it takes none
     fixed_call: ClassVar[Mapping[str, Any]] = {}  # what the call must always be passed
@@ -55,36 +56,68 @@ class Pipelined(Family):
     def __init__(
         self,
         source: Any,
-        *,
-        max_sequence_length: int | None = None,
-        resolution: int | None = None,
-        shift: float | None = None,
+        **options: Any,
     ) -> None:
         self.source = Source(source, type(self).__name__, self.pipeline_classes[0])
         self._encoders: Any = None
         self._checked = False
-        self._shift = None if shift is None else schedules.stated(shift)
         self.config = self.source.component(self.component, self.network)
         self.codec = Codec(self.source, self.vae_network, self.normalised_by)
         for component, schema in ((self.config, fitting.Network), (self.codec.config, fitting.VAE)):
             if component.classes:
                 component.check(schema)
         self.codec.check()
-        self.pixels_per_latent = self.codec.stride
-        self.size = self._size(resolution)
+        self.pixels_per_latent, self.path = self.codec.stride, self.own_path()
+        given = self._known({key: value for key, value in options.items() if value is not None})
+        self._stated_shift = schedules.stated(given["shift"]) if "shift" in given else None
+        self._shift = self._stated_shift
+        self.size, self.frames = self._size(given), self._frames(given)
+        self.max_sequence_length = self._text_length(given)
+        self.embedded_guidance = given.get("embedded_guidance", self.own_embedded_guidance) if self._has()["embedded_guidance"] else None
         height, width = (side // self.pixels_per_latent for side in self.size)
-        self.latent = LatentSpec(self.config.option("in_channels") // self.pack**2, (height, width))
-        self.max_sequence_length = self._text_length(max_sequence_length)
-        self.path = self.own_path()
+        frames = () if self.frames is None else ((self.frames - 1) // self.codec.frame_stride + 1,)
+        self.latent = LatentSpec(self.config.option("in_channels") // self.pack**2, (*frames, height, width))
 
     @property
     def folder(self) -> FilePath | None:
         return self.source.folder
 
     @property
+    def options(self) -> dict[str, Any]:
+        found = {
+            "max_sequence_length": self.max_sequence_length,
+            "size": list(self.size),
+            "frames": self.frames,
+            "embedded_guidance": self.embedded_guidance,
+            "shift": self._stated_shift,
+        }
+        return {name: found[name] for name, has in self._has().items() if has and found[name] is not None}
+
+    def _has(self) -> dict[str, bool]:
+        """Which options its call or its network has."""
+        embeds = self.own_embedded_guidance is not None and bool(self.config.option("guidance_embeds"))
+        has = (self.text_length is not None, self.sized, self.own_frames is not None, embeds, isinstance(self.path, Flow))
+        return dict(zip(OPTIONS, has, strict=True))
+
+    def _known(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The options that are given; UserError for one that this family does not have."""
+        allowed = [name for name, has in self._has().items() if has]
+        for name in given:
+            if ("size" if name == "resolution" else name) not in allowed:
+                has = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
+                raise UserError(f"recipe key teacher.{name}: does not apply to {self.pipeline_classes[0]}; {has}")
+        if "size" in given and "resolution" in given:
+            raise UserError("recipe key teacher.resolution: teacher.size says it already; remove one of them")
+        return given
+
+    @property
     def resolution(self) -> int:
         """Pixels on a side of square pictures."""
         return self.size[0]
+
+    @property
+    def picture_shape(self) -> tuple[int, ...]:
+        return (3, *(() if self.frames is None else (self.frames,)), *self.size)
 
     @property
     def patch(self) -> int:
@@ -96,29 +129,36 @@ class Pipelined(Family):
         """The most pixels that the network's positions reach; None: any number."""
         return None
 
-    def _size(self, resolution: int | None) -> tuple[int, int]:
+    def _size(self, given: Mapping[str, Any]) -> tuple[int, int]:
         """(height, width) in pixels, the pipeline's own where none is given; UserError where its call refuses it."""
-        own = resolution is None
-        if resolution is not None:
-            height = width = resolution
+        key = "resolution" if "resolution" in given else "size"
+        if key in given:
+            height, width = (given[key],) * 2 if key == "resolution" else given[key]
         elif self.own_size is not None:
             height, width = self.own_size
         elif (latents := _last(self.config, "sample_size")) is not None:
             height = width = latents * self.pixels_per_latent
         else:
-            raise UserError(f"recipe key teacher.pretrained: its {self.component} has no sample_size; give the recipe key teacher.resolution")
+            raise UserError(f"recipe key teacher.pretrained: its {self.component} has no sample_size; give the recipe key teacher.size")
         unit, largest = self.pixels_per_latent * self.pack * self.patch, self.largest_side() or math.inf
         allowed = f"a multiple of {unit}" + ("" if largest == math.inf else f" and at most {largest}")
         for side in (height, width):
             if side % unit or side > largest:
-                said = f"the pipeline's own, {side}, is not {allowed}; give one" if own else f"{side} is not {allowed}"
-                raise UserError(f"recipe key teacher.resolution: {said}")
+                said = f"{side} is not {allowed}" if key in given else f"the pipeline's own, {side}, is not {allowed}; give one"
+                raise UserError(f"recipe key teacher.{key}: {said}")
         return height, width
 
-    def _text_length(self, given: int | None) -> int | None:
+    def _frames(self, given: Mapping[str, Any]) -> int | None:
+        """The first frame stands alone in the latents, and each further one of them stands for `frame_stride` more."""
+        frames = given.get("frames", self.own_frames)
+        if frames is not None and (frames - 1) % self.codec.frame_stride:
+            raise UserError(f"recipe key teacher.frames: {frames} is not 1 more than a multiple of {self.codec.frame_stride}")
+        return frames
+
+    def _text_length(self, given: Mapping[str, Any]) -> int | None:
         if self.text_length is None:
             return None
-        length = given or self.own_call.get("max_sequence_length", self.text_length)
+        length = given.get("max_sequence_length") or self.own_call.get("max_sequence_length", self.text_length)
         if self.longest_text is not None and length > self.longest_text:
             raise UserError(f"recipe key teacher.max_sequence_length: {length}, but the pipeline takes at most {self.longest_text}")
         return length
@@ -253,6 +293,8 @@ class Pipelined(Family):
             arguments["max_sequence_length"] = self.max_sequence_length
         if self.sized:
             arguments |= {"height": self.size[0], "width": self.size[1]}
+        if self.frames is not None:
+            arguments["num_frames"] = self.frames
         if grid is not None:
             assert self.grid_argument is not None
             arguments[self.grid_argument] = list(grid)
