@@ -47,6 +47,7 @@ class Pipelined(Family):
     own_frames: ClassVar[int | None] = None  # of a video's call; None: pictures
     own_embedded_guidance: ClassVar[float | None] = None  # the call's, for networks with `guidance_embeds`; None: it has none
     sized: ClassVar[bool] = True  # the call takes height and width
+    side_unit: ClassVar[int] = 1  # of which the call wants them to be multiples, whatever its network takes
     grid_argument: ClassVar[str | None] = "sigmas"  # of the call, for explicit times; None: it takes none
     fixed_call: ClassVar[Mapping[str, Any]] = {}  # what the call must always be passed
     # What the pipeline falls back on where its scheduler does not say how the shift follows the number of tokens.
@@ -140,7 +141,7 @@ class Pipelined(Family):
             height = width = latents * self.pixels_per_latent
         else:
             raise UserError(f"recipe key teacher.pretrained: its {self.component} has no sample_size; give the recipe key teacher.size")
-        unit, largest = self.pixels_per_latent * self.pack * self.patch, self.largest_side() or math.inf
+        unit, largest = math.lcm(self.pixels_per_latent * self.pack * self.patch, self.side_unit), self.largest_side() or math.inf
         allowed = f"a multiple of {unit}" + ("" if largest == math.inf else f" and at most {largest}")
         for side in (height, width):
             if side % unit or side > largest:
