@@ -64,7 +64,7 @@ def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str) -> str:
     base = teacher or (manifest["base"] if is_hub_id(manifest["base"]) else TEACHER_DIR)
     commit = "" if revision is None else f"revision={_quoted(revision)}, "
     # A shift is stated for teachers whose scheduler may not even load.
-    without = "scheduler=None, " if manifest["teacher"].get("shift") is not None else ""
+    without = "scheduler=None, " if manifest["options"].get("shift") is not None else ""
     return (
         f"import torch\nfrom diffusers import {pipeline}, {scheduler}\n\n"
         f"pipe = {pipeline}.from_pretrained({_quoted(base)}, {commit}{without}torch_dtype=torch.float32)\n"
@@ -121,7 +121,7 @@ def _identifier(name: str) -> str:
 
 def model_card(manifest: dict[str, Any]) -> str:
     """README.md of an export: hub metadata, what it is, how it must be called."""
-    teacher, call = manifest["teacher"], manifest["call"]
+    teacher, guidance = manifest["teacher"], manifest["guidance"]
     relation = "adapter" if manifest["weights"] == "lora" else "finetune"
     on_hub = is_hub_id(teacher["pretrained"])  # local and bundled teachers have no page to link to
     header = [
@@ -129,10 +129,10 @@ def model_card(manifest: dict[str, Any]) -> str:
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
         *([f"base_model: {_quoted(teacher['pretrained'])}", f"base_model_relation: {relation}"] if on_hub else []),
-        "tags: [distillation, few-step, fastgen]" if call["guidance_scale"] == 1 else "tags: [fastgen]",
+        "tags: [distillation, few-step, fastgen]" if guidance == 1 else "tags: [fastgen]",
         "---",
     ]
-    guided = "without classifier-free guidance" if call["guidance_scale"] == 1 else f"with guidance {call['guidance_scale']}"
+    guided = "without classifier-free guidance" if guidance == 1 else f"with guidance {guidance}"
     version, method = manifest["versions"]["fastgen"], manifest["method"]
     what = f"Made by fastgen {version} with {_code(method)} from {_code(teacher['pretrained'])} (guidance {teacher['guidance']})."
     how = (

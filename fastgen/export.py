@@ -1,7 +1,7 @@
 """A student as an ordinary diffusers folder (or LoRA folder), and the proof that plain diffusers draws what we draw.
 
 The folder holds native classes only: the teacher's pipeline with the student's network and the scheduler whose grid the student
-was trained on. What a stock call must be passed stands in fastgen.json["call"] and in the model card.
+was trained on. What a stock call must be passed stands in fastgen.json["call"] and in the model card; in our own words it says the same beside that.
 
 A student of several experts fills both networks of a pipeline that has two and changes between them by itself. On any other pipeline,
 and for more experts than two, the pipeline holds the first and `expert_2/`, ... the others, and the call changes them between steps:
@@ -36,6 +36,7 @@ from fastgen.families.base import Family
 from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
 from fastgen.generator import check_student, open_student, read_manifest, teacher_source
+from fastgen.manifest import FORMAT
 from fastgen.portable import forget_origins, portable, source_name
 from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
@@ -53,7 +54,7 @@ class StudentInfo:
     steps: int
     grid: Sequence[float] | None  # explicit times; None for the scheduler's own
     guidance: float  # of the student's own sampling; 1 is none
-    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and where they are known shift, revision and sha256
+    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and where they are known revision and sha256
     prompts: Sequence[str]  # examples, for the card and for verification
     recipe: dict[str, Any]
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
@@ -241,12 +242,16 @@ def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Pa
 def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
     """more: what only some students have."""
     return {
-        "format": 2,
+        "format": FORMAT,
         "weights": weights,
         "dtype": dtype,
         "method": info.method,
         "steps": info.steps,
         "grid": family.grid(info.steps, info.grid).tolist(),
+        "explicit_grid": None if info.grid is None else list(info.grid),
+        "sampler": "euler",
+        "guidance": info.guidance,
+        "options": family.options,
         "own_steps_only": info.own_steps_only,
         "call": family.call_arguments(info.steps, info.guidance, info.grid) | _negative_prompt(info),
         "pipeline": family.pipeline_classes[0],

@@ -24,7 +24,7 @@ from fastgen.families import find_family, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
-from fastgen.manifest import Pipeline, Student
+from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, Student, upgraded
 from fastgen.portable import is_local, source_name
 from fastgen.sampling import Experts, Predict, few_step, walk
 from fastgen.yaml_files import read_yaml
@@ -166,12 +166,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{str(folder)!r} holds no fastgen.json, so it is not an exported student")
     manifest = records.read(path)
     version = manifest.get("format")
-    if version not in (1, 2):
-        raise UserError(f"{str(path)!r} has format {records.shown(version)}, this fastgen reads 1 and 2")
-    if version == 2:
+    if version not in range(1, FORMAT + 1) or isinstance(version, bool):
+        raise UserError(f"{str(path)!r} has format {records.shown(version)}, this fastgen reads 1 to {FORMAT}")
+    if version > 1:
         manifest = _as_exported(manifest, path)
     try:
-        return records.checked(manifest, Student)
+        if version < FORMAT:
+            records.checked(manifest, FormerStudent)
+        return records.checked(upgraded(manifest), Student)
     except ValueError as error:
         raise UserError(f"{str(path)!r}: {error}; export the student again") from error
 
@@ -251,23 +253,22 @@ def open_student(
     folder: Path, manifest: dict[str, Any], *, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
 ) -> ImageGenerator:
     """`load_student` for files that have been checked."""
-    call = manifest["call"]
-    is_lora = manifest["weights"] == "lora"
+    is_lora, options = manifest["weights"] == "lora", manifest["options"]
     if is_lora:
         source, revision = teacher_source(folder, manifest["teacher"], teacher_dir)
-        family = find_family(source, revision=revision, **_teacher_options(manifest))
-    else:
-        family = find_family(folder, **_size(call))
+        family = find_family(source, revision=revision, **options)
+    else:  # its own scheduler says the shift, and for a student on explicit times there is none
+        family = find_family(folder, **{key: value for key, value in options.items() if key != "shift"})
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
     load = _load_adapters if is_lora else _load_networks
     predictors = [Predictor(denoiser, family) for denoiser in load(family, folder, [expert["where"] for expert in experts], device)]
     return ImageGenerator(
         family,
         predictors[0] if len(predictors) == 1 else Experts(predictors, [expert["end"] for expert in experts]),
-        steps=call["num_inference_steps"],
-        guidance=call["guidance_scale"],
+        steps=manifest["steps"],
+        guidance=manifest["guidance"],
         negative_prompt=manifest["teacher"]["negative_prompt"],
-        grid=call.get("sigmas"),
+        grid=manifest["explicit_grid"],
         device=device,
         own_steps_only=manifest.get("own_steps_only", False),
         name=f"student {str(folder)!r}",
@@ -299,8 +300,8 @@ def _load_networks(family: Family, folder: Path, places: Sequence[str], device: 
 def load_teacher_of(
     student: str | Path, *, guidance: float | None = None, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
 ) -> ImageGenerator:
-    """The teacher that an exported student's fastgen.json names (`teacher_source`, unless it is in `teacher_dir`), with the student's
-    text length and size, and the shift where the recipe stated one; guidance: by default its own there."""
+    """The teacher that an exported student's fastgen.json names (`teacher_source`, unless it is in `teacher_dir`), with the options
+    that the student's was loaded with; guidance: by default its own there."""
     manifest = read_manifest(Path(student))
     recorded = manifest["teacher"]
     source, revision = teacher_source(Path(student), recorded, teacher_dir)
@@ -310,24 +311,14 @@ def load_teacher_of(
         negative_prompt=recorded["negative_prompt"],
         device=device,
         revision=revision,
-        **_teacher_options(manifest),
+        **manifest["options"],
     )
-
-
-def _size(call: dict[str, Any]) -> dict[str, Any]:
-    return {"max_sequence_length": call.get("max_sequence_length"), "resolution": call.get("height")}
-
-
-def _teacher_options(manifest: dict[str, Any]) -> dict[str, Any]:
-    """How the student's own teacher was loaded: the student's text length and size, and the shift where the recipe stated it, for its
-    scheduler may be unknown."""
-    return {**_size(manifest["call"]), "shift": manifest["teacher"].get("shift")}
 
 
 def cannot_teach(folder: Path) -> str | None:
     """Why a pipeline folder is no teacher, where its fastgen.json says that the pipeline's network is not all of a student, or not at all times."""
     path = folder / "fastgen.json"
-    manifest = records.read(path, Pipeline) if path.is_file() else {}
+    manifest = records.read(path, FormerPipeline) if path.is_file() else {}
     if "experts" in manifest:
         return "a student of several experts"
     return "a student of its own number of steps alone" if manifest.get("own_steps_only") else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
@@ -159,16 +160,24 @@ class Pipelined(Family):
     def _text_length(self, given: Mapping[str, Any]) -> int | None:
         if self.text_length is None:
             return None
-        length = given.get("max_sequence_length") or self.own_call.get("max_sequence_length", self.text_length)
+        length = given.get("max_sequence_length") or self._record.get("options", {}).get("max_sequence_length") or self.text_length
         if self.longest_text is not None and length > self.longest_text:
             raise UserError(f"recipe key teacher.max_sequence_length: {length}, but the pipeline takes at most {self.longest_text}")
         return length
 
     @property
     def own_call(self) -> dict[str, Any]:
+        told = {"num_inference_steps": self._record.get("steps"), "guidance_scale": self._record.get("guidance")}
+        return {**self.own, **{key: value for key, value in told.items() if value is not None}}
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        """The fastgen.json of a folder that is a student's, or that states its call."""
         path = self.folder / "fastgen.json" if self.folder else None
-        stored = of_teacher(path, manifest.Pipeline).get("call", {}) if path and path.is_file() else {}
-        return {**self.own, **stored}
+        if path is None or not path.is_file():
+            return {}
+        former = of_teacher(path).get("format", 1) in (1, 2)
+        return manifest.upgraded(of_teacher(path, manifest.FormerPipeline if former else manifest.Pipeline))
 
     def own_path(self) -> Path:
         """The path that the network was trained on."""

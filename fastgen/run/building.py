@@ -35,8 +35,7 @@ class Run:
 
     def info(self) -> StudentInfo:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
-        stated = ("shift",) if recipe.teacher.shift is not None else ()
-        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt", *stated)}
+        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt")}
         teacher["sha256"] = self.began.hashes.get(inputs.TEACHER)
         return StudentInfo(
             method=recipe.distiller.name,
