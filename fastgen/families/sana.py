@@ -31,12 +31,13 @@ class Sana(Pipelined):
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
-        return self._read(pipeline, prompts, instruction)
+        return self._read(pipeline, prompts, complex_human_instruction=instruction)
 
-    def _read(self, pipeline: Any, prompts: list[str], instruction: list[str] | None) -> Conditioning:
-        embeds, mask, _, _ = pipeline.encode_prompt(
-            prompts, False, max_sequence_length=self.max_sequence_length, complex_human_instruction=instruction
-        )
+    def encode_negative(self, text: str | None) -> Conditioning:
+        return self.by_encoders(lambda pipeline: self._read(pipeline, [text or ""]))
+
+    def _read(self, pipeline: Any, prompts: list[str], **instruction: Any) -> Conditioning:
+        embeds, mask, _, _ = pipeline.encode_prompt(prompts, False, max_sequence_length=self.max_sequence_length, **instruction)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:

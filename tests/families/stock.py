@@ -39,10 +39,13 @@ def drawn_by_stock(
     family: Family, pipeline: Any, prompts: Sequence[str] = PROMPTS, *, steps: int, guidance: float = 1.0, grid: Any = None, **more: Any
 ) -> Tensor:
     """Pixels (B, 3[, T], H, W) in [0, 1] of the documented call, one seed a prompt; more: of its arguments."""
-    pipeline.scheduler = family.export_scheduler(grid)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
     call = family.call_arguments(steps, guidance, grid) | more
-    pixels = pipeline(list(prompts), generator=generators, output_type="np", **call)[0]
+    own, pipeline.scheduler = pipeline.scheduler, family.export_scheduler(grid)
+    try:
+        pixels = pipeline(list(prompts), generator=generators, output_type="np", **call)[0]
+    finally:
+        pipeline.scheduler = own
     return torch.as_tensor(np.asarray(pixels)).movedim(-1, 1)
 
 

@@ -1,0 +1,95 @@
+"""The Wan family against the stock WanPipeline on random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stock
+import torch
+from diffusers import WanPipeline
+from tiny_wan import BOUNDARY, tiny_wan
+
+from fastgen.errors import UserError
+from fastgen.families import find_family
+from fastgen.families.wan import Wan
+
+OPTIONS: dict[str, Any] = {"size": [16, 16], "frames": 5, "max_sequence_length": 19}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return tiny_wan()
+
+
+@pytest.fixture(scope="module")
+def family(pipeline: Any) -> Wan:
+    return Wan(pipeline, **OPTIONS)
+
+
+def test_the_first_network_call_is_stocks(family: Wan, pipeline: Any) -> None:
+    told = stock.check_first_call(family, pipeline)
+    assert told["timestep"].tolist() == [1000.0, 1000.0]
+    text = told["encoder_hidden_states"]
+    assert text.shape == (2, 19, 28) and not text[0, 10:].any() and text[0, :10].all()  # nine characters and an end, then zeros
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "negative", "more"),
+    [(1, 1.0, None, {}), (2, 5.0, None, {"size": [32, 16]}), (4, 5.0, stock.NEGATIVE, {"frames": 9}), (3, 1.0, None, {"frames": 1, "size": [16, 32]})],
+)
+def test_videos_are_stocks(pipeline: Any, steps: int, guidance: float, negative: str | None, more: Any) -> None:
+    family = Wan(pipeline, **OPTIONS | more)
+    frames = more.get("frames", 5)
+    assert family.latent.shape == (6, (frames - 1) // 4 + 1, family.size[0] // 4, family.size[1] // 4)
+    videos = stock.check_pictures(family, pipeline, steps=steps, guidance=guidance, negative=negative)
+    assert videos.shape == (2, 3, frames, *family.size)
+
+
+def test_latents_are_normalised_by_channel(family: Wan, pipeline: Any) -> None:
+    stock.check_codec(family, pipeline)
+
+
+def test_what_the_plan_counts_with_is_what_there_is(family: Wan) -> None:
+    stock.check_shapes(family)
+    stock.check_time_features(family)
+
+
+def test_the_exact_tangent_is_that_of_finite_differences(family: Wan, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock.check_exact_tangent(family, monkeypatch)
+
+
+def test_prompts_are_cleaned_as_ftfy_cleans_them(family: Wan) -> None:
+    written, meant = (family.encode_prompts([text])["encoder_hidden_states"] for text in ("l&#39;homme  donâ€™t ", "l'homme don't"))
+    assert torch.equal(written, meant)
+
+
+def test_a_folder_is_found_and_its_parts_fit(pipeline: Any, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    found = find_family(tmp_path, **OPTIONS)
+    assert isinstance(found, Wan)
+    assert (found.shift, found.own_call) == (2.4, {"num_inference_steps": 50, "guidance_scale": 5.0})
+    assert found.load_backbone(meta=True).config["text_dim"] == 28
+    assert not found.has("transformer_2")
+    plain = Wan(pipeline, size=[480, 832])
+    assert plain.options == {"max_sequence_length": 512, "size": [480, 832], "frames": 81}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": [16, 24]}, r"teacher\.size: 24 is not a multiple of 16"),
+        ({"frames": 6}, r"teacher\.frames: 6 is not 1 more than a multiple of 4"),
+    ],
+)
+def test_what_the_call_would_change_is_refused(pipeline: Any, options: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"recipe key {said}"):
+        Wan(pipeline, **OPTIONS | options)
+
+
+def test_wan_22_has_a_second_network(tmp_path: Path) -> None:
+    two: Any = tiny_wan(two_networks=True)
+    two.save_pretrained(tmp_path)
+    assert WanPipeline.from_pretrained(tmp_path).config["boundary_ratio"] == BOUNDARY
+    assert find_family(tmp_path, **OPTIONS).has("transformer_2")
