@@ -241,6 +241,7 @@ def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Pa
 
 def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
     """more: what only some students have."""
+    negative = info.teacher["negative_prompt"] or None
     return {
         "format": FORMAT,
         "weights": weights,
@@ -253,7 +254,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "guidance": info.guidance,
         "options": family.options,
         "own_steps_only": info.own_steps_only,
-        "call": family.call_arguments(info.steps, info.guidance, info.grid) | _negative_prompt(info),
+        "call": family.call_arguments(info.steps, info.guidance, info.grid) | family.negative_arguments(negative, info.guidance),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher | {"pretrained": source_name(info.teacher["pretrained"])},
         **({"unfinished": info.unfinished} if info.unfinished else {}),
@@ -263,11 +264,6 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "sha256": file_hashes(folder, file_names(folder)),
         "recipe": portable(info.recipe),
     }
-
-
-def _negative_prompt(info: StudentInfo) -> dict[str, str]:
-    text = info.teacher["negative_prompt"]
-    return {"negative_prompt": text} if text and info.guidance > 1 else {}
 
 
 def _base(info: StudentInfo, scheduler: Any) -> dict[str, str]:

@@ -64,7 +64,10 @@ class ImageGenerator:
         self.family, self.steps, self.guidance, self.explicit_grid = family, steps, guidance, grid
         self.own_steps_only, self.name = own_steps_only, name
         self.device = torch.device(device)
-        self.predict = predict if guidance == 1 else guided(predict, guidance, self._encode([negative_prompt]))
+        self.predict = predict
+        if guidance != 1:
+            negative = conditioning.to(family.encode_negative(negative_prompt or None), self.device)
+            self.predict = guided(predict, guidance, negative, family.guidance_rule, family.guidance_kind)
         self._encoded: dict[str, Conditioning] = {}
         self._first: FirstStep | None = None
 

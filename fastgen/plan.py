@@ -96,6 +96,8 @@ class Plan:
             shift=family.shift,
             train_steps=self.recipe.train.steps,
             decode=decode,
+            rule=family.guidance_rule,
+            rule_kind=family.guidance_kind,
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -165,6 +167,7 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         started=started,
         images=recipe.data.images is not None,
         exported=family.exportable,
+        linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
     )
 

@@ -18,8 +18,22 @@ from fastgen.families import family_names
 PACKAGE = Path(fastgen.__file__).parent
 # Each layer may import itself and those before it.
 LAYERS = [
-    {"errors", "path", "timesteps", "conditioning", "rng", "sampling", "jvp", "config", "files", "fingerprints", "discovery", "legibility"}
-    | {"printing", "records", "manifest", "yaml_files", "static"},
+    {
+        "errors",
+        "path",
+        "timesteps",
+        "conditioning",
+        "rng",
+        "sampling",
+        "jvp",
+        "config",
+        "files",
+        "fingerprints",
+        "discovery",
+        "legibility",
+        "guidance",
+    }
+    | {"guidance", "printing", "records", "manifest", "yaml_files", "static"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards", "portable"},
     {"roles", "ema", "parallel"},
     {"distillers"},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
+from fastgen.guidance import linear
 from fastgen.legibility import Legibility
 from fastgen.path import Kind, Path
 
@@ -47,6 +48,8 @@ class Family(ABC):
     pixels_per_latent: int = 1  # spatial stride of the VAE
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
     time_projection: ClassVar[str | None] = None  # name of the time embedding's last nn.Linear, where scalar inputs are added; None: no place
+
+    guidance_kind: ClassVar[Kind | None] = None  # the prediction that `guidance_rule` acts on; None: any, for the rule commutes with conversions
 
     path: Path
     kind: Kind
@@ -120,6 +123,14 @@ class Family(ABC):
                 )
         return cond
 
+    def encode_negative(self, text: str | None) -> Conditioning:
+        """Conditioning (1, ...) of a negative prompt; None: what the pipeline takes where its call is given none."""
+        return self.encode_prompts([text or ""])
+
+    def guidance_rule(self, cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+        """The pipeline's classifier-free guidance of two predictions (B, *latent.shape); scale: one number, or one a sample (B,), 1 is none."""
+        return linear(cond, negative, scale)
+
     @abstractmethod
     def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
         """`encode_prompts` of one batch, as the encoders have it."""
@@ -160,7 +171,11 @@ class Family(ABC):
 
     @abstractmethod
     def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
-        """What a stock pipeline call must be passed, JSON-serialisable."""
+        """What a stock pipeline call must be passed, JSON-serialisable. guidance: classifier-free, 1 is none; grid: explicit path times."""
+
+    def negative_arguments(self, text: str | None, guidance: float) -> dict[str, Any]:
+        """And of the negative prompt; None: the pipeline's own."""
+        return {"negative_prompt": text} if text and guidance > 1 else {}
 
     @abstractmethod
     def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
