@@ -49,14 +49,21 @@ def drawn_by_stock(
     return torch.as_tensor(np.asarray(pixels)).movedim(-1, 1)
 
 
-def allowed(family: Family, steps: int) -> float:
-    """One step of an eps family amplifies rounding by 1/alpha at its first time."""
-    start = family.grid(steps)[:1]
-    return TOLERANCE / (family.path.coeffs(start)[0].item() if family.kind == "eps" else 1.0)
+def allowed(family: Family, steps: int, guidance: float) -> float:
+    """One step of an eps family amplifies rounding by 1/alpha at its first time, guidance w that of its two predictions by up to 2w - 1."""
+    alpha = family.path.coeffs(family.grid(steps)[:1])[0].item() if family.kind == "eps" else 1.0
+    return TOLERANCE * (2 * guidance - 1) / alpha
 
 
 def check_pictures(
-    family: Family, pipeline: Any, prompts: Sequence[str] = PROMPTS, *, steps: int, guidance: float = 1.0, negative: str | None = None, grid: Any = None
+    family: Family,
+    pipeline: Any,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    negative: str | None = None,
+    grid: Any = None,
 ) -> Tensor:
     """Ours are stock's. negative: None leaves it to stock's own default. Returns them, (B, 3[, T], H, W)."""
     told = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
@@ -64,7 +71,7 @@ def check_pictures(
     expected = drawn_by_stock(family, pipeline, prompts, steps=steps, guidance=guidance, grid=grid, **told)
     pictures = generator(family, steps, guidance, grid=grid, **given)(prompts, SEEDS[: len(prompts)])
     assert pictures.shape == expected.shape == (len(prompts), *family.picture_shape)
-    assert (pictures - expected).abs().max() <= allowed(family, steps)
+    assert (pictures - expected).abs().max() <= allowed(family, steps, guidance)
     assert pictures.std() > 0.01 and ((pictures > 0) & (pictures < 1)).float().mean() > 0.9
     return pictures
 

@@ -65,7 +65,8 @@ def test_a_folder_is_found_and_its_parts_fit(family: Sana, pipeline: Any, tmp_pa
     found = find_family(tmp_path, **OPTIONS)
     assert isinstance(found, Sana)
     assert (found.shift, found.size, found.latent.shape) == (family.shift, (32, 32), (6, 16, 16)) and found.shift == 2.6
-    assert found.load_backbone(meta=True).config["timestep_scale"] == 0.7
+    network: Any = found.load_backbone(meta=True)
+    assert network.config["timestep_scale"] == 0.7
     assert found.own_call == {"num_inference_steps": 20, "guidance_scale": 4.5}
 
 

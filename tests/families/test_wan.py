@@ -32,12 +32,17 @@ def test_the_first_network_call_is_stocks(family: Wan, pipeline: Any) -> None:
     told = stock.check_first_call(family, pipeline)
     assert told["timestep"].tolist() == [1000.0, 1000.0]
     text = told["encoder_hidden_states"]
-    assert text.shape == (2, 19, 28) and not text[0, 10:].any() and text[0, :10].all()  # nine characters and an end, then zeros
+    assert text.shape == (2, 19, 28) and not text[0, 11:].any() and text[0, :11].all()  # ten characters and an end, then zeros
 
 
 @pytest.mark.parametrize(
     ("steps", "guidance", "negative", "more"),
-    [(1, 1.0, None, {}), (2, 5.0, None, {"size": [32, 16]}), (4, 5.0, stock.NEGATIVE, {"frames": 9}), (3, 1.0, None, {"frames": 1, "size": [16, 32]})],
+    [
+        (1, 1.0, None, {}),
+        (2, 5.0, None, {"size": [32, 16]}),
+        (4, 5.0, stock.NEGATIVE, {"frames": 9}),
+        (3, 1.0, None, {"frames": 1, "size": [16, 32]}),
+    ],
 )
 def test_videos_are_stocks(pipeline: Any, steps: int, guidance: float, negative: str | None, more: Any) -> None:
     family = Wan(pipeline, **OPTIONS | more)
@@ -70,7 +75,8 @@ def test_a_folder_is_found_and_its_parts_fit(pipeline: Any, tmp_path: Path) -> N
     found = find_family(tmp_path, **OPTIONS)
     assert isinstance(found, Wan)
     assert (found.shift, found.own_call) == (2.4, {"num_inference_steps": 50, "guidance_scale": 5.0})
-    assert found.load_backbone(meta=True).config["text_dim"] == 28
+    network: Any = found.load_backbone(meta=True)
+    assert network.config["text_dim"] == 28
     assert not found.has("transformer_2")
     plain = Wan(pipeline, size=[480, 832])
     assert plain.options == {"max_sequence_length": 512, "size": [480, 832], "frames": 81}
