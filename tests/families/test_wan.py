@@ -8,12 +8,18 @@ from typing import Any
 import pytest
 import stock
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
+from pipelines import student_info, student_role
+from safetensors.torch import load_file
 from tiny_wan import BOUNDARY, tiny_wan
 
+from fastgen import load_teacher
+from fastgen.config import Recipe
 from fastgen.errors import UserError
+from fastgen.export import export_student
 from fastgen.families import find_family
 from fastgen.families.wan import Wan
+from fastgen.plan import plan
 
 OPTIONS: dict[str, Any] = {"size": [16, 16], "frames": 5, "max_sequence_length": 19}
 
@@ -99,3 +105,35 @@ def test_wan_22_has_a_second_network(tmp_path: Path) -> None:
     two.save_pretrained(tmp_path)
     assert WanPipeline.from_pretrained(tmp_path).config["boundary_ratio"] == BOUNDARY
     assert find_family(tmp_path, **OPTIONS).has("transformer_2")
+
+
+def test_a_pipeline_of_two_networks_cannot_teach_yet(tmp_path: Path) -> None:
+    two = tiny_wan(two_networks=True)
+    with pytest.raises(UserError, match=r"^the live WanPipeline is a pipeline of two networks, transformer and transformer_2, which cannot teach yet"):
+        load_teacher(two, **OPTIONS)
+    two.save_pretrained(tmp_path)
+    recipe = Recipe.load(
+        "digits_dmd2_1step", [f"teacher.pretrained={tmp_path}", "teacher.size=[16, 16]", "teacher.frames=5", "evaluate.protocol=null"]
+    )
+    with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: .* is a pipeline of two networks, .* which cannot teach yet"):
+        plan(recipe)
+
+
+def test_explicit_times_are_refused_by_their_key(family: Wan) -> None:
+    with pytest.raises(UserError, match=r"recipe key student\.grid: WanPipeline is called without times of its own"):
+        family.grid(2, [1.0, 0.5])
+
+
+def test_a_network_with_a_time_for_every_token_draws_the_same(pipeline: Any) -> None:
+    """Wan 2.2's 5B: the pipeline gives each token the same time, which is the time of the sample."""
+    tokens = WanPipeline(**pipeline.components, expand_timesteps=True)
+    tokens.set_progress_bar_config(disable=True)
+    stock.check_pictures(Wan(tokens, **OPTIONS), tokens, steps=2, guidance=5.0)
+
+
+def test_half_precision_keeps_in_fp32_what_diffusers_keeps(family: Wan, tmp_path: Path) -> None:
+    folder = export_student(student_role(family), family, student_info("wan"), tmp_path / "student", dtype="bf16")
+    written = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    loaded: Any = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in written.items()} == {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32, torch.bfloat16}
