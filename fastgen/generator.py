@@ -253,9 +253,14 @@ def load_student(folder: str | Path, *, device: torch.device | str = "cpu", teac
 
 
 def open_student(
-    folder: Path, manifest: dict[str, Any], *, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
+    folder: Path,
+    manifest: dict[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    teacher_dir: str | Path | None = None,
 ) -> ImageGenerator:
-    """`load_student` for files that have been checked."""
+    """`load_student` for files that have been checked; dtype: of the networks."""
     is_lora, options = manifest["weights"] == "lora", manifest["options"]
     if is_lora:
         source, revision = teacher_source(folder, manifest["teacher"], teacher_dir)
@@ -264,7 +269,8 @@ def open_student(
         family = find_family(folder, **{key: value for key, value in options.items() if key != "shift"})
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
     load = _load_adapters if is_lora else _load_networks
-    predictors = [Predictor(denoiser, family) for denoiser in load(family, folder, [expert["where"] for expert in experts], device)]
+    denoisers = load(family, folder, [expert["where"] for expert in experts])
+    predictors = [Predictor(denoiser.to(dtype).to(device), family) for denoiser in denoisers]
     return ImageGenerator(
         family,
         predictors[0] if len(predictors) == 1 else Experts(predictors, [expert["end"] for expert in experts]),
@@ -278,7 +284,7 @@ def open_student(
     )
 
 
-def _load_adapters(family: Family, folder: Path, places: Sequence[str], device: torch.device | str) -> list[Denoiser]:
+def _load_adapters(family: Family, folder: Path, places: Sequence[str]) -> list[Denoiser]:
     """The adapters in `places` below `folder`, on one network."""
     backbone: Any = family.load_backbone()
     names = [place or "student" for place in places]
@@ -286,18 +292,17 @@ def _load_adapters(family: Family, folder: Path, places: Sequence[str], device: 
         with loading(folder / place / ADAPTER_FILE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one network are meant
             backbone.load_lora_adapter(folder / place, prefix=family.component, weight_name=ADAPTER_FILE, adapter_name=name)
-    backbone.to(device)
     return [Denoiser(backbone, family, adapter=name) for name in names]
 
 
-def _load_networks(family: Family, folder: Path, places: Sequence[str], device: torch.device | str) -> list[Denoiser]:
+def _load_networks(family: Family, folder: Path, places: Sequence[str]) -> list[Denoiser]:
     """The pipeline's own network, and those in the other `places` below `folder`."""
     first: Any = family.load_backbone()
     networks = [first]
     for place in places[1:]:
         with loading(folder / place):
             networks.append(type(first).from_pretrained(folder, subfolder=place, use_safetensors=True).float().eval())
-    return [Denoiser(network.to(device), family) for network in networks]
+    return [Denoiser(network, family) for network in networks]
 
 
 def load_teacher_of(

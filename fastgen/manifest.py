@@ -1,8 +1,9 @@
 """What fastgen.json must hold: the record of an exported student, or of the teacher that comes with fastgen, which is one.
 
 It says what a student is in our own words: `steps`, `guidance` (classifier-free guidance n + w (c - n)), `explicit_grid` (path times),
-`sampler` and `options` (those of its family). `call` is what its pipeline's own call must be passed, in that pipeline's argument names, and is
-never read back: the same name means another thing in the next pipeline. Formats 1 and 2 said some of it there alone; `upgraded` reads it.
+`sampler` and `options` (those of its family). `inputs` (for `prompts`) and `call` are what its pipeline's own call must be
+passed, in that pipeline's argument names, and are never read back: the same name means another thing in the next pipeline. Formats 1 and 2
+said some of it there alone; `upgraded` reads it.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Exported(_Record):
     explicit_grid: list[Time] | None
     sampler: Sampler
     options: Options
+    inputs: dict[str, list[Any] | int]
     call: dict[str, Any]
 
 
@@ -142,4 +144,5 @@ def upgraded(record: dict[str, Any]) -> dict[str, Any]:
         "options": {key: value for key, value in options.items() if value is not None},
         "explicit_grid": call.get("sigmas"),
         "sampler": "euler",
+        "inputs": {"prompt": record.get("prompts", [])},
     }

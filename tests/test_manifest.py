@@ -79,7 +79,7 @@ def test_former_formats_are_read_in_the_same_words(student: Path, original: Path
 
 def test_a_former_record_of_squares_and_no_stated_shift() -> None:
     record = {"format": 2, "call": {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 8}, "teacher": {"shift": None}}
-    words = {"steps": 4, "guidance": 1.0, "options": {"size": [8, 8]}, "explicit_grid": None, "sampler": "euler"}
+    words = {"steps": 4, "guidance": 1.0, "options": {"size": [8, 8]}, "explicit_grid": None, "sampler": "euler", "inputs": {"prompt": []}}
     assert upgraded(record) == record | words
 
 

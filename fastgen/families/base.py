@@ -169,6 +169,20 @@ class Family(ABC):
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
         """Path times (N,) fp64 that `export_scheduler` steps on when the stock pipeline is called with `call_arguments`."""
 
+    def path_times(self, timesteps: Tensor, sigmas: Tensor) -> Tensor:
+        """Path times (N,) fp64 of a stock scheduler's own record of the steps it has taken: its `timesteps` (N,) and `sigmas`, those of Flow
+        with the end, or (0,) where it keeps none."""
+        return sigmas[:-1].double()
+
+    def call_inputs(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What a stock call is given of prompts, JSON-serialisable: texts, labels or nothing, by the names of its arguments."""
+        return {"prompt": list(prompts)}
+
+    def amplification(self, t: float) -> float:
+        """How much larger than its own a rounding error of the network's prediction at path time t is in x0: 1/alpha of an eps prediction."""
+        alpha, _ = self.path.coeffs(torch.tensor([t], dtype=torch.float64))
+        return 1 / alpha.item() if self.kind == "eps" else 1.0
+
     @abstractmethod
     def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
         """What a stock pipeline call must be passed, JSON-serialisable. guidance: classifier-free, 1 is none; grid: explicit path times."""
