@@ -127,6 +127,17 @@ def test_forward_mode_is_the_derivative() -> None:
                 assert (tangent - difference).abs().max() <= 2e-5 * difference.abs().max().clamp(min=1)
 
 
+def test_forward_mode_through_other_paths() -> None:
+    x = normal(2, 2)
+    for path in (SD_PATH, NOISE_PATH):
+        t = torch.tensor([0.3123, 0.99967], dtype=torch.float64, requires_grad=True)
+        there = path.retime(x, t, TrigFlow())[1].detach().requires_grad_()
+        for start, end, time in ((path, TrigFlow(), t), (TrigFlow(), path, there)):
+            assert torch.autograd.gradcheck(
+                lambda u, start=start, end=end: start.retime(x, u, end), (time,), eps=1e-7, atol=1e-4, rtol=1e-4, check_forward_ad=True
+            )
+
+
 def test_steps_are_whole_where_a_time_rounds_to_one() -> None:
     for path in (SD_PATH, CASES["900 steps"][0]):
         for dtype in (torch.float32, torch.float64):
@@ -226,6 +237,10 @@ def test_a_table_made_in_inference_mode_serves_training() -> None:
     t = torch.tensor([0.31], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(path.coeffs(t)[0].sum(), t)
     torch.testing.assert_close(slope, path.velocity_coeffs(t)[0])
+    ratio = path.ratio(t).detach().requires_grad_()
+    (inverse,) = torch.autograd.grad(path.time(ratio).sum(), ratio)
+    (forth,) = torch.autograd.grad(path.ratio(t).sum(), t)
+    torch.testing.assert_close(inverse * forth, torch.ones_like(t))
 
 
 @pytest.mark.parametrize("betas", [[], [0.1, 0.0], [0.1, 1.2], [1.0, 0.1], [0.1, math.nan], [-0.1, 0.1], [0.1, 1e-9], [0.999] * 20])

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
 from fastgen.conditioning import Conditioning
@@ -107,11 +107,17 @@ def test_the_trailing_solver_is_euler(name: str, kind: Kind) -> None:
 
 
 def test_its_precision_is_what_the_table_says() -> None:
-    exact = Exact(SD, "eps")
+    exact, euler = Exact(SD, "eps"), {}
     for num_steps in range(1, 9):
+        times = trailing_times(SD, num_steps)
         _, picture = drawn(trailing_solver(SD, "eps"), exact, num_inference_steps=num_steps)
-        assert distance(picture, ours(exact, trailing_times(SD, num_steps), "euler")) <= 5e-6
-    for num_steps, least, most in ((4, 0, 1e-5), (6, 0.01, 1)):  # why it is not DDIM
+        assert distance(picture, ours(exact, times, "euler")) <= 5e-6
+        _, picture = drawn(EulerDiscreteScheduler(**beta_options(SD), timestep_spacing="trailing"), exact, num_inference_steps=num_steps)
+        euler[num_steps] = distance(picture, ours(exact, times, "euler"))
+        _, picture = drawn(consistency_sampler(SD, "eps", num_steps), exact, num_inference_steps=num_steps)
+        assert distance(picture, ours(exact, consistency_times(SD, num_steps), "stochastic")) <= 5e-6
+    assert min(euler.values()) > 1e-4 and 1e-3 < max(euler.values()) < 4e-3
+    for num_steps, least, most in ((4, 0, 5e-6), (6, 0.01, 1)):  # why it is not DDIM
         stock = DDIMScheduler(**beta_options(SD), clip_sample=False, timestep_spacing="trailing")
         _, picture = drawn(stock, exact, num_inference_steps=num_steps)
         assert least <= distance(picture, ours(exact, trailing_times(SD, num_steps), "euler")) <= most
