@@ -200,6 +200,8 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
 def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, method: str, key: str = "--lora") -> None:
     """UserError where adapters alone cannot hold a student of these roles. tuned: whether they have adapters; key: what asks for them."""
     way_on = "export it without --lora" if key == "--lora" else "`export.weights: full` merges it"
+    if not family.loads_lora:
+        raise UserError(f"{key}: {family.pipeline_classes[0]} loads no LoRA files; {way_on}")
     if not tuned:
         raise UserError(f"{key}: a student trained with student.tune: full has no adapter; {way_on.replace('merges it', 'exports it whole')}")
     for inputs in (spec.inputs for spec in students if spec.inputs):

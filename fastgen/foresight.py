@@ -16,6 +16,12 @@ from fastgen.families.base import Family
 _TIMES = 1000  # diffusers tells steps apart by 1000 t, in fp32
 
 
+def check_explicit(recipe: Recipe, family: Family) -> None:
+    """UserError for explicit times where the pipeline's call takes none."""
+    if recipe.student.grid != "auto" and family.exportable and not family.takes_times:
+        raise UserError(f"recipe key student.grid: the call of {family.pipeline_classes[0]} takes no explicit times; remove it, or use auto")
+
+
 def check_grid(recipe: Recipe, family: Family) -> None:
     """UserError for a sampling grid that the exported scheduler cannot step on: it has other times, or two that are one when they are rounded."""
     student = recipe.student

@@ -126,6 +126,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     _check_teacher(recipe, family)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
+    foresight.check_explicit(recipe, family)
     method.check(config, _facts(recipe, family, started=started))
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))

@@ -47,7 +47,11 @@ def find_family(source: Any, name: str = "auto", *, revision: str | None = None,
 def _family_of(pipeline_class: str) -> str:
     by_class = {cls: name for name in family_names() for cls in family_class(name).pipeline_classes}
     if pipeline_class not in by_class:
-        raise UserError(f"recipe key teacher.pretrained: no family for pipeline class {pipeline_class!r}; supported: {', '.join(sorted(by_class))}")
+        raise UserError(
+            f"recipe key teacher.pretrained: no family for pipeline class {pipeline_class!r}; supported: {', '.join(sorted(by_class))}. A new family is one "
+            "file that states the pipeline's and its network's class, path and prediction, how the network is called, how prompts are encoded and "
+            "in which shapes, and where blocks and adapters are: see fastgen/families/README.md"
+        )
     return by_class[pipeline_class]
 
 

@@ -45,6 +45,7 @@ class Family(ABC):
     # The attribute of a second network, to which the pipeline itself gives the times below its `boundary_ratio`, a share of the path's range.
     second_component: ClassVar[str | None] = None
     lora_targets: ClassVar[tuple[str, ...]] = ()
+    loads_lora: ClassVar[bool] = True  # whether the pipeline saves and loads LoRA files
     pixels_per_latent: int = 1  # spatial stride of the VAE
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
     time_projection: ClassVar[str | None] = None  # name of the time embedding's last nn.Linear, where scalar inputs are added; None: no place
@@ -69,6 +70,11 @@ class Family(ABC):
         """(3, H, W) or (3, T, H, W) of what `decode` makes of one sample; of vectors, which are no pictures, their own."""
         *frames, height, width = self.latent.size or (0, 0)
         return (3, *frames, height * self.pixels_per_latent, width * self.pixels_per_latent) if self.latent.size else self.latent.shape
+
+    @property
+    def takes_times(self) -> bool:
+        """Whether the pipeline's call takes explicit times."""
+        return True
 
     @property
     @abstractmethod

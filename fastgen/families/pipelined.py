@@ -190,6 +190,10 @@ class Pipelined(Family):
             self._shift = schedules.teacher_shift(self.source.place, tokens, self.mu) if isinstance(self.path, Flow) else 1.0
         return self._shift
 
+    @property
+    def takes_times(self) -> bool:
+        return self.grid_argument is not None
+
     def has(self, component: str) -> bool:
         return self.source.has(component)
 
