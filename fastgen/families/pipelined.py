@@ -301,8 +301,6 @@ class Pipelined(Family):
         return FlowMapEulerDiscreteScheduler(shift=self.shift if grid is None else 1.0)
 
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
-        if grid is not None and self.grid_argument is None:
-            raise UserError(f"recipe key student.grid: {self.pipeline_classes[0]} is called without times of its own; remove it, or say auto")
         scheduler = self.export_scheduler(grid)
         scheduler.set_timesteps(**({"num_inference_steps": steps} if grid is None else {"sigmas": list(grid)}))
         return scheduler.sigmas[:-1].double()
