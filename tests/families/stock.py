@@ -43,16 +43,15 @@ def drawn_by_stock(
     call = family.call_arguments(steps, guidance, grid) | more
     own, pipeline.scheduler = pipeline.scheduler, family.export_scheduler(grid)
     try:
-        pixels = pipeline(list(prompts), generator=generators, output_type="np", **call)[0]
+        pixels = pipeline(**family.call_inputs(prompts), generator=generators, output_type="np", **call)[0]
     finally:
         pipeline.scheduler = own
     return torch.as_tensor(np.asarray(pixels)).movedim(-1, 1)
 
 
 def allowed(family: Family, steps: int, guidance: float) -> float:
-    """One step of an eps family amplifies rounding by 1/alpha at its first time, guidance w that of its two predictions by up to 2w - 1."""
-    alpha = family.path.coeffs(family.grid(steps)[:1])[0].item() if family.kind == "eps" else 1.0
-    return TOLERANCE * (2 * guidance - 1) / alpha
+    """Rounding of the network as it is in pixels: guidance w multiplies that of its two predictions by up to 2w - 1."""
+    return TOLERANCE * (2 * guidance - 1) * family.amplification(family.grid(steps)[0].item())
 
 
 def check_pictures(
@@ -66,7 +65,7 @@ def check_pictures(
     grid: Any = None,
 ) -> Tensor:
     """Ours are stock's. negative: None leaves it to stock's own default. Returns them, (B, 3[, T], H, W)."""
-    told = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
+    told = family.negative_arguments(negative, guidance)
     given = {} if negative is None else {"negative_prompt": negative}
     expected = drawn_by_stock(family, pipeline, prompts, steps=steps, guidance=guidance, grid=grid, **told)
     pictures = generator(family, steps, guidance, grid=grid, **given)(prompts, SEEDS[: len(prompts)])
@@ -82,7 +81,7 @@ def calls_of(network: torch.nn.Module, draw: Callable[[], Any]) -> list[tuple[di
     signature = inspect.signature(network.forward)
 
     def note(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
+        output = output if isinstance(output, Tensor) else output[0]
         calls.append((dict(signature.bind(*args, **kwargs).arguments), output))
 
     handle = network.register_forward_hook(note, with_kwargs=True)
@@ -109,6 +108,7 @@ def check_first_call(family: Family, pipeline: Any, prompts: Sequence[str] = PRO
 def _same(ours: Any, theirs: Any) -> bool:
     """Equal tensors, however deep; what only says that there is nothing counts as nothing."""
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        theirs = theirs if theirs.ndim else theirs.expand(ours.shape)  # a UNet's time, one for the whole batch
         return ours.shape == theirs.shape and bool((ours == theirs).all())
     if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))

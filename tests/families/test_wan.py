@@ -109,19 +109,26 @@ def test_wan_22_has_a_second_network(tmp_path: Path) -> None:
 
 def test_a_pipeline_of_two_networks_cannot_teach_yet(tmp_path: Path) -> None:
     two = tiny_wan(two_networks=True)
-    with pytest.raises(UserError, match=r"^the live WanPipeline is a pipeline of two networks, transformer and transformer_2, which cannot teach yet"):
+    with pytest.raises(
+        UserError, match=r"^the live WanPipeline is a pipeline of two networks, transformer and transformer_2, which cannot teach yet"
+    ):
         load_teacher(two, **OPTIONS)
     two.save_pretrained(tmp_path)
-    recipe = Recipe.load(
-        "digits_dmd2_1step", [f"teacher.pretrained={tmp_path}", "teacher.size=[16, 16]", "teacher.frames=5", "evaluate.protocol=null"]
-    )
     with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: .* is a pipeline of two networks, .* which cannot teach yet"):
-        plan(recipe)
+        plan(recipe(tmp_path))
 
 
-def test_explicit_times_are_refused_by_their_key(family: Wan) -> None:
-    with pytest.raises(UserError, match=r"recipe key student\.grid: WanPipeline is called without times of its own"):
-        family.grid(2, [1.0, 0.5])
+def recipe(teacher: Path, *overrides: str, name: str = "digits_dmd2_1step") -> Recipe:
+    here = [f"teacher.pretrained={teacher}", "teacher.size=[16, 16]", "teacher.frames=5", "teacher.max_sequence_length=19"]
+    return Recipe.load(name, [*here, "evaluate.protocol=null", *overrides])
+
+
+def test_what_videos_have_not_is_refused_by_its_key(pipeline: Any, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^recipe key student\.grid: the call of WanPipeline takes no explicit times"):
+        plan(recipe(tmp_path, "student.grid=[0.9]"))
+    with pytest.raises(UserError, match=r"^recipe key data\.images: the teacher makes videos, and fastgen does not read videos yet"):
+        plan(recipe(tmp_path, name="digits_lcm_2step"))
 
 
 def test_a_network_with_a_time_for_every_token_draws_the_same(pipeline: Any) -> None:
