@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
@@ -250,12 +250,16 @@ class Pipelined(Family):
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of one prompt's part of what `encode` gives, from configurations."""
 
-    @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
+        return self.by_encoders(lambda pipeline: self.encode(pipeline, list(prompts)))
+
+    @torch.no_grad()
+    def by_encoders(self, encode: Callable[[Any], Conditioning]) -> Conditioning:
+        """What the pipeline with its encoders gives, fp32 or integers, on the CPU; they load on first use."""
         if self._encoders is None:
             self._encoders = self.source.live or self.source.pipeline(without=(self.component, "vae", *self.after_drawing))
         with self.source.reading():
-            cond = self.encode(self._encoders, list(prompts))
+            cond = encode(self._encoders)
         return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}
 
     def meta_conditioning(self, count: int) -> Conditioning:
