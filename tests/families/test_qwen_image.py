@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import stock
 import torch
-from cells import check_cell, in_full_or_adapters
 from tiny_qwen import tiny_qwen
 
 from fastgen.errors import UserError
@@ -103,10 +102,3 @@ def test_a_saved_folder_draws_the_same(pipeline: Any, family: Family, tmp_path: 
 def test_what_the_pipeline_cannot_do_is_refused_by_its_key(pipeline: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^recipe key {said}"):
         find_family(pipeline, **OPTIONS | options)
-
-
-@in_full_or_adapters("tbcm", lora=False)
-def test_methods_train_export_and_draw_what_stock_draws(pipeline: Any, tmp_path: Path, method: str, lora: bool) -> None:
-    pipeline.save_pretrained(tmp_path / "teacher")
-    square: dict[str, Any] = OPTIONS | {"size": [32, 32]}
-    check_cell(tmp_path / "teacher", method, tmp_path, lora=lora, **square)
