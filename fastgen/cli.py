@@ -111,13 +111,22 @@ def export(
 
 
 @app.command()
-def verify(student_dir: StudentDir, teacher_dir: TeacherDir = None) -> None:
+def verify(
+    student_dir: StudentDir,
+    teacher_dir: TeacherDir = None,
+    device: Annotated[str, typer.Option(help="Where both draw: auto, cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="In which precision: fp32, or fp16 or bf16, which show only gross mistakes.")] = "fp32",
+) -> None:
     """Reload the student in plain diffusers, without fastgen, and compare its grid and pictures with ours."""
     from fastgen import export as exports
     from fastgen import run, terminal
+    from fastgen.parallel import choose_device
 
+    if dtype not in exports.DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is no precision; allowed: {', '.join(exports.DTYPES)}")
+    place = choose_device(device, "--device")
     terminal.quiet()
-    result = exports.verify(student_dir, teacher_dir=teacher_dir)
+    result = exports.verify(student_dir, teacher_dir=teacher_dir, device=place, dtype=dtype)
     run.require_verified(result, student_dir)
     terminal.note(f"verified: {result.pictures} pictures differ by at most {result.picture_error:.1e}, the grid by {result.grid_error:.1e}")
 

@@ -16,6 +16,12 @@ from fastgen.families.base import Family
 _TIMES = 1000  # diffusers tells steps apart by 1000 t, in fp32
 
 
+def check_explicit(recipe: Recipe, family: Family) -> None:
+    """UserError for explicit times where the pipeline's call takes none."""
+    if recipe.student.grid != "auto" and family.exportable and not family.takes_times:
+        raise UserError(f"recipe key student.grid: the call of {family.pipeline_classes[0]} takes no explicit times; remove it, or use auto")
+
+
 def check_grid(recipe: Recipe, family: Family) -> None:
     """UserError for a sampling grid that the exported scheduler cannot step on: it has other times, or two that are one when they are rounded."""
     student = recipe.student
@@ -34,7 +40,10 @@ def _agree(times: Tensor, given: Tensor) -> bool:
 
 
 def check_images(images: CaptionedImages | None, family: Family) -> None:
-    """UserError for images that come as tensors of another width than the teacher's."""
+    """UserError for images where the teacher makes videos, and for those that come as tensors of another width than the teacher's."""
+    if images is not None and len(family.latent.size) > 2:
+        how = "distillers that train on prompts are dmd2, tbcm, and scm and rcm with distiller.points: teacher_trajectory"
+        raise UserError(f"recipe key data.images: the teacher makes videos, and fastgen does not read videos yet; {how}")
     if images is not None and family.latent.size:
         images.check_width(family.picture_shape[-1])
 

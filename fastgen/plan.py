@@ -25,12 +25,12 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import expanded, reading
-from fastgen.generator import cannot_teach, check_if_exported
+from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
-_OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.shift", "student.steps", "student.grid")
+_OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.embedded_guidance", "teacher.shift", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -96,6 +96,8 @@ class Plan:
             shift=family.shift,
             train_steps=self.recipe.train.steps,
             decode=decode,
+            rule=family.guidance_rule,
+            rule_kind=family.guidance_kind,
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -124,6 +126,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     _check_teacher(recipe, family)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
+    foresight.check_explicit(recipe, family)
     method.check(config, _facts(recipe, family, started=started))
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
@@ -165,6 +168,7 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         started=started,
         images=recipe.data.images is not None,
         exported=family.exportable,
+        linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
     )
 
@@ -239,12 +243,12 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
 
 
 def _check_teacher(recipe: Recipe, family: Family) -> None:
-    """Refuse a student of several experts, of which only the first would be taken, one that is right at its own times alone, and one whose
-    files are not those that were exported."""
+    """Refuse a student of several experts, or another pipeline of two networks, of which only the first would be taken; a student that is
+    right at its own times alone; and one whose files are not those that were exported."""
     if not family.exportable:
         return
     folder = resolve_source(recipe.teacher.pretrained, recipe.teacher.revision)
-    if reason := cannot_teach(folder):
+    if reason := cannot_teach(folder) or in_two_parts(family):
         raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} is {reason}, which cannot teach yet")
     check_if_exported(folder)
 

@@ -13,12 +13,17 @@ from fastgen.families.components import check_sizes, read_index
 from fastgen.files import expanded
 from fastgen.fingerprints import file_names, folder_hash, known_hash
 
+# Modules that are no family.
+_SHARED = (
+    *("base", "betas", "codec", "complete", "components", "discrete", "fitting", "packing", "pipelined", "schedules", "source"),
+    *("stock_samplers", "unet", "weights"),
+)
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
 
 
 def family_names() -> list[str]:
     """Names that `teacher.family` accepts beside `auto`."""
-    return module_names(__name__, shared=("base", "complete", "components", "schedules", "weights"))
+    return module_names(__name__, shared=_SHARED)
 
 
 def family_class(name: str) -> type[Family]:
@@ -45,7 +50,11 @@ def find_family(source: Any, name: str = "auto", *, revision: str | None = None,
 def _family_of(pipeline_class: str) -> str:
     by_class = {cls: name for name in family_names() for cls in family_class(name).pipeline_classes}
     if pipeline_class not in by_class:
-        raise UserError(f"recipe key teacher.pretrained: no family for pipeline class {pipeline_class!r}; supported: {', '.join(sorted(by_class))}")
+        raise UserError(
+            f"recipe key teacher.pretrained: no family for pipeline class {pipeline_class!r}; supported: {', '.join(sorted(by_class))}. A new family is one "
+            "file that states the pipeline's and its network's class, path and prediction, how the network is called, how prompts are encoded and "
+            "in which shapes, and where blocks and adapters are: see fastgen/families/README.md"
+        )
     return by_class[pipeline_class]
 
 
