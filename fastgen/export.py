@@ -157,8 +157,16 @@ def _converted(pipeline: Any, dtype: torch.dtype) -> Any:
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module itself where it is in `dtype` already, else a copy."""
-    return copy.deepcopy(module).to(dtype) if any(p.dtype != dtype for p in module.parameters()) else module
+    """The module itself where it is in `dtype` already, else a copy. What diffusers loads in fp32 in any case is fp32 here too."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if type(module).__module__.startswith("diffusers.") else set()
+    wanted = {name: torch.float32 if kept & set(name.split(".")) else dtype for name, _ in module.named_parameters()}
+    if all(parameter.dtype == wanted[name] for name, parameter in module.named_parameters()):
+        return module
+    changed = copy.deepcopy(module)
+    for name, tensor in [*changed.named_parameters(), *changed.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted.get(name, dtype))
+    return changed
 
 
 def _load_encoders_as_fp32(folder: Path) -> None:
@@ -346,7 +354,9 @@ def _plain_diffusers(
     folder: Path, manifest: dict[str, Any], job: dict[str, Any], place: str, teacher_dir: str | Path | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures, timesteps and sigmas of the stock pipeline. job: what it is given; place: code that moves it."""
-    drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"')
+    # One for each prompt: StableDiffusionPipeline takes no text beside a list.
+    told = {key: f"[{value!r}] * len(generators)" for key, value in manifest["call"].items() if key.startswith("negative_prompt")}
+    drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"', **told)
     teacher = _teacher_folder(folder, manifest, teacher_dir) if manifest["weights"] == "lora" else ""
     program = f"{card.loading(manifest, str(folder.resolve()), teacher)}{place}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}[0]\n"
     with tempfile.TemporaryDirectory() as scratch:

@@ -332,6 +332,12 @@ def cannot_teach(folder: Path) -> str | None:
     return "a student of its own number of steps alone" if manifest.get("own_steps_only") else None
 
 
+def in_two_parts(family: Family) -> str | None:
+    """Why a pipeline is no teacher that gives the times of sampling to two networks, such as Wan 2.2: either would teach times it does not serve."""
+    second = family.second_component
+    return f"a pipeline of two networks, {family.component} and {second}" if second is not None and family.has(second) else None
+
+
 def load_teacher(
     source: Any,
     *,
@@ -347,6 +353,8 @@ def load_teacher(
     if isinstance(source, (str, Path)) and (reason := cannot_teach(expanded(source))):
         raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
     found = find_family(source, family, **options)
+    if reason := in_two_parts(found):
+        raise UserError(f"{_named(source)} is {reason}, which cannot teach yet")
     if found.exportable and isinstance(source, (str, Path)):
         check_if_exported(resolve_source(source, options.get("revision")))
     return ImageGenerator(
@@ -356,5 +364,9 @@ def load_teacher(
         guidance=found.own_call["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative_prompt,
         device=device,
-        name=f"teacher {str(source)!r}" if isinstance(source, (str, Path)) else f"the live {type(source).__name__}",
+        name=f"teacher {_named(source)}" if isinstance(source, (str, Path)) else _named(source),
     )
+
+
+def _named(source: Any) -> str:
+    return repr(str(source)) if isinstance(source, (str, Path)) else f"the live {type(source).__name__}"

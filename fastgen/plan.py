@@ -25,7 +25,7 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import expanded, reading
-from fastgen.generator import cannot_teach, check_if_exported
+from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
@@ -243,12 +243,12 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
 
 
 def _check_teacher(recipe: Recipe, family: Family) -> None:
-    """Refuse a student of several experts, of which only the first would be taken, one that is right at its own times alone, and one whose
-    files are not those that were exported."""
+    """Refuse a student of several experts, or another pipeline of two networks, of which only the first would be taken; a student that is
+    right at its own times alone; and one whose files are not those that were exported."""
     if not family.exportable:
         return
     folder = resolve_source(recipe.teacher.pretrained, recipe.teacher.revision)
-    if reason := cannot_teach(folder):
+    if reason := cannot_teach(folder) or in_two_parts(family):
         raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} is {reason}, which cannot teach yet")
     check_if_exported(folder)
 

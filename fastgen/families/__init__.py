@@ -14,7 +14,11 @@ from fastgen.families.components import check_sizes, read_index
 from fastgen.files import expanded
 from fastgen.fingerprints import file_names, folder_hash, known_hash
 
-_SHARED = ("base", "codec", "complete", "components", "fitting", "pipelined", "schedules", "source", "weights")  # modules that are no family
+# Modules that are no family.
+_SHARED = (
+    *("base", "betas", "codec", "complete", "components", "discrete", "fitting", "packing", "pipelined", "schedules", "source"),
+    *("stock_samplers", "unet", "weights"),
+)
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
 
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from fastgen.errors import UserError
 from fastgen.families.complete import variants
 from fastgen.families.components import Component, read_component, read_index
 from fastgen.files import loading
+
+# What diffusers itself makes of the class that older folders name, by the network's kind of norm.
+_FORMER = "Transformer2DModel"
+_RENAMED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
 class Source:
@@ -47,6 +52,8 @@ class Source:
     def component(self, name: str, class_name: str) -> Component:
         """A component's configuration; UserError for another class than `class_name`. A live network of no diffusers class is taken at its word."""
         component = read_component(self.place, name)
+        renamed = _RENAMED.get(str(component.given.get("norm_type")), _FORMER)
+        component = replace(component, classes=tuple(dict.fromkeys(renamed if cls == _FORMER else cls for cls in component.classes)))
         wrong = [cls for cls in component.classes if cls != class_name]
         if wrong:
             raise UserError(f"recipe key teacher.pretrained: its {name} is a {wrong[0]}, family {self.family} takes a {class_name}")
@@ -62,6 +69,11 @@ class Source:
     def absent(self) -> list[str]:
         """The family's optional components that the pipeline goes without: diffusers loads it only when it is told so."""
         return [name for name in self.optional if not self.has(name)]
+
+    def setting(self, name: str) -> Any:
+        """An argument of the pipeline itself that is no component, else its class's own default."""
+        given = self.live.config if self.live is not None else read_index(self.place)
+        return given[name] if name in given else inspect.signature(self._diffusers(self.pipeline_class).__init__).parameters[name].default
 
     def names(self, prefix: str) -> list[str]:
         """The components whose names begin so, of those that the pipeline names, in order; it may go without some of them."""
