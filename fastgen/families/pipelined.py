@@ -64,7 +64,7 @@ class Pipelined(Family):
         source: Any,
         **options: Any,
     ) -> None:
-        self.source = Source(source, type(self).__name__, self.pipeline_classes[0])
+        self.source = Source(source, type(self).__name__, self.pipeline_classes[0], self.optional)
         self._encoders: Any = None
         self._checked = False
         self.config = self.source.component(self.component, self.network)
@@ -327,6 +327,11 @@ class Pipelined(Family):
             assert self.grid_argument is not None
             arguments[self.grid_argument] = self.told_times(grid)
         return arguments
+
+    @property
+    def loading_arguments(self) -> dict[str, Any]:
+        variant = next(iter(self.source.variants.values()), None)
+        return {**({} if variant is None else {"variant": variant}), **dict.fromkeys(self.source.absent)}
 
     def told_times(self, grid: Sequence[float]) -> list[Any]:
         """Explicit path times as the call takes them."""
