@@ -254,6 +254,7 @@ def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Pa
 def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
     """more: what only some students have."""
     negative = info.teacher["negative_prompt"] or None
+    loading = {key: value for key, value in family.loading_arguments.items() if weights == "lora" or key != "variant"}  # which is the teacher's
     return {
         "format": FORMAT,
         "weights": weights,
@@ -270,6 +271,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "call": family.call_arguments(info.steps, info.guidance, info.grid) | family.negative_arguments(negative, info.guidance),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher | {"pretrained": source_name(info.teacher["pretrained"])},
+        **({"loading": loading} if loading else {}),
         **({"unfinished": info.unfinished} if info.unfinished else {}),
         **more,
         "prompts": list(info.prompts)[:8],
@@ -352,7 +354,9 @@ def _plain_diffusers(
     folder: Path, manifest: dict[str, Any], job: dict[str, Any], place: str, teacher_dir: str | Path | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures, timesteps and sigmas of the stock pipeline. job: what it is given; place: code that moves it."""
-    drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"')
+    # One for each prompt: StableDiffusionPipeline takes no text beside a list.
+    told = {key: f"[{value!r}] * len(generators)" for key, value in manifest["call"].items() if key.startswith("negative_prompt")}
+    drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"', **told)
     teacher = _teacher_folder(folder, manifest, teacher_dir) if manifest["weights"] == "lora" else ""
     program = f"{card.loading(manifest, str(folder.resolve()), teacher)}{place}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}[0]\n"
     with tempfile.TemporaryDirectory() as scratch:

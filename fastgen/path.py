@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Kind = Literal["x0", "eps", "v", "velocity", "score"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -152,6 +153,11 @@ class Path(ABC):
         sigma = self.coeffs(t)[1]
         _refuse_zero(sigma, f"the score is singular at sigma = 0 on {self} (t = {_span(t)})")
         return sigma
+
+
+def _still(t: Tensor) -> Tensor:
+    """The value alone: no tangent, on purpose, and no gradient."""
+    return forward_ad.unpack_dual(t).primal.detach()
 
 
 def _span(t: Tensor) -> str:
@@ -300,7 +306,7 @@ class DiscreteVP(Path):
 
     def time(self, ratio: Tensor) -> Tensor:
         loss, losses = torch.log1p(_wide(ratio).double() ** 2), self._losses(ratio.device)  # loss = -log alpha^2
-        below = (torch.bucketize(loss.detach(), losses) - 1).clamp(0, self.num_steps - 1)
+        below = (torch.bucketize(_still(loss), losses) - 1).clamp(0, self.num_steps - 1)
         share = (loss.clamp(max=losses[-1]) - losses[below]) / (losses[below + 1] - losses[below])
         if self.zero_snr:
             share = torch.where(below == self.num_steps - 1, 1 - torch.exp((losses[-2] - loss) / 2), share)
@@ -311,14 +317,14 @@ class DiscreteVP(Path):
 
     def _position(self, t: Tensor) -> Tensor:
         """N t in fp64."""
-        position, nearest = self.num_steps * t.double(), (self.num_steps * t.detach().double()).round()
+        position, nearest = self.num_steps * t.double(), (self.num_steps * _still(t).double()).round()
         near = (position - nearest).abs() <= torch.finfo(_wide(t).dtype).eps * nearest
-        return position + torch.where(near, nearest - position.detach(), 0.0)
+        return position + torch.where(near, nearest - _still(position), 0.0)
 
     def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """alpha, sigma and d alpha/dt in fp64, each shaped like t."""
         position, losses = self._position(t), self._losses(t.device)
-        below = (position.detach().ceil() - 1).clamp(0, self.num_steps - 1).long()
+        below = (_still(position).ceil() - 1).clamp(0, self.num_steps - 1).long()
         share, slope = position - below, losses[below + 1] - losses[below]
         loss = losses[below] + share * slope
         alpha, sigma = torch.exp(-loss / 2), torch.sqrt(-torch.expm1(-loss))

@@ -65,7 +65,8 @@ def check_pictures(
     grid: Any = None,
 ) -> Tensor:
     """Ours are stock's. negative: None leaves it to stock's own default. Returns them, (B, 3[, T], H, W)."""
-    told = family.negative_arguments(negative, guidance)
+    # One for each prompt: StableDiffusionPipeline takes no text beside a list.
+    told = {name: [text] * len(prompts) for name, text in family.negative_arguments(negative, guidance).items()}
     given = {} if negative is None else {"negative_prompt": negative}
     expected = drawn_by_stock(family, pipeline, prompts, steps=steps, guidance=guidance, grid=grid, **told)
     pictures = generator(family, steps, guidance, grid=grid, **given)(prompts, SEEDS[: len(prompts)])

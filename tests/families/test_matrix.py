@@ -10,7 +10,11 @@ import pytest
 from cells import METHODS, PROMPTS, check_cell, pictures, recipe, texts
 from pipelines import tiny_sd3
 from plain_child import plain_child
+from tiny_dit import tiny_dit
+from tiny_pixart import tiny_pixart
 from tiny_sana import tiny_sana
+from tiny_sd15 import tiny_sd15
+from tiny_sdxl import tiny_sdxl
 from tiny_wan import tiny_wan
 
 from fastgen.config import Recipe, shipped_recipes, validate
@@ -38,6 +42,10 @@ FAMILIES = {
         tiny_wan, {"size": [16, 16], "frames": 5, "max_sequence_length": 19}, ("dmd2", "lora"),
         refused={"lcm": r"^recipe key data\.images: the teacher makes videos"}, recipes=("wan21_",),
     ),
+    "sd": Row(tiny_sd15, {}, ("tbcm", "lora")),
+    "sdxl": Row(tiny_sdxl, {"size": [16, 24]}, ("dmd2", "lora")),
+    "pixart": Row(tiny_pixart, {"max_sequence_length": 22}, ("lcm", "lora")),
+    "dit": Row(tiny_dit, {}, ("scm", "full"), prompts=["207", "7"]),
 }  # fmt: skip
 CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")
