@@ -49,7 +49,7 @@ FAMILIES = {
     "sdxl": Row(tiny_sdxl, {"size": [16, 24]}, ("dmd2", "lora")),
     "pixart": Row(tiny_pixart, {"max_sequence_length": 22}, ("lcm", "lora")),
     "dit": Row(tiny_dit, {}, ("scm", "full"), prompts=["207", "7"]),
-    "flux": Row(tiny_flux, {"size": [16, 16], "max_sequence_length": 20}, ("dmd2", "lora"), recipes=("flux_",)),
+    "flux": Row(tiny_flux, {"size": [16, 16], "max_sequence_length": 20, "embedded_guidance": 2.5}, ("dmd2", "lora"), recipes=("flux_",)),
     "qwen_image": Row(tiny_qwen, {"size": [32, 32], "max_sequence_length": 40}, ("tbcm", "full"), recipes=("qwen_image_",)),
     "z_image": Row(tiny_zimage, {"size": [16, 16], "max_sequence_length": 40}, ("scm", "full"), recipes=("z_image_",)),
 }  # fmt: skip

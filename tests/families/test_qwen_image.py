@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,17 @@ def test_a_saved_folder_draws_the_same(pipeline: Any, family: Family, tmp_path: 
 def test_what_the_pipeline_cannot_do_is_refused_by_its_key(pipeline: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^recipe key {said}"):
         find_family(pipeline, **OPTIONS | options)
+
+
+def test_a_schedule_that_no_shift_describes_is_refused_unless_one_is_stated(pipeline: Any) -> None:
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_karras_sigmas=True)
+    with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: .*use_karras_sigmas.*teacher\.shift"):
+        find_family(pipeline, **OPTIONS)
+    assert find_family(pipeline, **OPTIONS, shift=3.0).grid(4).tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5], abs=1e-7)
+
+
+def test_a_folder_without_its_text_encoder_is_refused_in_one_line(pipeline: Any, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "text_encoder")
+    with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: its model_index\.json names a text_encoder .*[^\n]*$"):
+        find_family(tmp_path, **OPTIONS)
