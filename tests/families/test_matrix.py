@@ -39,7 +39,7 @@ FAMILIES = {
         refused={"lcm": r"^recipe key data\.images: the teacher makes videos"},
     ),
     "sd": Row(tiny_sd15, {}, ("tbcm", "lora")),
-    "sdxl": Row(tiny_sdxl, {"size": [16, 24]}, ("dmd2", "lora")),
+    "sdxl": Row(tiny_sdxl, {}, ("dmd2", "lora")),
     "pixart": Row(tiny_pixart, {"max_sequence_length": 22}, ("lcm", "lora")),
     "dit": Row(tiny_dit, {}, ("scm", "full"), prompts=["207", "7"]),
 }  # fmt: skip
