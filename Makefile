@@ -1,10 +1,10 @@
-# make demo · make test · make lint · make bench: each sets up .venv in a fresh checkout and works offline afterwards.
+# make demo · make test · make lint · make bench · make gpu: each sets up .venv in a fresh checkout and works offline afterwards.
 # Another Python: make demo PYTHON=python3.12
 PYTHON ?= python3
 # Test files run side by side, each with one thread. More for pytest: make test OPTIONS='--threads 2 --durations=20'
 WORKERS ?= 2
 BIN := .venv/bin
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 # Nothing here needs a model hub; without this, libraries may wait for one.
 export HF_HUB_OFFLINE := 1
 
@@ -31,6 +31,10 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/quality.py --readme
+
+# make gpu DRY=1 rehearses on the CPU; more for the script: make gpu OPTIONS='--budget 3m --only attention'
+gpu: .venv/installed-dev
+	$(BIN)/python benchmarks/gpu.py $(if $(DRY),--rehearse) $(OPTIONS)
 
 clean:
 	rm -rf .venv

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.table import between
 from fastgen import families, fingerprints, generator, pictures, run
 from fastgen.config import Recipe
 from fastgen.data import digits
@@ -108,14 +109,6 @@ def kept_rows(recipes: Sequence[str], path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["model"] in RECIPES and row["model"] not in recipes]
 
 
-def write_readme(table: str, path: Path = ROOT / "README.md") -> None:
-    """Replace what stands between README's markers."""
-    begin, end = "<!-- quality:begin -->\n", "<!-- quality:end -->"
-    text = path.read_text()
-    head, tail = text.split(begin)[0], text.split(end)[1]
-    path.write_text(f"{head}{begin}{table}\n{end}{tail}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
@@ -146,7 +139,8 @@ def main() -> None:
     table = markdown_table(rows)
     print(table)
     if arguments.readme:
-        write_readme(table)
+        readme = ROOT / "README.md"
+        readme.write_text(between(readme.read_text(encoding="utf-8"), "quality", table), encoding="utf-8")
 
 
 if __name__ == "__main__":

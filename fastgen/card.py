@@ -45,10 +45,11 @@ def loading(manifest: dict[str, Any], folder: str, teacher: str = "") -> str:
     """Python that loads the student as `pipe`; teacher: the folder of an adapter's teacher, else its hub id, else TEACHER_DIR. Where callers
     change experts themselves it also defines `switch`, which does so between steps, and starts with the first; UserError for names that are
     no identifiers."""
+    told = "".join(f", {_identifier(key)}={value!r}" for key, value in manifest.get("loading", {}).items())
     if manifest["weights"] == "lora":
-        loaded = _load_adapters(manifest, folder, teacher)
+        loaded = _load_adapters(manifest, folder, teacher, told)
     else:
-        loaded = f"import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({_quoted(folder)})\n"
+        loaded = f"import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({_quoted(folder)}{told})\n"
     return loaded + (_switching(manifest, folder) if switched_by_caller(manifest) else "")
 
 
@@ -66,7 +67,7 @@ def switched_by_caller(manifest: dict[str, Any]) -> bool:
     return "experts" in manifest and "boundary_ratio" not in manifest
 
 
-def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str) -> str:
+def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: str) -> str:
     pipeline, scheduler, place = _identifier(manifest["pipeline"]), _identifier(manifest.get("scheduler", SCHEDULER)), _quoted(folder)
     if "experts" in manifest:
         names = [_quoted(expert["where"]) for expert in manifest["experts"]]
@@ -80,7 +81,7 @@ def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str) -> str:
     without = "scheduler=None, " if manifest["options"].get("shift") is not None else ""
     return (
         f"import torch\nfrom diffusers import {pipeline}, {scheduler}\n\n"
-        f"pipe = {pipeline}.from_pretrained({_quoted(base)}, {commit}{without}torch_dtype=torch.float32)\n"
+        f"pipe = {pipeline}.from_pretrained({_quoted(base)}, {commit}{without}torch_dtype=torch.float32{told})\n"
         + "".join(f"pipe.load_lora_weights({arguments})\n" for arguments in adapters)
         + f'pipe.scheduler = {scheduler}.from_pretrained({place}, subfolder="scheduler")\n'
     )

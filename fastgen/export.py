@@ -254,6 +254,7 @@ def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Pa
 def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
     """more: what only some students have."""
     negative = info.teacher["negative_prompt"] or None
+    loading = {key: value for key, value in family.loading_arguments.items() if weights == "lora" or key != "variant"}  # which is the teacher's
     return {
         "format": FORMAT,
         "weights": weights,
@@ -270,6 +271,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "call": family.call_arguments(info.steps, info.guidance, info.grid) | family.negative_arguments(negative, info.guidance),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher | {"pretrained": source_name(info.teacher["pretrained"])},
+        **({"loading": loading} if loading else {}),
         **({"unfinished": info.unfinished} if info.unfinished else {}),
         **more,
         "prompts": list(info.prompts)[:8],

@@ -85,6 +85,7 @@ class _Record(Schema):
     pipeline: str = ""
     base: str = ""
     scheduler: str = ""
+    loading: dict[str, str | None] = Field(default_factory=dict)  # what from_pretrained must be passed, of an adapter's teacher or of the student
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)

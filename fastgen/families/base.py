@@ -44,6 +44,7 @@ class Family(ABC):
     component: ClassVar[str] = "transformer"  # the pipeline's attribute that is distilled
     # The attribute of a second network, to which the pipeline itself gives the times below its `boundary_ratio`, a share of the path's range.
     second_component: ClassVar[str | None] = None
+    optional: ClassVar[tuple[str, ...]] = ()  # components that the pipeline may go without, though diffusers asks for them
     lora_targets: ClassVar[tuple[str, ...]] = ()
     loads_lora: ClassVar[bool] = True  # whether the pipeline saves and loads LoRA files
     pixels_per_latent: int = 1  # spatial stride of the VAE
@@ -196,6 +197,11 @@ class Family(ABC):
     def negative_arguments(self, text: str | None, guidance: float) -> dict[str, Any]:
         """And of the negative prompt; None: the pipeline's own."""
         return {"negative_prompt": text} if text and guidance > 1 else {}
+
+    @property
+    def loading_arguments(self) -> dict[str, Any]:
+        """What the pipeline's `from_pretrained` must be passed for this source: a `variant`, and None for components that it goes without."""
+        return {}
 
     @abstractmethod
     def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:

@@ -58,8 +58,8 @@ def check_networks(family: Pipelined) -> None:
     folder, shape = family.folder, (1, *family.latent.shape)
     assert folder is not None
     network, vae = family.meta_network(), family.source.meta_network(family.codec.config, family.vae_network)
-    check_weights(folder / family.component, network)
-    check_weights(folder / "vae", vae)
+    check_weights(folder / family.component, network, family.source.variants.get(family.component))
+    check_weights(folder / "vae", vae, family.source.variants.get("vae"))
     check_encoders(family.source, network.config, family.text_widths)
     with loading(folder / family.component), torch.device("meta"), torch.no_grad():
         made = family.call(network, torch.empty(shape), torch.ones(1), family.meta_conditioning(1))

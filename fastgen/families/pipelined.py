@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +51,9 @@ class Pipelined(Family):
     sized: ClassVar[bool] = True  # the call takes height and width
     side_unit: ClassVar[int] = 1  # of which the call wants them to be multiples, whatever its network takes
     grid_argument: ClassVar[str | None] = "sigmas"  # of the call, for explicit times; None: it takes none
+    gives_sigmas: ClassVar[bool] = False  # the call hands its scheduler mu and evenly spaced times, which the scheduler shifts
     fixed_call: ClassVar[Mapping[str, Any]] = {}  # what the call must always be passed
+    grid_ends: ClassVar[tuple[str, ...]] = ()  # options of its scheduler that move the ends of its grid and are not ours, see schedules.py
     after_drawing: ClassVar[tuple[str, ...]] = ()  # components that only look at finished pictures, and may be missing
     # What the pipeline falls back on where its scheduler does not say how the shift follows the number of tokens.
     mu: ClassVar[Mapping[str, float]] = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
@@ -61,7 +64,7 @@ class Pipelined(Family):
         source: Any,
         **options: Any,
     ) -> None:
-        self.source = Source(source, type(self).__name__, self.pipeline_classes[0])
+        self.source = Source(source, type(self).__name__, self.pipeline_classes[0], self.optional)
         self._encoders: Any = None
         self._checked = False
         self.config = self.source.component(self.component, self.network)
@@ -192,7 +195,7 @@ class Pipelined(Family):
     def shift(self) -> float:
         if self._shift is None:
             tokens = math.prod(self.latent.size) // (self.pack * self.patch) ** 2
-            self._shift = schedules.teacher_shift(self.source.place, tokens, self.mu) if isinstance(self.path, Flow) else 1.0
+            self._shift = schedules.teacher_shift(self.source.place, tokens, self.mu, self.grid_ends) if isinstance(self.path, Flow) else 1.0
         return self._shift
 
     @property
@@ -300,14 +303,16 @@ class Pipelined(Family):
         return self.codec.decode(latents)
 
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
-        # FlowMatchEuler would shift its grid twice where a pipeline passes no sigmas (diffusers#13243).
-        from diffusers import FlowMapEulerDiscreteScheduler
+        # FlowMatchEuler would shift its grid twice where a pipeline passes no sigmas (diffusers#13243), FlowMapEuler takes no mu.
+        from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-        return FlowMapEulerDiscreteScheduler(shift=self.shift if grid is None else 1.0)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler if self.gives_sigmas else FlowMapEulerDiscreteScheduler
+        return scheduler(shift=self.shift if grid is None else 1.0)
 
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        given = np.linspace(1.0, 1 / steps, steps) if self.gives_sigmas and grid is None else grid
         scheduler = self.export_scheduler(grid)
-        scheduler.set_timesteps(**({"num_inference_steps": steps} if grid is None else {"sigmas": list(grid)}))
+        scheduler.set_timesteps(**({"num_inference_steps": steps} if given is None else {"sigmas": list(given)}))
         return scheduler.sigmas[:-1].double()
 
     def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
@@ -322,6 +327,11 @@ class Pipelined(Family):
             assert self.grid_argument is not None
             arguments[self.grid_argument] = self.told_times(grid)
         return arguments
+
+    @property
+    def loading_arguments(self) -> dict[str, Any]:
+        variant = next(iter(self.source.variants.values()), None)
+        return {**({} if variant is None else {"variant": variant}), **dict.fromkeys(self.source.absent)}
 
     def told_times(self, grid: Sequence[float]) -> list[Any]:
         """Explicit path times as the call takes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ class SD3(Pipelined):
         "joint_attention_dim": ("text_encoder_3.d_model",),
         "pooled_projection_dim": ("text_encoder.projection_dim", "text_encoder_2.projection_dim"),
     }
+    optional = ("text_encoder_3", "tokenizer_3")
     mu: ClassVar = {**Pipelined.mu, "max_shift": 1.16}
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     time_projection = "time_text_embed.timestep_embedder.linear_2"
@@ -34,6 +36,8 @@ class SD3(Pipelined):
         return backbone(hidden_states=x, timestep=1000 * t, **cond, return_dict=False)[0]
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        if pipeline.transformer is None and not self.has("text_encoder_3"):  # it fills in zeros, as wide as its network's configuration says
+            pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=self.config.option("joint_attention_dim")))
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )

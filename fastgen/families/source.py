@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from fastgen.errors import UserError
+from fastgen.families.complete import variants
 from fastgen.families.components import Component, read_component, read_index
 from fastgen.files import loading
 
@@ -23,14 +25,20 @@ _RENAMED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArt
 
 
 class Source:
-    """A folder, a hub id or a live pipeline. family: what messages call the reader; pipeline_class: of diffusers, which loads it."""
+    """A folder, a hub id or a live pipeline. family: what messages call the reader; pipeline_class: of diffusers, which loads it; optional:
+    components that it may go without."""
 
-    def __init__(self, source: Any, family: str, pipeline_class: str) -> None:
+    def __init__(self, source: Any, family: str, pipeline_class: str, optional: Sequence[str] = ()) -> None:
         from fastgen.families import resolve_source
 
         self.live = None if isinstance(source, (str, Path)) else source
         self.folder = resolve_source(source) if self.live is None else None
-        self.family, self.pipeline_class = family, pipeline_class
+        self.family, self.pipeline_class, self.optional = family, pipeline_class, optional
+
+    @cached_property
+    def variants(self) -> dict[str, str]:
+        """The components that a folder holds as a variant alone, such as fp16."""
+        return {} if self.folder is None else variants(self.folder)
 
     @property
     def place(self) -> Any:
@@ -57,6 +65,11 @@ class Source:
             return getattr(self.live, name, None) is not None
         return (read_index(self.folder).get(name) or [None])[0] is not None
 
+    @property
+    def absent(self) -> list[str]:
+        """The family's optional components that the pipeline goes without: diffusers loads it only when it is told so."""
+        return [name for name in self.optional if not self.has(name)]
+
     def setting(self, name: str) -> Any:
         """An argument of the pipeline itself that is no component, else its class's own default."""
         given = self.live.config if self.live is not None else read_index(self.place)
@@ -72,7 +85,12 @@ class Source:
         if self.live is not None:
             return copy.deepcopy(getattr(self.live, name)).float().eval()
         with self.reading(name):
-            return self._diffusers(class_name).from_pretrained(self.folder, subfolder=name, use_safetensors=True).float().eval()
+            return (
+                self._diffusers(class_name)
+                .from_pretrained(self.folder, subfolder=name, use_safetensors=True, variant=self.variants.get(name))
+                .float()
+                .eval()
+            )
 
     def meta_network(self, component: Component, class_name: str) -> Any:
         """The same as its configuration describes it, without weights."""
@@ -81,13 +99,14 @@ class Source:
 
     def pipeline(self, *, scheduler: Any = None, without: Sequence[str] = (), **components: Any) -> Any:
         """The whole pipeline, fp32, around other components and without some; a live one's own are shared."""
-        cls, given = self._diffusers(self.pipeline_class), {**components, **dict.fromkeys(without)}
+        cls, given = self._diffusers(self.pipeline_class), {**components, **dict.fromkeys((*without, *self.absent))}
         if self.live is not None:
             named = inspect.signature(cls.__init__).parameters.keys() & self.live.config.keys()
             settings = {key: self.live.config[key] for key in named - self.live.components.keys()}
             return cls(**{**settings, **self.live.components, **given, "scheduler": scheduler})
         with self.reading():  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
-            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, scheduler=None, **given)
+            variant = next(iter(self.variants.values()), None)  # diffusers takes it where there is one
+            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
         pipeline.register_modules(scheduler=scheduler)
         return pipeline.to(dtype=torch.float32)
 

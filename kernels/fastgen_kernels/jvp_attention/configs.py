@@ -22,7 +22,18 @@ class Config:
 INTERPRETER = Config(32, 32, num_warps=4, num_stages=1)
 # Scores of one call from which measuring is worth its compilations.
 MEASURE_FROM = 2**24
-_chosen: dict[Hashable, Config] = {}
+Kind = tuple[Hashable, ...]  # of problem: the kernel's name, then what a choice depends on
+_chosen: dict[tuple[Kind, bool], Config] = {}  # by kind, and whether it was measured
+
+
+def chosen() -> dict[Kind, Config]:
+    """What has been chosen so far."""
+    return {kind: config for (kind, _), config in _chosen.items()}
+
+
+def forget() -> None:
+    """Let the next call of each kind choose again."""
+    _chosen.clear()
 
 
 def bucket(length: int) -> int:
@@ -76,15 +87,15 @@ def suited(candidates: list[Config], num_queries: int) -> list[Config]:
     return sorted(candidates, key=lambda config: config.block_m > max(bucket(num_queries), 32))
 
 
-def launch_chosen(key: Hashable, candidates: list[Config], launch: Callable[[Config], None], num_scores: int) -> None:
+def launch_chosen(key: Kind, candidates: list[Config], launch: Callable[[Config], None], num_scores: int) -> None:
     """Launch with the configuration chosen for `key`, choosing it on the first call.
 
-    Large problems are measured, unless torch.use_deterministic_algorithms asks for the same bits in every run or a CUDA graph is being
-    captured; otherwise the first candidate that fits is taken.
+    Large problems are measured where there is a choice, unless torch.use_deterministic_algorithms asks for the same bits in every run or a
+    CUDA graph is being captured; otherwise the first candidate that fits is taken.
     """
     measure = num_scores >= MEASURE_FROM and not torch.are_deterministic_algorithms_enabled() and not torch.cuda.is_current_stream_capturing()
     if (key, measure) not in _chosen:
-        _chosen[key, measure] = _fastest(candidates, launch) if measure else _first_that_fits(candidates, launch)
+        _chosen[key, measure] = _fastest(candidates, launch) if measure and len(candidates) > 1 else _first_that_fits(candidates, launch)
     launch(_chosen[key, measure])
 
 
