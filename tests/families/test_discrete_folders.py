@@ -168,10 +168,6 @@ ADAPTERS: Any = {"export": {"weights": "lora"}, "student": {"steps": 2, "tune": 
             r"export\.weights: PixArtSigmaPipeline loads no",
         ),
         ("dit", {"teacher": {"negative_prompt": "blurry"}}, r"teacher\.negative_prompt: 'blurry' \(is neither a class 0 to 999"),
-        (
-            "dit",
-            {"distiller": {"name": "lcm", "guidance": [1.0, 2.0]}, "optimizer": {"student": {"lr": 1e-3}}},
-        ),
     ],
 )
 def test_the_plan_refuses_what_the_pipeline_takes_not(originals: dict[str, Path], tmp_path: Path, name: str, blocks: Any, message: str) -> None:
