@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from fastgen.errors import UserError, nearest, one_line, shown
 from fastgen.files import expanded
+from fastgen.manifest import Sampler
 from fastgen.yaml_files import MOST_DEPTH, parse, read_yaml
 
 MOST_STEPS = 10**9  # of training: a year of them at thirty a second
@@ -68,12 +69,14 @@ class Tuning(Block):
 
 class StudentBlock(Block):
     """init: `teacher`, or the folder of a finished run, whose averaged students are taken over. steps: network evaluations at inference.
-    grid: the export scheduler's own times, or explicit ones in (0, 1], descending."""
+    grid: the export scheduler's own times, or explicit ones in (0, 1], descending. sampler: how a sample moves between them, keeping its own
+    noise (`euler`) or drawing it anew (`stochastic`)."""
 
     init: str = "teacher"
     tune: Literal["full"] | Tuning = "full"
     steps: int = Field(ge=1, le=1000)
     grid: Literal["auto"] | list[float] = "auto"
+    sampler: Sampler = "euler"
 
     @field_validator("grid")
     @classmethod

@@ -36,7 +36,7 @@ from fastgen.families.base import Family
 from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
 from fastgen.generator import check_student, open_student, read_manifest, teacher_source
-from fastgen.manifest import FORMAT
+from fastgen.manifest import FORMAT, Sampler
 from fastgen.portable import forget_origins, portable, source_name
 from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
@@ -59,6 +59,7 @@ class StudentInfo:
     teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and where they are known revision and sha256
     prompts: Sequence[str]  # examples, for the card and for verification
     recipe: dict[str, Any]
+    sampler: Sampler = "euler"
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
     unfinished: dict[str, dict[str, int]] = field(default_factory=dict)  # {role: {step, of}} where training was not over
 
@@ -78,7 +79,7 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
     """
     experts = _experts(student)
     info = replace(info, own_steps_only=any("second_time" in expert.role.spec.inputs for expert in experts))
-    times = family.grid(info.steps, info.grid)
+    times = family.sampling_times(info.steps, info.grid, info.sampler)
     shares, places = _shares(experts, times), _places(family, len(experts))
     boundary = _boundary(times, shares) / family.path.t_max if family.second_component in places else None
 
@@ -87,7 +88,7 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
         return _plain_network(_copied(denoiser) if denoiser.adapter and len(experts) > 1 else denoiser, times[shares[k]])
 
     def write(folder: Path) -> None:
-        pipeline = family.load_pipeline(network(0), family.export_scheduler(info.grid))
+        pipeline = family.load_pipeline(network(0), family.sampling_scheduler(info.steps, info.grid, info.sampler))
         if family.second_component is not None:
             pipeline.register_modules(**{family.second_component: None if boundary is None else network(1)})
             pipeline.register_to_config(boundary_ratio=boundary)
@@ -184,10 +185,10 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
     experts = _experts(student)
     tuned = all(expert.role.denoiser.adapter is not None for expert in experts)
     check_lora([expert.role.spec for expert in experts], family, tuned=tuned, method=info.method)
-    scheduler = family.export_scheduler(info.grid)
+    scheduler = family.sampling_scheduler(info.steps, info.grid, info.sampler)
     pipeline = family.load_pipeline(experts[0].role.denoiser.backbone, scheduler)
     places = [f"expert_{k}" for k in range(1, len(experts) + 1)] if len(experts) > 1 else [""]
-    division = _division([expert.end for expert in experts], _shares(experts, family.grid(info.steps, info.grid)), places)
+    division = _division([expert.end for expert in experts], _shares(experts, family.sampling_times(info.steps, info.grid, info.sampler)), places)
 
     def write(folder: Path) -> None:
         for expert, place in zip(experts, places, strict=True):
@@ -261,9 +262,9 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "dtype": dtype,
         "method": info.method,
         "steps": info.steps,
-        "grid": family.grid(info.steps, info.grid).tolist(),
+        "grid": family.sampling_times(info.steps, info.grid, info.sampler).tolist(),
         "explicit_grid": None if info.grid is None else list(info.grid),
-        "sampler": "euler",
+        "sampler": info.sampler,
         "guidance": info.guidance,
         "options": family.options,
         "inputs": family.call_inputs(list(info.prompts)[:8]),

@@ -24,15 +24,26 @@ from fastgen.families import find_family, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
-from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, Student, upgraded
+from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, Sampler, Student, upgraded
 from fastgen.portable import is_local, source_name
 from fastgen.sampling import Experts, Predict, few_step, walk
 from fastgen.yaml_files import read_yaml
 
 
+class SeededDraws:
+    """One CPU generator a sample, each of which goes on drawing from call to call, as in a stock pipeline that hands them to its scheduler."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.generators, self.device = [torch.Generator().manual_seed(seed) for seed in seeds], device
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The next unit noise (B, *shape) fp32; the name does not count."""
+        return torch.cat([torch.randn((1, *shape), generator=generator) for generator in self.generators]).to(self.device)
+
+
 def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Unit noise (B, *shape) fp32, one CPU generator a sample."""
-    return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return SeededDraws(seeds).normal("noise", shape)
 
 
 class FirstStep(NamedTuple):
@@ -45,7 +56,8 @@ class FirstStep(NamedTuple):
 class ImageGenerator:
     """A model with its sampler settings. steps: default number of evaluations; grid: explicit times for exactly `steps`.
 
-    own_steps_only: the network serves that grid alone, and other numbers of steps are a UserError. name: what messages call it.
+    sampler: how a sample moves from step to step. own_steps_only: the network serves that grid alone, and other numbers of steps are a
+    UserError. name: what messages call it.
     """
 
     def __init__(
@@ -59,10 +71,12 @@ class ImageGenerator:
         grid: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
         own_steps_only: bool = False,
+        sampler: Sampler = "euler",
         name: str = "the model",
     ) -> None:
         self.family, self.steps, self.guidance, self.explicit_grid = family, steps, guidance, grid
         self.own_steps_only, self.name = own_steps_only, name
+        self.sampler: Sampler = sampler
         self.device = torch.device(device)
         self.predict = predict
         if guidance != 1:
@@ -95,7 +109,7 @@ class ImageGenerator:
         steps = steps or self.steps
         if self.own_steps_only and steps != self.steps:
             raise UserError(f"--steps: {steps}, but this student was made for {self.steps}: its second time is part of its weights; train another")
-        return self.family.grid(steps, self.explicit_grid if steps == self.steps else None)
+        return self.family.sampling_times(steps, self.explicit_grid if steps == self.steps else None, self.sampler)
 
     def times_after_first(self, steps: int | None = None) -> Tensor:
         """The grid without its first time, (N - 1,): what `with_first_step` leaves to the student. UserError where that is nothing."""
@@ -107,7 +121,8 @@ class ImageGenerator:
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """Latents (B, *shape) of one sample a (prompt, seed) pair."""
-        noise = noise_from_seeds(seeds, self.family.latent.shape).to(self.device)
+        draws = SeededDraws(seeds, self.device)
+        noise = draws.normal("noise", self.family.latent.shape)
         if self._first is None:
             times, start = self.times(steps), None
         else:
@@ -115,7 +130,7 @@ class ImageGenerator:
             times = self.times_after_first(steps)
             way = timesteps.down_to(times[0].item(), count, t_max=teacher.family.path.t_max, shift=teacher.family.shift)
             start = teacher._partly_denoised(noise, prompts, way).to(self.device)
-        return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), renoise="euler", start=start)
+        return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), draws, renoise=self.sampler, start=start)
 
     def _partly_denoised(self, noise: Tensor, prompts: Sequence[str], times: Tensor) -> Tensor:
         """Samples (B, *shape) at times[-1] after evaluations at the times before it."""
@@ -280,6 +295,7 @@ def open_student(
         grid=manifest["explicit_grid"],
         device=device,
         own_steps_only=manifest.get("own_steps_only", False),
+        sampler=manifest["sampler"],
         name=f"student {str(folder)!r}",
     )
 

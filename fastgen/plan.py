@@ -63,6 +63,11 @@ class Plan:
         return None if self.recipe.student.grid == "auto" else list(self.recipe.student.grid)
 
     @property
+    def times(self) -> Tensor:
+        """The path times (N,) fp64 that the student is sampled at."""
+        return self.family.sampling_times(self.recipe.student.steps, self.grid, self.recipe.student.sampler)
+
+    @property
     def guidance(self) -> float:
         """Guidance the trained network is sampled with."""
         return self.recipe.teacher.guidance if self.method.student_is_guided else 1.0
@@ -90,7 +95,7 @@ class Plan:
         return Setting(
             path=family.path,
             shape=family.latent.shape,
-            grid=family.grid(self.recipe.student.steps, self.grid),
+            grid=self.times,
             guidance=self.recipe.teacher.guidance,
             negative=negative,
             shift=family.shift,
@@ -127,6 +132,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
     foresight.check_explicit(recipe, family)
+    foresight.check_sampler(recipe, family, method.samplers)
     method.check(config, _facts(recipe, family, started=started))
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
@@ -157,7 +163,7 @@ def check_texts(recipe: Recipe, family: Family, prompts: Iterable[str]) -> list[
 
 def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
     student = recipe.student
-    times = family.grid(student.steps, None if student.grid == "auto" else list(student.grid))
+    times = family.sampling_times(student.steps, None if student.grid == "auto" else list(student.grid), student.sampler)
     return Facts(
         steps=student.steps,
         guidance=recipe.teacher.guidance,
@@ -168,6 +174,7 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         started=started,
         images=recipe.data.images is not None,
         exported=family.exportable,
+        sampler=student.sampler,
         linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
     )

@@ -267,7 +267,7 @@ def test_an_explicit_grid_must_fit_its_steps_and_descend(overrides: list[str], w
         (["evaluate.protocol=null", "evaluate.every=5"], "evaluate.every: needs evaluate.protocol"),
         (["evaluate.protocol=digit"], "evaluate.protocol): did you mean 'digits'?"),
         (["distiller.name=dmd22"], "distiller.name: 'dmd22' is not a method; did you mean 'dmd2'?"),
-        (["teacher.family=sd4"], "teacher.family: 'sd4' is not a family; did you mean 'sd3'?"),
+        (["teacher.family=sd33"], "teacher.family: 'sd33' is not a family; did you mean 'sd3'?"),
     ],
 )
 def test_blocks_must_fit_each_other(overrides: list[str], words: str) -> None:

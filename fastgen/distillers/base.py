@@ -16,6 +16,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.data.training import Batch
 from fastgen.denoiser import Predictor, guided
 from fastgen.guidance import GuidanceRule, linear
+from fastgen.manifest import Sampler
 from fastgen.path import Kind, Path
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec
@@ -109,7 +110,8 @@ class Facts:
     started: bool = False  # a run that goes on from its own checkpoint, whatever student.init was
     images: bool = True  # whether data.images is given
     picture: tuple[int, ...] | None = None  # shape of what a sample decodes to, (3, H, W) unless the teacher makes vectors
-    exported: bool = False  # whether the student becomes a pipeline, which has one way to move between its steps: Euler's
+    exported: bool = False  # whether the student becomes a pipeline, which moves between its steps as its sampler does
+    sampler: Sampler = "euler"  # student.sampler
     linear_guidance: bool = True  # whether the pipeline's guidance is n + w (c - n), of predictions of any kind
 
 
@@ -139,6 +141,7 @@ class Distiller(ABC):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     student_is_guided: ClassVar[bool] = False  # whether the trained network is sampled with the teacher's guidance
+    samplers: ClassVar[tuple[Sampler, ...]] = ("euler", "stochastic")  # that its students are made for
     roles: ClassVar[dict[str, RoleSpec]]  # all it can ask for; `roles_for` says which a configuration uses
 
     def __init__(self, config: Any, setting: Setting) -> None:

@@ -15,6 +15,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
 from fastgen.guidance import linear
 from fastgen.legibility import Legibility
+from fastgen.manifest import Sampler
 from fastgen.path import Kind, Path
 
 # What a family may be told beside its source, by the key of the recipe's teacher block: text tokens; (height, width) in pixels; frames of
@@ -48,6 +49,8 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ()
     loads_lora: ClassVar[bool] = True  # whether the pipeline saves and loads LoRA files
     pixels_per_latent: int = 1  # spatial stride of the VAE
+    # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.
+    samplers: ClassVar[tuple[Sampler, ...]] = ("euler",)
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
     time_projection: ClassVar[str | None] = None  # name of the time embedding's last nn.Linear, where scalar inputs are added; None: no place
 
@@ -167,6 +170,22 @@ class Family(ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1], as the pipeline itself decodes."""
         return self.decode(latents).clamp(0, 1)
+
+    def sampling_scheduler(self, steps: int, grid: Sequence[float] | None = None, sampler: Sampler = "euler") -> Any:
+        """The diffusers scheduler with which a stock pipeline reproduces one of `samplers`."""
+        return self.export_scheduler(grid) if sampler == "euler" else self.stochastic_scheduler(steps, grid)
+
+    def sampling_times(self, steps: int, grid: Sequence[float] | None = None, sampler: Sampler = "euler") -> Tensor:
+        """Path times (N,) fp64 that it steps on when the stock pipeline is called with `call_arguments`."""
+        return self.grid(steps, grid) if sampler == "euler" else self.stochastic_grid(steps, grid)
+
+    def stochastic_scheduler(self, steps: int, grid: Sequence[float] | None = None) -> Any:
+        """`export_scheduler` of the stochastic sampler, for families that have it among their `samplers`."""
+        raise NotImplementedError(f"{type(self).__name__} has no stochastic sampler")
+
+    def stochastic_grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        """`grid` of the stochastic sampler."""
+        return self.grid(steps, grid)
 
     @abstractmethod
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:

@@ -34,5 +34,11 @@ class Discrete(Pipelined):
             return stock_samplers.trailing_times(self.path, steps)
         return (torch.tensor(self.told_times(grid), dtype=torch.float64) + 1) / self.path.num_steps
 
+    def stochastic_scheduler(self, steps: int, grid: Sequence[float] | None = None) -> Any:
+        return stock_samplers.consistency_sampler(self.path, self.kind, steps)
+
+    def stochastic_grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        return stock_samplers.consistency_times(self.path, steps) if grid is None else self.grid(steps, grid)
+
     def told_times(self, grid: Sequence[float]) -> list[int]:
         return stock_samplers.training_steps(self.path, grid)

@@ -15,6 +15,7 @@ from fastgen.families.discrete import Discrete
 class PixArtSigma(Discrete):
     """PixArtSigmaPipeline. What its `clean_caption` does depends on which packages are installed, so prompts are left as they are."""
 
+    samplers = ("euler", "stochastic")
     pipeline_classes = ("PixArtSigmaPipeline",)
     network = "PixArtTransformer2DModel"
     own: ClassVar = {"num_inference_steps": 20, "guidance_scale": 4.5}

@@ -95,6 +95,7 @@ class Toy(Family):
     """`toy:gaussian`, `toy:mixture`, `toy:ring`, or a live Mixture; path, kind and width as options for studies."""
 
     exportable = False
+    samplers = ("euler", "stochastic")
     lora_targets = ("layers.0", "layers.1", "layers.2", "out")
     time_projection = "layers.0"
 

@@ -13,6 +13,7 @@ from fastgen.families.discrete import Discrete
 class UNet(Discrete):
     """Its blocks are those on the way down, the one in the middle and those on the way up: few and large, of several resolutions."""
 
+    samplers = ("euler", "stochastic")
     component = "unet"
     network = "UNet2DConditionModel"
     side_unit = 8

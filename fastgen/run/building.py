@@ -42,6 +42,7 @@ class Run:
             steps=recipe.student.steps,
             grid=self.plan.grid,
             guidance=self.plan.guidance,
+            sampler=recipe.student.sampler,
             teacher=teacher,
             prompts=spread(self.data.prompts, 8),
             recipe=resolved,
@@ -66,6 +67,7 @@ class Run:
             negative_prompt=recipe.teacher.negative_prompt,
             grid=self.plan.grid if student else None,
             device=self.parallel.device,
+            sampler=recipe.student.sampler if student else "euler",
             name="the student" if student else f"teacher {recipe.teacher.pretrained!r}",
         )
 
