@@ -60,7 +60,8 @@ def offline(name: str) -> list[str]:
     return ["teacher.pretrained=fastgen:digits", "teacher.resolution=null", f"data.{data}=fastgen:digits"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# Those of other families are planned on their tiny pipelines, in families/test_matrix.py.
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("digits_", "sd35_"))])
 def test_everything_a_shipped_recipe_names_is_there(name: str) -> None:
     recipe = Recipe.load(name, offline(name))
     planned = run.plan(recipe)

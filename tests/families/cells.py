@@ -64,7 +64,7 @@ def recipe(source: Path, method: str, folder: Path, *, lora: bool = False, promp
             "teacher": {"pretrained": str(source), "guidance": 2.0, **teacher},
             "student": {"steps": 2, "tune": {"lora": {"rank": 2, "alpha": 3}} if lora else "full"},
             "distiller": {"name": method, **distiller},
-            "data": {"images": str(_pictures(folder, prompts))} if from_pictures else {"prompts": str(_texts(folder, prompts))},
+            "data": {"images": str(pictures(folder, prompts))} if from_pictures else {"prompts": str(texts(folder, prompts))},
             "optimizer": {"student": optimizer, **({"fake_score": optimizer} if method == "dmd2" else {})},
             "train": {"steps": 2, "batch_size": 2, "ema": 0.0, "device": "cpu"},
         },
@@ -80,20 +80,21 @@ def _distiller(method: str, family: Family) -> dict[str, Any]:
     return by_method[method]
 
 
-def _texts(folder: Path, prompts: Sequence[str]) -> Path:
+def texts(folder: Path, prompts: Sequence[str]) -> Path:
+    """A prompt a line."""
     path = folder / "prompts.txt"
     path.write_text("\n".join(prompts) + "\n")
     return path
 
 
-def _pictures(folder: Path, prompts: Sequence[str]) -> Path:
+def pictures(folder: Path, prompts: Sequence[str]) -> Path:
     """Smooth ones with captions."""
-    pictures = folder / "images"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     for i, prompt in enumerate(prompts):
-        Image.linear_gradient("L").rotate(90 * i).convert("RGB").save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(prompt)
-    return pictures
+        Image.linear_gradient("L").rotate(90 * i).convert("RGB").save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(prompt)
+    return images
 
 
 def _copied(running: Any, role: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cells import METHODS, PROMPTS, check_cell, recipe
+from cells import METHODS, PROMPTS, check_cell, pictures, recipe, texts
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_dit import tiny_dit
@@ -17,26 +17,30 @@ from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
 from tiny_wan import tiny_wan
 
+from fastgen.config import Recipe, shipped_recipes, validate
 from fastgen.errors import UserError
+from fastgen.outlook import describe
 from fastgen.plan import plan
 
 
 class Row(NamedTuple):
-    """A tiny pipeline, what the recipe's teacher block says of it, the cell that runs by default, and methods that are refused, with why."""
+    """A tiny pipeline, what the recipe's teacher block says of it, the cell that runs by default, and methods that are refused, with why.
+    recipes: what the names of shipped recipes for such a teacher begin with."""
 
     build: Callable[[], Any]
     teacher: dict[str, Any]
     default: tuple[str, str]
     prompts: list[str] = PROMPTS
     refused: Mapping[str, str] = {}
+    recipes: tuple[str, ...] = ()
 
 
 FAMILIES = {
-    "sd3": Row(tiny_sd3, {"max_sequence_length": 16}, ("lcm", "full")),
-    "sana": Row(tiny_sana, {"max_sequence_length": 18}, ("scm", "lora")),
+    "sd3": Row(tiny_sd3, {"max_sequence_length": 16}, ("lcm", "full"), recipes=("sd35_",)),
+    "sana": Row(tiny_sana, {"max_sequence_length": 18}, ("scm", "lora"), recipes=("sana_",)),
     "wan": Row(
         tiny_wan, {"size": [16, 16], "frames": 5, "max_sequence_length": 19}, ("dmd2", "lora"),
-        refused={"lcm": r"^recipe key data\.images: the teacher makes videos"},
+        refused={"lcm": r"^recipe key data\.images: the teacher makes videos"}, recipes=("wan21_",),
     ),
     "sd": Row(tiny_sd15, {}, ("tbcm", "lora")),
     "sdxl": Row(tiny_sdxl, {}, ("dmd2", "lora")),
@@ -47,6 +51,7 @@ CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")
 ]
 DEFAULT = [(family, *row.default) for family, row in FAMILIES.items()]
+RECIPES = [(family, name) for family, row in FAMILIES.items() for name in shipped_recipes() if name.startswith(row.recipes)]
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +92,25 @@ def test_cells_that_are_refused_say_why(family: str, method: str, folders: Any, 
     row = FAMILIES[family]
     with pytest.raises(UserError, match=row.refused[method]):
         plan(recipe(folders(family), method, tmp_path, prompts=row.prompts, **row.teacher))
+
+
+@pytest.mark.parametrize(("family", "name"), RECIPES)
+def test_a_shipped_recipe_fits_a_teacher_of_its_family(family: str, name: str, folders: Any, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    shipped = Recipe.load(name)
+    here = {key: value for key, value in shipped.teacher.options.items() if key in ("shift", "embedded_guidance")} | row.teacher
+    teacher = {"pretrained": str(folders(family)), "guidance": shipped.teacher.guidance, "negative_prompt": shipped.teacher.negative_prompt, **here}
+    data = {key: value if value is None else str(made(tmp_path, row.prompts)) for key, value, made in given(shipped)}
+    outcome = describe(plan(validate(Recipe, shipped.dump() | {"teacher": teacher, "data": data})))
+    assert len(outcome["grid"]) == shipped.student.steps
+    assert outcome["roles"]["student"]["trains"] > 0
+
+
+def given(shipped: Recipe) -> list[tuple[str, str | None, Callable[[Path, list[str]], Path]]]:
+    """Each kind of data, whether a recipe names it, and what makes such data."""
+    return [("prompts", shipped.data.prompts, texts), ("images", shipped.data.images, pictures)]
+
+
+def test_every_recipe_is_planned_somewhere() -> None:
+    elsewhere = {name for name in shipped_recipes() if name.startswith("digits_")}  # test_config.py
+    assert {name for _, name in RECIPES} | elsewhere == set(shipped_recipes())

@@ -84,6 +84,7 @@ def test_a_folder_is_found_and_its_parts_fit(pipeline: Any, tmp_path: Path) -> N
     network: Any = found.load_backbone(meta=True)
     assert network.config["text_dim"] == 28
     assert not found.has("transformer_2")
+    assert Wan(pipeline, **OPTIONS, shift=5.0).grid(4).tolist() == pytest.approx([1.0, 0.9375, 5 / 6, 0.625])  # as its few-step papers list them
     plain = Wan(pipeline, size=[480, 832])
     assert plain.options == {"max_sequence_length": 512, "size": [480, 832], "frames": 81}
 
