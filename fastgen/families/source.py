@@ -108,7 +108,9 @@ class Source:
             variant = next(iter(self.variants.values()), None)  # diffusers takes it where there is one
             pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
         pipeline.register_modules(scheduler=scheduler)
-        return pipeline.to(dtype=torch.float32)
+        for module in filter(lambda part: isinstance(part, nn.Module), pipeline.components.values()):
+            module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
+        return pipeline
 
     @staticmethod
     def _diffusers(class_name: str) -> Any:

@@ -46,7 +46,7 @@ FAMILIES = {
         refused={"lcm": r"^recipe key data\.images: the teacher makes videos"}, recipes=("wan21_",),
     ),
     "sd": Row(tiny_sd15, {}, ("tbcm", "lora")),
-    "sdxl": Row(tiny_sdxl, {"size": [16, 24]}, ("dmd2", "lora")),
+    "sdxl": Row(tiny_sdxl, {}, ("dmd2", "lora")),
     "pixart": Row(tiny_pixart, {"max_sequence_length": 22}, ("lcm", "lora")),
     "dit": Row(tiny_dit, {}, ("scm", "full"), prompts=["207", "7"]),
     "flux": Row(tiny_flux, {"size": [16, 16], "max_sequence_length": 20, "embedded_guidance": 2.5}, ("dmd2", "lora"), recipes=("flux_",)),
