@@ -51,8 +51,13 @@ def test_tangents_in_half_precision_are_those_of_single(build: Callable[[], Any]
         (
             SD3Transformer2DModel,
             {
-                "sample_size": 128, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
-                "pooled_projection_dim": 2048, "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+                "sample_size": 128,
+                "num_layers": 38,
+                "num_attention_heads": 38,
+                "caption_projection_dim": 2432,
+                "pooled_projection_dim": 2048,
+                "pos_embed_max_size": 192,
+                "qk_norm": "rms_norm",
             },
             8_056_627_520,
         ),
