@@ -42,8 +42,8 @@ FAMILIES = {
         tiny_wan, {"size": [16, 16], "frames": 5, "max_sequence_length": 19}, ("dmd2", "lora"),
         refused={"lcm": r"^recipe key data\.images: the teacher makes videos"}, recipes=("wan21_",),
     ),
-    "sd": Row(tiny_sd15, {}, ("tbcm", "lora")),
-    "sdxl": Row(tiny_sdxl, {}, ("dmd2", "lora")),
+    "sd": Row(tiny_sd15, {}, ("tbcm", "lora"), recipes=("sd15_",)),
+    "sdxl": Row(tiny_sdxl, {}, ("dmd2", "lora"), recipes=("sdxl_",)),
     "pixart": Row(tiny_pixart, {"max_sequence_length": 22}, ("lcm", "lora")),
     "dit": Row(tiny_dit, {}, ("scm", "full"), prompts=["207", "7"]),
 }  # fmt: skip
