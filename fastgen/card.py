@@ -141,7 +141,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     header = [
         "---",
         "library_name: diffusers",
-        "pipeline_tag: text-to-image",
+        f"pipeline_tag: text-to-{'video' if manifest['options'].get('frames') else 'image'}",
         *([f"base_model: {_quoted(teacher['pretrained'])}", f"base_model_relation: {relation}"] if on_hub else []),
         "tags: [distillation, few-step, fastgen]" if guidance == 1 else "tags: [fastgen]",
         "---",

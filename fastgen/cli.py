@@ -135,7 +135,7 @@ def verify(
 def sample(
     student_dir: StudentDir,
     prompt: Annotated[list[str], typer.Option(help="Prompt; give it several times for a row of pictures.")],
-    output: Annotated[Path, typer.Option(help="PNG file.")],
+    output: Annotated[Path, typer.Option(help="PNG file; of videos it gets a film strip, and a .webp file beside it moves.")],
     steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Network evaluations (default: the student's).")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; the next ones count up.")] = 0,
     first_step_from_teacher: Annotated[
@@ -171,6 +171,9 @@ def sample(
     images = student(prompt, [seed + i for i in range(len(prompt))], steps)
     pictures.save_png(pictures.picture_row(images), output)
     terminal.note(f"picture: {output}")
+    if images.ndim == 5:
+        pictures.save_video(images, output.with_suffix(".webp"), student.family.frame_rate)
+        terminal.note(f"video: {output.with_suffix('.webp')}")
 
 
 @app.command()

@@ -57,7 +57,7 @@ def check_images(images: CaptionedImages | None, family: Family) -> None:
         how = "distillers that train on prompts are dmd2, tbcm, and scm and rcm with distiller.points: teacher_trajectory"
         raise UserError(f"recipe key data.images: the teacher makes videos, and fastgen does not read videos yet; {how}")
     if images is not None and family.latent.size:
-        images.check_width(family.picture_shape[-1])
+        images.check_size(*family.picture_shape[-2:])
 
 
 def check_measuring(recipe: Recipe, family: Family, *, at_the_end: bool) -> None:

@@ -49,6 +49,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ()
     loads_lora: ClassVar[bool] = True  # whether the pipeline saves and loads LoRA files
     pixels_per_latent: int = 1  # spatial stride of the VAE
+    frame_rate: ClassVar[float] = 16  # of videos, a second
     # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.
     samplers: ClassVar[tuple[Sampler, ...]] = ("euler",)
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
