@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
 from fastgen.families.unet import UNet
+from fastgen.manifest import Sampler
 
 
 class StableDiffusion(UNet):
@@ -19,9 +20,9 @@ class StableDiffusion(UNet):
     after_drawing = ("safety_checker", "feature_extractor")
     text_widths: ClassVar = {"cross_attention_dim": ("text_encoder.hidden_size",)}
 
-    def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
-        scheduler = super().export_scheduler(grid)
-        scheduler.register_to_config(steps_offset=1)  # of which the pipeline warns otherwise; trailing times do not look at it
+    def sampling_scheduler(self, steps: int, grid: Sequence[float] | None = None, sampler: Sampler = "euler") -> Any:
+        scheduler = super().sampling_scheduler(steps, grid, sampler)
+        scheduler.register_to_config(steps_offset=1)  # of which the pipeline warns otherwise; neither of them looks at it
         return scheduler
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
