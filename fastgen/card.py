@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastgen.errors import UserError
@@ -24,28 +25,41 @@ TEACHER_DIR = "TEACHER_DIR"  # stands for the folder of a teacher that is not on
 
 def call_snippet(manifest: dict[str, Any], folder: str = "STUDENT_DIR") -> str:
     """Python that draws a picture with plain diffusers."""
-    picture = calling(manifest, repr(manifest["prompts"][0]), generator="torch.Generator().manual_seed(0)")
-    return f"{loading(manifest, folder)}image = {picture}.images[0]\n"
+    drawn = calling(manifest, _inputs(chosen(manifest["inputs"], [0])), generator="torch.Generator().manual_seed(0)")
+    made = "video = {}.frames[0]" if manifest["options"].get("frames") else "image = {}.images[0]"
+    return f"{loading(manifest, folder)}{made.format(drawn)}\n"
+
+
+def chosen(inputs: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """The inputs of some of the prompts; a number says for how many."""
+    return {key: [value[i] for i in rows] if isinstance(value, list) else len(rows) for key, value in inputs.items()}
+
+
+def _inputs(inputs: dict[str, Any]) -> str:
+    """The arguments that say what to draw; a single text stands by itself."""
+    alone = {key: value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value for key, value in inputs.items()}
+    return ", ".join(f"{_identifier(key)}={value!r}" for key, value in alone.items())
 
 
 def loading(manifest: dict[str, Any], folder: str, teacher: str = "") -> str:
     """Python that loads the student as `pipe`; teacher: the folder of an adapter's teacher, else its hub id, else TEACHER_DIR. Where callers
     change experts themselves it also defines `switch`, which does so between steps, and starts with the first; UserError for names that are
     no identifiers."""
+    told = "".join(f", {_identifier(key)}={value!r}" for key, value in manifest.get("loading", {}).items())
     if manifest["weights"] == "lora":
-        loaded = _load_adapters(manifest, folder, teacher)
+        loaded = _load_adapters(manifest, folder, teacher, told)
     else:
-        loaded = f"import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({_quoted(folder)})\n"
+        loaded = f"import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({_quoted(folder)}{told})\n"
     return loaded + (_switching(manifest, folder) if switched_by_caller(manifest) else "")
 
 
-def calling(manifest: dict[str, Any], prompt: str, **arguments: str) -> str:
-    """The call of `pipe` with the student's own arguments. prompt and arguments: Python expressions."""
+def calling(manifest: dict[str, Any], inputs: str, **arguments: str) -> str:
+    """The call of `pipe` with the student's own arguments. inputs: Python arguments that say what to draw; arguments: expressions."""
     own = {_identifier(key): repr(value) for key, value in manifest["call"].items()}
     if switched_by_caller(manifest):
         own["callback_on_step_end"] = "switch"
     lines = "".join(f"    {key}={value},\n" for key, value in {**own, **arguments}.items())
-    return f"pipe(\n    {prompt},\n{lines})"
+    return "pipe(\n" + (f"    {inputs},\n" if inputs else "") + f"{lines})"
 
 
 def switched_by_caller(manifest: dict[str, Any]) -> bool:
@@ -53,7 +67,7 @@ def switched_by_caller(manifest: dict[str, Any]) -> bool:
     return "experts" in manifest and "boundary_ratio" not in manifest
 
 
-def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str) -> str:
+def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: str) -> str:
     pipeline, scheduler, place = _identifier(manifest["pipeline"]), _identifier(manifest.get("scheduler", SCHEDULER)), _quoted(folder)
     if "experts" in manifest:
         names = [_quoted(expert["where"]) for expert in manifest["experts"]]
@@ -64,10 +78,10 @@ def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str) -> str:
     base = teacher or (manifest["base"] if is_hub_id(manifest["base"]) else TEACHER_DIR)
     commit = "" if revision is None else f"revision={_quoted(revision)}, "
     # A shift is stated for teachers whose scheduler may not even load.
-    without = "scheduler=None, " if manifest["teacher"].get("shift") is not None else ""
+    without = "scheduler=None, " if manifest["options"].get("shift") is not None else ""
     return (
         f"import torch\nfrom diffusers import {pipeline}, {scheduler}\n\n"
-        f"pipe = {pipeline}.from_pretrained({_quoted(base)}, {commit}{without}torch_dtype=torch.float32)\n"
+        f"pipe = {pipeline}.from_pretrained({_quoted(base)}, {commit}{without}torch_dtype=torch.float32{told})\n"
         + "".join(f"pipe.load_lora_weights({arguments})\n" for arguments in adapters)
         + f'pipe.scheduler = {scheduler}.from_pretrained({place}, subfolder="scheduler")\n'
     )
@@ -121,18 +135,18 @@ def _identifier(name: str) -> str:
 
 def model_card(manifest: dict[str, Any]) -> str:
     """README.md of an export: hub metadata, what it is, how it must be called."""
-    teacher, call = manifest["teacher"], manifest["call"]
+    teacher, guidance = manifest["teacher"], manifest["guidance"]
     relation = "adapter" if manifest["weights"] == "lora" else "finetune"
     on_hub = is_hub_id(teacher["pretrained"])  # local and bundled teachers have no page to link to
     header = [
         "---",
         "library_name: diffusers",
-        "pipeline_tag: text-to-image",
+        f"pipeline_tag: text-to-{'video' if manifest['options'].get('frames') else 'image'}",
         *([f"base_model: {_quoted(teacher['pretrained'])}", f"base_model_relation: {relation}"] if on_hub else []),
-        "tags: [distillation, few-step, fastgen]" if call["guidance_scale"] == 1 else "tags: [fastgen]",
+        "tags: [distillation, few-step, fastgen]" if guidance == 1 else "tags: [fastgen]",
         "---",
     ]
-    guided = "without classifier-free guidance" if call["guidance_scale"] == 1 else f"with guidance {call['guidance_scale']}"
+    guided = "without classifier-free guidance" if guidance == 1 else f"with guidance {guidance}"
     version, method = manifest["versions"]["fastgen"], manifest["method"]
     what = f"Made by fastgen {version} with {_code(method)} from {_code(teacher['pretrained'])} (guidance {teacher['guidance']})."
     how = (

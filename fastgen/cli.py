@@ -111,13 +111,22 @@ def export(
 
 
 @app.command()
-def verify(student_dir: StudentDir, teacher_dir: TeacherDir = None) -> None:
+def verify(
+    student_dir: StudentDir,
+    teacher_dir: TeacherDir = None,
+    device: Annotated[str, typer.Option(help="Where both draw: auto, cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="In which precision: fp32, or fp16 or bf16, which show only gross mistakes.")] = "fp32",
+) -> None:
     """Reload the student in plain diffusers, without fastgen, and compare its grid and pictures with ours."""
     from fastgen import export as exports
     from fastgen import run, terminal
+    from fastgen.parallel import choose_device
 
+    if dtype not in exports.DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is no precision; allowed: {', '.join(exports.DTYPES)}")
+    place = choose_device(device, "--device")
     terminal.quiet()
-    result = exports.verify(student_dir, teacher_dir=teacher_dir)
+    result = exports.verify(student_dir, teacher_dir=teacher_dir, device=place, dtype=dtype)
     run.require_verified(result, student_dir)
     terminal.note(f"verified: {result.pictures} pictures differ by at most {result.picture_error:.1e}, the grid by {result.grid_error:.1e}")
 
@@ -126,7 +135,7 @@ def verify(student_dir: StudentDir, teacher_dir: TeacherDir = None) -> None:
 def sample(
     student_dir: StudentDir,
     prompt: Annotated[list[str], typer.Option(help="Prompt; give it several times for a row of pictures.")],
-    output: Annotated[Path, typer.Option(help="PNG file.")],
+    output: Annotated[Path, typer.Option(help="PNG file; of videos it gets a film strip, and a .webp file beside it moves.")],
     steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Network evaluations (default: the student's).")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; the next ones count up.")] = 0,
     first_step_from_teacher: Annotated[
@@ -162,6 +171,9 @@ def sample(
     images = student(prompt, [seed + i for i in range(len(prompt))], steps)
     pictures.save_png(pictures.picture_row(images), output)
     terminal.note(f"picture: {output}")
+    if images.ndim == 5:
+        pictures.save_video(images, output.with_suffix(".webp"), student.family.frame_rate)
+        terminal.note(f"video: {output.with_suffix('.webp')}")
 
 
 @app.command()

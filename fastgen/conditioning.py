@@ -42,3 +42,15 @@ def repeat(cond: Conditioning, count: int) -> Conditioning:
 def drop(cond: Conditioning, null: Conditioning, mask: Tensor) -> Conditioning:
     """Replace the rows where mask (B,) is True by `null` (batch 1): conditioning dropout for classifier-free guidance."""
     return {key: torch.where(mask.to(value.device).view(-1, *(1,) * (value.ndim - 1)), null[key].to(value), value) for key, value in cond.items()}
+
+
+def ragged(rows: Sequence[Tensor], most: int) -> Conditioning:
+    """Texts (N_i, D) of different length as `text` (B, most, D), padded with zeros, and `length` (B,) int64."""
+    text = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, most - len(row))) for row in rows])
+    return {"text": text, "length": torch.tensor([len(row) for row in rows], device=text.device)}
+
+
+def lengths(cond: Conditioning) -> list[int]:
+    """Those of `ragged` texts; on the meta device, where there are none, all that there is room for."""
+    length, most = cond["length"], cond["text"].shape[1]
+    return [most] * len(length) if length.is_meta else length.tolist()

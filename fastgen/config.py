@@ -11,16 +11,18 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fastgen.errors import UserError, nearest, one_line, shown
 from fastgen.files import expanded
+from fastgen.manifest import Sampler
 from fastgen.yaml_files import MOST_DEPTH, parse, read_yaml
 
 MOST_STEPS = 10**9  # of training: a year of them at thirty a second
+Pixels = Annotated[int, Field(ge=1, le=2**16)]
 LARGEST = 1e18  # of a real number: its square fits single precision
 
 
@@ -32,8 +34,9 @@ class Block(BaseModel):
 
 class TeacherBlock(Block):
     """revision: of a hub id, a commit, branch or tag; None: its newest. guidance: classifier-free guidance n + w (c - n); 1 is none. None for
-    length and resolution: the pipeline's own. shift: of the teacher's times, None for what its scheduler says; stated, it goes before that,
-    and the scheduler may be of any kind."""
+    all else: the pipeline's own. size: [height, width] in pixels; resolution: the same for squares. frames: of a video. embedded_guidance: what
+    the network is told of guidance, where it was trained with such an input. shift: of the teacher's times, None for what its scheduler
+    says; stated, it goes before that, and the scheduler may be of any kind."""
 
     pretrained: str
     revision: str | None = Field(None, min_length=1)
@@ -41,13 +44,17 @@ class TeacherBlock(Block):
     guidance: float = Field(1.0, ge=1)
     negative_prompt: str = ""
     max_sequence_length: int | None = Field(None, ge=1, le=2**20)
-    resolution: int | None = Field(None, ge=1, le=2**16)
+    size: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
+    resolution: Pixels | None = None
+    frames: int | None = Field(None, ge=1, le=2**12)
+    embedded_guidance: float | None = Field(None, ge=0, le=1e3)
     shift: float | None = Field(None, ge=1e-3, le=1e3)
 
     @property
     def options(self) -> dict[str, Any]:
         """What a family is told beside its source."""
-        return {"revision": self.revision, "max_sequence_length": self.max_sequence_length, "resolution": self.resolution, "shift": self.shift}
+        names = ("revision", "max_sequence_length", "size", "resolution", "frames", "embedded_guidance", "shift")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class LoraBlock(Block):
@@ -62,12 +69,14 @@ class Tuning(Block):
 
 class StudentBlock(Block):
     """init: `teacher`, or the folder of a finished run, whose averaged students are taken over. steps: network evaluations at inference.
-    grid: the export scheduler's own times, or explicit ones in (0, 1], descending."""
+    grid: the export scheduler's own times, or explicit ones in (0, 1], descending. sampler: how a sample moves between them, keeping its own
+    noise (`euler`) or drawing it anew (`stochastic`)."""
 
     init: str = "teacher"
     tune: Literal["full"] | Tuning = "full"
     steps: int = Field(ge=1, le=1000)
     grid: Literal["auto"] | list[float] = "auto"
+    sampler: Sampler = "euler"
 
     @field_validator("grid")
     @classmethod

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.families.base import Family
-from fastgen.path import Kind, Path, expand_time
+from fastgen.guidance import GuidanceRule, linear
+from fastgen.path import Kind, Path
 from fastgen.sampling import Predict
 from fastgen.surgery import lora, second_time
 from fastgen.surgery.heads import Heads
@@ -145,6 +146,20 @@ def full_precision(module: nn.Module) -> Iterator[bool]:
             denoiser.autocast = autocast
 
 
+class _Place:
+    """A sample x (B, ...) at t (B,) of `path` (None: `own`) as it is on the path `own`, where a network predicts."""
+
+    def __init__(self, own: Path, x: Tensor, t: Tensor, path: Path | None) -> None:
+        self.own, self.path, self.asked = own, own if path is None else path, t
+        self.x, self.t = (x, t) if self.path == own else self.path.retime(x, t, own)
+
+    def told(self, prediction: Tensor, src: Kind, dst: Kind) -> Tensor:
+        """A prediction of kind `src` made there, as the kind `dst` at the sample that was asked for."""
+        if self.path == self.own or dst in ("x0", "eps"):
+            return self.own.convert(prediction, self.x, self.t, src, dst)
+        return self.path.predict(*self.own.solve(prediction, self.x, self.t, src), self.asked, dst)
+
+
 class Predictor:
     """Predictions of any kind, at samples on any path, from a denoiser that has one kind on one path."""
 
@@ -167,33 +182,15 @@ class Predictor:
 
     def output(self, x: Tensor, t: Tensor, cond: Conditioning, kind: Kind = "x0", path: Path | None = None) -> Output:
         """The same with all else that the network gives."""
-        own, own_kind = self.family.path, self.family.kind
-        if path is None or path == own:
-            out = self.denoiser(x, t, cond)
-            return out._replace(prediction=own.convert(out.prediction, x, t, own_kind, kind))
-        x_own, t_own = path.retime(x, t, own)
-        out = self.denoiser(x_own, t_own, cond)
-        if kind in ("x0", "eps"):
-            return out._replace(prediction=own.convert(out.prediction, x_own, t_own, own_kind, kind))
-        return out._replace(prediction=path.predict(*own.solve(out.prediction, x_own, t_own, own_kind), t, kind))
+        at = _Place(self.family.path, x, t, path)
+        out = self.denoiser(at.x, at.t, cond)
+        return out._replace(prediction=at.told(out.prediction, self.family.kind, kind))
 
     def logits(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Logits (B, num_taps) of the discriminator heads at x (B, ...), t (B,) on the network's own path; differentiable in x."""
         logits = self.denoiser(x, t, cond, judge=True).logits
         assert logits is not None
         return logits
-
-
-GuidanceRule = Callable[[Tensor, Tensor, float | Tensor], Tensor]
-
-
-def linear(cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance n + w (c - n), diffusers' convention: w = 1 is no guidance (Ho & Salimans 2022).
-
-    scale: one number, or one a sample (B,).
-    """
-    scale = expand_time(scale, cond) if isinstance(scale, Tensor) else scale
-    return negative + scale * (cond - negative)
 
 
 def both_ways(
@@ -207,21 +204,26 @@ def both_ways(
 
 
 class _Guided:
-    def __init__(self, predict: Predict, scale: float | Tensor, negative: Conditioning, rule: GuidanceRule) -> None:
+    def __init__(self, predict: Predict, scale: float | Tensor, negative: Conditioning, rule: GuidanceRule, acts_on: Kind | None) -> None:
         self.predict, self.scale, self.negative, self.rule = predict, scale, negative, rule
+        self.acts_on: Kind | None = acts_on
 
     @property
     def path(self) -> Path:
         return self.predict.path
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning, kind: Kind = "x0", path: Path | None = None) -> Tensor:
-        return self.rule(*both_ways(self.predict, x, t, cond, self.negative, kind, path), self.scale)
+        if self.acts_on is None:
+            return self.rule(*both_ways(self.predict, x, t, cond, self.negative, kind, path), self.scale)
+        at = _Place(self.path, x, t, path)
+        return at.told(self.rule(*both_ways(self.predict, at.x, at.t, cond, self.negative, self.acts_on), self.scale), self.acts_on, kind)
 
 
-def guided(predict: Predict, scale: float | Tensor, negative: Conditioning, rule: GuidanceRule = linear) -> Predict:
+def guided(predict: Predict, scale: float | Tensor, negative: Conditioning, rule: GuidanceRule = linear, acts_on: Kind | None = None) -> Predict:
     """`predict` with classifier-free guidance; negative: conditioning of one sample. scale: one number, or one a sample (B,) for
     calls on just these samples. The number 1 returns `predict` itself.
 
-    A linear rule with weights summing to one commutes with every conversion of kinds, so guiding x0 equals guiding the velocity.
+    A linear rule with weights summing to one commutes with every conversion of kinds, so guiding x0 equals guiding the velocity. acts_on:
+    the kind, on the predictor's own path, that another rule is for.
     """
-    return predict if not isinstance(scale, Tensor) and scale == 1 else _Guided(predict, scale, negative, rule)
+    return predict if not isinstance(scale, Tensor) and scale == 1 else _Guided(predict, scale, negative, rule, acts_on)

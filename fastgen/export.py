@@ -1,7 +1,7 @@
 """A student as an ordinary diffusers folder (or LoRA folder), and the proof that plain diffusers draws what we draw.
 
 The folder holds native classes only: the teacher's pipeline with the student's network and the scheduler whose grid the student
-was trained on. What a stock call must be passed stands in fastgen.json["call"] and in the model card.
+was trained on. What a stock call must be passed stands in fastgen.json["call"] and in the model card; in our own words it says the same beside that.
 
 A student of several experts fills both networks of a pipeline that has two and changes between them by itself. On any other pipeline,
 and for more experts than two, the pipeline holds the first and `expert_2/`, ... the others, and the call changes them between steps:
@@ -36,13 +36,16 @@ from fastgen.families.base import Family
 from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
 from fastgen.generator import check_student, open_student, read_manifest, teacher_source
+from fastgen.manifest import FORMAT, Sampler
 from fastgen.portable import forget_origins, portable, source_name
 from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of fp32
+# Of half precision, in which two programs agree no better than a layer's rounding: fp16 keeps eleven bits, bf16 eight.
+_TOLERANCES = {"fp32": TOLERANCE, "fp16": 2e-2, "bf16": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ class StudentInfo:
     steps: int
     grid: Sequence[float] | None  # explicit times; None for the scheduler's own
     guidance: float  # of the student's own sampling; 1 is none
-    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and where they are known shift, revision and sha256
+    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and where they are known revision and sha256
     prompts: Sequence[str]  # examples, for the card and for verification
     recipe: dict[str, Any]
+    sampler: Sampler = "euler"
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
     unfinished: dict[str, dict[str, int]] = field(default_factory=dict)  # {role: {step, of}} where training was not over
 
@@ -75,7 +79,7 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
     """
     experts = _experts(student)
     info = replace(info, own_steps_only=any("second_time" in expert.role.spec.inputs for expert in experts))
-    times = family.grid(info.steps, info.grid)
+    times = family.sampling_times(info.steps, info.grid, info.sampler)
     shares, places = _shares(experts, times), _places(family, len(experts))
     boundary = _boundary(times, shares) / family.path.t_max if family.second_component in places else None
 
@@ -84,7 +88,7 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
         return _plain_network(_copied(denoiser) if denoiser.adapter and len(experts) > 1 else denoiser, times[shares[k]])
 
     def write(folder: Path) -> None:
-        pipeline = family.load_pipeline(network(0), family.export_scheduler(info.grid))
+        pipeline = family.load_pipeline(network(0), family.sampling_scheduler(info.steps, info.grid, info.sampler))
         if family.second_component is not None:
             pipeline.register_modules(**{family.second_component: None if boundary is None else network(1)})
             pipeline.register_to_config(boundary_ratio=boundary)
@@ -154,8 +158,16 @@ def _converted(pipeline: Any, dtype: torch.dtype) -> Any:
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module itself where it is in `dtype` already, else a copy."""
-    return copy.deepcopy(module).to(dtype) if any(p.dtype != dtype for p in module.parameters()) else module
+    """The module itself where it is in `dtype` already, else a copy. What diffusers loads in fp32 in any case is fp32 here too."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if type(module).__module__.startswith("diffusers.") else set()
+    wanted = {name: torch.float32 if kept & set(name.split(".")) else dtype for name, _ in module.named_parameters()}
+    if all(parameter.dtype == wanted[name] for name, parameter in module.named_parameters()):
+        return module
+    changed = copy.deepcopy(module)
+    for name, tensor in [*changed.named_parameters(), *changed.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted.get(name, dtype))
+    return changed
 
 
 def _load_encoders_as_fp32(folder: Path) -> None:
@@ -173,10 +185,10 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
     experts = _experts(student)
     tuned = all(expert.role.denoiser.adapter is not None for expert in experts)
     check_lora([expert.role.spec for expert in experts], family, tuned=tuned, method=info.method)
-    scheduler = family.export_scheduler(info.grid)
+    scheduler = family.sampling_scheduler(info.steps, info.grid, info.sampler)
     pipeline = family.load_pipeline(experts[0].role.denoiser.backbone, scheduler)
     places = [f"expert_{k}" for k in range(1, len(experts) + 1)] if len(experts) > 1 else [""]
-    division = _division([expert.end for expert in experts], _shares(experts, family.grid(info.steps, info.grid)), places)
+    division = _division([expert.end for expert in experts], _shares(experts, family.sampling_times(info.steps, info.grid, info.sampler)), places)
 
     def write(folder: Path) -> None:
         for expert, place in zip(experts, places, strict=True):
@@ -189,6 +201,8 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
 def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, method: str, key: str = "--lora") -> None:
     """UserError where adapters alone cannot hold a student of these roles. tuned: whether they have adapters; key: what asks for them."""
     way_on = "export it without --lora" if key == "--lora" else "`export.weights: full` merges it"
+    if not family.loads_lora:
+        raise UserError(f"{key}: {family.pipeline_classes[0]} loads no LoRA files; {way_on}")
     if not tuned:
         raise UserError(f"{key}: a student trained with student.tune: full has no adapter; {way_on.replace('merges it', 'exports it whole')}")
     for inputs in (spec.inputs for spec in students if spec.inputs):
@@ -240,17 +254,25 @@ def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Pa
 
 def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
     """more: what only some students have."""
+    negative = info.teacher["negative_prompt"] or None
+    loading = {key: value for key, value in family.loading_arguments.items() if weights == "lora" or key != "variant"}  # which is the teacher's
     return {
-        "format": 2,
+        "format": FORMAT,
         "weights": weights,
         "dtype": dtype,
         "method": info.method,
         "steps": info.steps,
-        "grid": family.grid(info.steps, info.grid).tolist(),
+        "grid": family.sampling_times(info.steps, info.grid, info.sampler).tolist(),
+        "explicit_grid": None if info.grid is None else list(info.grid),
+        "sampler": info.sampler,
+        "guidance": info.guidance,
+        "options": family.options,
+        "inputs": family.call_inputs(list(info.prompts)[:8]),
         "own_steps_only": info.own_steps_only,
-        "call": family.call_arguments(info.steps, info.guidance, info.grid) | _negative_prompt(info),
+        "call": family.call_arguments(info.steps, info.guidance, info.grid) | family.negative_arguments(negative, info.guidance),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher | {"pretrained": source_name(info.teacher["pretrained"])},
+        **({"loading": loading} if loading else {}),
         **({"unfinished": info.unfinished} if info.unfinished else {}),
         **more,
         "prompts": list(info.prompts)[:8],
@@ -258,11 +280,6 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "sha256": file_hashes(folder, file_names(folder)),
         "recipe": portable(info.recipe),
     }
-
-
-def _negative_prompt(info: StudentInfo) -> dict[str, str]:
-    text = info.teacher["negative_prompt"]
-    return {"negative_prompt": text} if text and info.guidance > 1 else {}
 
 
 def _base(info: StudentInfo, scheduler: Any) -> dict[str, str]:
@@ -274,15 +291,16 @@ def _base(info: StudentInfo, scheduler: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest absolute differences between plain diffusers and our sampler."""
+    """Largest absolute differences between plain diffusers and our sampler, and what pictures may differ by."""
 
     grid_error: float
     picture_error: float
     pictures: int
+    tolerance: float = TOLERANCE
 
     @property
     def passed(self) -> bool:
-        return self.grid_error <= TOLERANCE and self.picture_error <= TOLERANCE
+        return self.grid_error <= TOLERANCE and self.picture_error <= self.tolerance
 
 
 # Runs in its own interpreter, in which importing fastgen fails: what users of plain diffusers get. The program is the model card's own.
@@ -293,47 +311,64 @@ import numpy, torch
 job = json.load(sys.stdin)
 import diffusers
 diffusers.utils.logging.set_verbosity_error()
-prompts, generators = job["prompts"], [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
+inputs, generators = job["inputs"], [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
 exec(job["program"])
-numpy.savez(job["output"], images=images, sigmas=pipe.scheduler.sigmas.double().numpy())
+sigmas = getattr(pipe.scheduler, "sigmas", torch.zeros(0))
+numpy.savez(job["output"], images=images, sigmas=sigmas.double().cpu().numpy(), timesteps=pipe.scheduler.timesteps.double().cpu().numpy())
 """
 
 
-def verify(folder: Path, *, seeds: Sequence[int] = (0, 1, 2, 3), teacher_dir: str | Path | None = None) -> Verification:
-    """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours in fp32.
+def verify(
+    folder: Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    teacher_dir: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str = "fp32",
+) -> Verification:
+    """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours.
 
-    teacher_dir: as in `load_student`.
+    teacher_dir: as in `load_student`. device, dtype: where, and in which precision, both draw; a large network fits no other way, but half
+    precision shows only gross mistakes.
     """
     manifest = read_manifest(folder)
     check_student(folder, manifest)
-    prompts = [manifest["prompts"][i % len(manifest["prompts"])] for i in range(len(seeds))]
-    images, sigmas = _plain_diffusers(folder, manifest, prompts, seeds, teacher_dir)
-    student = open_student(folder, manifest, teacher_dir=teacher_dir)
-    ours = student(prompts, seeds).permute(0, 2, 3, 1).numpy()
-    if images.shape != ours.shape or sigmas.shape != (manifest["steps"] + 1,):
+    shown = [i % len(manifest["prompts"]) for i in range(len(seeds))]
+    prompts = [manifest["prompts"][i] for i in shown]
+    job = {"inputs": card.chosen(manifest["inputs"], shown), "seeds": list(seeds)}
+    place = "" if (str(device), dtype) == ("cpu", "fp32") else f"pipe.to({str(device)!r}, {DTYPES[dtype]})\n"
+    images, timesteps, sigmas = _plain_diffusers(folder, manifest, job, place, teacher_dir)
+    student = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
+    family, ours = student.family, student(prompts, seeds).movedim(1, -1).numpy()
+    if images.shape != ours.shape or len(timesteps) != manifest["steps"]:
         raise UserError(
-            f"{str(folder)!r}: plain diffusers gives pictures {images.shape} on {len(sigmas) - 1} steps, ours are {ours.shape} on {manifest['steps']}"
+            f"{str(folder)!r}: plain diffusers gives pictures {images.shape} on {len(timesteps)} steps, ours are {ours.shape} on {manifest['steps']}"
         )
-    grid = np.array([*manifest["grid"], 0.0])
-    grid_error = max(np.abs(sigmas - grid).max(), np.abs(student.times().numpy() - grid[:-1]).max())
-    return Verification(float(grid_error), float(np.abs(images - ours).max()), len(ours))
+    stock = family.path_times(torch.from_numpy(timesteps), torch.from_numpy(sigmas)).numpy()
+    grid = np.array(manifest["grid"])
+    grid_error = max(np.abs(stock - grid).max(), np.abs(student.times().numpy() - grid).max())
+    tolerance = _TOLERANCES[dtype] * family.amplification(manifest["grid"][0])
+    return Verification(float(grid_error), float(np.abs(images - ours).max()), len(ours), tolerance)
 
 
 def _plain_diffusers(
-    folder: Path, manifest: dict[str, Any], prompts: list[str], seeds: Sequence[int], teacher_dir: str | Path | None
-) -> tuple[np.ndarray, np.ndarray]:
-    drawn = card.calling(manifest, "prompts", generator="generators", output_type='"np"')
+    folder: Path, manifest: dict[str, Any], job: dict[str, Any], place: str, teacher_dir: str | Path | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pictures, timesteps and sigmas of the stock pipeline. job: what it is given; place: code that moves it."""
+    # One for each prompt: StableDiffusionPipeline takes no text beside a list.
+    told = {key: f"[{value!r}] * len(generators)" for key, value in manifest["call"].items() if key.startswith("negative_prompt")}
+    drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"', **told)
     teacher = _teacher_folder(folder, manifest, teacher_dir) if manifest["weights"] == "lora" else ""
-    program = f"{card.loading(manifest, str(folder.resolve()), teacher)}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}.images\n"
+    program = f"{card.loading(manifest, str(folder.resolve()), teacher)}{place}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}[0]\n"
     with tempfile.TemporaryDirectory() as scratch:
-        job = {"program": program, "prompts": prompts, "seeds": list(seeds), "output": f"{scratch}/plain.npz"}
+        job = {**job, "program": program, "output": f"{scratch}/plain.npz"}
         # `-P` keeps the current folder off the path; the child needs nothing of ours.
         done = subprocess.run([sys.executable, "-P", "-c", _PLAIN_DIFFUSERS], input=json.dumps(job), capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise UserError(f"{str(folder)!r} does not load and run in plain diffusers: {reason}")
         with np.load(job["output"]) as arrays:
-            return arrays["images"], arrays["sigmas"]
+            return arrays["images"], arrays["timesteps"], arrays["sigmas"]
 
 
 def _teacher_folder(folder: Path, manifest: dict[str, Any], teacher_dir: str | Path | None) -> str:

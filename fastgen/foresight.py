@@ -12,15 +12,33 @@ from fastgen.data.images import CaptionedImages
 from fastgen.errors import UserError
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.families.base import Family
+from fastgen.manifest import Sampler
 
 _TIMES = 1000  # diffusers tells steps apart by 1000 t, in fp32
+
+
+def check_sampler(recipe: Recipe, family: Family, able: tuple[Sampler, ...]) -> None:
+    """UserError for a sampler that the stock pipeline does not reproduce, or that the method's students are not made for (able: those that
+    they are)."""
+    sampler, method = recipe.student.sampler, recipe.distiller.name
+    if sampler not in able:
+        raise UserError(f"recipe key student.sampler: {sampler}, but {method} trains steps of the {' or '.join(able)} sampler alone")
+    if sampler not in family.samplers:
+        what = f"{family.pipeline_classes[0]} hands its scheduler no generator, so no seed would draw a picture twice"
+        raise UserError(f"recipe key student.sampler: {sampler}, but {what}; allowed: {', '.join(family.samplers)}")
+
+
+def check_explicit(recipe: Recipe, family: Family) -> None:
+    """UserError for explicit times where the pipeline's call takes none."""
+    if recipe.student.grid != "auto" and family.exportable and not family.takes_times:
+        raise UserError(f"recipe key student.grid: the call of {family.pipeline_classes[0]} takes no explicit times; remove it, or use auto")
 
 
 def check_grid(recipe: Recipe, family: Family) -> None:
     """UserError for a sampling grid that the exported scheduler cannot step on: it has other times, or two that are one when they are rounded."""
     student = recipe.student
     given = None if student.grid == "auto" else list(student.grid)
-    times = family.grid(student.steps, given)
+    times = family.sampling_times(student.steps, given, student.sampler)
     key = f"student.steps: {student.steps} steps with teacher.shift {family.shift:g}" if given is None else f"student.grid: {given}"
     if given is not None and not _agree(times / family.path.t_max, torch.tensor(given, dtype=torch.float64)):
         raise UserError(f"recipe key {key[:200]} cannot be exported: the scheduler would step on {times.tolist()}"[:500])
@@ -34,9 +52,12 @@ def _agree(times: Tensor, given: Tensor) -> bool:
 
 
 def check_images(images: CaptionedImages | None, family: Family) -> None:
-    """UserError for images that come as tensors of another width than the teacher's."""
+    """UserError for images where the teacher makes videos, and for those that come as tensors of another width than the teacher's."""
+    if images is not None and len(family.latent.size) > 2:
+        how = "distillers that train on prompts are dmd2, tbcm, and scm and rcm with distiller.points: teacher_trajectory"
+        raise UserError(f"recipe key data.images: the teacher makes videos, and fastgen does not read videos yet; {how}")
     if images is not None and family.latent.size:
-        images.check_width(family.picture_shape[-1])
+        images.check_size(*family.picture_shape[-2:])
 
 
 def check_measuring(recipe: Recipe, family: Family, *, at_the_end: bool) -> None:

@@ -24,15 +24,26 @@ from fastgen.families import find_family, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
-from fastgen.manifest import Pipeline, Student
+from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, Sampler, Student, upgraded
 from fastgen.portable import is_local, source_name
 from fastgen.sampling import Experts, Predict, few_step, walk
 from fastgen.yaml_files import read_yaml
 
 
+class SeededDraws:
+    """One CPU generator a sample, each of which goes on drawing from call to call, as in a stock pipeline that hands them to its scheduler."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.generators, self.device = [torch.Generator().manual_seed(seed) for seed in seeds], device
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The next unit noise (B, *shape) fp32; the name does not count."""
+        return torch.cat([torch.randn((1, *shape), generator=generator) for generator in self.generators]).to(self.device)
+
+
 def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Unit noise (B, *shape) fp32, one CPU generator a sample."""
-    return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return SeededDraws(seeds).normal("noise", shape)
 
 
 class FirstStep(NamedTuple):
@@ -45,7 +56,8 @@ class FirstStep(NamedTuple):
 class ImageGenerator:
     """A model with its sampler settings. steps: default number of evaluations; grid: explicit times for exactly `steps`.
 
-    own_steps_only: the network serves that grid alone, and other numbers of steps are a UserError. name: what messages call it.
+    sampler: how a sample moves from step to step. own_steps_only: the network serves that grid alone, and other numbers of steps are a
+    UserError. name: what messages call it.
     """
 
     def __init__(
@@ -59,12 +71,17 @@ class ImageGenerator:
         grid: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
         own_steps_only: bool = False,
+        sampler: Sampler = "euler",
         name: str = "the model",
     ) -> None:
         self.family, self.steps, self.guidance, self.explicit_grid = family, steps, guidance, grid
         self.own_steps_only, self.name = own_steps_only, name
+        self.sampler: Sampler = sampler
         self.device = torch.device(device)
-        self.predict = predict if guidance == 1 else guided(predict, guidance, self._encode([negative_prompt]))
+        self.predict = predict
+        if guidance != 1:
+            negative = conditioning.to(family.encode_negative(negative_prompt or None), self.device)
+            self.predict = guided(predict, guidance, negative, family.guidance_rule, family.guidance_kind)
         self._encoded: dict[str, Conditioning] = {}
         self._first: FirstStep | None = None
 
@@ -92,7 +109,7 @@ class ImageGenerator:
         steps = steps or self.steps
         if self.own_steps_only and steps != self.steps:
             raise UserError(f"--steps: {steps}, but this student was made for {self.steps}: its second time is part of its weights; train another")
-        return self.family.grid(steps, self.explicit_grid if steps == self.steps else None)
+        return self.family.sampling_times(steps, self.explicit_grid if steps == self.steps else None, self.sampler)
 
     def times_after_first(self, steps: int | None = None) -> Tensor:
         """The grid without its first time, (N - 1,): what `with_first_step` leaves to the student. UserError where that is nothing."""
@@ -104,7 +121,8 @@ class ImageGenerator:
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """Latents (B, *shape) of one sample a (prompt, seed) pair."""
-        noise = noise_from_seeds(seeds, self.family.latent.shape).to(self.device)
+        draws = SeededDraws(seeds, self.device)
+        noise = draws.normal("noise", self.family.latent.shape)
         if self._first is None:
             times, start = self.times(steps), None
         else:
@@ -112,7 +130,7 @@ class ImageGenerator:
             times = self.times_after_first(steps)
             way = timesteps.down_to(times[0].item(), count, t_max=teacher.family.path.t_max, shift=teacher.family.shift)
             start = teacher._partly_denoised(noise, prompts, way).to(self.device)
-        return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), renoise="euler", start=start)
+        return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), draws, renoise=self.sampler, start=start)
 
     def _partly_denoised(self, noise: Tensor, prompts: Sequence[str], times: Tensor) -> Tensor:
         """Samples (B, *shape) at times[-1] after evaluations at the times before it."""
@@ -166,12 +184,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{str(folder)!r} holds no fastgen.json, so it is not an exported student")
     manifest = records.read(path)
     version = manifest.get("format")
-    if version not in (1, 2):
-        raise UserError(f"{str(path)!r} has format {records.shown(version)}, this fastgen reads 1 and 2")
-    if version == 2:
+    if version not in range(1, FORMAT + 1) or isinstance(version, bool):
+        raise UserError(f"{str(path)!r} has format {records.shown(version)}, this fastgen reads 1 to {FORMAT}")
+    if version > 1:
         manifest = _as_exported(manifest, path)
     try:
-        return records.checked(manifest, Student)
+        if version < FORMAT:
+            records.checked(manifest, FormerStudent)
+        return records.checked(upgraded(manifest), Student)
     except ValueError as error:
         raise UserError(f"{str(path)!r}: {error}; export the student again") from error
 
@@ -248,33 +268,39 @@ def load_student(folder: str | Path, *, device: torch.device | str = "cpu", teac
 
 
 def open_student(
-    folder: Path, manifest: dict[str, Any], *, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
+    folder: Path,
+    manifest: dict[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    teacher_dir: str | Path | None = None,
 ) -> ImageGenerator:
-    """`load_student` for files that have been checked."""
-    call = manifest["call"]
-    is_lora = manifest["weights"] == "lora"
+    """`load_student` for files that have been checked; dtype: of the networks."""
+    is_lora, options = manifest["weights"] == "lora", manifest["options"]
     if is_lora:
         source, revision = teacher_source(folder, manifest["teacher"], teacher_dir)
-        family = find_family(source, revision=revision, **_teacher_options(manifest))
-    else:
-        family = find_family(folder, **_size(call))
+        family = find_family(source, revision=revision, **options)
+    else:  # its own scheduler says the shift, and for a student on explicit times there is none
+        family = find_family(folder, **{key: value for key, value in options.items() if key != "shift"})
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
     load = _load_adapters if is_lora else _load_networks
-    predictors = [Predictor(denoiser, family) for denoiser in load(family, folder, [expert["where"] for expert in experts], device)]
+    denoisers = load(family, folder, [expert["where"] for expert in experts])
+    predictors = [Predictor(denoiser.to(dtype).to(device), family) for denoiser in denoisers]
     return ImageGenerator(
         family,
         predictors[0] if len(predictors) == 1 else Experts(predictors, [expert["end"] for expert in experts]),
-        steps=call["num_inference_steps"],
-        guidance=call["guidance_scale"],
+        steps=manifest["steps"],
+        guidance=manifest["guidance"],
         negative_prompt=manifest["teacher"]["negative_prompt"],
-        grid=call.get("sigmas"),
+        grid=manifest["explicit_grid"],
         device=device,
         own_steps_only=manifest.get("own_steps_only", False),
+        sampler=manifest["sampler"],
         name=f"student {str(folder)!r}",
     )
 
 
-def _load_adapters(family: Family, folder: Path, places: Sequence[str], device: torch.device | str) -> list[Denoiser]:
+def _load_adapters(family: Family, folder: Path, places: Sequence[str]) -> list[Denoiser]:
     """The adapters in `places` below `folder`, on one network."""
     backbone: Any = family.load_backbone()
     names = [place or "student" for place in places]
@@ -282,25 +308,24 @@ def _load_adapters(family: Family, folder: Path, places: Sequence[str], device: 
         with loading(folder / place / ADAPTER_FILE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one network are meant
             backbone.load_lora_adapter(folder / place, prefix=family.component, weight_name=ADAPTER_FILE, adapter_name=name)
-    backbone.to(device)
     return [Denoiser(backbone, family, adapter=name) for name in names]
 
 
-def _load_networks(family: Family, folder: Path, places: Sequence[str], device: torch.device | str) -> list[Denoiser]:
+def _load_networks(family: Family, folder: Path, places: Sequence[str]) -> list[Denoiser]:
     """The pipeline's own network, and those in the other `places` below `folder`."""
     first: Any = family.load_backbone()
     networks = [first]
     for place in places[1:]:
         with loading(folder / place):
             networks.append(type(first).from_pretrained(folder, subfolder=place, use_safetensors=True).float().eval())
-    return [Denoiser(network.to(device), family) for network in networks]
+    return [Denoiser(network, family) for network in networks]
 
 
 def load_teacher_of(
     student: str | Path, *, guidance: float | None = None, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
 ) -> ImageGenerator:
-    """The teacher that an exported student's fastgen.json names (`teacher_source`, unless it is in `teacher_dir`), with the student's
-    text length and size, and the shift where the recipe stated one; guidance: by default its own there."""
+    """The teacher that an exported student's fastgen.json names (`teacher_source`, unless it is in `teacher_dir`), with the options
+    that the student's was loaded with; guidance: by default its own there."""
     manifest = read_manifest(Path(student))
     recorded = manifest["teacher"]
     source, revision = teacher_source(Path(student), recorded, teacher_dir)
@@ -310,27 +335,23 @@ def load_teacher_of(
         negative_prompt=recorded["negative_prompt"],
         device=device,
         revision=revision,
-        **_teacher_options(manifest),
+        **manifest["options"],
     )
-
-
-def _size(call: dict[str, Any]) -> dict[str, Any]:
-    return {"max_sequence_length": call.get("max_sequence_length"), "resolution": call.get("height")}
-
-
-def _teacher_options(manifest: dict[str, Any]) -> dict[str, Any]:
-    """How the student's own teacher was loaded: the student's text length and size, and the shift where the recipe stated it, for its
-    scheduler may be unknown."""
-    return {**_size(manifest["call"]), "shift": manifest["teacher"].get("shift")}
 
 
 def cannot_teach(folder: Path) -> str | None:
     """Why a pipeline folder is no teacher, where its fastgen.json says that the pipeline's network is not all of a student, or not at all times."""
     path = folder / "fastgen.json"
-    manifest = records.read(path, Pipeline) if path.is_file() else {}
+    manifest = records.read(path, FormerPipeline) if path.is_file() else {}
     if "experts" in manifest:
         return "a student of several experts"
     return "a student of its own number of steps alone" if manifest.get("own_steps_only") else None
+
+
+def in_two_parts(family: Family) -> str | None:
+    """Why a pipeline is no teacher that gives the times of sampling to two networks, such as Wan 2.2: either would teach times it does not serve."""
+    second = family.second_component
+    return f"a pipeline of two networks, {family.component} and {second}" if second is not None and family.has(second) else None
 
 
 def load_teacher(
@@ -344,10 +365,12 @@ def load_teacher(
     **options: Any,
 ) -> ImageGenerator:
     """A teacher: `fastgen:digits`, a hub id (at a `revision`), a diffusers folder or a live pipeline; steps and guidance default to its own.
-    options: `max_sequence_length`, `resolution`, and `shift` as in the recipe's teacher block."""
+    options: as in the recipe's teacher block."""
     if isinstance(source, (str, Path)) and (reason := cannot_teach(expanded(source))):
         raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
     found = find_family(source, family, **options)
+    if reason := in_two_parts(found):
+        raise UserError(f"{_named(source)} is {reason}, which cannot teach yet")
     if found.exportable and isinstance(source, (str, Path)):
         check_if_exported(resolve_source(source, options.get("revision")))
     return ImageGenerator(
@@ -357,5 +380,9 @@ def load_teacher(
         guidance=found.own_call["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative_prompt,
         device=device,
-        name=f"teacher {str(source)!r}" if isinstance(source, (str, Path)) else f"the live {type(source).__name__}",
+        name=f"teacher {_named(source)}" if isinstance(source, (str, Path)) else _named(source),
     )
+
+
+def _named(source: Any) -> str:
+    return repr(str(source)) if isinstance(source, (str, Path)) else f"the live {type(source).__name__}"

@@ -1,4 +1,10 @@
-"""What fastgen.json must hold: the record of an exported student, or of the teacher that comes with fastgen, which is one."""
+"""What fastgen.json must hold: the record of an exported student, or of the teacher that comes with fastgen, which is one.
+
+It says what a student is in our own words: `steps`, `guidance` (classifier-free guidance n + w (c - n)), `explicit_grid` (path times),
+`sampler` and `options` (those of its family). `inputs` (for `prompts`) and `call` are what its pipeline's own call must be
+passed, in that pipeline's argument names, and are never read back: the same name means another thing in the next pipeline. Formats 1 and 2
+said some of it there alone; `upgraded` reads it.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +14,54 @@ from pydantic import Field
 
 from fastgen.records import Schema
 
+FORMAT = 3  # 2 is sealed, 1 has hashes of weights alone
 Steps = Annotated[int, Field(ge=1, le=1000)]  # as student.steps of a recipe
-Pixels = Annotated[int, Field(ge=1, le=2**15)]
+Pixels = Annotated[int, Field(ge=1, le=2**16)]
+Tokens = Annotated[int, Field(ge=1, le=2**20)]
 Time = Annotated[float, Field(ge=0, le=1e6)]
+Shift = Annotated[float, Field(gt=0, le=1e6)]
 Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Sampler = Literal["euler", "stochastic"]
+
+
+class Options(Schema):
+    """Family.options."""
+
+    max_sequence_length: Tokens | None = None
+    size: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
+    frames: Annotated[int, Field(ge=1, le=2**12)] | None = None
+    embedded_guidance: Guidance | None = None
+    shift: Shift | None = None
 
 
 class _Arguments(Schema):
-    max_sequence_length: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    max_sequence_length: Tokens | None = None
     height: Pixels | None = None
     width: Pixels | None = None
     negative_prompt: str = ""
     sigmas: list[Time] | None = None
 
 
-class Call(_Arguments):
-    """What a pipeline is to be called with; any of it may be missing where that is no student's."""
+class FormerCall(_Arguments):
+    """`call` of formats 1 and 2; any of it may be missing where that is no student's."""
 
     num_inference_steps: Steps = 28
     guidance_scale: Guidance = 1.0
 
 
-class StudentCall(_Arguments):
+class _FormerStudentCall(_Arguments):
     num_inference_steps: Steps
     guidance_scale: Guidance
 
 
 class Teacher(Schema):
+    """shift: of formats 1 and 2, where the recipe stated one."""
+
     pretrained: str
     guidance: Guidance
     negative_prompt: str
-    shift: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    shift: Shift | None = None
     revision: str | None = None
     sha256: str | None = None
 
@@ -50,13 +72,10 @@ class Expert(Schema):
     where: str
 
 
-class Exported(Schema):
-    """All that describing a student takes, and calling it."""
-
+class _Record(Schema):
     weights: Literal["full", "lora"]
     steps: Steps
     grid: list[Time] = Field(min_length=1, max_length=1000)
-    call: StudentCall
     prompts: list[str] = Field(min_length=1)
     own_steps_only: bool = False
     experts: list[Expert] = Field(default_factory=list, max_length=1000)
@@ -66,9 +85,21 @@ class Exported(Schema):
     pipeline: str = ""
     base: str = ""
     scheduler: str = ""
+    loading: dict[str, str | None] = Field(default_factory=dict)  # what from_pretrained must be passed, of an adapter's teacher or of the student
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Exported(_Record):
+    """All that describing a student takes, and calling it."""
+
+    guidance: Guidance
+    explicit_grid: list[Time] | None
+    sampler: Sampler
+    options: Options
+    inputs: dict[str, list[Any] | int]
+    call: dict[str, Any]
 
 
 class Student(Exported):
@@ -77,8 +108,42 @@ class Student(Exported):
     teacher: Teacher
 
 
+class FormerStudent(_Record):
+    """Of formats 1 and 2."""
+
+    call: _FormerStudentCall
+    teacher: Teacher
+
+
 class Pipeline(Schema):
     """Of a folder that need not be a student's."""
 
-    call: Call = Call()
+    format: int = 1
+    steps: Steps = 1
+    guidance: Guidance = 1.0
+    options: Options = Options()
     own_steps_only: bool = False
+
+
+class FormerPipeline(Schema):
+    call: FormerCall = FormerCall()
+    own_steps_only: bool = False
+
+
+def upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of any format in the words of the newest, as far as it says them; `format` stays."""
+    if record.get("format", 1) >= FORMAT:
+        return record
+    call = record.get("call", {})
+    size = [call["height"], call.get("width") or call["height"]] if call.get("height") else None
+    shift = record.get("teacher", {}).get("shift")
+    options = {"max_sequence_length": call.get("max_sequence_length"), "size": size, "shift": shift}
+    told = {"steps": call.get("num_inference_steps"), "guidance": call.get("guidance_scale")}
+    return {
+        **record,
+        **{key: value for key, value in told.items() if value is not None},
+        "options": {key: value for key, value in options.items() if value is not None},
+        "explicit_grid": call.get("sigmas"),
+        "sampler": "euler",
+        "inputs": {"prompt": record.get("prompts", [])},
+    }

@@ -32,7 +32,7 @@ def describe(planned: Plan) -> dict[str, Any]:
         "bytes": networks + data,
         "network_bytes": networks,
         "data_bytes": data,
-        "grid": [round(t, 6) for t in family.grid(recipe.student.steps, planned.grid).tolist()],
+        "grid": [round(t, 6) for t in planned.times.tolist()],
         "batch": recipe.train.batch_size,
         "micro_batch": recipe.train.at_once,
         "micro_batches": math.ceil(recipe.train.batch_size / recipe.train.at_once),

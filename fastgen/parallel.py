@@ -55,14 +55,15 @@ class SingleProcess:
         return value
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, else the CPU; a name that is not there raises UserError. Not MPS, which lacks the fp64 of sampling grids."""
+def choose_device(name: str, key: str = "recipe key train.device") -> torch.device:
+    """`auto` takes CUDA, else the CPU; a name that is not there raises UserError, in which it is called `key`. Not MPS, which lacks the fp64
+    of sampling grids."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
     available = ["auto", "cpu", *gpus]
     if name not in available:
-        raise UserError(f"recipe key train.device: {name!r} is not available here; available: {', '.join(available)}")
+        raise UserError(f"{key}: {name!r} is not available here; available: {', '.join(available)}")
     return torch.device(name)
 
 

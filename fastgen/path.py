@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Kind = Literal["x0", "eps", "v", "velocity", "score"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -152,6 +155,11 @@ class Path(ABC):
         return sigma
 
 
+def _still(t: Tensor) -> Tensor:
+    """The value alone: no tangent, on purpose, and no gradient."""
+    return forward_ad.unpack_dual(t).primal.detach()
+
+
 def _span(t: Tensor) -> str:
     return f"{t.min().item():.4g} to {t.max().item():.4g}"
 
@@ -223,6 +231,126 @@ class VariancePreserving(Path):
         t = 2 * loss / (half_beta + torch.sqrt(half_beta**2 + (self.beta_max - self.beta_min) * loss))
         # Past t = 1 the path ends: it never reaches pure noise. Rounding at the end itself is forgiven.
         return torch.where(t <= 1 + 1e-5, t.clamp(max=1.0), torch.full_like(t, math.inf))
+
+
+@dataclass(frozen=True, repr=False)
+class DiscreteVP(Path):
+    """The VP path of a discrete-time diffusion model (Ho et al. 2020) between its training steps: betas, one a step, as fp32 holds them.
+
+    t = (k + 1)/N is training step k of N, t = 0 clean data; alpha^2 is the running product of 1 - beta in fp32, as diffusers' schedulers
+    have it, and log alpha is linear in t between two steps. Where the last beta is 1 (zero terminal SNR, Lin et al. 2024) alpha is 0 at
+    t_max and alpha itself is linear over the last step; eps and score determine no x0 there (ValueError). d sigma/dt is infinite at t = 0,
+    where `velocity` is singular (ValueError). At a training step the slopes are those below it, the way that sampling goes.
+    Interpolates in fp64 and returns the time's dtype. Times that round to a training step are that step.
+    """
+
+    betas: tuple[float, ...]
+    _made: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False)
+    t_max: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        products = [1.0, *self._products().tolist()]
+        if not self.betas or not all(before > after > 0 for before, after in pairwise(products[:-1] if self.zero_snr else products)):
+            raise ValueError("betas must lie between 0 and 1 (the last may be 1), far enough from both that fp32 tells their products apart")
+
+    @classmethod
+    def of(cls, betas: Sequence[float] | Tensor, *, zero_snr: bool = False) -> DiscreteVP:
+        """betas: (N,), rounded to fp32. zero_snr: rescaled to end in pure noise, sqrt(alpha-bar) linearly (Lin et al. 2024, algorithm 1)."""
+        betas = torch.as_tensor(betas, dtype=torch.float32, device="cpu")
+        if zero_snr:
+            root = torch.cumprod(1 - betas, 0).sqrt()
+            first, last = root[0].clone(), root[-1].clone()
+            # In the order in which diffusers rounds.
+            product = ((root - last) * (first / (first - last))) ** 2
+            betas = 1 - torch.cat([product[:1], product[1:] / product[:-1]])
+        return cls(tuple(betas.tolist()))
+
+    @classmethod
+    def linear(cls, num_steps: int, beta_start: float, beta_end: float, *, zero_snr: bool = False) -> DiscreteVP:
+        """Betas evenly spaced (Ho et al. 2020); diffusers' `linear`."""
+        return cls.of(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float32, device="cpu"), zero_snr=zero_snr)
+
+    @classmethod
+    def scaled_linear(cls, num_steps: int, beta_start: float, beta_end: float, *, zero_snr: bool = False) -> DiscreteVP:
+        """Roots of the betas evenly spaced (Rombach et al. 2022); diffusers' `scaled_linear`."""
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float32, device="cpu")
+        return cls.of(roots**2, zero_snr=zero_snr)
+
+    @classmethod
+    def cosine(cls, num_steps: int, *, zero_snr: bool = False) -> DiscreteVP:
+        """alpha-bar = cos^2((t + .008)/1.008 pi/2), betas at most .999 (Nichol & Dhariwal 2021, eq. 17); diffusers' `squaredcos_cap_v2`."""
+        bars = [math.cos((k / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(num_steps + 1)]
+        return cls.of([min(1 - after / before, 0.999) for before, after in pairwise(bars)], zero_snr=zero_snr)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.betas)
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether the path ends in pure noise."""
+        return self.betas[-1:] == (1.0,)
+
+    def step(self, t: Tensor) -> Tensor:
+        """N t - 1, in fp64: the training step at time t, whole where t is one of them, -1 for clean data."""
+        return self._position(t) - 1
+
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma, _ = self._at(t)
+        return alpha.to(_wide(t).dtype), sigma.to(_wide(t).dtype)
+
+    def velocity_coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        _refuse_zero(t, "the velocity of a variance-preserving path is infinite at t = 0")
+        alpha, sigma, slope = self._at(t)
+        return slope.to(_wide(t).dtype), (-alpha * slope / sigma).to(_wide(t).dtype)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        loss, losses = torch.log1p(_wide(ratio).double() ** 2), self._losses(ratio.device)  # loss = -log alpha^2
+        below = (torch.bucketize(_still(loss), losses) - 1).clamp(0, self.num_steps - 1)
+        share = (loss.clamp(max=losses[-1]) - losses[below]) / (losses[below + 1] - losses[below])
+        if self.zero_snr:
+            share = torch.where(below == self.num_steps - 1, 1 - torch.exp((losses[-2] - loss) / 2), share)
+            past = torch.zeros_like(below, dtype=torch.bool)
+        else:
+            past = loss > losses[-1] * (1 + 1e-5)  # rounding at the end itself is forgiven
+        return torch.where(past, math.inf, (below + share) / self.num_steps).to(_wide(ratio).dtype)
+
+    def _position(self, t: Tensor) -> Tensor:
+        """N t in fp64."""
+        position, nearest = self.num_steps * t.double(), (self.num_steps * _still(t).double()).round()
+        near = (position - nearest).abs() <= torch.finfo(_wide(t).dtype).eps * nearest
+        return position + torch.where(near, nearest - _still(position), 0.0)
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and d alpha/dt in fp64, each shaped like t."""
+        position, losses = self._position(t), self._losses(t.device)
+        below = (_still(position).ceil() - 1).clamp(0, self.num_steps - 1).long()
+        share, slope = position - below, losses[below + 1] - losses[below]
+        loss = losses[below] + share * slope
+        alpha, sigma = torch.exp(-loss / 2), torch.sqrt(-torch.expm1(-loss))
+        if not self.zero_snr:
+            return alpha, sigma, -self.num_steps / 2 * slope * alpha
+        last, start = below == self.num_steps - 1, torch.exp(-losses[-2] / 2)
+        end = start * (1 - share)
+        alpha, slope = torch.where(last, end, alpha), torch.where(last, -start, -slope / 2 * alpha)
+        return alpha, torch.where(last, torch.sqrt(1 - end**2), sigma), self.num_steps * slope
+
+    def _products(self) -> Tensor:
+        """alpha^2 at the training steps, (N,), in diffusers' own arithmetic."""
+        return torch.cumprod(1 - torch.tensor(self.betas, dtype=torch.float32, device="cpu"), 0)
+
+    def _losses(self, device: torch.device) -> Tensor:
+        """-log alpha^2 at t = 0, 1/N, ..., 1, (N + 1,) fp64; made once a device. At zero terminal SNR the last stands in for infinity."""
+        if device not in self._made:
+            with torch.inference_mode(False), torch.no_grad():
+                losses = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), -self._products().double().log()])
+                if self.zero_snr:
+                    losses[-1] = losses[-2] + 1
+                self._made[device] = losses.to(device)
+        return self._made[device]
+
+    def __repr__(self) -> str:
+        return f"DiscreteVP({self.num_steps} steps, beta {self.betas[0]:.4g} to {self.betas[-1]:.4g})"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SMALLEST, LARGEST = 48, 256  # pixels on an image's longer side
 MARGIN, GAP = 8, 2
+STRIP = 4  # frames that stand for a video
 INK = (52, 56, 64)
 
 _LABEL_WIDTH = 200
@@ -28,14 +29,15 @@ _UPRIGHT_WIDTH = 112  # columns at least this wide always have upright captions
 def picture_grid(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] | None = None, *, cell: int | None = None) -> Image.Image:
     """One picture with a row of images for each (label, images), labels at the left, captions (one for each column) on top.
 
-    Images are (N, 3, H, W) float, clipped to [0, 1]; N and size may differ from row to row. Those whose longer side is below `cell`
+    Images are (N, 3, H, W) float, clipped to [0, 1], or videos (N, 3, T, H, W), of which STRIP frames at even distances stand side by side; N
+    and size may differ from row to row. Those whose longer side is below `cell`
     (default 48) are enlarged by a whole factor without smoothing, those above 256 (or `cell`, if larger) are reduced with antialiasing.
     The last column ends MARGIN pixels before the right edge, the last row MARGIN pixels above the lower edge, images are GAP apart.
     Captions run upwards where columns are narrow. Text is drawn in Pillow's own font, which has Latin letters only.
     Raises ValueError for no rows, another shape, a value that is not finite, or another number of captions than columns.
     """
     rows, columns = [(_line(label), images) for label, images in rows], None if columns is None else [_line(text) for text in columns]
-    pictures = [[_resized(image, cell or SMALLEST) for image in _to_images(images)] for _, images in rows]
+    pictures = [[_strip([_resized(frame, cell or SMALLEST) for frame in frames]) for frames in _frames(images)] for _, images in rows]
     num_columns = max(map(len, pictures), default=0)
     if not num_columns or (columns is not None and len(columns) != num_columns):
         raise ValueError(f"a grid of {len(rows)} rows, {num_columns} columns and {None if columns is None else len(columns)} captions")
@@ -59,14 +61,45 @@ def picture_grid(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] | No
 
 
 def picture_row(images: Tensor) -> Image.Image:
-    """Images (N, 3, H, W) float in [0, 1] side by side, pixel for pixel, without labels."""
-    parts = _to_images(images)
+    """Images (N, 3, H, W) float in [0, 1] side by side, pixel for pixel, without labels; of videos (N, 3, T, H, W) a strip each, one below the
+    other."""
+    if images.ndim == 4:
+        return _joined(_to_images(images))
+    strips = [_joined(frames) for frames in _frames(images)]
+    column = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)))
+    for i, strip in enumerate(strips):
+        column.paste(strip, (0, i * strip.height))
+    return column
+
+
+def save_video(videos: Tensor, path: str | Path, rate: float) -> None:
+    """Write videos (N, 3, T, H, W) float in [0, 1], side by side, as one lossless animated WebP, `rate` frames a second, in one step."""
+    first, *others = [_joined(_to_images(videos[:, :, t])) for t in range(videos.shape[2])]
+    content = io.BytesIO()
+    first.save(content, format="WEBP", save_all=True, append_images=others, duration=round(1000 / rate), loop=0, lossless=True)
+    write_atomically(Path(path), content.getvalue())
+
+
+def _joined(parts: Sequence[Image.Image]) -> Image.Image:
     row = Image.new("RGB", (sum(part.width for part in parts), parts[0].height))
     left = 0
     for part in parts:
         row.paste(part, (left, 0))
         left += part.width
     return row
+
+
+def _strip(frames: Sequence[Image.Image]) -> Image.Image:
+    return frames[0] if len(frames) == 1 else _joined(frames)
+
+
+def _frames(images: Tensor) -> list[list[Image.Image]]:
+    """Of each image (N, 3, H, W) itself, of each video (N, 3, T, H, W) the first frame, the last, and those between."""
+    if images.ndim != 5:
+        return [[image] for image in _to_images(images)]
+    count, last = min(STRIP, images.shape[2]), images.shape[2] - 1
+    chosen = [round(i * last / max(1, count - 1)) for i in range(count)]
+    return [list(frames) for frames in zip(*(_to_images(images[:, :, t]) for t in chosen), strict=True)]
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:

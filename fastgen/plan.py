@@ -25,12 +25,12 @@ from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.files import expanded, reading
-from fastgen.generator import cannot_teach, check_if_exported
+from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
-_OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.shift", "student.steps", "student.grid")
+_OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.embedded_guidance", "teacher.shift", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -63,6 +63,11 @@ class Plan:
         return None if self.recipe.student.grid == "auto" else list(self.recipe.student.grid)
 
     @property
+    def times(self) -> Tensor:
+        """The path times (N,) fp64 that the student is sampled at."""
+        return self.family.sampling_times(self.recipe.student.steps, self.grid, self.recipe.student.sampler)
+
+    @property
     def guidance(self) -> float:
         """Guidance the trained network is sampled with."""
         return self.recipe.teacher.guidance if self.method.student_is_guided else 1.0
@@ -90,12 +95,14 @@ class Plan:
         return Setting(
             path=family.path,
             shape=family.latent.shape,
-            grid=family.grid(self.recipe.student.steps, self.grid),
+            grid=self.times,
             guidance=self.recipe.teacher.guidance,
             negative=negative,
             shift=family.shift,
             train_steps=self.recipe.train.steps,
             decode=decode,
+            rule=family.guidance_rule,
+            rule_kind=family.guidance_kind,
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -124,6 +131,8 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     _check_teacher(recipe, family)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
+    foresight.check_explicit(recipe, family)
+    foresight.check_sampler(recipe, family, method.samplers)
     method.check(config, _facts(recipe, family, started=started))
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
@@ -154,7 +163,7 @@ def check_texts(recipe: Recipe, family: Family, prompts: Iterable[str]) -> list[
 
 def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
     student = recipe.student
-    times = family.grid(student.steps, None if student.grid == "auto" else list(student.grid))
+    times = family.sampling_times(student.steps, None if student.grid == "auto" else list(student.grid), student.sampler)
     return Facts(
         steps=student.steps,
         guidance=recipe.teacher.guidance,
@@ -165,6 +174,8 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         started=started,
         images=recipe.data.images is not None,
         exported=family.exportable,
+        sampler=student.sampler,
+        linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
     )
 
@@ -239,12 +250,12 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
 
 
 def _check_teacher(recipe: Recipe, family: Family) -> None:
-    """Refuse a student of several experts, of which only the first would be taken, one that is right at its own times alone, and one whose
-    files are not those that were exported."""
+    """Refuse a student of several experts, or another pipeline of two networks, of which only the first would be taken; a student that is
+    right at its own times alone; and one whose files are not those that were exported."""
     if not family.exportable:
         return
     folder = resolve_source(recipe.teacher.pretrained, recipe.teacher.revision)
-    if reason := cannot_teach(folder):
+    if reason := cannot_teach(folder) or in_two_parts(family):
         raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} is {reason}, which cannot teach yet")
     check_if_exported(folder)
 

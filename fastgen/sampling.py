@@ -12,9 +12,16 @@ from torch import Tensor
 
 from fastgen.conditioning import Conditioning
 from fastgen.path import Kind, Path
-from fastgen.rng import SampleRng
 
 Renoise = Literal["euler", "stochastic", "fixed"]
+
+
+class Draws(Protocol):
+    """What fresh noise comes from: `SampleRng`, or each sample's own generator, which goes on."""
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers (B, *shape), fp32."""
+        ...
 
 
 class Predict(Protocol):
@@ -36,7 +43,7 @@ def few_step(
     noise: Tensor,
     times: Tensor,
     cond: Conditioning,
-    rng: SampleRng | None = None,
+    rng: Draws | None = None,
     *,
     renoise: Renoise,
     grad_at: int | None = None,
@@ -60,7 +67,7 @@ def walk(
     noise: Tensor,
     times: Tensor,
     cond: Conditioning,
-    rng: SampleRng | None = None,
+    rng: Draws | None = None,
     *,
     renoise: Renoise,
     start: Tensor | None = None,

@@ -65,7 +65,7 @@ def read(path: Path) -> Tensor | None:
     """The pixels of a file, which are colours, or None for one that is refused; any other end is an error of the reader."""
     try:
         check_header(path)
-        pixels = read_rgb(path, square=True)
+        pixels = read_rgb(path, aspect=(1, 1))
     except Unreadable as refusal:
         (line,) = str(refusal).splitlines()
         assert line.strip()

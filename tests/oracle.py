@@ -58,11 +58,30 @@ def _vp_alpha(t: Tensor) -> Tensor:
     return torch.exp(-0.5 * (0.1 * t + 19.9 * t**2 / 2))
 
 
+def discrete(betas: Tensor) -> Schedule:
+    """Of a chain of fp32 betas (N,): alpha-bar is their running product at t = k/N, geometric between, the root linear where it ends at 0."""
+    bars = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0).double()])
+    count, pure = len(betas), bars[-1].item() == 0
+
+    def alpha(t: Tensor) -> Tensor:
+        index = (t.detach() * count).floor().long().clamp(0, count - 1)
+        share, before, after = t * count - index, bars[index], bars[index + 1]
+        geometric = before ** (1 - share) * torch.where(after == 0, 1.0, after) ** share
+        return torch.where(after == 0, before.sqrt() * (1 - share), geometric.sqrt())
+
+    return Schedule(alpha, lambda t: torch.sqrt(1 - alpha(t) ** 2), 1.0, pure)
+
+
+BETAS = torch.linspace(0.01, 0.5, 37)  # a number of steps that round times are none of
+PURE_BETAS = torch.cat([BETAS, torch.ones(1)])
+
 SCHEDULES = {
     "Flow": Schedule(lambda t: 1 - t, lambda t: t, 1.0, True),
     "TrigFlow": Schedule(torch.cos, torch.sin, math.pi / 2, True),
     "VariancePreserving": Schedule(_vp_alpha, lambda t: torch.sqrt(1 - _vp_alpha(t) ** 2), 1.0, False),
     "VarianceExploding": Schedule(torch.ones_like, lambda t: t, 80.0, False),
+    "DiscreteVP": discrete(BETAS),
+    "DiscreteVP to noise": discrete(PURE_BETAS),
 }
 
 

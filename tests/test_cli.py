@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ from pipelines import assert_shows, verifying_here
 from pipelines import same_interpreter as same_interpreter
 
 import fastgen
-from fastgen import cli, load_student
+from fastgen import cli, generator, load_student
 from fastgen.config import Recipe, shipped_recipes
 from fastgen.families import source_hash
 from fastgen.families.sd3 import SD3
 from fastgen.generator import read_manifest
+from fastgen.legibility import Legibility
 
 RECIPE = "digits_dmd2_1step"
 SMALL = ("train.batch_size=8", "evaluate.protocol=null", "train.checkpoint_every=0", "train.sample_every=2")
@@ -235,3 +237,20 @@ def test_python_m_fastgen_is_the_program() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "fastgen" in done.stdout
     assert "evaluate" in done.stdout
+
+
+def test_sample_writes_a_film_strip_and_a_moving_file_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Student:
+        family = SimpleNamespace(legibility=lambda prompts: Legibility(len(prompts)), frame_rate=16)
+
+        def __call__(self, prompts: list[str], seeds: list[int], steps: int | None) -> torch.Tensor:
+            frames = torch.arange(5)[:, None, None] / 100
+            return torch.stack([(seed / 10 + frames).expand(3, 5, 4, 6) for seed in seeds])
+
+    monkeypatch.setattr(generator, "load_student", lambda folder, **_: Student())
+    out = tmp_path / "boat.png"
+    assert cli.main(["sample", str(tmp_path), "--prompt", "a boat", "--prompt", "a cat", "--seed", "2", "--output", str(out)]) == 0
+    with Image.open(out) as strip, Image.open(tmp_path / "boat.webp") as moving:
+        assert strip.size == (4 * 6, 2 * 4)
+        assert (moving.n_frames, moving.size) == (5, (12, 4))  # type: ignore[attr-defined]
+        assert strip.getpixel((0, 0)) == (51, 51, 51) and strip.getpixel((0, 7)) == (77, 77, 77)

@@ -203,7 +203,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "device that does not exist": (train("train.device=tpu"), ("recipe key train.device", "'tpu'", "cuda:N")),
     # names
     "unknown distiller": (train("distiller.name=dmd22"), ("recipe key distiller.name: 'dmd22'", f"{ALLOWED} 'dmd2'")),
-    "unknown family": (train("teacher.family=sd4"), ("recipe key teacher.family: 'sd4'", f"{ALLOWED} 'sd3'", "auto")),
+    "unknown family": (train("teacher.family=sd33"), ("recipe key teacher.family: 'sd33'", f"{ALLOWED} 'sd3'", "auto")),
     "unknown optimizer role": (train("optimizer.critic.lr=1"), ("recipe key optimizer.critic", "fake_score, student")),
     "missing optimizer role": (train("optimizer={student: {lr: 1}}"), ("recipe key optimizer.fake_score: missing",)),
     "unknown optimizer": (train("optimizer.student.name=lion"),

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning, select
-from fastgen.denoiser import Denoiser, Predictor, guided, linear
+from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.families.toy import Mixture, Toy
+from fastgen.guidance import linear
 from fastgen.path import KINDS, Flow, Kind, Path, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.surgery.heads import Heads
 

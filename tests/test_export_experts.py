@@ -30,15 +30,16 @@ from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from wan import Wan, tiny_wan
+from wan import tiny_wan, wan
 
-from fastgen import cli, generator, load_teacher, run
+from fastgen import cli, load_teacher, run
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
 from fastgen.export import Expert, export_lora, export_student, verify
 from fastgen.families import resolve_source
 from fastgen.families.base import Family
 from fastgen.families.sd3 import SD3
+from fastgen.families.wan import Wan
 from fastgen.generator import load_student, noise_from_seeds, read_manifest
 from fastgen.plan import plan
 from fastgen.roles import LoraTuning, build_roles, student
@@ -338,10 +339,8 @@ def wan_latents(pipeline: Any, **call: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("tuning", [None, LoraTuning(rank=4, alpha=12.0, targets=Wan.lora_targets)], ids=["full", "merged"])
 @pytest.mark.parametrize("two_networks", [False, True], ids=["from one network", "from two"])
-def test_a_pipeline_with_two_networks_changes_between_them_itself(
-    two_networks: bool, tuning: LoraTuning | None, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    family = Wan(tiny_wan(two_networks=two_networks))
+def test_a_pipeline_with_two_networks_changes_between_them_itself(two_networks: bool, tuning: LoraTuning | None, dtype: str, tmp_path: Path) -> None:
+    family = wan(two_networks=two_networks)
     experts = make_experts(family, TWO, tuning=tuning)
     expected = by_hand(family, experts, OF_TWO)
     folder = export_student(experts, family, student_info("wan"), tmp_path / "student", dtype=dtype)
@@ -361,7 +360,6 @@ def test_a_pipeline_with_two_networks_changes_between_them_itself(
     assert (drawn - expected).abs().max() <= (1e-5 if dtype == "fp32" else 0.1)
     assert (drawn - by_hand(family, experts, [0] * 4)).abs().max() > 1e-2
 
-    monkeypatch.setattr(generator, "find_family", lambda source, **_: Wan(source))
     found = load_student(folder)
     for steps in (4, 1, 3, 6, 7):  # with other numbers of steps both change at the same time too
         assert (found.latents(PROMPTS, SEEDS, steps) - wan_latents(pipeline, **manifest["call"] | {"num_inference_steps": steps})).abs().max() <= 1e-5
@@ -373,7 +371,7 @@ def test_a_pipeline_with_two_networks_changes_between_them_itself(
 def test_timesteps_that_are_whole_numbers_find_the_same_boundary(tmp_path: Path) -> None:
     from diffusers import UniPCMultistepScheduler
 
-    family = Wan(tiny_wan())
+    family = wan()
     pipeline = DiffusionPipeline.from_pretrained(export_student(make_experts(family, TWO), family, student_info("wan"), tmp_path / "student"))
     pipeline.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     calls = Calls(pipeline)
@@ -383,7 +381,7 @@ def test_timesteps_that_are_whole_numbers_find_the_same_boundary(tmp_path: Path)
 
 @pytest.mark.parametrize(("ends", "which"), [([0.0], [0] * 4), (THREE, OF_THREE)], ids=["one", "three"])
 def test_other_numbers_of_experts_leave_no_second_network(ends: list[float], which: list[int], tmp_path: Path) -> None:
-    family = Wan(tiny_wan(two_networks=True))
+    family = wan(two_networks=True)
     experts = make_experts(family, ends)
     expected = by_hand(family, experts, which)
     folder = export_student(experts, family, student_info("wan"), tmp_path / "student")
@@ -400,7 +398,7 @@ def test_other_numbers_of_experts_leave_no_second_network(ends: list[float], whi
 
 def test_adapters_for_a_pipeline_with_two_networks(tmp_path: Path) -> None:
     tuning = LoraTuning(rank=4, alpha=12.0, targets=Wan.lora_targets)
-    wan21, wan22 = (Wan(tiny_wan(two_networks=two)) for two in (False, True))
+    wan21, wan22 = (wan(two_networks=two) for two in (False, True))
     with pytest.raises(UserError, match="--lora: the teacher's WanPipeline divides sampling between two networks"):
         export_lora(make_experts(wan22, TWO, tuning=tuning), wan22, student_info("wan"), tmp_path / "refused")
     experts = make_experts(wan21, TWO, tuning=tuning)

@@ -174,8 +174,8 @@ def test_read_manifest_says_why_a_folder_is_no_student(tmp_path: Path) -> None:
     (tmp_path / "fastgen.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         load_student(tmp_path)
-    (tmp_path / "fastgen.json").write_text('{"format": 3}')
-    with pytest.raises(UserError, match=r"fastgen\.json' has format 3, this fastgen reads 1 and 2"):
+    (tmp_path / "fastgen.json").write_text('{"format": 4}')
+    with pytest.raises(UserError, match=r"fastgen\.json' has format 4, this fastgen reads 1 to 3"):
         load_student(tmp_path)
     (tmp_path / "fastgen.json").write_text('{"format": 2}')
     with pytest.raises(UserError, match=r"fastgen\.json': it has no seal; export the student again"):
@@ -240,7 +240,7 @@ def test_what_lies_beside_a_students_own_files_may_change(originals: dict[str, P
 def test_a_manifest_changed_on_purpose_says_so(originals: dict[str, Path], tmp_path: Path) -> None:
     student = Path(shutil.copytree(originals["full"], tmp_path / "student"))
     record = json.loads((student / "fastgen.json").read_text())
-    changed = record | {"call": record["call"] | {"guidance_scale": 3.0}}
+    changed = record | {"guidance": 3.0}
     (student / "fastgen.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match=r"fastgen\.json': .* the seal does not fit; export the student again, or set its key 'seal' to null"):
         load_student(student)

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgen.path import KINDS, Flow, Path, TrigFlow, VarianceExploding, VariancePreserving, expand_time
+from fastgen.path import KINDS, DiscreteVP, Flow, Path, TrigFlow, VarianceExploding, VariancePreserving, expand_time
 
 PATHS: dict[str, Path] = {
     "Flow": Flow(),
     "TrigFlow": TrigFlow(),
     "VariancePreserving": VariancePreserving(),
     "VarianceExploding": VarianceExploding(),
+    "DiscreteVP": DiscreteVP.of(oracle.BETAS),
+    "DiscreteVP to noise": DiscreteVP.of(oracle.PURE_BETAS),
 }
 NAMES = list(PATHS)
 PURE = [name for name in NAMES if oracle.SCHEDULES[name].pure]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ from PIL import Image
 
 from fastgen.data.digits import load_images
 from fastgen.errors import UserError
-from fastgen.pictures import GAP, MARGIN, picture_grid, save_png
+from fastgen.pictures import GAP, MARGIN, picture_grid, picture_row, save_png, save_video
+
+
+def pixels_of(image: torch.Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] as the 8-bit (H, W, 3) that is shown."""
+    return (image * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def _blocks(grid: Image.Image, num_rows: int, num_columns: int, width: int, height: int) -> np.ndarray:
@@ -123,3 +129,31 @@ def test_any_text_is_a_label() -> None:
     images = torch.zeros(2, 3, 8, 8)
     given, escaped = ["a\x1b[31m $\\frac [b]\n\ud800", "\u202e猫"], ["a\\x1b[31m $\\frac [b] \\ud800", "\\u202e猫"]
     assert picture_grid([(given[0], images)], given).tobytes() == picture_grid([(escaped[0], images)], escaped).tobytes()
+
+
+def test_a_video_is_a_film_strip_in_a_grid_and_in_a_row() -> None:
+    videos = torch.rand((2, 3, 9, 4, 6), generator=torch.Generator().manual_seed(0))
+    chosen = [0, 3, 5, 8]
+    frames = [[pixels_of(videos[i, :, t]) for t in chosen] for i in range(2)]
+    row = np.asarray(picture_row(videos))
+    assert row.shape == (8, 24, 3)
+    assert np.array_equal(row, np.concatenate([np.concatenate(line, 1) for line in frames]))
+    strip = picture_row(videos[:1, :, chosen[:2]])
+    assert np.array_equal(np.asarray(strip), np.concatenate(frames[0][:2], 1))
+    grid = np.asarray(picture_grid([("teacher", videos)], cell=4))
+    assert np.array_equal(grid[MARGIN : MARGIN + 4, -MARGIN - 24 : -MARGIN], np.concatenate(frames[1], 1))
+    with pytest.raises(ValueError, match="NaN"):
+        picture_row(torch.full((1, 3, 2, 4, 4), torch.nan))
+
+
+def test_a_video_file_holds_every_frame_exactly(tmp_path: Path) -> None:
+    videos = torch.rand((2, 3, 5, 16, 8), generator=torch.Generator().manual_seed(0))
+    save_video(videos, tmp_path / "a.webp", 16)
+    with Image.open(tmp_path / "a.webp") as file:
+        moving: Any = file
+        assert (moving.n_frames, moving.size) == (5, (16, 16))
+        for t in range(5):
+            moving.seek(t)
+            expected = np.concatenate([pixels_of(videos[i, :, t]) for i in range(2)], 1)
+            assert np.array_equal(np.asarray(moving.convert("RGB")), expected)
+        assert moving.info["duration"] == 62

@@ -79,16 +79,16 @@ def test_the_plan_refuses_a_foreign_scheduler_and_takes_a_stated_shift(
 
 
 def test_a_run_records_a_stated_shift_and_only_that(recipe: Path, sd3_folder: Path) -> None:
-    for overrides, expected in (([f"teacher.pretrained={sd3_folder}"], {}), (["teacher.shift=2"], {"shift": 2.0})):
+    for overrides, stated in (([f"teacher.pretrained={sd3_folder}"], None), (["teacher.shift=2"], 2.0)):
         built = run.build(plan(Recipe.load(recipe, overrides)), run.Progress())
         recorded = built.info().teacher
         assert recorded["pretrained"] == built.plan.resolved()["teacher"]["pretrained"]
         assert {key: recorded[key] for key in recorded if key not in ("pretrained", "revision", "sha256")} == {
             "guidance": 1.5,
             "negative_prompt": "",
-            **expected,
         }
-        assert built.trainer.distiller.setting.shift == expected.get("shift", 3.0)
+        assert built.plan.family.options.get("shift") == stated
+        assert built.trainer.distiller.setting.shift == (stated or 3.0)
 
 
 def test_a_resumed_run_must_state_the_same_shift(recipe: Path, tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_a_student_and_its_teacher_go_by_the_stated_shift(
     foreign: Path, tmp_path: Path, as_lora: bool, grid: list[float] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = SD3(foreign, max_sequence_length=TOKENS, shift=SHIFT)
-    teacher = {"pretrained": str(foreign), "guidance": 4.0, "negative_prompt": NEGATIVE, "shift": SHIFT}
+    teacher = {"pretrained": str(foreign), "guidance": 4.0, "negative_prompt": NEGATIVE}
     role, info = student_role(family, tuning=adapter_tuning() if as_lora else None), student_info(foreign, steps=2, teacher=teacher, grid=grid)
     folder = in_a_run((export_lora if as_lora else export_student)(role, family, info, tmp_path / "student"), foreign)
-    assert read_manifest(folder)["teacher"]["shift"] == SHIFT
+    assert read_manifest(folder)["options"]["shift"] == SHIFT
     assert verify(folder).passed
     assert ("scheduler=None" in card_snippet(folder)) == as_lora
     student, own = load_student(folder), load_teacher_of(folder, guidance=1.0)
@@ -142,9 +142,9 @@ def test_a_student_without_a_stated_shift_follows_its_teachers_scheduler(sd3_fol
     folder = in_a_run(export_lora(role, family, student_info(sd3_folder), tmp_path / "student"), sd3_folder)
     assert "scheduler=None" not in card_snippet(folder)
     assert (load_student(folder).family.shift, load_teacher_of(folder).family.shift) == (3, 3)
-    edit_json(folder / "fastgen.json", teacher=read_manifest(folder)["teacher"] | {"shift": "two"})
+    edit_json(folder / "fastgen.json", options=read_manifest(folder)["options"] | {"shift": "two"})
     for load in (load_student, load_teacher_of):
-        with pytest.raises(UserError, match=r"key teacher\.shift: must be a number, not .two.; export the student again"):
+        with pytest.raises(UserError, match=r"key options\.shift: must be a number, not .two.; export the student again"):
             load(folder)
 
 

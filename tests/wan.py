@@ -1,20 +1,20 @@
-"""A tiny random WanPipeline, and just enough of a family around it to export experts into its two networks. No family of the package."""
+"""A tiny random WanPipeline of the kind of Wan 2.1 or 2.2, and its family at the size that it draws: to export experts into its two networks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from pipelines import t5_tokenizer
-from torch import Tensor, nn
 
-from fastgen.conditioning import Conditioning
-from fastgen.families.base import Family, LatentSpec
-from fastgen.path import Flow
+from fastgen.families.wan import Wan
 
-TOKENS = 16
+OPTIONS: dict[str, Any] = {"size": [16, 16], "frames": 5, "max_sequence_length": 16}
+
+
+def wan(*, two_networks: bool = False) -> Wan:
+    """Latents are (16, 2, 2, 2)."""
+    return Wan(tiny_wan(two_networks=two_networks), **OPTIONS)
 
 
 def wan_network(seed: int) -> Any:
@@ -45,78 +45,3 @@ def tiny_wan(*, two_networks: bool = False) -> Any:
     scheduler: Any = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     second = {"transformer_2": wan_network(2), "boundary_ratio": 0.875} if two_networks else {}
     return WanPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=vae, scheduler=scheduler, transformer=wan_network(1), **second)
-
-
-class Wan(Family):
-    """source: a live pipeline or a folder. Latents are (16, 2, 2, 2): what `call_arguments` asks for."""
-
-    pipeline_classes = ("WanPipeline",)
-    second_component = "transformer_2"
-    lora_targets = ("to_q", "to_v")
-    path = Flow()
-    kind = "velocity"
-    latent = LatentSpec(16, (2, 2, 2))
-
-    def __init__(self, source: Any, **options: Any) -> None:
-        from diffusers import WanPipeline
-
-        self.pipeline = WanPipeline.from_pretrained(source) if isinstance(source, (str, Path)) else source
-
-    @property
-    def shift(self) -> float:
-        return 3.0
-
-    @property
-    def own_call(self) -> dict[str, Any]:
-        return {"num_inference_steps": 50, "guidance_scale": 5.0}
-
-    def has(self, component: str) -> bool:
-        return getattr(self.pipeline, component, None) is not None
-
-    def load_backbone(self, *, meta: bool = False) -> nn.Module:
-        return self.pipeline.transformer
-
-    def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return backbone(hidden_states=x, timestep=1000 * t, **cond, return_dict=False)[0]
-
-    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
-        return list(backbone.blocks)  # type: ignore[arg-type]
-
-    def feature_widths(self, backbone: nn.Module) -> list[int]:
-        return [24] * len(self.blocks(backbone))
-
-    @torch.no_grad()
-    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
-        embeds, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=TOKENS)
-        return {"encoder_hidden_states": embeds}
-
-    def free_encoders(self) -> None:
-        pass
-
-    def encode_latents(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
-        from diffusers import FlowMapEulerDiscreteScheduler
-
-        return FlowMapEulerDiscreteScheduler(shift=self.shift)
-
-    def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
-        scheduler = self.export_scheduler()
-        scheduler.set_timesteps(steps)
-        return scheduler.sigmas[:-1].double()
-
-    def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
-        size = {"height": 16, "width": 16, "num_frames": 5}
-        return {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": TOKENS, **size}
-
-    def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
-        from diffusers import WanPipeline
-
-        components = {**self.pipeline.components, "scheduler": scheduler}
-        if backbone is not None:
-            components["transformer"] = backbone
-        return WanPipeline(**components, boundary_ratio=self.pipeline.config["boundary_ratio"])

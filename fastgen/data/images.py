@@ -43,19 +43,21 @@ class CaptionedImages:
         """What the set is, wherever it lies: SHA-256 over every image's captions and the bytes of its file, in order."""
         return digest([[list(captions.items()), _hash(source)] for captions, source in zip(self.captions, self.sources, strict=True)])
 
-    def check_width(self, resolution: int) -> None:
-        """UserError for images that cannot be resized because they are tensors of another width."""
+    def check_size(self, height: int, width: int) -> None:
+        """UserError for images that cannot be resized because they are tensors of another size."""
         for source in self.sources:
-            if isinstance(source, Tensor) and source.shape[-1] != resolution:
-                raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {resolution}")
+            if isinstance(source, Tensor) and source.shape[-1] != width:
+                raise UserError(f"{KEY}: these images are {source.shape[-1]} pixels wide, the teacher needs {width}")
+            if isinstance(source, Tensor) and source.shape[-2] != height:
+                raise UserError(f"{KEY}: these images are {source.shape[-2]} pixels high, the teacher needs {height}")
 
-    def batches(self, resolution: int, size: int = 64) -> Iterator[Tensor]:
-        """Pixels (B, 3, resolution, resolution) fp32 in [-1, 1]: the largest centre square, resized with antialiasing. UserError for a file
-        that cannot be decoded, or with `skip_broken` a place in `undecodable`."""
-        self.check_width(resolution)
+    def batches(self, height: int, width: int, size: int = 64) -> Iterator[Tensor]:
+        """Pixels (B, 3, height, width) fp32 in [-1, 1]: the largest centre crop of this aspect, resized with antialiasing. UserError for a
+        file that cannot be decoded, or with `skip_broken` a place in `undecodable`."""
+        self.check_size(height, width)
         for start in range(0, len(self), size):
             indices = range(start, min(start + size, len(self)))
-            pixels = [picture for i in indices if (picture := self._pixels(i, resolution)) is not None]
+            pixels = [picture for i in indices if (picture := self._pixels(i, height, width)) is not None]
             if pixels:
                 yield torch.stack(pixels)
 
@@ -65,19 +67,19 @@ class CaptionedImages:
         warnings = Faults(self.skip_broken, list(self.undecodable.values())).warnings(len(kept))
         return replace(self, captions=[self.captions[i] for i in kept], sources=[self.sources[i] for i in kept], undecodable={}), warnings
 
-    def _pixels(self, index: int, resolution: int) -> Tensor | None:
+    def _pixels(self, index: int, height: int, width: int) -> Tensor | None:
         source, faults = self.sources[index], Faults(self.skip_broken)
         if isinstance(source, Tensor):
             return source
         from torchvision.transforms.v2 import functional
 
         try:
-            square = read_rgb(source, self.background, square=True)
+            crop = read_rgb(source, self.background, aspect=(height, width))
         except Unreadable as error:
             faults.add(_unreadable(source, error))
             self.undecodable[index] = faults.found[0]
             return None
-        return (functional.resize(square, [resolution, resolution], antialias=True) / 127.5 - 1).clamp(-1, 1)
+        return (functional.resize(crop, [height, width], antialias=True) / 127.5 - 1).clamp(-1, 1)
 
 
 def images_of(data: DataBlock) -> CaptionedImages | None:

@@ -27,12 +27,14 @@ from fastgen.fingerprints import digest, sealed, unsealed
 
 KEY = "recipe key data.pairs"
 SHARD = 256  # pairs a file
-_OF_THE_TEACHER = ("pretrained", "guidance", "negative_prompt", "max_sequence_length")  # the size is in the samples' shape
+_OF_THE_TEACHER = ("pretrained", "guidance", "negative_prompt", "max_sequence_length")
+_IF_STATED = ("shift", "embedded_guidance")  # the other options, size and frames, are in the samples' shape
 
 
 def _identity(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe's block decides the samples; the content and the shift only where they are known."""
-    return {key: teacher[key] for key in _OF_THE_TEACHER} | {key: teacher[key] for key in ("shift", "sha256") if teacher.get(key) is not None}
+    """What of a recipe's block decides the samples; the content and some options only where they are known."""
+    known = {key: teacher[key] for key in (*_IF_STATED, "sha256") if teacher.get(key) is not None}
+    return {key: teacher[key] for key in _OF_THE_TEACHER} | known
 
 
 class Manifest(BaseModel):
@@ -87,7 +89,7 @@ class Manifest(BaseModel):
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first key in which two teachers differ. Which one it is counts by content, and by name where one of them has no hash recorded."""
     identity = "sha256" if "sha256" in then and "sha256" in now else "pretrained"
-    return next((key for key in (*_OF_THE_TEACHER, "shift") if then.get(by := identity if key == "pretrained" else key) != now.get(by)), None)
+    return next((key for key in (*_OF_THE_TEACHER, *_IF_STATED) if then.get(by := identity if key == "pretrained" else key) != now.get(by)), None)
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ class Unreadable(ValueError):
     """A picture file that cannot be read; the message says why."""
 
 
-def read_rgb(path: Path, background: Colour = (255, 255, 255), *, square: bool = False) -> Tensor:
+def read_rgb(path: Path, background: Colour = (255, 255, 255), *, aspect: tuple[int, int] | None = None) -> Tensor:
     """`upright_rgb` of a picture file; Unreadable for one that Pillow cannot decode."""
     # Not by its path: Pillow would map an uncompressed TIFF into memory with width and height exchanged where it is to be turned.
     with _pillow():
         file = path.open("rb")
     with file:
-        return upright_rgb(_opened(file), background, square=square)
+        return upright_rgb(_opened(file), background, aspect=aspect)
 
 
 def check_header(path: Path) -> None:
@@ -84,22 +84,22 @@ def _pillow() -> Iterator[None]:
         raise Unreadable(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
-def upright_rgb(image: Image.Image, background: Colour = (255, 255, 255), *, square: bool = False) -> Tensor:
+def upright_rgb(image: Image.Image, background: Colour = (255, 255, 255), *, aspect: tuple[int, int] | None = None) -> Tensor:
     """sRGB (3, H, W) fp32 in [0, 255], whole numbers unless the picture is deeper than 8 bits or partly transparent; an animation's first
     frame. Turned as EXIF says; transparent pixels lie on `background`, mixed in sRGB values as browsers do.
 
     Integer grey of more than 8 bits is 16 bits wide, whatever its range. Float grey runs from 0 to 1, or in whole numbers from 0 to 255.
     Embedded profiles are converted to sRGB, perceptually; those that cannot be used are ignored. Unreadable for grey outside its range.
-    square: only the largest centre square, which costs as much less as it is smaller.
+    aspect: (height, width) of which only the largest centre crop is read, which costs as much less as it is smaller.
     """
     rawmode = _prepared(image)
     upright, profile = _upright(image), image.info.get("icc_profile")
-    box = _centre(upright.size) if square else (0, 0, *upright.size)
+    box = (0, 0, *upright.size) if aspect is None else _centre(upright.size, aspect)
     if upright.mode in _DEEP:
         is_negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
         colours, alpha = _deep(upright, box, profile, rawmode, is_negative=is_negative)
     else:
-        colours, alpha = _shallow(upright.crop(box) if square else upright, profile)
+        colours, alpha = _shallow(upright if aspect is None else upright.crop(box), profile)
     if alpha is not None:
         paper = np.array(background, dtype=np.float32)
         colours -= paper  # in place, for a photograph takes a gigabyte
@@ -130,11 +130,13 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _centre(size: tuple[int, int]) -> Box:
-    """The largest centre square, to which an odd margin is as torchvision's `center_crop` has it."""
-    side = min(size)
-    left, upper = (round((length - side) / 2) for length in size)
-    return left, upper, left + side, upper + side
+def _centre(size: tuple[int, int], aspect: tuple[int, int]) -> Box:
+    """The largest centre crop of a picture (width, height) that is as wide to its height as `aspect` (height, width), to the pixel; an odd
+    margin is as torchvision's `center_crop` has it."""
+    (width, height), (tall, wide) = size, aspect
+    crop = (max(1, round(height * wide / tall)), height) if width * tall > height * wide else (width, max(1, round(width * tall / wide)))
+    left, upper = (round((length - side) / 2) for length, side in zip(size, crop, strict=True))
+    return left, upper, left + crop[0], upper + crop[1]
 
 
 def _shallow(image: Image.Image, profile: Any) -> tuple[np.ndarray, np.ndarray | None]:

@@ -131,8 +131,8 @@ def prepare(
     if images is None:
         return TrainingData(texts, cond, cumulative)
     progress(f"encoding {len(images)} images")
-    resolution = family.latent.size[-1] * family.pixels_per_latent
-    encoded = [family.encode_latents(pixels.to(device)) for pixels in images.batches(resolution, batch)]
+    height, width = family.picture_shape[-2:]
+    encoded = [family.encode_latents(pixels.to(device)) for pixels in images.batches(height, width, batch)]
     images, warnings = images.decodable()
     for warning in warnings:
         warn(f"warning: {warning}")

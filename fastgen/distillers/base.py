@@ -15,7 +15,9 @@ from fastgen import timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.data.training import Batch
 from fastgen.denoiser import Predictor, guided
-from fastgen.path import Path
+from fastgen.guidance import GuidanceRule, linear
+from fastgen.manifest import Sampler
+from fastgen.path import Kind, Path
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec
 from fastgen.sampling import Experts, Predict
@@ -69,14 +71,16 @@ class Setting:
     shift: float  # the teacher's time shift
     train_steps: int = 1  # student steps of the whole run
     decode: Callable[[Tensor], Tensor] | None = None  # latents (B, *shape) -> pixels (B, 3, H, W) in [0, 1], with gradients; None: no pixels
+    rule: GuidanceRule = linear  # the pipeline's
+    rule_kind: Kind | None = None  # the prediction on the teacher's own path that the rule is for; None: any
 
     def last_time(self, other: Path) -> float:
         """The time on `other` of the noisiest level that the teacher's own path reaches."""
         return other.time(self.path.ratio(torch.tensor(self.path.t_max, dtype=torch.float64))).item()
 
-    def guide(self, predict: Predict) -> Predict:
-        """A predictor with the teacher's guidance."""
-        return guided(predict, self.guidance, self.negative)
+    def guide(self, predict: Predict, scale: Tensor | None = None) -> Predict:
+        """A predictor with the teacher's guidance; scale: one a sample (B,) instead of the teacher's."""
+        return guided(predict, self.guidance if scale is None else scale, self.negative, self.rule, self.rule_kind)
 
     def draw_times(self, sampling: timesteps.TimeSampling, uniform: Tensor) -> Tensor:
         """Path times (B,) fp32 from uniform numbers (B,)."""
@@ -106,7 +110,9 @@ class Facts:
     started: bool = False  # a run that goes on from its own checkpoint, whatever student.init was
     images: bool = True  # whether data.images is given
     picture: tuple[int, ...] | None = None  # shape of what a sample decodes to, (3, H, W) unless the teacher makes vectors
-    exported: bool = False  # whether the student becomes a pipeline, which has one way to move between its steps: Euler's
+    exported: bool = False  # whether the student becomes a pipeline, which moves between its steps as its sampler does
+    sampler: Sampler = "euler"  # student.sampler
+    linear_guidance: bool = True  # whether the pipeline's guidance is n + w (c - n), of predictions of any kind
 
 
 class Options(BaseModel):
@@ -135,6 +141,7 @@ class Distiller(ABC):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     student_is_guided: ClassVar[bool] = False  # whether the trained network is sampled with the teacher's guidance
+    samplers: ClassVar[tuple[Sampler, ...]] = ("euler", "stochastic")  # that its students are made for
     roles: ClassVar[dict[str, RoleSpec]]  # all it can ask for; `roles_for` says which a configuration uses
 
     def __init__(self, config: Any, setting: Setting) -> None:

@@ -119,6 +119,8 @@ class DMD2(Distiller):
             raise UserError(f"recipe key distiller.gan.start: {config.gan.start} leaves none of the {steps} student steps in which matching goes on")
         if config.decoupled is not None and facts.guidance == 1:
             raise UserError("recipe key distiller.decoupled: teacher.guidance is 1, so there is no guidance to match apart")
+        if config.decoupled is not None and not facts.linear_guidance:
+            raise UserError("recipe key distiller.decoupled: this teacher's pipeline rescales guided predictions, so guidance is no part apart")
         if config.anchor is not None and facts.steps == 1:
             raise UserError("recipe key distiller.anchor: a one-step student has no step beside its first; it needs student.steps >= 2")
         if config.anchor is not None and config.rollout.times != "grid":

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fastgen.conditioning import Conditioning
-from fastgen.denoiser import both_ways, linear
+from fastgen.denoiser import both_ways
 from fastgen.distillers import losses
 from fastgen.distillers.base import Options, Setting
 from fastgen.distillers.losses import MatchingWeight
+from fastgen.guidance import linear
 from fastgen.sampling import Predict
 from fastgen.timesteps import TimeSampling
 

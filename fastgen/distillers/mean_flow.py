@@ -56,6 +56,7 @@ class MeanFlow(Distiller):
     """Roles: student with a second time (trained), teacher (frozen; absent in the training variant). Needs latents."""
 
     Config = MeanFlowConfig
+    samplers = ("euler",)
     roles: ClassVar[dict[str, RoleSpec]] = {"student": student(inputs=("second_time",)), "teacher": frozen()}
     config: MeanFlowConfig
 

@@ -59,6 +59,7 @@ def expert_name(base: str, phase: int) -> str:
 class PhasedDMD(DMD2):
     """Roles: student, student_2, ... (an expert for each phase), fake_score, fake_score_2, ..., discriminator (with `gan`), teacher."""
 
+    samplers = ("euler",)
     Config = PhasedDMDConfig
     config: PhasedDMDConfig  # type: ignore[assignment]
 

@@ -43,8 +43,9 @@ ON_GRID = RolloutConfig()
 
 def check_renoise(renoise: Renoise, facts: Facts) -> None:
     """UserError where rollouts would move otherwise between their steps than the exported student's sampler."""
-    if facts.exported and facts.steps > 1 and renoise != "euler":
-        raise UserError(f"recipe key distiller.renoise: {renoise}, but the student is sampled and exported with euler steps, so train it with them")
+    if facts.exported and facts.steps > 1 and renoise != facts.sampler:
+        sampled = f"the student is sampled and exported with {facts.sampler} steps"
+        raise UserError(f"recipe key distiller.renoise: {renoise}, but {sampled}, so train it with them")
 
 
 class Segment(NamedTuple):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastgen import timesteps
 from fastgen.conditioning import Conditioning
-from fastgen.denoiser import guided
 from fastgen.distillers.base import Batch, MethodConfig, Setting
 from fastgen.path import Flow, expand_time
 from fastgen.rng import SampleRng
@@ -58,8 +57,7 @@ def teacher_step(teacher: Predict, batch: Batch, rng: SampleRng, setting: Settin
     """Noised data at t and one step of the teacher to t_next; guidance: one scale a sample (B,), None for the setting's."""
     assert batch.latents is not None
     x = FLOW.mix(batch.latents, rng.normal("noise", setting.shape), t)
-    predict = setting.guide(teacher) if guidance is None else guided(teacher, guidance, setting.negative)
-    velocity = predict(x, t, batch.cond, "velocity", FLOW)
+    velocity = setting.guide(teacher, guidance)(x, t, batch.cond, "velocity", FLOW)
     return Step(x, t, x + expand_time(t_next - t, x) * velocity, t_next)
 
 

@@ -61,6 +61,7 @@ class TSCD(Distiller):
     """Roles: student (trained), teacher (frozen). Needs latents."""
 
     Config = TSCDConfig
+    samplers = ("euler",)
     roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "teacher": frozen()}
     config: TSCDConfig
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError, nearest
 from fastgen.families.base import Family
-from fastgen.families.complete import check_complete
+from fastgen.families.complete import check_complete, is_variant, variants
 from fastgen.families.components import check_sizes, read_index
 from fastgen.files import expanded
 from fastgen.fingerprints import file_names, folder_hash, known_hash
 
+# Modules that are no family.
+_SHARED = (
+    *("base", "betas", "codec", "complete", "components", "discrete", "fitting", "packing", "pipelined", "schedules", "source"),
+    *("stock_samplers", "unet", "weights"),
+)
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
 
 
 def family_names() -> list[str]:
     """Names that `teacher.family` accepts beside `auto`."""
-    return module_names(__name__, shared=("base", "complete", "components", "schedules", "weights"))
+    return module_names(__name__, shared=_SHARED)
 
 
 def family_class(name: str) -> type[Family]:
@@ -35,7 +41,7 @@ def find_family(source: Any, name: str = "auto", *, revision: str | None = None,
     if name == "auto":
         name = "toy" if isinstance(source, str) and source.startswith("toy:") else _family_of(_pipeline_class(source))
     if isinstance(source, (str, Path)) and family_class(name).exportable:
-        check_complete(resolve_source(source))
+        check_complete(resolve_source(source), family_class(name).optional)
         check_sizes(resolve_source(source))
     family = family_class(name)(source, **options)
     _ = family.shift  # read now, so that a schedule which cannot be followed is refused before anything is loaded
@@ -45,7 +51,11 @@ def find_family(source: Any, name: str = "auto", *, revision: str | None = None,
 def _family_of(pipeline_class: str) -> str:
     by_class = {cls: name for name in family_names() for cls in family_class(name).pipeline_classes}
     if pipeline_class not in by_class:
-        raise UserError(f"recipe key teacher.pretrained: no family for pipeline class {pipeline_class!r}; supported: {', '.join(sorted(by_class))}")
+        raise UserError(
+            f"recipe key teacher.pretrained: no family for pipeline class {pipeline_class!r}; supported: {', '.join(sorted(by_class))}. "
+            "A new family is one file that states the pipeline's and its network's class, path and prediction, how the network is called, "
+            "how prompts are encoded and in which shapes, and where blocks and adapters are: see fastgen/families/README.md"
+        )
     return by_class[pipeline_class]
 
 
@@ -75,22 +85,26 @@ def pinned_revision(source: str, revision: str | None) -> str | None:
 def source_hash(source: str, revision: str | None = None) -> str:
     """What a teacher is, wherever it lies: SHA-256 of the files that its pipeline is loaded from. A closed-form teacher is its name.
 
-    Files that do not count: those outside the pipeline's components, pickles and other frameworks' weights, variants such as fp16; a
-    hub's cache may hold any of them. Hashes of large files are remembered (`fingerprints.known_hash`).
+    Files that do not count: those outside the pipeline's components, pickles and other frameworks' weights, variants such as fp16 of
+    components that have weights without one; a hub's cache may hold any of them. Hashes of large files are remembered (`fingerprints.known_hash`).
     """
     if source.startswith("toy:"):
         return source
     folder = resolve_source(source, revision)
     components = {name for name, value in read_index(folder).items() if isinstance(value, list)}
-    return folder_hash(folder, [name for name in file_names(folder) if _is_loaded(PurePosixPath(name), components)], of=known_hash)
+    only = variants(folder)
+    return folder_hash(folder, [name for name in file_names(folder) if _is_loaded(PurePosixPath(name), components, only)], of=known_hash)
 
 
-def _is_loaded(file: PurePosixPath, components: set[str]) -> bool:
+def _is_loaded(file: PurePosixPath, components: set[str], only: Mapping[str, str]) -> bool:
+    """only: the components that have their weights as a variant alone."""
     if len(file.parts) == 1:
         return file.name in ("model_index.json", "fastgen.json")
     _, _, ending = file.name.partition(".")
     if "safetensors" in ending or "index" in ending:
-        return file.parts[0] in components and ending in ("safetensors", "safetensors.index.json")
+        variant = only.get(file.parts[0])
+        loaded = ending in ("safetensors", "safetensors.index.json") if variant is None else is_variant(file.name, variant)
+        return file.parts[0] in components and loaded
     return file.parts[0] in components and file.suffix not in _OTHER_WEIGHTS
 
 

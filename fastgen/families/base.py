@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
+from fastgen.guidance import linear
 from fastgen.legibility import Legibility
+from fastgen.manifest import Sampler
 from fastgen.path import Kind, Path
+
+# What a family may be told beside its source, by the key of the recipe's teacher block: text tokens; (height, width) in pixels; frames of
+# a video; the network's own guidance input, which is not classifier-free guidance; shift of the teacher's times.
+OPTIONS = ("max_sequence_length", "size", "frames", "embedded_guidance", "shift")
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,17 @@ class Family(ABC):
     component: ClassVar[str] = "transformer"  # the pipeline's attribute that is distilled
     # The attribute of a second network, to which the pipeline itself gives the times below its `boundary_ratio`, a share of the path's range.
     second_component: ClassVar[str | None] = None
+    optional: ClassVar[tuple[str, ...]] = ()  # components that the pipeline may go without, though diffusers asks for them
     lora_targets: ClassVar[tuple[str, ...]] = ()
+    loads_lora: ClassVar[bool] = True  # whether the pipeline saves and loads LoRA files
     pixels_per_latent: int = 1  # spatial stride of the VAE
+    frame_rate: ClassVar[float] = 16  # of videos, a second
+    # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.
+    samplers: ClassVar[tuple[Sampler, ...]] = ("euler",)
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
     time_projection: ClassVar[str | None] = None  # name of the time embedding's last nn.Linear, where scalar inputs are added; None: no place
+
+    guidance_kind: ClassVar[Kind | None] = None  # the prediction that `guidance_rule` acts on; None: any, for the rule commutes with conversions
 
     path: Path
     kind: Kind
@@ -50,13 +63,23 @@ class Family(ABC):
 
     @abstractmethod
     def __init__(self, source: Any, **options: Any) -> None:
-        """options: `max_sequence_length` (text tokens), `resolution` (pixels) and `shift` (of the time), None for the pipeline's own."""
+        """options: those of OPTIONS that the family has, and `resolution` for a square `size`; None: the pipeline's own. UserError for others."""
+
+    @property
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The options, as JSON has them, with which this family is made again from the same source; `shift` only where it was stated."""
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
         """(3, H, W) or (3, T, H, W) of what `decode` makes of one sample; of vectors, which are no pictures, their own."""
         *frames, height, width = self.latent.size or (0, 0)
         return (3, *frames, height * self.pixels_per_latent, width * self.pixels_per_latent) if self.latent.size else self.latent.shape
+
+    @property
+    def takes_times(self) -> bool:
+        """Whether the pipeline's call takes explicit times."""
+        return True
 
     @property
     @abstractmethod
@@ -111,6 +134,14 @@ class Family(ABC):
                 )
         return cond
 
+    def encode_negative(self, text: str | None) -> Conditioning:
+        """Conditioning (1, ...) of a negative prompt; None: what the pipeline takes where its call is given none."""
+        return self.encode_prompts([text or ""])
+
+    def guidance_rule(self, cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+        """The pipeline's classifier-free guidance of two predictions (B, *latent.shape); scale: one number, or one a sample (B,), 1 is none."""
+        return linear(cond, negative, scale)
+
     @abstractmethod
     def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
         """`encode_prompts` of one batch, as the encoders have it."""
@@ -141,6 +172,22 @@ class Family(ABC):
         """Pixels (B, 3, H, W) in [0, 1], as the pipeline itself decodes."""
         return self.decode(latents).clamp(0, 1)
 
+    def sampling_scheduler(self, steps: int, grid: Sequence[float] | None = None, sampler: Sampler = "euler") -> Any:
+        """The diffusers scheduler with which a stock pipeline reproduces one of `samplers`."""
+        return self.export_scheduler(grid) if sampler == "euler" else self.stochastic_scheduler(steps, grid)
+
+    def sampling_times(self, steps: int, grid: Sequence[float] | None = None, sampler: Sampler = "euler") -> Tensor:
+        """Path times (N,) fp64 that it steps on when the stock pipeline is called with `call_arguments`."""
+        return self.grid(steps, grid) if sampler == "euler" else self.stochastic_grid(steps, grid)
+
+    def stochastic_scheduler(self, steps: int, grid: Sequence[float] | None = None) -> Any:
+        """`export_scheduler` of the stochastic sampler, for families that have it among their `samplers`."""
+        raise NotImplementedError(f"{type(self).__name__} has no stochastic sampler")
+
+    def stochastic_grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        """`grid` of the stochastic sampler."""
+        return self.grid(steps, grid)
+
     @abstractmethod
     def export_scheduler(self, grid: Sequence[float] | None = None) -> Any:
         """The diffusers scheduler with which a stock pipeline reproduces our Euler sampler; grid: explicit times, or None."""
@@ -149,9 +196,32 @@ class Family(ABC):
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
         """Path times (N,) fp64 that `export_scheduler` steps on when the stock pipeline is called with `call_arguments`."""
 
+    def path_times(self, timesteps: Tensor, sigmas: Tensor) -> Tensor:
+        """Path times (N,) fp64 of a stock scheduler's own record of the steps it has taken: its `timesteps` (N,) and `sigmas`, those of Flow
+        with the end, or (0,) where it keeps none."""
+        return sigmas[:-1].double()
+
+    def call_inputs(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What a stock call is given of prompts, JSON-serialisable: texts, labels or nothing, by the names of its arguments."""
+        return {"prompt": list(prompts)}
+
+    def amplification(self, t: float) -> float:
+        """How much larger than its own a rounding error of the network's prediction at path time t is in x0: 1/alpha of an eps prediction."""
+        alpha, _ = self.path.coeffs(torch.tensor([t], dtype=torch.float64))
+        return 1 / alpha.item() if self.kind == "eps" else 1.0
+
     @abstractmethod
     def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
-        """What a stock pipeline call must be passed, JSON-serialisable."""
+        """What a stock pipeline call must be passed, JSON-serialisable. guidance: classifier-free, 1 is none; grid: explicit path times."""
+
+    def negative_arguments(self, text: str | None, guidance: float) -> dict[str, Any]:
+        """And of the negative prompt; None: the pipeline's own."""
+        return {"negative_prompt": text} if text and guidance > 1 else {}
+
+    @property
+    def loading_arguments(self) -> dict[str, Any]:
+        """What the pipeline's `from_pretrained` must be passed for this source: a `variant`, and None for components that it goes without."""
+        return {}
 
     @abstractmethod
     def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:

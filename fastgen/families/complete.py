@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ _NO_NETWORK = r"Tokenizer|Processor|FeatureExtractor|Scheduler"
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def check_complete(folder: Path) -> None:
-    """UserError for a component that is missing, that has no weights as safetensors without a variant, or whose class is not the libraries' own.
+def check_complete(folder: Path, optional: Sequence[str] = ()) -> None:
+    """UserError for a component that is missing, that has no weights as safetensors, or whose class is not the libraries' own.
 
-    An entry [null, null] says that a component is not there. The scheduler may be of any kind: the export has one of its own.
+    An entry [null, null] says that a component is not there; optional: those that the family does without. The scheduler may be of any
+    kind: the export has one of its own. Weights may be a variant's, such as fp16's, where that is all there is, of one name in all.
     """
     index = read_index(folder)
     if isinstance(index["_class_name"], list):
         raise _refusal(f"{str(folder)!r} is of the class {'.'.join(index['_class_name'])}, which is code of its own, and fastgen runs none")
     there = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
     for name in _needed(index["_class_name"]):
-        if name not in there:
+        if name not in there and name not in optional:
             raise _refusal(f"{str(folder / 'model_index.json')!r} names no {name}, without which diffusers does not load a {index['_class_name']}")
     for name, (library, cls) in there.items():
         if name == "scheduler":
@@ -42,6 +43,27 @@ def check_complete(folder: Path) -> None:
             raise _refusal(f"its {name} has no {partner} in {str(folder / 'model_index.json')!r}")
         if not re.search(_NO_NETWORK, cls):
             _check_weights(folder / name, _STEMS.get(library, "model"))
+    if len(names := set(variants(folder).values())) > 1:
+        raise _refusal(f"{str(folder)!r} has weights as the variants {' and '.join(sorted(names))} alone, and diffusers loads one")
+
+
+def variants(folder: Path) -> dict[str, str]:
+    """The components of a folder whose weights are there as a variant alone, and which: fp16 where there are several."""
+    found: dict[str, str] = {}
+    for name, entry in read_index(folder).items():
+        if isinstance(entry, list) and entry[0] is not None and (folder / name).is_dir():
+            stem = _STEMS.get(entry[0], "model")
+            if not any((folder / name / f"{stem}.{ending}").is_file() for ending in ("safetensors", "safetensors.index.json")):
+                names = sorted(file.name for file in (folder / name).iterdir())
+                pattern = re.compile(rf"{stem}\.(?:([^.-]+)\.safetensors|safetensors\.index\.([^.]+)\.json)")
+                if loaded := [match[1] or match[2] for each in names if (match := pattern.fullmatch(each))]:
+                    found[name] = "fp16" if "fp16" in loaded else loaded[0]
+    return found
+
+
+def is_variant(name: str, variant: str) -> bool:
+    """Whether a file of weights, or their index, is a variant's."""
+    return re.search(rf"\.{re.escape(variant)}(-\d+-of-\d+)?\.(safetensors|json)$", name) is not None
 
 
 def _needed(pipeline_class: str) -> list[str]:
@@ -68,31 +90,24 @@ def _check_weights(folder: Path, stem: str) -> None:
         raise _refusal(f"there is no {str(folder / 'config.json')!r}; get the pipeline whole")
     if (folder / f"{stem}.safetensors").is_file():
         return
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    indices = [name for name in names if re.fullmatch(rf"{stem}\.safetensors\.index\.([^.]+\.)?json", name)]
+    if indices:
+        index = folder / (f"{stem}.safetensors.index.json" if f"{stem}.safetensors.index.json" in indices else indices[0])
         for name in sorted(set(of_teacher(index, WeightsIndex)["weight_map"].values())):
             if not (folder / name).is_file():
                 raise _refusal(f"{index.name} names the weights {str(folder / name)!r}, which are not there; get the pipeline whole")
         return
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
-    for name, variant in _variants(names, stem):
-        save = f'DiffusionPipeline.from_pretrained(SOURCE, variant="{variant}").save_pretrained(FOLDER)'
-        raise _refusal(f"{str(folder)!r} has its weights as the variant {variant!r} alone ({name}); save them without one: {save}")
+    if any(re.fullmatch(rf"{stem}\.[^.-]+\.safetensors", name) for name in names):
+        return
+    for name in (name for name in names if re.fullmatch(rf"{stem}\S*-\d+-of-\d+\S*\.safetensors", name)):
+        raise _refusal(f"{str(folder)!r} has a part of its weights ({name}) and no index of all; get the pipeline whole")
     for name in (name for name in names if name.endswith(_PICKLES)):
         raise _refusal(
             f"{str(folder)!r} has its weights as a pickle alone ({name}), and pickles run code; save them as safetensors with diffusers, "
             "where you trust them: save_pretrained(FOLDER, safe_serialization=True)"
         )
     raise _refusal(f"{str(folder)!r} has no weights: no {stem}.safetensors; get the pipeline whole")
-
-
-def _variants(names: Iterable[str], stem: str) -> Iterator[tuple[str, str]]:
-    """Files of weights that diffusers loads when it is given their variant, each with its name: `model.fp16.safetensors`,
-    `model.fp16-00001-of-00002.safetensors`, `model-00001-of-00002.fp16.safetensors`."""
-    for name in names:
-        found = re.fullmatch(rf"{stem}(?:-\d+-of-\d+)?\.(?P<variant>[^.]+?)(?:-\d+-of-\d+)?\.safetensors", name)
-        if found:
-            yield name, found["variant"]
 
 
 def _refusal(what: Any) -> UserError:

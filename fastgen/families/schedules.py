@@ -29,7 +29,7 @@ their pipeline passes no sigmas (diffusers#13243), a fault of the grid and not a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -85,17 +85,18 @@ def stated(shift: Any) -> float:
     return float(shift)
 
 
-def teacher_shift(source: Any, tokens: int, fallbacks: Mapping[str, float]) -> float:
+def teacher_shift(source: Any, tokens: int, fallbacks: Mapping[str, float], passed: Collection[str] = ()) -> float:
     """The flow shift of a folder's (a Path) or a live pipeline's scheduler at a picture of `tokens` tokens. fallbacks: the numbers of mu
-    (`_OF_MU`) that the pipeline itself falls back on. UserError for every schedule that is not just a shift."""
+    (`_OF_MU`) that the pipeline itself falls back on. passed: options that its family knows to move the ends of its grid alone. UserError
+    for every other schedule that is not just a shift."""
     try:
         scheduler = read_component(source, "scheduler")
     except UserError as error:
         raise UserError(f"recipe key teacher.pretrained: {str(error).removeprefix('recipe key teacher.pretrained: ')}; {REMEDY}") from error
-    return flow_shift(scheduler, tokens, fallbacks)
+    return flow_shift(scheduler, tokens, fallbacks, passed)
 
 
-def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float]) -> float:
+def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float], passed: Collection[str] = ()) -> float:
     """The same of a scheduler's class and configuration."""
     if not scheduler.classes:
         raise _refusal("its scheduler names no class")
@@ -106,7 +107,7 @@ def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float]
     if reading is None:
         raise _refusal(f"its scheduler is {name}, whose schedule fastgen does not know (it knows {', '.join(sorted(_CLASSES))})")
     options = defaults(name) | dict(scheduler.given)
-    _check_options(name, reading, options)
+    _check_options(name, reading, options, passed)
     if not options.get("use_dynamic_shifting"):
         return _positive(name, reading.shift, _number(name, reading.shift, options[reading.shift]))
     mu = _mu(name, {**fallbacks, **options}, tokens)
@@ -115,12 +116,12 @@ def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float]
     return _positive(name, "exp(mu)", math.exp(min(mu, 700.0)))
 
 
-def _check_options(name: str, reading: _Reading, options: Mapping[str, Any]) -> None:
+def _check_options(name: str, reading: _Reading, options: Mapping[str, Any], passed: Collection[str]) -> None:
     """UserError for the first option that would move the times, or change what is sampled, in a way that the shift does not say."""
     allowed = dict(reading.allowed)
     if options.get("use_dynamic_shifting"):  # asked for by the pipeline, so also where the class itself has no such option
         allowed |= {"time_shift_type": reading.dynamic} if reading.dynamic else {"use_dynamic_shifting": (False,)}
-    passed = {reading.shift, "use_dynamic_shifting", "time_shift_type", *_OF_MU, *_HARMLESS}
+    passed = {reading.shift, "use_dynamic_shifting", "time_shift_type", *_OF_MU, *_HARMLESS, *passed}
     for key, default in {"use_dynamic_shifting": False, **defaults(name)}.items():
         value = options.get(key)
         off = key in passed or value == default or not (value or default)  # false, null and 0 mean the same

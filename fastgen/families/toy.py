@@ -95,6 +95,7 @@ class Toy(Family):
     """`toy:gaussian`, `toy:mixture`, `toy:ring`, or a live Mixture; path, kind and width as options for studies."""
 
     exportable = False
+    samplers = ("euler", "stochastic")
     lora_targets = ("layers.0", "layers.1", "layers.2", "out")
     time_projection = "layers.0"
 
@@ -105,11 +106,8 @@ class Toy(Family):
         path: Path | None = None,
         kind: Kind = "velocity",
         width: int = 64,
-        max_sequence_length: int | None = None,
-        resolution: int | None = None,
-        shift: float | None = None,
+        **options: Any,
     ) -> None:
-        options = {"max_sequence_length": max_sequence_length, "resolution": resolution, "shift": shift}
         for name in (name for name, value in options.items() if value is not None):
             raise UserError(f"recipe key teacher.{name}: does not apply to a closed-form teacher")
         self.mixture = source if isinstance(source, Mixture) else self._named(source)
@@ -122,6 +120,10 @@ class Toy(Family):
         if name not in MIXTURES:
             raise UserError(f"recipe key teacher.pretrained: no closed-form teacher {source!r}; {nearest(name, MIXTURES)}")
         return MIXTURES[name]()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
 
     @property
     def shift(self) -> float:

@@ -24,11 +24,11 @@ class WeightsIndex(records.Schema):
     weight_map: dict[str, str]
 
 
-def check_weights(folder: Path, network: nn.Module) -> None:
-    """UserError where the tensors of a diffusers network (a meta one will do) are not those in a component's `folder`, by name and shape.
-    Nothing is said of weights that are not there at all: whoever loads them will."""
+def check_weights(folder: Path, network: nn.Module, variant: str | None = None) -> None:
+    """UserError where the tensors of a diffusers network (a meta one will do) are not those in a component's `folder`, by name and shape;
+    variant: of the files. Nothing is said of weights that are not there at all: whoever loads them will."""
     found: dict[str, tuple[int, ...]] = {}
-    for file in _files(folder):
+    for file in _files(folder, "" if variant is None else f".{variant}"):
         with reading(file), safe_open(file, "pt") as header:
             found |= {_renamed(key): tuple(header.get_slice(key).get_shape()) for key in header.keys()}  # noqa: SIM118
     for name, tensor in network.state_dict().items() if found else ():
@@ -43,11 +43,12 @@ def check_weights(folder: Path, network: nn.Module) -> None:
         raise UserError(f"recipe key teacher.pretrained: cannot read {str(folder)!r}: {what}")
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / f"{STEM}.index.json"
+def _files(folder: Path, variant: str) -> list[Path]:
+    index = folder / f"{STEM}.index{variant}.json"
     if index.is_file():
         return [folder / name for name in sorted(set(of_teacher(index, WeightsIndex)["weight_map"].values()))]
-    return [folder / STEM] if (folder / STEM).exists() else []
+    single = folder / STEM.replace(".safetensors", f"{variant}.safetensors")
+    return [single] if single.exists() else []
 
 
 def _renamed(key: str) -> str:

@@ -35,14 +35,14 @@ class Run:
 
     def info(self) -> StudentInfo:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
-        stated = ("shift",) if recipe.teacher.shift is not None else ()
-        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt", *stated)}
+        teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt")}
         teacher["sha256"] = self.began.hashes.get(inputs.TEACHER)
         return StudentInfo(
             method=recipe.distiller.name,
             steps=recipe.student.steps,
             grid=self.plan.grid,
             guidance=self.plan.guidance,
+            sampler=recipe.student.sampler,
             teacher=teacher,
             prompts=spread(self.data.prompts, 8),
             recipe=resolved,
@@ -67,6 +67,7 @@ class Run:
             negative_prompt=recipe.teacher.negative_prompt,
             grid=self.plan.grid if student else None,
             device=self.parallel.device,
+            sampler=recipe.student.sampler if student else "euler",
             name="the student" if student else f"teacher {recipe.teacher.pretrained!r}",
         )
 
@@ -86,7 +87,8 @@ def build(plan: Plan, progress: Progress) -> Run:
     backbone = family.load_backbone().to(parallel.device)
     if not math.isfinite(largest(backbone.parameters())):
         raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has weights that are not finite, so it cannot teach")
-    setting = plan.setting(conditioning.to(family.encode_prompts([recipe.teacher.negative_prompt]), parallel.device), family.decode)
+    negative = family.encode_negative(recipe.teacher.negative_prompt or None)
+    setting = plan.setting(conditioning.to(negative, parallel.device), family.decode)
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
     roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults, seed=recipe.train.seed)
     if recipe.student.init != "teacher" and not plan.started:

@@ -138,8 +138,8 @@ def _teacher_rows(
     settings = {key: value for key, value in source.items() if key not in ("pretrained", "revision", "sha256")}  # who it is, the weights say
     rows = []
     for count in steps:
-        call, times = teacher.family.call_arguments(count, teacher.guidance), teacher.times(count).tolist()
-        key = json.dumps([weights, protocol.hash(), protocol.extractor_hash(), settings, call, times, str(teacher.device)])
+        options, times = teacher.family.options, teacher.times(count).tolist()
+        key = json.dumps([weights, protocol.hash(), protocol.extractor_hash(), settings, teacher.guidance, options, times, str(teacher.device)])
         rows += runner.cached(key, lambda count=count: measure(protocol, teacher, "teacher", [count], progress))
     return rows
 

@@ -36,7 +36,7 @@ def imagefolder(folder: Path, *rows: Any) -> str:
 
 
 def only(images: CaptionedImages, resolution: int) -> Tensor:
-    (batch,) = images.batches(resolution)
+    (batch,) = images.batches(resolution, resolution)
     return batch
 
 
@@ -59,6 +59,25 @@ def test_the_largest_centre_square_at_its_own_size_is_exact(tmp_path: Path, widt
     batch = only(load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})), 6)
     assert batch.dtype == torch.float32
     torch.testing.assert_close(batch, in_range(pixels[rows, columns])[None], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "columns", "rows"),
+    [
+        (13, 6, (6, 9), slice(2, 11), slice(0, 6)),
+        (12, 10, (4, 6), slice(0, 12), slice(1, 9)),
+        (6, 13, (9, 6), slice(0, 6), slice(2, 11)),
+        (8, 8, (2, 8), slice(0, 8), slice(3, 5)),
+    ],
+)
+def test_the_largest_centre_crop_has_the_asked_aspect(
+    tmp_path: Path, width: int, height: int, size: tuple[int, int], columns: slice, rows: slice
+) -> None:
+    pixels = noise_png(tmp_path / "a.png", width, height)
+    (batch,) = load_images(imagefolder(tmp_path, {"file_name": "a.png", "text": "noise"})).batches(*size)
+    crop = Image.fromarray(pixels[rows, columns]).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    assert batch.shape == (1, 3, *size)
+    assert (batch - in_range(np.asarray(crop))[None]).abs().max() <= 1.01 / 127.5
 
 
 def test_an_odd_margin_crops_within_half_a_pixel_of_the_centre(tmp_path: Path) -> None:
@@ -128,7 +147,7 @@ def test_a_photo_stored_sideways_is_turned_upright(tmp_path: Path) -> None:
 def test_batches_cover_every_image_in_order(tmp_path: Path) -> None:
     pixels = [noise_png(tmp_path / "deep" / f"{i}.png", 5, 5, seed=i) for i in range(5)]
     images = load_images(imagefolder(tmp_path, *({"file_name": f"deep/{i}.png", "text": str(i)} for i in range(5))))
-    batches = list(images.batches(5, size=2))
+    batches = list(images.batches(5, 5, size=2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     torch.testing.assert_close(torch.cat(batches), torch.stack([in_range(p) for p in pixels]), rtol=0, atol=1e-6)
     assert len(images) == 5
@@ -146,10 +165,10 @@ def test_the_embedded_digits() -> None:
     images = load_images("fastgen:digits")
     pixels, labels = digits.load_images()
     assert len(images) == 1797
-    assert torch.equal(torch.cat(list(images.batches(8))), pixels)
+    assert torch.equal(torch.cat(list(images.batches(8, 8))), pixels)
     assert images.captions == [digits.captions(label) for label in labels.tolist()]
     with pytest.raises(UserError, match=r"data\.images: these images are 8 pixels wide, the teacher needs 16"):
-        list(images.batches(16))
+        list(images.batches(16, 16))
 
 
 @pytest.mark.parametrize(
@@ -202,10 +221,10 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 3.5, dtype=np.float32)).save(tmp_path / "a.png", format="TIFF")
     images = load_images(folder)
     with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*its float values run from 3\.5 to 3\.5"):
-        list(images.batches(4))
+        list(images.batches(4, 4))
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*No such file"):
-        list(images.batches(4))
+        list(images.batches(4, 4))
 
 
 def test_a_file_that_ends_early_or_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +233,7 @@ def test_a_file_that_ends_early_or_is_too_large_is_named(tmp_path: Path, monkeyp
     images = load_images(folder)
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
     with pytest.raises(UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image"):
-        list(images.batches(4))
+        list(images.batches(4, 4))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
     with pytest.raises(
         UserError, match=r"^recipe key data\.images: '.*a\.png' is not an image .*its 1600 pixels exceed the limit of 1400; scale it down"
@@ -236,7 +255,7 @@ def test_what_is_broken_is_left_out_only_when_asked(tmp_path: Path) -> None:
     (warning,) = images.warnings
     assert re.fullmatch(r"recipe key data\.images: 4 of 7 pictures are left out, such as: '.*metadata\.jsonl' line 1: no file '.*gone\.png'", warning)
     for size in (1, 2, 64):
-        batches = list(images.batches(4, size))
+        batches = list(images.batches(4, 4, size))
         torch.testing.assert_close(torch.cat(batches), in_range(pixels).expand(2, 3, 4, 4), rtol=0, atol=1e-6)
     kept, (warning,) = images.decodable()
     assert kept.captions == [{"1": 1.0}, {"4": 1.0}] and [file.name for file in kept.sources] == ["a.png", "a.png"]
@@ -251,7 +270,7 @@ def test_a_set_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     noise_png(tmp_path / "a.png", 40, 40)
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
     images = load_images(folder, skip_broken=True)
-    assert list(images.batches(4)) == []
+    assert list(images.batches(4, 4)) == []
     with pytest.raises(UserError, match=r"^recipe key data\.images: all of 1 pictures are broken, the first: '.*a\.png' is not an image"):
         images.decodable()
 

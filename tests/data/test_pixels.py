@@ -364,4 +364,4 @@ def test_the_centre_square_alone_is_that_of_the_whole(tmp_path: Path, mode: str,
     exif[0x0112] = 6
     whole = saved(tmp_path / "a.tif", image, exif=exif)
     expected = functional.center_crop(read(whole, (9, 8, 7)), [min(width, height)] * 2)
-    assert torch.equal(read_rgb(whole, (9, 8, 7), square=True), expected)
+    assert torch.equal(read_rgb(whole, (9, 8, 7), aspect=(1, 1)), expected)

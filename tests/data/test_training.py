@@ -85,7 +85,7 @@ def vectors() -> tuple[Toy, CaptionedImages]:
 @pytest.fixture
 def captioned(monkeypatch: pytest.MonkeyPatch) -> TrainingData:
     family, images = vectors()
-    family.latent = LatentSpec(2, (1,))
+    family.latent = LatentSpec(2, (1, 1))
     monkeypatch.setattr(CaptionedImages, "batches", lambda self, *_: iter([torch.stack(self.sources)]))
     return prepare(family, {"7": 1.0}, images, CPU)
 
@@ -119,18 +119,19 @@ def test_a_samples_row_depends_on_its_own_id_alone(captioned: TrainingData, make
     assert not torch.equal(data.draw(rng(range(64), step=1)).cond["component"], whole.cond["component"])
 
 
-def test_latents_and_conditioning_are_the_familys_encoding(sd3_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(24, 24), (16, 28)])
+def test_latents_and_conditioning_are_the_familys_encoding(sd3_folder: Path, tmp_path: Path, size: tuple[int, int]) -> None:
     sizes, rows = [(16, 16), (40, 24), (20, 33)], []
     for i, (width, height) in enumerate(sizes):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
         rows.append(f'{{"file_name": "{i}.png", "text": ["picture {i}", "noise"]}}')
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    images, family = load_images(str(tmp_path)), SD3(sd3_folder, max_sequence_length=16, resolution=24)
+    images, family = load_images(str(tmp_path)), SD3(sd3_folder, max_sequence_length=16, size=size)
     messages: list[str] = []
     data = prepare(family, None, images, CPU, messages.append)
     assert messages == ["encoding 4 prompts", "encoding 3 images"]
     assert data.latents is not None
-    (pixels,) = images.batches(24)
+    (pixels,) = images.batches(*size)
     with torch.no_grad():
         mode = family.vae.encode(pixels).latent_dist.mode()
     torch.testing.assert_close(data.latents, (mode - 0.0609) * 1.5305, rtol=0, atol=1e-5)

@@ -22,7 +22,7 @@ from fastgen.errors import UserError
 from fastgen.families import schedules
 from fastgen.families.components import read_component
 from fastgen.families.schedules import teacher_shift
-from fastgen.families.sd3 import _MU
+from fastgen.families.sd3 import SD3
 from fastgen.timesteps import shifted
 
 STEPS, TOKENS = 7, 1024
@@ -79,15 +79,15 @@ def assert_is_the_stock_schedule(name: str, shift: float, sigmas: Tensor, *, twi
 def test_a_constant_shift_is_the_one_the_stock_scheduler_steps_by(tmp_path: Path, name: str, shift: float) -> None:
     key, other = ("flow_shift", "shift") if name in SOLVERS else ("shift", "flow_shift")
     stock = scheduler(name, **{key: shift})
-    found = teacher_shift(stored(tmp_path, name, **{key: shift, other: 5.0}), TOKENS, _MU)
+    found = teacher_shift(stored(tmp_path, name, **{key: shift, other: 5.0}), TOKENS, SD3.mu)
     assert found == shift
-    assert teacher_shift(SimpleNamespace(scheduler=stock), TOKENS, _MU) == shift
+    assert teacher_shift(SimpleNamespace(scheduler=stock), TOKENS, SD3.mu) == shift
     assert_is_the_stock_schedule(name, found, stock_sigmas(stock), twice=True)
 
 
 @pytest.mark.parametrize("name", [*MATCHING, *SOLVERS])
 def test_without_a_shift_the_class_has_its_own_default(tmp_path: Path, name: str) -> None:
-    found = teacher_shift(stored(tmp_path, name), TOKENS, _MU)
+    found = teacher_shift(stored(tmp_path, name), TOKENS, SD3.mu)
     assert_is_the_stock_schedule(name, found, stock_sigmas(scheduler(name)), twice=True)
 
 
@@ -103,11 +103,11 @@ def test_a_dynamic_shift_is_the_one_the_stock_pipeline_passes(tmp_path: Path, na
     """Numbers that the configuration leaves out are the class's own where it has them (1.15), the pipeline's elsewhere (1.16)."""
     key = "flow_shift" if name in SOLVERS else "shift"
     options = {"use_dynamic_shifting": True, "time_shift_type": kind, key: 9.0, **numbers}
-    found = teacher_shift(stored(tmp_path, name, **options), TOKENS, _MU)
+    found = teacher_shift(stored(tmp_path, name, **options), TOKENS, SD3.mu)
     stock = scheduler(name, **options)
     assert_is_the_stock_schedule(name, found, stock_sigmas(stock), twice=False)
-    assert teacher_shift(SimpleNamespace(scheduler=stock), TOKENS, _MU) == found
-    low, high, base, top = (numbers.get(key, 1.15 if key == "max_shift" and name not in SOLVERS else _MU[key]) for key in _MU)
+    assert teacher_shift(SimpleNamespace(scheduler=stock), TOKENS, SD3.mu) == found
+    low, high, base, top = (numbers.get(key, 1.15 if key == "max_shift" and name not in SOLVERS else SD3.mu[key]) for key in SD3.mu)
     mu = base + (TOKENS - low) * (top - base) / (high - low)
     assert found == pytest.approx(mu if kind == "linear" else math.exp(mu), rel=1e-12)
 
@@ -117,14 +117,14 @@ def test_a_shift_set_on_a_live_scheduler_is_the_one_that_counts() -> None:
         live = scheduler(name, shift=3.0)
         live.set_shift(5.0)
         assert live.config.shift == 3
-        assert teacher_shift(SimpleNamespace(scheduler=live), TOKENS, _MU) == 5
+        assert teacher_shift(SimpleNamespace(scheduler=live), TOKENS, SD3.mu) == 5
     live = scheduler("FlowMatchLCM", shift=3.0)
     live.set_scale_factors([0.5, 1.0], "bicubic")
     with pytest.raises(UserError, match=r"has scale_factors: \[0\.5, 1\.0\]"):
-        teacher_shift(SimpleNamespace(scheduler=live), TOKENS, _MU)
+        teacher_shift(SimpleNamespace(scheduler=live), TOKENS, SD3.mu)
     live = scheduler("UniPCMultistep", flow_shift=3.0)
     live.config.flow_shift = 5.0  # as DPMSolver's own set_timesteps does
-    assert_is_the_stock_schedule("UniPCMultistep", teacher_shift(SimpleNamespace(scheduler=live), TOKENS, _MU), stock_sigmas(live), twice=True)
+    assert_is_the_stock_schedule("UniPCMultistep", teacher_shift(SimpleNamespace(scheduler=live), TOKENS, SD3.mu), stock_sigmas(live), twice=True)
 
 
 # ---- what is refused
@@ -147,7 +147,7 @@ def test_options_that_are_let_pass_move_no_time_of_the_stock_scheduler(tmp_path:
         value = OTHER_VALUES[key]
         if value is not None:
             torch.testing.assert_close(stock_sigmas(scheduler(name, **{key: value})), plain, rtol=0, atol=0)
-            assert teacher_shift(stored(tmp_path, name, **{key: value}), TOKENS, _MU) == 1
+            assert teacher_shift(stored(tmp_path, name, **{key: value}), TOKENS, SD3.mu) == 1
 
 
 REFUSED = [
@@ -166,7 +166,7 @@ def test_an_option_that_bends_the_grid_is_refused_by_name(tmp_path: Path, name: 
         assert (bent - stock_sigmas(scheduler(name))).abs().max() > 1e-3, "it must matter for this test to mean anything"
     said = rf"teacher\.pretrained: its scheduler {name}Scheduler has {key}: {json.dumps(value)}, which .* does not follow; give .* teacher\.shift"
     with pytest.raises(UserError, match=said):
-        teacher_shift(stored(tmp_path, name, **{key: value}), TOKENS, _MU)
+        teacher_shift(stored(tmp_path, name, **{key: value}), TOKENS, SD3.mu)
 
 
 @pytest.mark.parametrize(
@@ -194,22 +194,22 @@ def test_an_option_that_bends_the_grid_is_refused_by_name(tmp_path: Path, name: 
 )
 def test_a_schedule_that_is_no_plain_shift_is_refused_by_name(tmp_path: Path, name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=rf"^recipe key teacher\.pretrained: its scheduler {name}Scheduler has .*{said}.*; give .* teacher\.shift"):
-        teacher_shift(stored(tmp_path, name, **options), TOKENS, _MU)
+        teacher_shift(stored(tmp_path, name, **options), TOKENS, SD3.mu)
 
 
 @pytest.mark.parametrize("name", [*MATCHING, *SOLVERS])
 def test_options_that_are_off_are_at_home_in_every_spelling(tmp_path: Path, name: str) -> None:
     off = {"use_karras_sigmas": None, "use_beta_sigmas": 0, "shift_terminal": 0.0, "invert_sigmas": None, "use_dynamic_shifting": None}
-    assert teacher_shift(stored(tmp_path, name, **off), TOKENS, _MU) == 1
+    assert teacher_shift(stored(tmp_path, name, **off), TOKENS, SD3.mu) == 1
 
 
 @pytest.mark.parametrize("name", [*MATCHING, *SOLVERS])
 def test_an_option_that_a_later_diffusers_adds_is_refused_when_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     real = schedules.defaults
     monkeypatch.setattr(schedules, "defaults", lambda cls: {**real(cls), "use_gamma_sigmas": False})
-    assert teacher_shift(stored(tmp_path, name, use_gamma_sigmas=False), TOKENS, _MU) == 1
+    assert teacher_shift(stored(tmp_path, name, use_gamma_sigmas=False), TOKENS, SD3.mu) == 1
     with pytest.raises(UserError, match="has use_gamma_sigmas: true"):
-        teacher_shift(stored(tmp_path, name, use_gamma_sigmas=True), TOKENS, _MU)
+        teacher_shift(stored(tmp_path, name, use_gamma_sigmas=True), TOKENS, SD3.mu)
 
 
 def test_every_other_class_of_diffusers_is_refused_by_name(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_every_other_class_of_diffusers_is_refused_by_name(tmp_path: Path) -> No
     assert {"EulerDiscreteScheduler", "HeliosScheduler", "DPMSolverMultistepInverseScheduler", "PiflowScheduler", "SCMScheduler"} <= others
     for name in (*sorted(others), "NoSuchScheduler"):
         with pytest.raises(UserError, match=rf"its scheduler is {name}, whose schedule .*; give .* teacher\.shift"):
-            teacher_shift(stored(tmp_path, name.removesuffix("Scheduler"), shift=3.0, flow_shift=3.0, **FLOW), TOKENS, _MU)
+            teacher_shift(stored(tmp_path, name.removesuffix("Scheduler"), shift=3.0, flow_shift=3.0, **FLOW), TOKENS, SD3.mu)
 
 
 def test_classes_with_code_of_their_own_are_refused_by_name(tmp_path: Path) -> None:
@@ -227,13 +227,13 @@ def test_classes_with_code_of_their_own_are_refused_by_name(tmp_path: Path) -> N
             raise NotImplementedError
 
     with pytest.raises(UserError, match=r"its scheduler is \w*test_schedules\.FlowMatchEulerDiscreteScheduler, whose schedule"):
-        teacher_shift(SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)), TOKENS, _MU)
+        teacher_shift(SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)), TOKENS, SD3.mu)
     stored(tmp_path, "FlowMatchEulerDiscrete", shift=3.0)
     edit_json(tmp_path / "model_index.json", scheduler=["my_schedules", "FlowMatchEulerDiscreteScheduler"])
     for own in ("FlowMatchEulerDiscreteScheduler", ["my_schedules", "FlowMatchEulerDiscreteScheduler"], None):
         edit_json(tmp_path / "scheduler" / "scheduler_config.json", _class_name=own)
         with pytest.raises(UserError, match=r"its scheduler is my_schedules\.FlowMatchEulerDiscreteScheduler, whose schedule"):
-            teacher_shift(tmp_path, TOKENS, _MU)
+            teacher_shift(tmp_path, TOKENS, SD3.mu)
 
 
 def test_the_class_is_found_wherever_the_folder_says_it(tmp_path: Path) -> None:
@@ -241,17 +241,17 @@ def test_the_class_is_found_wherever_the_folder_says_it(tmp_path: Path) -> None:
     index, config = tmp_path / "model_index.json", tmp_path / "scheduler" / "scheduler_config.json"
     for entry in ([None, None], None, "UniPCMultistepScheduler", 3):
         edit_json(index, scheduler=entry)
-        assert teacher_shift(tmp_path, TOKENS, _MU) == 3
+        assert teacher_shift(tmp_path, TOKENS, SD3.mu) == 3
     edit_json(config, _class_name=["diffusers", "UniPCMultistepScheduler"])
-    assert teacher_shift(tmp_path, TOKENS, _MU) == 3
+    assert teacher_shift(tmp_path, TOKENS, SD3.mu) == 3
     edit_json(config, _class_name=None)
     with pytest.raises(UserError, match=r"its scheduler names no class; give .* teacher\.shift"):
-        teacher_shift(tmp_path, TOKENS, _MU)
+        teacher_shift(tmp_path, TOKENS, SD3.mu)
     edit_json(index, scheduler=["diffusers", "UniPCMultistepScheduler"])
-    assert teacher_shift(tmp_path, TOKENS, _MU) == 3
+    assert teacher_shift(tmp_path, TOKENS, SD3.mu) == 3
     edit_json(config, _class_name="FlowMatchEulerDiscreteScheduler")
     with pytest.raises(UserError, match=r"is a UniPCMultistepScheduler by model_index\.json and a FlowMatchEulerDiscreteScheduler by"):
-        teacher_shift(tmp_path, TOKENS, _MU)
+        teacher_shift(tmp_path, TOKENS, SD3.mu)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "3", '{"shift": 3', b"\xff\xfe{"])
@@ -261,9 +261,9 @@ def test_a_scheduler_that_cannot_be_read_is_one_clear_line(tmp_path: Path, conte
     if content is not None:
         config.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"teacher\.pretrained: cannot read '.*scheduler_config\.json': [^\n]*; give .* teacher\.shift[^\n]*$"):
-        teacher_shift(tmp_path, TOKENS, _MU)
+        teacher_shift(tmp_path, TOKENS, SD3.mu)
     with pytest.raises(UserError, match=r"teacher\.pretrained: the live SimpleNamespace has no scheduler; give .* teacher\.shift"):
-        teacher_shift(SimpleNamespace(scheduler=None), TOKENS, _MU)
+        teacher_shift(SimpleNamespace(scheduler=None), TOKENS, SD3.mu)
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, True, "3", [3]])

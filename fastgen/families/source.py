@@ -1,0 +1,119 @@
+"""Where the parts of a diffusers pipeline come from: a folder, or a live pipeline, of which nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgen.errors import UserError
+from fastgen.families.complete import variants
+from fastgen.families.components import Component, read_component, read_index
+from fastgen.files import loading
+
+# What diffusers itself makes of the class that older folders name, by the network's kind of norm.
+_FORMER = "Transformer2DModel"
+_RENAMED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+
+
+class Source:
+    """A folder, a hub id or a live pipeline. family: what messages call the reader; pipeline_class: of diffusers, which loads it; optional:
+    components that it may go without."""
+
+    def __init__(self, source: Any, family: str, pipeline_class: str, optional: Sequence[str] = ()) -> None:
+        from fastgen.families import resolve_source
+
+        self.live = None if isinstance(source, (str, Path)) else source
+        self.folder = resolve_source(source) if self.live is None else None
+        self.family, self.pipeline_class, self.optional = family, pipeline_class, optional
+
+    @cached_property
+    def variants(self) -> dict[str, str]:
+        """The components that a folder holds as a variant alone, such as fp16."""
+        return {} if self.folder is None else variants(self.folder)
+
+    @property
+    def place(self) -> Any:
+        """What `read_component` reads."""
+        return self.folder if self.live is None else self.live
+
+    def reading(self, name: str = "") -> AbstractContextManager[None]:
+        """Around diffusers' own loading of a component, or of all."""
+        return nullcontext() if self.folder is None else loading(self.folder / name)
+
+    def component(self, name: str, class_name: str) -> Component:
+        """A component's configuration; UserError for another class than `class_name`. A live network of no diffusers class is taken at its word."""
+        component = read_component(self.place, name)
+        renamed = _RENAMED.get(str(component.given.get("norm_type")), _FORMER)
+        component = replace(component, classes=tuple(dict.fromkeys(renamed if cls == _FORMER else cls for cls in component.classes)))
+        wrong = [cls for cls in component.classes if cls != class_name]
+        if wrong:
+            raise UserError(f"recipe key teacher.pretrained: its {name} is a {wrong[0]}, family {self.family} takes a {class_name}")
+        return component
+
+    def has(self, name: str) -> bool:
+        """Whether the pipeline has a component, rather than going without it."""
+        if self.folder is None:
+            return getattr(self.live, name, None) is not None
+        return (read_index(self.folder).get(name) or [None])[0] is not None
+
+    @property
+    def absent(self) -> list[str]:
+        """The family's optional components that the pipeline goes without: diffusers loads it only when it is told so."""
+        return [name for name in self.optional if not self.has(name)]
+
+    def setting(self, name: str) -> Any:
+        """An argument of the pipeline itself that is no component, else its class's own default."""
+        given = self.live.config if self.live is not None else read_index(self.place)
+        return given[name] if name in given else inspect.signature(self._diffusers(self.pipeline_class).__init__).parameters[name].default
+
+    def names(self, prefix: str) -> list[str]:
+        """The components whose names begin so, of those that the pipeline names, in order; it may go without some of them."""
+        entries = self.live.components if self.live is not None else read_index(self.place)
+        return sorted(name for name in entries if name.startswith(prefix))
+
+    def network(self, name: str, class_name: str) -> nn.Module:
+        """A network of its own, fp32, in eval mode: loaded, or a copy of the live pipeline's."""
+        if self.live is not None:
+            return copy.deepcopy(getattr(self.live, name)).float().eval()
+        with self.reading(name):
+            return (
+                self._diffusers(class_name)
+                .from_pretrained(self.folder, subfolder=name, use_safetensors=True, variant=self.variants.get(name))
+                .float()
+                .eval()
+            )
+
+    def meta_network(self, component: Component, class_name: str) -> Any:
+        """The same as its configuration describes it, without weights."""
+        with loading((self.folder or Path()) / component.name), torch.device("meta"):
+            return self._diffusers(class_name).from_config(dict(component.given)).eval()
+
+    def pipeline(self, *, scheduler: Any = None, without: Sequence[str] = (), **components: Any) -> Any:
+        """The whole pipeline, fp32, around other components and without some; a live one's own are shared."""
+        cls, given = self._diffusers(self.pipeline_class), {**components, **dict.fromkeys((*without, *self.absent))}
+        if self.live is not None:
+            named = inspect.signature(cls.__init__).parameters.keys() & self.live.config.keys()
+            settings = {key: self.live.config[key] for key in named - self.live.components.keys()}
+            return cls(**{**settings, **self.live.components, **given, "scheduler": scheduler})
+        with self.reading():  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
+            variant = next(iter(self.variants.values()), None)  # diffusers takes it where there is one
+            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
+        pipeline.register_modules(scheduler=scheduler)
+        for module in filter(lambda part: isinstance(part, nn.Module), pipeline.components.values()):
+            module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
+        return pipeline
+
+    @staticmethod
+    def _diffusers(class_name: str) -> Any:
+        import diffusers
+
+        return getattr(diffusers, class_name)

@@ -1,0 +1,120 @@
+"""One method on one family: a few steps, what they moved, and the exported student in plain diffusers. Cells of README's matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pipelines import verifying_here
+from torch import Tensor
+
+from fastgen import run
+from fastgen.config import Recipe, validate
+from fastgen.export import export_lora, export_student, verify
+from fastgen.families import find_family
+from fastgen.families.base import Family
+from fastgen.plan import plan
+
+METHODS = ("dmd2", "scm", "lcm", "tbcm")
+PROMPTS = ["a red cat", "two boats at sea"]
+_TRAJECTORY = {"trajectory": {"evaluations": 4}, "warmup": 1}
+
+
+def check_cell(
+    source: Path, method: str, folder: Path, *, lora: bool = False, prompts: Sequence[str] = PROMPTS, in_child: bool = False, **teacher: Any
+) -> None:
+    """Train for two steps in `folder`, with all that stock's output depends on moving; export; draw in plain diffusers what we draw.
+
+    source: a saved pipeline. lora: adapters, which are exported as such where the pipeline loads them and the method has no scalar input.
+    in_child: verify runs its own script as it stands, see plain_child. teacher: of the recipe's block.
+    """
+    planned = plan(recipe(source, method, folder, lora=lora, prompts=prompts, **teacher))
+    running = run.build(planned, run.Progress())
+    before = {role: _copied(running, role) for role in running.roles.trained}
+    for _ in range(2):
+        running.trainer.train_step()
+    needed = _needed(planned.family, prompts)
+    for role, then in before.items():
+        now = running.roles[role].parameters()
+        assert all(parameter.isfinite().all() for parameter in now.values()), role
+        still = {name for name, parameter in now.items() if torch.equal(parameter, then[name])}
+        assert not still & _acting_on(needed, then), role
+    as_adapter = lora and planned.family.loads_lora and not running.roles["student"].spec.inputs
+    output = folder / "student"
+    (export_lora if as_adapter else export_student)(running.averaged(), planned.family, running.info(), output)
+    place: AbstractContextManager[Any] = nullcontext() if in_child else verifying_here()
+    with place:
+        result = verify(output, seeds=(0, 1), teacher_dir=source if as_adapter else None)
+    assert result.passed, result
+
+
+def recipe(source: Path, method: str, folder: Path, *, lora: bool = False, prompts: Sequence[str] = PROMPTS, **teacher: Any) -> Recipe:
+    """Of two steps; `folder` gets its prompts, or pictures with captions."""
+    family = find_family(source, **teacher)
+    distiller = _distiller(method, family)
+    from_pictures = method == "lcm" or (method == "scm" and "trajectory" not in distiller)
+    optimizer = {"lr": 1e-3, "weight_decay": 0.0}
+    return validate(
+        Recipe,
+        {
+            "teacher": {"pretrained": str(source), "guidance": 2.0, **teacher},
+            "student": {"steps": 2, "tune": {"lora": {"rank": 2, "alpha": 3}} if lora else "full"},
+            "distiller": {"name": method, **distiller},
+            "data": {"images": str(pictures(folder, prompts))} if from_pictures else {"prompts": str(texts(folder, prompts))},
+            "optimizer": {"student": optimizer, **({"fake_score": optimizer} if method == "dmd2" else {})},
+            "train": {"steps": 2, "batch_size": 2, "ema": 0.0, "device": "cpu"},
+        },
+    )
+
+
+def _distiller(method: str, family: Family) -> dict[str, Any]:
+    """Videos have no data yet, so sCM trains on the teacher's trajectories; without a place for a scalar input, LCM bakes one guidance in."""
+    if method == "scm" and len(family.latent.size) > 2:
+        return {"points": "teacher_trajectory", **_TRAJECTORY}
+    scales = {} if family.time_projection is None else {"guidance": [1.0, 2.5]}
+    by_method = {"dmd2": {"critic_updates": 1}, "scm": {"warmup": 1}, "lcm": {"num_times": 8, "skip": 2, **scales}, "tbcm": _TRAJECTORY}
+    return by_method[method]
+
+
+def texts(folder: Path, prompts: Sequence[str]) -> Path:
+    """A prompt a line."""
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(prompts) + "\n")
+    return path
+
+
+def pictures(folder: Path, prompts: Sequence[str]) -> Path:
+    """Smooth ones with captions."""
+    images = folder / "images"
+    images.mkdir()
+    for i, prompt in enumerate(prompts):
+        Image.linear_gradient("L").rotate(90 * i).convert("RGB").save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(prompt)
+    return images
+
+
+def _copied(running: Any, role: str) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in running.roles[role].parameters().items()}
+
+
+def _needed(family: Family, prompts: Sequence[str]) -> set[str]:
+    """The network's parameters that its output depends on, beyond rounding."""
+    network = family.load_backbone()
+    cond = family.encode_prompts(prompts)
+    x = torch.randn(len(prompts), *family.latent.shape, generator=torch.Generator().manual_seed(0))
+    out = family.call(network, x, torch.full((len(prompts),), 0.6 * family.path.t_max), cond)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    sizes = {name: float(parameter.grad.abs().max()) for name, parameter in network.named_parameters() if parameter.grad is not None}
+    return {name for name, size in sizes.items() if size > 1e-7 * max(sizes.values())}
+
+
+def _acting_on(needed: set[str], names: Mapping[str, Tensor]) -> set[str]:
+    """Of trained parameters those that act on a needed one: themselves, or as adapters of their layer."""
+    layers = {name.removesuffix(".weight") for name in needed}
+    acting = {name for name in names if name in needed or name.partition(".lora_")[0] in layers}
+    assert acting
+    return acting

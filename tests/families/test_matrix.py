@@ -1,0 +1,122 @@
+"""Every family with every method: README's matrix. A family is one line of FAMILIES; one cell of each runs by default, all with `-m slow`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from cells import METHODS, PROMPTS, check_cell, pictures, recipe, texts
+from pipelines import tiny_sd3
+from plain_child import plain_child
+from tiny_dit import tiny_dit
+from tiny_flux import tiny_flux
+from tiny_pixart import tiny_pixart
+from tiny_qwen import tiny_qwen
+from tiny_sana import tiny_sana
+from tiny_sd15 import tiny_sd15
+from tiny_sdxl import tiny_sdxl
+from tiny_wan import tiny_wan
+from tiny_zimage import tiny_zimage
+
+from fastgen.config import Recipe, shipped_recipes, validate
+from fastgen.errors import UserError
+from fastgen.outlook import describe
+from fastgen.plan import plan
+
+
+class Row(NamedTuple):
+    """A tiny pipeline, what the recipe's teacher block says of it, the cell that runs by default, and methods that are refused, with why.
+    recipes: what the names of shipped recipes for such a teacher begin with."""
+
+    build: Callable[[], Any]
+    teacher: dict[str, Any]
+    default: tuple[str, str]
+    prompts: list[str] = PROMPTS
+    refused: Mapping[str, str] = {}
+    recipes: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "sd3": Row(tiny_sd3, {"max_sequence_length": 16}, ("lcm", "full"), recipes=("sd35_",)),
+    "sana": Row(tiny_sana, {"max_sequence_length": 18}, ("scm", "lora"), recipes=("sana_",)),
+    "wan": Row(
+        tiny_wan, {"size": [16, 16], "frames": 5, "max_sequence_length": 19}, ("dmd2", "lora"),
+        refused={"lcm": r"^recipe key data\.images: the teacher makes videos"}, recipes=("wan21_",),
+    ),
+    "sd": Row(tiny_sd15, {}, ("tbcm", "lora"), recipes=("sd15_",)),
+    "sdxl": Row(tiny_sdxl, {}, ("dmd2", "lora"), recipes=("sdxl_",)),
+    "pixart": Row(tiny_pixart, {"max_sequence_length": 22}, ("lcm", "lora")),
+    "dit": Row(tiny_dit, {}, ("scm", "full"), prompts=["207", "7"]),
+    "flux": Row(tiny_flux, {"size": [16, 16], "max_sequence_length": 20, "embedded_guidance": 2.5}, ("dmd2", "lora"), recipes=("flux_",)),
+    "qwen_image": Row(tiny_qwen, {"size": [32, 32], "max_sequence_length": 40}, ("tbcm", "full"), recipes=("qwen_image_",)),
+    "z_image": Row(tiny_zimage, {"size": [16, 16], "max_sequence_length": 40}, ("scm", "full"), recipes=("z_image_",)),
+}  # fmt: skip
+CELLS = [
+    (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")
+]
+DEFAULT = [(family, *row.default) for family, row in FAMILIES.items()]
+RECIPES = [(family, name) for family, row in FAMILIES.items() for name in shipped_recipes() if name.startswith(row.recipes)]
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Any]:
+    with plain_child() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    def saved(family: str) -> Path:
+        folder = tmp_path_factory.getbasetemp() / "families" / family
+        if not folder.exists():
+            FAMILIES[family].build().save_pretrained(folder)
+        return folder
+
+    return saved
+
+
+def run_cell(family: str, method: str, tuning: str, source: Path, tmp_path: Path, *, in_child: bool) -> None:
+    row = FAMILIES[family]
+    check_cell(source, method, tmp_path, lora=tuning == "lora", prompts=row.prompts, in_child=in_child, **row.teacher)
+
+
+@pytest.mark.parametrize(("family", "method", "tuning"), DEFAULT)
+def test_one_cell_of_a_family(family: str, method: str, tuning: str, folders: Any, tmp_path: Path) -> None:
+    run_cell(family, method, tuning, folders(family), tmp_path, in_child=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "method", "tuning"), [cell for cell in CELLS if cell not in DEFAULT])
+def test_every_other_cell(family: str, method: str, tuning: str, folders: Any, tmp_path: Path, child: Any) -> None:
+    run_cell(family, method, tuning, folders(family), tmp_path, in_child=True)
+
+
+@pytest.mark.parametrize(("family", "method"), [(family, method) for family, row in FAMILIES.items() for method in row.refused])
+def test_cells_that_are_refused_say_why(family: str, method: str, folders: Any, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    with pytest.raises(UserError, match=row.refused[method]):
+        plan(recipe(folders(family), method, tmp_path, prompts=row.prompts, **row.teacher))
+
+
+@pytest.mark.parametrize(("family", "name"), RECIPES)
+def test_a_shipped_recipe_fits_a_teacher_of_its_family(family: str, name: str, folders: Any, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    shipped = Recipe.load(name)
+    here = {key: value for key, value in shipped.teacher.options.items() if key in ("shift", "embedded_guidance")} | row.teacher
+    teacher = {"pretrained": str(folders(family)), "guidance": shipped.teacher.guidance, "negative_prompt": shipped.teacher.negative_prompt, **here}
+    data = {key: value if value is None else str(made(tmp_path, row.prompts)) for key, value, made in given(shipped)}
+    outcome = describe(plan(validate(Recipe, shipped.dump() | {"teacher": teacher, "data": data})))
+    assert len(outcome["grid"]) == shipped.student.steps
+    assert outcome["roles"]["student"]["trains"] > 0
+
+
+def given(shipped: Recipe) -> list[tuple[str, str | None, Callable[[Path, list[str]], Path]]]:
+    """Each kind of data, whether a recipe names it, and what makes such data."""
+    return [("prompts", shipped.data.prompts, texts), ("images", shipped.data.images, pictures)]
+
+
+def test_every_recipe_is_planned_somewhere() -> None:
+    elsewhere = {name for name in shipped_recipes() if name.startswith("digits_")}  # test_config.py
+    assert {name for _, name in RECIPES} | elsewhere == set(shipped_recipes())
