@@ -124,8 +124,9 @@ class Untexted(SD3):
 
     @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
-        config = self._live.transformer.config  # type: ignore[union-attr]
-        tokens = (self._CLIP_TOKENS + self.max_sequence_length, config.joint_attention_dim)
+        live: Any = self.source.live
+        config = live.transformer.config
+        tokens = (self._CLIP_TOKENS + (self.max_sequence_length or 0), config.joint_attention_dim)
         streams = [SampleRng(0, ("text", prompt), [0]) for prompt in prompts]
         return {
             "encoder_hidden_states": torch.cat([stream.normal("tokens", tokens) for stream in streams]),

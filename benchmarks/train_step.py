@@ -47,7 +47,7 @@ def real_sizes(target: Target) -> Iterator[Case]:
     """SD3.5-medium at 1024 x 1024 pixels, and blocks of FLUX.1 at as many."""
     one = ("train.batch_size=1", "train.micro_batch=1")
     if target.rehearsal:
-        network = networks.flux("flux_tiny", networks.FLUX_TINY, side=4, tokens=6)
+        network = networks.flux("flux_tiny", networks.FLUX_TINY, side=64, tokens=6)
         yield _random(network, "sd35_medium_rcm_4step", target, (*one, "distiller.critic_updates=1"), ("lora",))
         return
     for network in (networks.sd3("sd35_medium", MEDIUM.transformer), networks.flux("flux_blocks", networks.FLUX_BLOCKS)):

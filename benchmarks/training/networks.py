@@ -5,19 +5,16 @@ A network is made where it is used, on a GPU without passing through the CPU; it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.random_sd3 import MEDIUM, vae_config, without_texts
-from fastgen.conditioning import Conditioning
 from fastgen.families import find_family
-from fastgen.families.base import Family, LatentSpec
-from fastgen.families.toy import Toy
-from fastgen.path import Flow
+from fastgen.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ FLUX_BLOCKS = {
     "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
 }  # fmt: skip
 FLUX_TINY = FLUX_BLOCKS | {
-    "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32,
+    "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32,
     "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6),
 }  # fmt: skip
 
@@ -70,57 +67,23 @@ def _sd3_family(config: Mapping[str, Any]) -> Family:
     return find_family(without_texts(transformer, AutoencoderKL(**vae).requires_grad_(False)))
 
 
-def flux(name: str, config: Mapping[str, Any], *, side: int = 64, tokens: int = 512) -> Network:
-    """side: of the square of packed latents, 64 for 1024 x 1024 pixels. Its teacher's guidance is an input of the network: no second pass."""
+def flux(name: str, config: Mapping[str, Any], *, side: int = 1024, tokens: int = 512) -> Network:
+    """side: pixels of a square picture. Its teacher's guidance is an input of the network: no second pass."""
     from diffusers import FluxTransformer2DModel
 
-    def make() -> nn.Module:
-        return FluxTransformer2DModel(**config)
-
     texts = {"encoder_hidden_states": (tokens, config["joint_attention_dim"]), "pooled_projections": (config["pooled_projection_dim"],)}
-    return Network(name, lambda: FluxBlocks(make, config["in_channels"], side), make, texts, ("teacher.guidance=1.0",))
+    options = {"size": [side, side], "max_sequence_length": tokens}
+    return Network(name, lambda: _flux_family(config, options), lambda: FluxTransformer2DModel(**config), texts, ("teacher.guidance=1.0",))
 
 
-class FluxBlocks(Toy):
-    """FLUX's transformer without its pipeline, until there is a family: latents (B, C, H, W) that are packed already, one a token, at an
-    embedded guidance of 3.5. What a network without a pipeline has beside it, such as an even grid, is that of the closed-form teachers."""
+def _flux_family(config: Mapping[str, Any], options: Mapping[str, Any]) -> Family:
+    """Of a live pipeline without weights and text encoders, its VAE as small as one of factor 8 can be."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
-    time_projection = "time_text_embed.timestep_embedder.linear_2"
-    kind = "velocity"
-
-    def __init__(self, make: Callable[[], nn.Module], channels: int, side: int) -> None:
-        self.make, self.path, self.latent = make, Flow(), LatentSpec(channels, (side, side))
-
-    def load_backbone(self, *, meta: bool = False) -> nn.Module:
-        with torch.device("meta" if meta else "cpu"):
-            return self.make().eval()
-
-    def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        rows, columns = (index.flatten() for index in torch.meshgrid(*(torch.arange(n, device=x.device) for n in x.shape[2:]), indexing="ij"))
-        positions = torch.stack([torch.zeros_like(rows), rows, columns], 1).float()
-        texts = positions.new_zeros(cond["encoder_hidden_states"].shape[1], 3)
-        guidance = torch.full_like(t, 3.5)
-        out = backbone(tokens, timestep=t, guidance=guidance, img_ids=positions, txt_ids=texts, **cond, return_dict=False)[0]
-        return out.transpose(1, 2).unflatten(2, x.shape[2:])
-
-    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
-        network: Any = backbone
-        return [*network.transformer_blocks, *network.single_transformer_blocks]
-
-    def feature_widths(self, backbone: nn.Module) -> list[int]:
-        network: Any = backbone
-        return [network.inner_dim] * len(self.blocks(backbone))
-
-    def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
-        raise AssertionError("its conditioning is random")
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**config)
+    vae = AutoencoderKL(**vae_config((4,) * 4, layers=1, groups=2, side=64) | {"latent_channels": config["in_channels"] // 4})
+    absent: Any = dict.fromkeys(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipeline = FluxPipeline(transformer=transformer, vae=vae.requires_grad_(False), scheduler=scheduler, **absent)
+    return find_family(pipeline, **options)

@@ -240,18 +240,9 @@ def test_what_fits_of_sd35_medium(recipe: str, on_h100: str) -> None:
     assert plans["lora"].family.latent.shape == (16, 128, 128)
 
 
-def test_flux_blocks_are_called_as_the_pipeline_calls_them() -> None:
-    from diffusers import FluxPipeline
-
-    network = networks.flux("tiny", networks.FLUX_TINY, side=3, tokens=5)
-    family = network.family()
-    backbone = family.load_backbone()
-    x, t = normal(2, 4, 3, 3).float(), torch.tensor([0.3, 0.9])
-    cond = {name: normal(2, *shape, seed=1).float() for name, shape in network.texts.items()}
-    ids = FluxPipeline._prepare_latent_image_ids(2, 3, 3, torch.device("cpu"), torch.float32)
-    tokens = x.permute(0, 2, 3, 1).reshape(2, 9, 4)
-    expected: Any = backbone(tokens, timestep=t, guidance=torch.full((2,), 3.5), img_ids=ids, txt_ids=torch.zeros(5, 3), **cond).sample
-    torch.testing.assert_close(family.call(backbone, x, t, cond), expected.reshape(2, 3, 3, 4).permute(0, 3, 1, 2))
+def test_flux_at_1024_pixels_has_4096_tokens_and_its_own_guidance() -> None:
+    family = networks.flux("blocks", networks.FLUX_BLOCKS).family()
+    assert (family.latent.shape, family.options["embedded_guidance"], family.options["max_sequence_length"]) == ((16, 128, 128), 3.5, 512)
 
 
 def test_rehearsal_of_real_sizes() -> None:
