@@ -19,12 +19,12 @@ from fastgen.families.base import Family
 OPTIONS: dict[str, Any] = {"size": [16, 24], "max_sequence_length": 20}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dev() -> Any:
     return tiny_flux()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def schnell() -> Any:
     return tiny_flux(schnell=True)
 

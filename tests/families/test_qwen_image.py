@@ -19,7 +19,7 @@ from fastgen.families.base import Family
 OPTIONS: dict[str, Any] = {"size": [32, 48], "max_sequence_length": 40}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipeline() -> Any:
     return tiny_qwen()
 
@@ -105,7 +105,8 @@ def test_what_the_pipeline_cannot_do_is_refused_by_its_key(pipeline: Any, option
         find_family(pipeline, **OPTIONS | options)
 
 
-def test_a_schedule_that_no_shift_describes_is_refused_unless_one_is_stated(pipeline: Any) -> None:
+def test_a_schedule_that_no_shift_describes_is_refused_unless_one_is_stated() -> None:
+    pipeline = tiny_qwen()
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_karras_sigmas=True)
     with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: .*use_karras_sigmas.*teacher\.shift"):
         find_family(pipeline, **OPTIONS)

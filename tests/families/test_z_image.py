@@ -17,7 +17,7 @@ from fastgen.families.base import Family
 OPTIONS: dict[str, Any] = {"size": [16, 24], "max_sequence_length": 40}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipeline() -> Any:
     return tiny_zimage()
 
