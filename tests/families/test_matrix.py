@@ -43,7 +43,8 @@ FAMILIES = {
         refused={"lcm": r"^recipe key data\.images: the teacher makes videos"}, recipes=("wan21_",),
     ),
     "sd": Row(tiny_sd15, {}, ("tbcm", "lora"), recipes=("sd15_",)),
-    "sdxl": Row(tiny_sdxl, {}, ("dmd2", "lora"), recipes=("sdxl_",)),
+    "sd2": Row(lambda: tiny_sd15(prediction_type="v_prediction"), {"size": [24, 16]}, ("scm", "full")),
+    "sdxl": Row(tiny_sdxl, {"size": [16, 24]}, ("dmd2", "lora"), recipes=("sdxl_",)),
     "pixart": Row(tiny_pixart, {"max_sequence_length": 22}, ("lcm", "lora")),
     "dit": Row(tiny_dit, {}, ("scm", "full"), prompts=["207", "7"]),
 }  # fmt: skip
