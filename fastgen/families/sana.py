@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from fastgen import timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.families.pipelined import Pipelined
 
@@ -24,6 +26,8 @@ class Sana(Pipelined):
     fixed_call: ClassVar = {"use_resolution_binning": False}  # which draws another size and resizes it
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     time_projection = "time_embed.emb.timestep_embedder.linear_2"
+    samplers = ("euler", "stochastic")
+    grid_ends = ("shift_terminal",)  # of the stochastic sampler's own scheduler
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         timestep = 1000 * t * self.config.option("timestep_scale")
@@ -43,3 +47,12 @@ class Sana(Pipelined):
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         tokens = self.max_sequence_length or 0
         return {"encoder_hidden_states": (tokens, self.config.option("caption_channels")), "encoder_attention_mask": (tokens,)}
+
+    def stochastic_scheduler(self, steps: int, grid: Sequence[float] | None = None) -> Any:
+        from diffusers import FlowMatchLCMScheduler
+
+        # On times of its own it is right without a shift alone: it shifts the end of its grid twice, as FlowMatchEuler does.
+        return FlowMatchLCMScheduler(shift=1.0, shift_terminal=1 / steps if grid is None and steps > 1 else None)
+
+    def stochastic_grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
+        return timesteps.grid(steps) if grid is None else torch.tensor(list(grid), dtype=torch.float64)

@@ -13,11 +13,12 @@ another process. mu is linear in the number of tokens and is the pipeline's to c
 `base_shift` and `max_shift` from the scheduler's configuration, where some classes have no such options; then its own fallbacks hold.
 
 Refused by name: every other option of the class that is not at its default, unless it is known not to move a time of a flow schedule
-(`_HARMLESS`). So `use_beta_sigmas`, `use_karras_sigmas`, `use_exponential_sigmas`, `use_lu_lambdas`, `shift_terminal`, `invert_sigmas`,
-`scale_factors` (they bend or rescale the grid), `stochastic_sampling`, `sde-` algorithms and `thresholding` (no longer the teacher's ODE),
-`num_train_timesteps` (another scale of the network's time), and what a later diffusers adds. Keys that the class does not have do not act there
-and do not count here. Refused are also all other classes: Helios, HeliosDMD, Piflow, MiniMaxH3, LTXEulerAncestralRF, DPMSolverMultistepInverse
-and RFD4Proteina have grids of another form or none of their own, the rest no flow. The recipe key `teacher.shift` goes before all of this.
+(`_HARMLESS`), or by the family to move the ends of its grid alone (`Pipelined.grid_ends`: Qwen-Image's `shift_terminal`). So are
+`use_beta_sigmas`, `use_karras_sigmas`, `use_exponential_sigmas`, `use_lu_lambdas`, `shift_terminal`, `invert_sigmas`, `scale_factors` (they
+bend or rescale the grid), `stochastic_sampling`, `sde-` algorithms and `thresholding` (no longer the teacher's ODE), `num_train_timesteps`
+(another scale of the network's time), and what a later diffusers adds. Keys that the class does not have do not act there and do not count
+here. Refused are also all other classes: Helios, HeliosDMD, Piflow, MiniMaxH3, LTXEulerAncestralRF, DPMSolverMultistepInverse and
+RFD4Proteina have grids of another form or none of their own, the rest no flow. The recipe key `teacher.shift` goes before all of this.
 
 What is taken is the shift, which says where the teacher's times lie densest, not the class's sampler: teachers here take Euler's steps. With the
 shift s the stock grids differ in their ends, all as `shifted(u, s)` for N steps: FlowMap u = 1 - i/N, as here; UniPC from 1 - 1e-6 with 1/1000 in

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import stock
 import torch
-from cells import check_cell, in_full_or_adapters
 from pipelines import draw
 from tiny_flux import tiny_flux
 
@@ -108,10 +107,3 @@ def test_a_saved_folder_draws_the_same(dev: Any, tmp_path: Path) -> None:
 def test_what_the_pipeline_cannot_do_is_refused_by_its_key(dev: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^recipe key {said}"):
         find_family(dev, **options)
-
-
-@in_full_or_adapters("dmd2", lora=True)
-def test_methods_train_export_and_draw_what_stock_draws(pipeline: Any, tmp_path: Path, method: str, lora: bool) -> None:
-    pipeline.save_pretrained(tmp_path / "teacher")
-    square: dict[str, Any] = OPTIONS | {"size": [16, 16]}
-    check_cell(tmp_path / "teacher", method, tmp_path, lora=lora, **square)

@@ -11,11 +11,14 @@ from cells import METHODS, PROMPTS, check_cell, pictures, recipe, texts
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_dit import tiny_dit
+from tiny_flux import tiny_flux
 from tiny_pixart import tiny_pixart
+from tiny_qwen import tiny_qwen
 from tiny_sana import tiny_sana
 from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
 from tiny_wan import tiny_wan
+from tiny_zimage import tiny_zimage
 
 from fastgen.config import Recipe, shipped_recipes, validate
 from fastgen.errors import UserError
@@ -47,6 +50,9 @@ FAMILIES = {
     "sdxl": Row(tiny_sdxl, {"size": [16, 24]}, ("dmd2", "lora"), recipes=("sdxl_",)),
     "pixart": Row(tiny_pixart, {"max_sequence_length": 22}, ("lcm", "lora")),
     "dit": Row(tiny_dit, {}, ("scm", "full"), prompts=["207", "7"]),
+    "flux": Row(tiny_flux, {"size": [16, 16], "max_sequence_length": 20, "embedded_guidance": 2.5}, ("dmd2", "lora"), recipes=("flux_",)),
+    "qwen_image": Row(tiny_qwen, {"size": [32, 32], "max_sequence_length": 40}, ("tbcm", "full"), recipes=("qwen_image_",)),
+    "z_image": Row(tiny_zimage, {"size": [16, 16], "max_sequence_length": 40}, ("scm", "full"), recipes=("z_image_",)),
 }  # fmt: skip
 CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import stock
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from pipelines import same_interpreter as same_interpreter
+from pipelines import student_info, student_role
 from tiny_flux import tiny_flux
 from tiny_qwen import tiny_qwen
 
 from fastgen.denoiser import Denoiser, Predictor
+from fastgen.export import export_student, verify
 from fastgen.families import find_family, packing
 from fastgen.jvp import check_precision, check_tangent
 from fastgen.path import TrigFlow
@@ -44,6 +48,20 @@ def test_tangents_in_half_precision_are_those_of_single(build: Callable[[], Any]
     assert check_precision(velocity, *given, full) <= 0.12
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("build", "side", "length"), [(tiny_flux, 16, 20), (tiny_qwen, 32, 40)], ids=["flux", "qwen"])
+def test_students_in_half_precision_draw_what_stock_draws(
+    build: Callable[[], Any], side: int, length: int, dtype: str, tmp_path: Path, same_interpreter: None
+) -> None:
+    """Stock rounds times there, we do not; pictures differ by no more than rounding elsewhere makes them."""
+    build().save_pretrained(tmp_path / "teacher")
+    family = find_family(tmp_path / "teacher", size=[side, side], max_sequence_length=length)
+    export_student(student_role(family), family, student_info(tmp_path / "teacher"), tmp_path / "student", dtype=dtype)
+    assert verify(tmp_path / "student", seeds=(0, 1)).picture_error <= 1e-6
+    assert 1e-4 < verify(tmp_path / "student", seeds=(0, 1), dtype=dtype).picture_error <= 0.03
+
+
 @pytest.mark.parametrize(
     ("network", "config", "count"),
     [
@@ -51,8 +69,13 @@ def test_tangents_in_half_precision_are_those_of_single(build: Callable[[], Any]
         (
             SD3Transformer2DModel,
             {
-                "sample_size": 128, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
-                "pooled_projection_dim": 2048, "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+                "sample_size": 128,
+                "num_layers": 38,
+                "num_attention_heads": 38,
+                "caption_projection_dim": 2432,
+                "pooled_projection_dim": 2048,
+                "pos_embed_max_size": 192,
+                "qk_norm": "rms_norm",
             },
             8_056_627_520,
         ),

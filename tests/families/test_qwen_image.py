@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stock
 import torch
-from cells import check_cell, in_full_or_adapters
 from tiny_qwen import tiny_qwen
 
 from fastgen.errors import UserError
@@ -105,8 +105,15 @@ def test_what_the_pipeline_cannot_do_is_refused_by_its_key(pipeline: Any, option
         find_family(pipeline, **OPTIONS | options)
 
 
-@in_full_or_adapters("tbcm", lora=False)
-def test_methods_train_export_and_draw_what_stock_draws(pipeline: Any, tmp_path: Path, method: str, lora: bool) -> None:
-    pipeline.save_pretrained(tmp_path / "teacher")
-    square: dict[str, Any] = OPTIONS | {"size": [32, 32]}
-    check_cell(tmp_path / "teacher", method, tmp_path, lora=lora, **square)
+def test_a_schedule_that_no_shift_describes_is_refused_unless_one_is_stated(pipeline: Any) -> None:
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_karras_sigmas=True)
+    with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: .*use_karras_sigmas.*teacher\.shift"):
+        find_family(pipeline, **OPTIONS)
+    assert find_family(pipeline, **OPTIONS, shift=3.0).grid(4).tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5], abs=1e-7)
+
+
+def test_a_folder_without_its_text_encoder_is_refused_in_one_line(pipeline: Any, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "text_encoder")
+    with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: its model_index\.json names a text_encoder .*[^\n]*$"):
+        find_family(tmp_path, **OPTIONS)

@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import stock
 import torch
+from diffusers import SanaPipeline
+from pipelines import same_interpreter as same_interpreter
+from pipelines import student_info, student_role
 from tiny_sana import tiny_sana
 
 from fastgen.errors import UserError
+from fastgen.export import export_student, verify
 from fastgen.families import find_family
 from fastgen.families.sana import Sana
 
@@ -43,6 +47,30 @@ def test_pictures_are_stocks(pipeline: Any, steps: int, guidance: float, negativ
 
 def test_explicit_times_are_stocks(family: Sana, pipeline: Any) -> None:
     stock.check_pictures(family, pipeline, steps=3, guidance=4.5, grid=[1.0, 0.625, 0.25])
+
+
+@pytest.mark.parametrize(("steps", "grid"), [(1, None), (2, [1.0, 0.783]), (2, None), (4, None)])
+def test_the_stochastic_sampler_is_stocks_seed_by_seed(family: Sana, pipeline: Any, steps: int, grid: Any) -> None:
+    live = SanaPipeline(**pipeline.components | {"scheduler": family.sampling_scheduler(steps, grid, "stochastic")})
+    live.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in stock.SEEDS]
+    drawn = live(**family.call_inputs(stock.PROMPTS), generator=generators, output_type="np", **family.call_arguments(steps, 1.0, grid))[0]
+    ours = stock.generator(family, steps, sampler="stochastic", grid=grid)
+    assert (ours(stock.PROMPTS, stock.SEEDS) - torch.from_numpy(drawn).movedim(-1, 1)).abs().max() <= stock.TOLERANCE
+    torch.testing.assert_close(ours.times(), family.path_times(live.scheduler.timesteps, live.scheduler.sigmas), rtol=0, atol=1e-7)
+    if steps > 1:
+        difference = stock.generator(family, steps, grid=ours.times().tolist())(stock.PROMPTS, stock.SEEDS) - torch.from_numpy(drawn).movedim(-1, 1)
+        assert difference.abs().max() > 1e-3, "the samplers must differ"
+
+
+@pytest.mark.usefixtures("same_interpreter")
+@pytest.mark.parametrize("grid", [None, [1.0, 0.783]])
+def test_a_student_of_it_is_exported_and_verified(pipeline: Any, tmp_path: Path, grid: Any) -> None:
+    pipeline.save_pretrained(tmp_path / "teacher")
+    family = Sana(tmp_path / "teacher", **OPTIONS)
+    info = student_info(tmp_path / "teacher", steps=2, grid=grid, sampler="stochastic")
+    result = verify(export_student(student_role(family), family, info, tmp_path / "student"))
+    assert result.passed, result
 
 
 def test_latents_are_scaled_as_the_pipeline_scales_them(family: Sana, pipeline: Any) -> None:

@@ -81,7 +81,7 @@ def test_only_pipelines_that_hand_on_their_generators_have_it() -> None:
     for family in map(family_class, family_names()):
         if "stochastic" in family.samplers and family.exportable:
             assert all(hasattr(getattr(diffusers, name), "prepare_extra_step_kwargs") for name in family.pipeline_classes)
-    assert {name for name in family_names() if "stochastic" in family_class(name).samplers} == {"pixart", "sd", "sdxl", "toy"}
+    assert {name for name in family_names() if "stochastic" in family_class(name).samplers} == {"pixart", "sana", "sd", "sdxl", "toy"}
 
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {

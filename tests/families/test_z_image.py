@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import stock
 import torch
-from cells import check_cell, in_full_or_adapters
 from tiny_zimage import tiny_zimage
 
 from fastgen.errors import UserError
@@ -98,10 +97,3 @@ def test_the_longest_text_and_the_largest_picture_have_places(pipeline: Any) -> 
     with torch.no_grad():
         out = family.call(family.load_backbone(), torch.randn(2, *family.latent.shape), torch.full((2,), 0.4), cond)
     assert out.isfinite().all()
-
-
-@in_full_or_adapters("scm", lora=False)
-def test_methods_train_export_and_draw_what_stock_draws(pipeline: Any, tmp_path: Path, method: str, lora: bool) -> None:
-    pipeline.save_pretrained(tmp_path / "teacher")
-    square: dict[str, Any] = OPTIONS | {"size": [16, 16]}
-    check_cell(tmp_path / "teacher", method, tmp_path, lora=lora, **square)
