@@ -95,3 +95,12 @@ def test_students_of_half_precision_are_verified(build: Callable[[], Any], dtype
     for drawn_in in ("fp32", dtype):
         result = verify(folder, seeds=(3, 4), dtype=drawn_in)
         assert result.passed, result
+
+
+def test_a_network_without_a_block_in_the_middle() -> None:
+    pipeline = tiny_sd15()
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(pipeline.unet.config, mid_block_type=None))
+    family = find_family(pipeline)
+    stock.check_shapes(family)
+    assert len(family.blocks(family.load_backbone())) == 4
+    stock.check_pictures(family, pipeline, steps=2)
