@@ -27,7 +27,8 @@ class UNet(Discrete):
 
     def blocks(self, backbone: nn.Module) -> list[nn.Module]:
         network: Any = backbone
-        return [*network.down_blocks, network.mid_block, *network.up_blocks]
+        middle = [] if network.mid_block is None else [network.mid_block]  # as in some that were made small
+        return [*network.down_blocks, *middle, *network.up_blocks]
 
     def block_feature(self, output: Any) -> Tensor:
         """Of feature maps (B, C, H, W), which a block on the way down gives with those for the way up."""
@@ -36,4 +37,4 @@ class UNet(Discrete):
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         config: Any = backbone.config
         down = list(config.block_out_channels)
-        return [*down, down[-1], *reversed(down)]
+        return [*down, *([] if config.mid_block_type is None else down[-1:]), *reversed(down)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import stock
+import torch
+from diffusers import DDIMScheduler
 from tiny_sd15 import tiny_sd15
 
 from fastgen.families import find_family
@@ -52,3 +55,19 @@ def test_what_the_plan_counts_with_is_what_there_is(family: Family) -> None:
 
 def test_the_exact_tangent_is_that_of_finite_differences(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     stock.check_exact_tangent(family, monkeypatch)
+
+
+def test_a_schedule_that_ends_in_pure_noise_is_stocks(tmp_path: Path) -> None:
+    """v, as SD 2.x tuned to zero terminal SNR (Lin et al. 2024): the student's folder too has the last training step all but there."""
+    pipeline = tiny_sd15(prediction_type="v_prediction")
+    pipeline.register_modules(scheduler=DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True, clip_sample=False))
+    family: Any = find_family(pipeline)
+    assert family.path.zero_snr and family.path.coeffs(torch.ones(1))[0] == 0
+    for steps in (1, 4):
+        stock.check_pictures(family, pipeline, steps=steps, guidance=2.0)
+    family.load_pipeline(None, family.sampling_scheduler(4)).save_pretrained(tmp_path)
+    student: Any = find_family(tmp_path)
+    assert student.kind == "v" and 0 < student.path.coeffs(torch.ones(1))[0] < 1e-6
+    torch.testing.assert_close(student.path.coeffs(torch.tensor([0.3]))[0], family.path.coeffs(torch.tensor([0.3]))[0], rtol=0, atol=1e-6)
+    prompts, seeds = stock.PROMPTS, stock.SEEDS
+    torch.testing.assert_close(stock.generator(student, 4)(prompts, seeds), stock.generator(family, 4)(prompts, seeds), rtol=0, atol=2e-6)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import stock
 import torch
 from diffusers import UNet2DConditionModel
+from pipelines import same_interpreter as same_interpreter
+from pipelines import student_info, student_role
 from tiny_dit import tiny_dit
 from tiny_pixart import tiny_pixart
 from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
 
 from fastgen.denoiser import Denoiser, Predictor
+from fastgen.export import export_student, verify
 from fastgen.families import find_family
 from fastgen.jvp import check_precision, check_tangent
 from fastgen.path import TrigFlow
@@ -77,3 +81,26 @@ def test_tangents_in_half_precision_are_those_of_single(build: Callable[[], Any]
     full = check_tangent(velocity, *given, denoiser)
     denoiser.autocast = torch.bfloat16
     assert check_precision(velocity, *given, full) <= 0.12
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("same_interpreter")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("build", [tiny_sd15, tiny_sdxl, tiny_pixart, tiny_dit])
+def test_students_of_half_precision_are_verified(build: Callable[[], Any], dtype: str, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "teacher")
+    family = find_family(tmp_path / "teacher")
+    info = student_info(tmp_path / "teacher", steps=2, prompts=["7", "207"] if build is tiny_dit else stock.PROMPTS)
+    folder = export_student(student_role(family), family, info, tmp_path / "student", dtype=dtype)
+    for drawn_in in ("fp32", dtype):
+        result = verify(folder, seeds=(3, 4), dtype=drawn_in)
+        assert result.passed, result
+
+
+def test_a_network_without_a_block_in_the_middle() -> None:
+    pipeline = tiny_sd15()
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(pipeline.unet.config, mid_block_type=None))
+    family = find_family(pipeline)
+    stock.check_shapes(family)
+    assert len(family.blocks(family.load_backbone())) == 4
+    stock.check_pictures(family, pipeline, steps=2)
