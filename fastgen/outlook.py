@@ -13,7 +13,7 @@ from fastgen.roles import build_roles
 
 def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
     """`describe` of a recipe's plan."""
-    return describe(plan(recipe, only=only))
+    return describe(plan(recipe, only=only, dry=True))
 
 
 def describe(planned: Plan) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fastgen.errors import UserError, nearest
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
+from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.parallel import launch
@@ -115,9 +116,9 @@ class Plan:
         return data
 
 
-def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool = False) -> Plan:
+def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool = False, dry: bool = False) -> Plan:
     """Check everything a recipe names. UserError for the first mistake. started: the run has checkpoints, which hold all that
-    `student.init` has brought, so that is not opened again."""
+    `student.init` has brought, so that is not opened again. dry: nothing will be built, so a teacher's configurations will do, with a warning."""
     launch(recipe.train.shard, recipe.train.device)
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
@@ -127,7 +128,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
         raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
     recipe = pinned(recipe)
     teacher = recipe.teacher
-    family = find_family(teacher.pretrained, teacher.family, **teacher.options)
+    family = find_family(teacher.pretrained, teacher.family, planning=dry, **teacher.options)
     _check_teacher(recipe, family)
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
@@ -149,8 +150,16 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     foresight.check_measuring(recipe, family, at_the_end=only != "train")
     _check_export(planned)
     _check_networks(planned)
-    left_out = images.warnings if images else ()
-    return planned if started else replace(planned, warnings=(*left_out, *check_texts(recipe, family, prompt_weights(prompts, images))))
+    warnings = [*_weightless(recipe, family), *(images.warnings if images else ())]
+    return planned if started else replace(planned, warnings=(*warnings, *check_texts(recipe, family, prompt_weights(prompts, images))))
+
+
+def _weightless(recipe: Recipe, family: Family) -> list[str]:
+    """A warning where the teacher's folder holds configurations alone, which only a dry run takes."""
+    name = recipe.teacher.pretrained
+    if not family.exportable or not has_no_weights(resolve_source(name, recipe.teacher.revision)):
+        return []
+    return [f"teacher.pretrained: {name!r} holds configurations and no weights: enough for this plan, and not to train"]
 
 
 def check_texts(recipe: Recipe, family: Family, prompts: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError, nearest
 from fastgen.families.base import Family
-from fastgen.families.complete import check_complete, is_variant, variants
+from fastgen.families.complete import check_complete, has_no_weights, is_variant, variants
 from fastgen.families.components import check_sizes, read_index
 from fastgen.files import expanded
 from fastgen.fingerprints import file_names, folder_hash, known_hash
@@ -33,16 +33,17 @@ def family_class(name: str) -> type[Family]:
     return find_class(__name__, name, Family, names, f"recipe key teacher.family: {name!r} is not a family")
 
 
-def find_family(source: Any, name: str = "auto", *, revision: str | None = None, **options: Any) -> Family:
+def find_family(source: Any, name: str = "auto", *, revision: str | None = None, planning: bool = False, **options: Any) -> Family:
     """The family of a teacher or student. source: `fastgen:NAME`, `toy:NAME`, a diffusers folder, a hub id, or a live pipeline;
-    revision: of a hub id."""
+    revision: of a hub id. planning: a folder of configurations without any weights will do."""
     if revision is not None:
         source = resolve_source(source, revision)
     if name == "auto":
         name = "toy" if isinstance(source, str) and source.startswith("toy:") else _family_of(_pipeline_class(source))
     if isinstance(source, (str, Path)) and family_class(name).exportable:
-        check_complete(resolve_source(source), family_class(name).optional)
-        check_sizes(resolve_source(source))
+        folder = resolve_source(source)
+        check_complete(folder, family_class(name).optional, weights=not (planning and has_no_weights(folder)))
+        check_sizes(folder)
     family = family_class(name)(source, **options)
     _ = family.shift  # read now, so that a schedule which cannot be followed is refused before anything is loaded
     return family

@@ -18,8 +18,8 @@ _NO_NETWORK = r"Tokenizer|Processor|FeatureExtractor|Scheduler"
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def check_complete(folder: Path, optional: Sequence[str] = ()) -> None:
-    """UserError for a component that is missing, that has no weights as safetensors, or whose class is not the libraries' own.
+def check_complete(folder: Path, optional: Sequence[str] = (), *, weights: bool = True) -> None:
+    """UserError for a component that is missing, that has no weights as safetensors (where `weights`), or whose class is not the libraries' own.
 
     An entry [null, null] says that a component is not there; optional: those that the family does without. The scheduler may be of any
     kind: the export has one of its own. Weights may be a variant's, such as fp16's, where that is all there is, of one name in all.
@@ -42,9 +42,18 @@ def check_complete(folder: Path, optional: Sequence[str] = ()) -> None:
         if partner not in there:
             raise _refusal(f"its {name} has no {partner} in {str(folder / 'model_index.json')!r}")
         if not re.search(_NO_NETWORK, cls):
-            _check_weights(folder / name, _STEMS.get(library, "model"))
+            if not (folder / name / "config.json").is_file():
+                raise _refusal(f"there is no {str(folder / name / 'config.json')!r}; get the pipeline whole")
+            if weights:
+                _check_weights(folder / name, _STEMS.get(library, "model"))
     if len(names := set(variants(folder).values())) > 1:
         raise _refusal(f"{str(folder)!r} has weights as the variants {' and '.join(sorted(names))} alone, and diffusers loads one")
+
+
+def has_no_weights(folder: Path) -> bool:
+    """Whether a folder holds the configurations of a pipeline and no weights at all, of any kind: enough to plan with."""
+    endings = (".safetensors", ".safetensors.index.json", *_PICKLES, ".msgpack", ".h5", ".onnx", ".gguf")
+    return not any(path.name.endswith(endings) for path in folder.glob("*/*"))
 
 
 def variants(folder: Path) -> dict[str, str]:
@@ -86,8 +95,6 @@ def _of_diffusers(library: str) -> bool:
 
 
 def _check_weights(folder: Path, stem: str) -> None:
-    if not (folder / "config.json").is_file():
-        raise _refusal(f"there is no {str(folder / 'config.json')!r}; get the pipeline whole")
     if (folder / f"{stem}.safetensors").is_file():
         return
     names = sorted(file.name for file in folder.iterdir() if file.is_file())

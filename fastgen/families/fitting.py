@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fastgen import records
 from fastgen.errors import UserError
+from fastgen.families.complete import has_no_weights
 from fastgen.families.components import of_teacher
 from fastgen.families.source import Source
 from fastgen.families.weights import check_weights
@@ -58,8 +59,9 @@ def check_networks(family: Pipelined) -> None:
     folder, shape = family.folder, (1, *family.latent.shape)
     assert folder is not None
     network, vae = family.meta_network(), family.source.meta_network(family.codec.config, family.vae_network)
-    check_weights(folder / family.component, network, family.source.variants.get(family.component))
-    check_weights(folder / "vae", vae, family.source.variants.get("vae"))
+    if not has_no_weights(folder):  # a plan goes without
+        check_weights(folder / family.component, network, family.source.variants.get(family.component))
+        check_weights(folder / "vae", vae, family.source.variants.get("vae"))
     check_encoders(family.source, network.config, family.text_widths)
     with loading(folder / family.component), torch.device("meta"), torch.no_grad():
         made = family.call(network, torch.empty(shape), torch.ones(1), family.meta_conditioning(1))

@@ -88,7 +88,7 @@ def dry_run(
     asks = resume or or_start or overwrite or resume_from is not None
     resume = folder.check(resume=resume or resume_from is not None, or_start=or_start, overwrite=overwrite or (folder.holds_run and not asks))
     check_writable(folder.path, "--output")
-    start = _start(recipe, folder, resume=resume, resume_from=resume_from, allow_change=allow_change, only=only)
+    start = _start(recipe, folder, resume=resume, resume_from=resume_from, allow_change=allow_change, only=only, dry=True)
     outcome = describe(start.planned)
     if folder.holds_run and not asks:
         outcome["warnings"].append(f"{str(folder.path)!r} already holds a run; it takes --resume or --overwrite")
@@ -106,14 +106,21 @@ class _Start(NamedTuple):
 
 
 def _start(
-    recipe: Recipe, folder: RunFolder, *, resume: bool, resume_from: str | None, allow_change: Sequence[str], only: Literal["train"] | None
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    resume_from: str | None,
+    allow_change: Sequence[str],
+    only: Literal["train"] | None,
+    dry: bool = False,
 ) -> _Start:
     """Everything that can be refused before networks are loaded."""
     if not resume:
-        return _Start(plan(recipe, only=only))
+        return _Start(plan(recipe, only=only, dry=dry))
     chosen, state = checkpoint.opened(folder.path, resume_from) if folder.has_checkpoint or resume_from else (None, None)
     recipe = inputs.at_its_commit(recipe, inputs.began_as(folder.path, state))
-    planned = plan(recipe, only=only, started=state is not None)
+    planned = plan(recipe, only=only, started=state is not None, dry=dry)
     began, changed = inputs.check_same(folder.path, planned, state, allow_change)
     return _Start(planned, chosen, state, began, changed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ from tiny_zimage import tiny_zimage
 
 from fastgen.config import Recipe, shipped_recipes, validate
 from fastgen.errors import UserError
-from fastgen.outlook import describe
 from fastgen.plan import plan
+from fastgen.run import dry_run
 
 
 class Row(NamedTuple):
@@ -102,15 +103,20 @@ def test_cells_that_are_refused_say_why(family: str, method: str, folders: Any, 
 
 
 @pytest.mark.parametrize(("family", "name"), RECIPES)
-def test_a_shipped_recipe_fits_a_teacher_of_its_family(family: str, name: str, folders: Any, tmp_path: Path) -> None:
+def test_a_shipped_recipe_is_planned_from_its_teachers_configurations(family: str, name: str, folders: Any, tmp_path: Path) -> None:
     row = FAMILIES[family]
+    source = shutil.copytree(folders(family), tmp_path / "configurations", ignore=shutil.ignore_patterns("*.safetensors"))
     shipped = Recipe.load(name)
     here = {key: value for key, value in shipped.teacher.options.items() if key in ("shift", "embedded_guidance")} | row.teacher
-    teacher = {"pretrained": str(folders(family)), "guidance": shipped.teacher.guidance, "negative_prompt": shipped.teacher.negative_prompt, **here}
+    teacher = {"pretrained": str(source), "guidance": shipped.teacher.guidance, "negative_prompt": shipped.teacher.negative_prompt, **here}
     data = {key: value if value is None else str(made(tmp_path, row.prompts)) for key, value, made in given(shipped)}
-    outcome = describe(plan(validate(Recipe, shipped.dump() | {"teacher": teacher, "data": data})))
+    recipe = validate(Recipe, shipped.dump() | {"teacher": teacher, "data": data})
+    outcome = dry_run(recipe, tmp_path / "run")
     assert len(outcome["grid"]) == shipped.student.steps
     assert outcome["roles"]["student"]["trains"] > 0
+    assert any("holds configurations and no weights" in warning for warning in outcome["warnings"])
+    with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: .* has no weights"):
+        plan(recipe)
 
 
 def given(shipped: Recipe) -> list[tuple[str, str | None, Callable[[Path, list[str]], Path]]]:
