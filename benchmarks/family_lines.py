@@ -1,21 +1,28 @@
-"""How many lines of its own a family takes: README's table.
+"""What works with which family, and how many lines of its own a family takes: README's table.
 
-    python benchmarks/family_lines.py
+    python benchmarks/family_lines.py            # print it
+    python benchmarks/family_lines.py --write    # put it into README.md
 
-Lines with code on them: no blank lines, comments or docstrings. What several families share stands in rooms of the base.
+Lines with code on them: no blank lines, comments or docstrings. What several families share stands in rooms of the base. Every cell of a method is
+a test (tests/families/test_matrix.py), with full weights and with adapters.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import statistics
 import tokenize
 from pathlib import Path
 
+from benchmarks.table import between
 from fastgen import families
 from fastgen.families.pipelined import Pipelined
 
+README = Path(__file__).parents[1] / "README.md"
+METHODS = ("dmd2", "scm", "lcm", "tbcm")
+REFUSED = {("wan", "lcm"): "it trains on pictures or videos, and fastgen reads no videos yet"}
 FOLDER = Path(families.__file__).parent
 # The rooms that pipelines are built on; `base` is the interface, the rest reads foreign folders with care.
 ROOMS = {
@@ -55,16 +62,37 @@ def rooms() -> dict[str, int]:
 
 
 def table() -> str:
-    """Markdown: families by size, then the rooms of the base."""
+    """Markdown: a line a family, the smallest first."""
     own = {name: code_lines(path) for name, path in family_files().items()}
-    rows = [
-        f"| {', '.join(families.family_class(name).pipeline_classes)} | `{name}.py` | {own[name]} |"
-        for name in sorted(own, key=lambda name: own[name])
-    ]
-    base = [f"| *base: {ROOMS[name]}* | `{name}.py` | {count} |" for name, count in rooms().items()]
-    median = f"| **median of {len(own)} families** | | **{statistics.median(own.values()):g}** |"
-    return "\n".join(["| pipeline | file | code lines |", "| --- | --- | ---: |", *rows, median, *base])
+    titles = ["pipeline", "file", "code lines", *METHODS, "LoRA file", "explicit times", "samplers"]
+    rows = [titles, ["---", "---", "---:", *["---"] * (len(titles) - 3)]]
+    for name in sorted(own, key=lambda name: own[name]):
+        family = families.family_class(name)
+        assert issubclass(family, Pipelined)
+        methods = ["–" if (name, method) in REFUSED else "yes" for method in METHODS]
+        times = "–" if family.grid_argument is None else f"`{family.grid_argument}`"
+        features = ["yes" if family.loads_lora else "–", times, ", ".join(family.samplers)]
+        rows.append([", ".join(family.pipeline_classes), f"`{name}.py`", str(own[name]), *methods, *features])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def summary() -> str:
+    """The median family, the rooms of the base, and why cells are empty."""
+    own = [code_lines(path) for path in family_files().values()]
+    base = ", ".join(f"`{name}.py` {count} ({ROOMS[name]})" for name, count in rooms().items())
+    why = "; ".join(f"{method} on `{name}.py`: {reason}" for (name, method), reason in REFUSED.items())
+    return f"Median of {len(own)} families: {statistics.median(own):g} lines of code. Beneath them: {base}. Refused: {why}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    chosen = parser.parse_args()
+    text = f"{table()}\n\n{summary()}"
+    print(text)
+    if chosen.write:
+        README.write_text(between(README.read_text(encoding="utf-8"), "families", text), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print(table())
+    main()

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.table import between
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "family_lines.py"
 
 
@@ -63,7 +65,9 @@ def test_a_family_is_small_and_so_is_each_room_of_the_base(lines: Any) -> None:
     assert max(lines.rooms().values()) <= 300
 
 
-def test_the_table_names_every_family_once(lines: Any) -> None:
-    table = lines.table()
-    assert all(table.count(f"`{name}.py`") == 1 for name in [*lines.family_files(), *lines.rooms()])
-    assert f"median of {len(lines.family_files())} families" in table
+def test_the_table_names_every_family_once_and_readme_has_it(lines: Any) -> None:
+    table, summary = lines.table(), lines.summary()
+    assert all(table.count(f"`{name}.py`") == 1 for name in lines.family_files())
+    assert all(f"`{name}.py` {count}" in summary for name, count in lines.rooms().items())
+    readme = lines.README.read_text(encoding="utf-8")
+    assert readme == between(readme, "families", f"{table}\n\n{summary}")

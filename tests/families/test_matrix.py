@@ -21,6 +21,7 @@ from tiny_sdxl import tiny_sdxl
 from tiny_wan import tiny_wan
 from tiny_zimage import tiny_zimage
 
+from benchmarks import family_lines
 from fastgen.config import Recipe, shipped_recipes, validate
 from fastgen.errors import UserError
 from fastgen.plan import plan
@@ -127,3 +128,11 @@ def given(shipped: Recipe) -> list[tuple[str, str | None, Callable[[Path, list[s
 def test_every_recipe_is_planned_somewhere() -> None:
     elsewhere = {name for name in shipped_recipes() if name.startswith("digits_")}  # test_config.py
     assert {name for _, name in RECIPES} | elsewhere == set(shipped_recipes())
+
+
+def test_readme_says_the_same() -> None:
+    """Its table is written by benchmarks/family_lines.py, which a test holds to it."""
+    files = {"sd2": "sd"}
+    assert {(files.get(family, family), method) for family, row in FAMILIES.items() for method in row.refused} == set(family_lines.REFUSED)
+    assert {files.get(family, family) for family in FAMILIES} == set(family_lines.family_files())
+    assert tuple(METHODS) == family_lines.METHODS
