@@ -391,7 +391,7 @@ def test_other_numbers_of_experts_leave_no_second_network(ends: list[float], whi
     names: dict[str, Any] = {"pipe": pipeline}
     snippet, more = card_snippet(folder), {}
     if len(ends) > 1:
-        exec(snippet[snippet.index("experts = {") : snippet.index("image = pipe(")], names)
+        exec(snippet[snippet.index("experts = {") : snippet.index("video = pipe(")], names)
         more = {"callback_on_step_end": names["switch"]}
     assert (wan_latents(pipeline, **read_manifest(folder)["call"], **more) - expected).abs().max() <= 1e-5
 
@@ -407,7 +407,7 @@ def test_adapters_for_a_pipeline_with_two_networks(tmp_path: Path) -> None:
     tiny_wan().save_pretrained(base)
     folder = in_a_run(export_lora(experts, wan21, student_info(base), tmp_path / "student"), base)
     snippet, names = card_snippet(folder), dict[str, Any]()
-    exec(snippet[: snippet.index("image = pipe(")], names)
+    exec(snippet[: snippet.index("video = pipe(")], names)
     drawn = wan_latents(names["pipe"], **read_manifest(folder)["call"], callback_on_step_end=names["switch"])
     assert (drawn - expected).abs().max() <= 1e-5
 
