@@ -317,6 +317,14 @@ sigmas = getattr(pipe.scheduler, "sigmas", torch.zeros(0))
 numpy.savez(job["output"], images=images, sigmas=sigmas.double().cpu().numpy(), timesteps=pipe.scheduler.timesteps.double().cpu().numpy())
 """
 
+# What only changes finished pictures: a checker puts black in the place of some, and SDXL marks all where the package for it is installed.
+_AS_DRAWN = """
+pipe.set_progress_bar_config(disable=True)
+for name in ("safety_checker", "watermark"):
+    if hasattr(pipe, name):
+        setattr(pipe, name, None)
+"""
+
 
 def verify(
     folder: Path,
@@ -359,7 +367,7 @@ def _plain_diffusers(
     told = {key: f"[{value!r}] * len(generators)" for key, value in manifest["call"].items() if key.startswith("negative_prompt")}
     drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"', **told)
     teacher = _teacher_folder(folder, manifest, teacher_dir) if manifest["weights"] == "lora" else ""
-    program = f"{card.loading(manifest, str(folder.resolve()), teacher)}{place}pipe.set_progress_bar_config(disable=True)\nimages = {drawn}[0]\n"
+    program = f"{card.loading(manifest, str(folder.resolve()), teacher)}{place}{_AS_DRAWN}images = {drawn}[0]\n"
     with tempfile.TemporaryDirectory() as scratch:
         job = {**job, "program": program, "output": f"{scratch}/plain.npz"}
         # `-P` keeps the current folder off the path; the child needs nothing of ours.

@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import edit_json
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from pipelines import edit_json, student_info, student_role
+from pipelines import same_interpreter as same_interpreter
 from tiny_dit import tiny_dit
 from tiny_pixart import tiny_pixart
 from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
+from fastgen.export import export_student, verify
 from fastgen.families import find_family
 from fastgen.families.dit import DiT
 from fastgen.families.pixart import PixArtSigma
@@ -80,18 +85,33 @@ def test_names_of_classes_survive_an_export(copied: Callable[[str], Path], tmp_p
         assert student.call_inputs([prompt]) == family.call_inputs([prompt]) == {"class_labels": [label]}
 
 
-def test_a_safety_checker_is_not_loaded_for_prompts(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers import StableDiffusionPipeline
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
+def checked(folder: Path) -> Any:
+    """SD with a safety checker that dislikes all pictures, also saved."""
     pipeline: Any = tiny_sd15()
     tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(vision_config={**tower, "image_size": 16, "patch_size": 8}, text_config=tower, projection_dim=8)
-    pipeline.register_modules(safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=CLIPImageProcessor())
-    folder = copied("sd")
+    checker: Any = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data.fill_(-2)
+    pipeline.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor(size=16, crop_size=16))
+    pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
-    family, plain = find_family(folder), find_family(pipeline)
+    return pipeline
+
+
+@pytest.mark.usefixtures("same_interpreter")
+def test_a_safety_checker_is_no_part_of_verification(tmp_path: Path) -> None:
+    pipeline = checked(tmp_path / "teacher")
+    assert pipeline(["a red cat"], num_inference_steps=1, output_type="np").images.max() == 0
+    family = find_family(tmp_path / "teacher")
+    info = student_info(tmp_path / "teacher", steps=2, prompts=["a red cat"])
+    folder = export_student(student_role(family), family, info, tmp_path / "student")
+    assert (folder / "safety_checker").is_dir()
+    assert verify(folder, seeds=(0, 1)).passed
+
+
+def test_a_safety_checker_is_not_loaded_for_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = find_family(checked(tmp_path))
+    family = find_family(tmp_path)
     exported = family.load_pipeline(None, family.export_scheduler())
     assert isinstance(exported, StableDiffusionPipeline) and isinstance(exported.safety_checker, StableDiffusionSafetyChecker)
     monkeypatch.setattr(StableDiffusionSafetyChecker, "__init__", lambda *_args: pytest.fail("it was loaded"))
