@@ -133,6 +133,13 @@ def _identifier(name: str) -> str:
     return name
 
 
+def _task(manifest: dict[str, Any]) -> str:
+    """The hub's word for what it does; pictures of classes have none of their own."""
+    if manifest["options"].get("frames"):
+        return "text-to-video"
+    return "unconditional-image-generation" if "class_labels" in manifest["inputs"] else "text-to-image"
+
+
 def model_card(manifest: dict[str, Any]) -> str:
     """README.md of an export: hub metadata, what it is, how it must be called."""
     teacher, guidance = manifest["teacher"], manifest["guidance"]
@@ -141,7 +148,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     header = [
         "---",
         "library_name: diffusers",
-        f"pipeline_tag: text-to-{'video' if manifest['options'].get('frames') else 'image'}",
+        f"pipeline_tag: {_task(manifest)}",
         *([f"base_model: {_quoted(teacher['pretrained'])}", f"base_model_relation: {relation}"] if on_hub else []),
         "tags: [distillation, few-step, fastgen]" if guidance == 1 else "tags: [fastgen]",
         "---",

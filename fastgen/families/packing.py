@@ -50,9 +50,8 @@ class Packed(Pipelined):
         return 1  # its configuration's patch_size is what `pack` does already
 
     def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:
-        arguments = super().call_arguments(steps, guidance, grid) | {"true_cfg_scale": guidance}
-        embedded = arguments.pop("guidance_scale") and self.embedded_guidance
-        return arguments if embedded is None else arguments | {"guidance_scale": embedded}
+        arguments = super().call_arguments(steps, guidance, grid) | {"true_cfg_scale": guidance, "guidance_scale": self.embedded_guidance}
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def negative_arguments(self, text: str | None, guidance: float) -> dict[str, Any]:
         return {"negative_prompt": text or ""} if guidance > 1 else {}

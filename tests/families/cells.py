@@ -50,6 +50,8 @@ def check_cell(
     with place:
         result = verify(output, seeds=(0, 1), teacher_dir=source if as_adapter else None)
     assert result.passed, result
+    task = "unconditional-image-generation" if "class_labels" in planned.family.call_inputs(prompts) else "text-to-image"
+    assert f"\npipeline_tag: {'text-to-video' if 'frames' in teacher else task}\n" in (output / "README.md").read_text()
 
 
 def recipe(source: Path, method: str, folder: Path, *, lora: bool = False, prompts: Sequence[str] = PROMPTS, **teacher: Any) -> Recipe:
