@@ -17,8 +17,8 @@ from typing import Any
 from fastgen import card, curves, records, report_table
 from fastgen.errors import UserError
 from fastgen.evaluation.runner import read_results
-from fastgen.files import write_atomically
-from fastgen.manifest import Exported
+from fastgen.files import reading, write_atomically
+from fastgen.manifest import Exported, upgraded
 from fastgen.portable import portable
 from fastgen.printing import printable
 from fastgen.report_table import ABSENT, Row, formatted
@@ -144,7 +144,13 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_student(folder: Path) -> dict[str, Any] | None:
-    return records.read(folder / "fastgen.json", Exported) if os.path.lexists(folder / "fastgen.json") else None
+    """Of any format, in the words of the newest."""
+    path = folder / "fastgen.json"
+    if not os.path.lexists(path):
+        return None
+    record = upgraded(records.read(path))
+    with reading(path):
+        return records.checked(record, Exported)
 
 
 def _notes(run: Run) -> list[str]:
