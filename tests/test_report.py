@@ -159,7 +159,9 @@ def test_title_usage_recipe_and_provenance(tmp_path: Path) -> None:
     run = _write_run(tmp_path / "run")
     text = Page(write_report(run)).text
     assert "dmd2 · fastgen:digits · 1 step\n" in text and "2026-10-05 14:03 UTC" in text
-    assert "image = pipe(\n    prompt='a handwritten seven',\n    num_inference_steps=1,\n    guidance_scale=1.0,\n    max_sequence_length=12,\n" in text
+    assert (
+        "image = pipe(\n    prompt='a handwritten seven',\n    num_inference_steps=1,\n    guidance_scale=1.0,\n    max_sequence_length=12,\n" in text
+    )
     assert 'DiffusionPipeline.from_pretrained("run/student")' in text and "fastgen sample run/student" in text and str(tmp_path) not in text
     assert (run / "recipe.yaml").read_text().strip() in text
     assert "versions.torch" in text and "2.15.0" in text

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.generator import ImageGenerator
-from fastgen.jvp import check_tangent
+from fastgen.jvp import check_precision, check_tangent
 from fastgen.path import TrigFlow
 
 PROMPTS = ["a red cat", "two boats at sea under a moon"]  # of different length
@@ -168,3 +168,20 @@ def check_exact_tangent(family: Family, monkeypatch: pytest.MonkeyPatch, prompts
     check = check_tangent(lambda x, t: predict(x, t, cond, "velocity", TrigFlow()), (x, t), (speed * dx, t.sin() * t.cos()), network)
     assert check.relative_error <= 1e-6
     assert check.tangent.abs().max() > 1e-3
+
+
+def check_half_precision_tangent(family: Family, prompts: Sequence[str] = PROMPTS) -> None:
+    """Under bf16 autocast the tangent is that of single precision, at times that bf16 rounds."""
+    network, cond = denoiser(family), family.encode_prompts(prompts)
+    predict, random = Predictor(network, family), torch.Generator().manual_seed(2)
+    x, dx = (torch.randn(2, *family.latent.shape, generator=random) for _ in range(2))
+    t = torch.tensor([0.8573, 1.1558])
+    speed = t.sin() * t.cos()
+    given = (x, t), (speed.view(2, 1, 1, 1) * dx, speed)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return predict(x, t, cond, "velocity", TrigFlow())
+
+    full = check_tangent(velocity, *given, network)
+    network.autocast = torch.bfloat16
+    assert check_precision(velocity, *given, full) <= 0.12

@@ -15,11 +15,8 @@ from pipelines import student_info, student_role
 from tiny_flux import tiny_flux
 from tiny_qwen import tiny_qwen
 
-from fastgen.denoiser import Denoiser, Predictor
 from fastgen.export import export_student, verify
 from fastgen.families import find_family, packing
-from fastgen.jvp import check_precision, check_tangent
-from fastgen.path import TrigFlow
 
 
 def test_packing_is_the_pipelines_and_comes_back() -> None:
@@ -33,19 +30,7 @@ def test_packing_is_the_pipelines_and_comes_back() -> None:
 def test_tangents_in_half_precision_are_those_of_single(build: Callable[[], Any], side: int, length: int) -> None:
     """At times that bf16 rounds; with the rounded times that the networks embed by themselves this is off by 55 and 80 %."""
     family = find_family(build(), size=[side, side], max_sequence_length=length)
-    denoiser, cond = Denoiser(family.load_backbone(), family), family.encode_prompts(stock.PROMPTS)
-    predict, generator = Predictor(denoiser, family), torch.Generator().manual_seed(2)
-    x, dx = (torch.randn(2, *family.latent.shape, generator=generator) for _ in range(2))
-    t = torch.tensor([0.8573, 1.1558])
-    speed = t.sin() * t.cos()
-    given = (x, t), (speed.view(2, 1, 1, 1) * dx, speed)
-
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return predict(x, t, cond, "velocity", TrigFlow())
-
-    full = check_tangent(velocity, *given, denoiser)
-    denoiser.autocast = torch.bfloat16
-    assert check_precision(velocity, *given, full) <= 0.12
+    stock.check_half_precision_tangent(family)
 
 
 @pytest.mark.slow

@@ -17,11 +17,8 @@ from tiny_pixart import tiny_pixart
 from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
 
-from fastgen.denoiser import Denoiser, Predictor
 from fastgen.export import export_student, verify
 from fastgen.families import find_family
-from fastgen.jvp import check_precision, check_tangent
-from fastgen.path import TrigFlow
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL: dict[str, Any] = {
@@ -67,20 +64,7 @@ def test_features_are_those_of_the_blocks_on_the_way_down_in_the_middle_and_up(b
 def test_tangents_in_half_precision_are_those_of_single(build: Callable[[], Any]) -> None:
     """At times that bf16 rounds."""
     family = find_family(build())
-    prompts = ["7", "207"] if build is tiny_dit else stock.PROMPTS
-    denoiser, cond = Denoiser(family.load_backbone(), family), family.encode_prompts(prompts)
-    predict, generator = Predictor(denoiser, family), torch.Generator().manual_seed(2)
-    x, dx = (torch.randn(2, *family.latent.shape, generator=generator) for _ in range(2))
-    t = torch.tensor([0.8573, 1.1558])
-    speed = t.sin() * t.cos()
-    given = (x, t), (speed.view(2, 1, 1, 1) * dx, speed)
-
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return predict(x, t, cond, "velocity", TrigFlow())
-
-    full = check_tangent(velocity, *given, denoiser)
-    denoiser.autocast = torch.bfloat16
-    assert check_precision(velocity, *given, full) <= 0.12
+    stock.check_half_precision_tangent(family, ["7", "207"] if build is tiny_dit else stock.PROMPTS)
 
 
 @pytest.mark.slow
