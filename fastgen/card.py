@@ -150,12 +150,15 @@ def model_card(manifest: dict[str, Any]) -> str:
         "library_name: diffusers",
         f"pipeline_tag: {_task(manifest)}",
         *([f"base_model: {_quoted(teacher['pretrained'])}", f"base_model_relation: {relation}"] if on_hub else []),
+        *(f"{_identifier(key)}: {_quoted(value)}" for key, value in teacher.get("license", {}).items()),
         "tags: [distillation, few-step, fastgen]" if guidance == 1 else "tags: [fastgen]",
         "---",
     ]
     guided = "without classifier-free guidance" if guidance == 1 else f"with guidance {guidance}"
     version, method = manifest["versions"]["fastgen"], manifest["method"]
     what = f"Made by fastgen {version} with {_code(method)} from {_code(teacher['pretrained'])} (guidance {teacher['guidance']})."
+    if license := teacher.get("license"):
+        what += f" Its licence is its teacher's: {_code(license.get('license_name') or license.get('license') or license['license_link'])}."
     how = (
         f"It samples in {manifest['steps']} network evaluation{'s' if manifest['steps'] > 1 else ''}, {guided}, at times "
         f"{[round(t, 4) for t in manifest['grid']]}. A stock pipeline call has its own defaults for steps, guidance and text length, "

@@ -56,7 +56,7 @@ class _FormerStudentCall(_Arguments):
 
 
 class Teacher(Schema):
-    """shift: of formats 1 and 2, where the recipe stated one."""
+    """shift: of formats 1 and 2, where the recipe stated one. license: as its own card states it, by the hub's keys."""
 
     pretrained: str
     guidance: Guidance
@@ -64,6 +64,7 @@ class Teacher(Schema):
     shift: Shift | None = None
     revision: str | None = None
     sha256: str | None = None
+    license: dict[str, str] = Field(default_factory=dict)
 
 
 class Expert(Schema):

@@ -14,6 +14,7 @@ from fastgen.errors import UserError
 from fastgen.export import Expert, StudentInfo
 from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
+from fastgen.licensing import license_of
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan
 from fastgen.roles import Roles, build_roles
@@ -37,6 +38,7 @@ class Run:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
         teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt")}
         teacher["sha256"] = self.began.hashes.get(inputs.TEACHER)
+        teacher["license"] = license_of(teacher["pretrained"], teacher["revision"])
         return StudentInfo(
             method=recipe.distiller.name,
             steps=recipe.student.steps,
