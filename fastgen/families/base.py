@@ -92,8 +92,8 @@ class Family(ABC):
         """`num_inference_steps` and `guidance_scale` the pipeline is meant to be called with: its fastgen.json, else its signature."""
 
     def has(self, component: str) -> bool:
-        """Whether the pipeline has a component, rather than going without it."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it has")
+        """Whether the pipeline has a component, rather than going without it; what is no pipeline has none."""
+        return False
 
     @abstractmethod
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
@@ -104,8 +104,8 @@ class Family(ABC):
         """The network's prediction, of `kind`, at x (B, *latent.shape), t (B,) path time, fp32 or wider."""
 
     def time_features(self, backbone: nn.Module, t: Tensor) -> Tensor:
-        """What goes into `time_projection`, (N, F), at path times t (N,); it must depend on the time alone."""
-        raise NotImplementedError(f"{type(self).__name__} cannot fold scalar inputs")
+        """What goes into `time_projection`, (N, F), at path times t (N,), for families that name one; it must depend on the time alone."""
+        raise AssertionError(f"{type(self).__name__} has no place for scalar inputs")
 
     @abstractmethod
     def blocks(self, backbone: nn.Module) -> list[nn.Module]:
@@ -146,9 +146,9 @@ class Family(ABC):
     def encode_texts(self, prompts: Sequence[str]) -> Conditioning:
         """`encode_prompts` of one batch, as the encoders have it."""
 
+    @abstractmethod
     def meta_conditioning(self, count: int) -> Conditioning:
         """The shapes and dtypes of `encode_prompts` for `count` prompts, on the meta device, from configurations alone."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how large its conditioning is")
 
     def legibility(self, prompts: Sequence[str]) -> Legibility:
         """What the pipeline reads of prompts, without its text encoders, which are slow to load; where a family cannot tell, all."""
@@ -182,7 +182,7 @@ class Family(ABC):
 
     def stochastic_scheduler(self, steps: int, grid: Sequence[float] | None = None) -> Any:
         """`export_scheduler` of the stochastic sampler, for families that have it among their `samplers`."""
-        raise NotImplementedError(f"{type(self).__name__} has no stochastic sampler")
+        raise AssertionError(f"{type(self).__name__} has no stochastic sampler")
 
     def stochastic_grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
         """`grid` of the stochastic sampler."""
