@@ -276,6 +276,9 @@ def _message(model: type[BaseModel], mistake: Any) -> str:
     if mistake["type"] == "model_type":
         fields = _fields_at(model, [str(part) for part in mistake["loc"]])
         return f"a block with keys among {', '.join(fields)}"
+    if mistake["type"] in ("too_short", "too_long"):
+        limits, few = mistake["ctx"], mistake["type"] == "too_short"
+        return f"a list of {'at least' if few else 'at most'} {limits['min_length' if few else 'max_length']} is needed"
     return mistake["msg"].removeprefix("Value error, ")
 
 

@@ -76,6 +76,9 @@ def test_the_recipes_teacher_block_holds_them_and_null_is_the_pipelines_own() ->
     for value in ("24", "[24]", "[24, 16, 8]", "[24, 0]", "[24, x]"):
         with pytest.raises(UserError, match=r"recipe key teacher\.size"):
             Recipe.load("digits_dmd2_1step", [f"teacher.size={value}"])
+    for value, few in (("[24]", "at least"), ("[24, 16, 8]", "at most")):
+        with pytest.raises(UserError, match=rf"^recipe key teacher\.size: a list of {few} 2 is needed \(given: \[24"):
+            Recipe.load("digits_dmd2_1step", [f"teacher.size={value}"])
 
 
 def test_latents_of_the_asked_aspect_come_back_as_pictures_of_it(sd3_folder: Path) -> None:
