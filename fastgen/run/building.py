@@ -38,7 +38,8 @@ class Run:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
         teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt")}
         teacher["sha256"] = self.began.hashes.get(inputs.TEACHER)
-        teacher["license"] = license_of(teacher["pretrained"], teacher["revision"])
+        if stated := license_of(teacher["pretrained"], teacher["revision"]):
+            teacher["license"] = stated
         return StudentInfo(
             method=recipe.distiller.name,
             steps=recipe.student.steps,
