@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+BEGAN = time.time()  # before anything slow is imported
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
@@ -28,13 +30,15 @@ from benchmarks.measuring import rows, wheels  # noqa: E402
 from benchmarks.measuring.session import Session  # noqa: E402
 from benchmarks.slices import SLICES  # noqa: E402
 
+ENDING = 15.0  # seconds of the budget that killing and the tables may take
+
 
 def seconds(text: str) -> float:
-    """`8m`, `90s` or a number of seconds, as seconds. ArgumentTypeError for anything else, and for less than 1."""
+    """`8m`, `90s` or a number of seconds, as seconds. ArgumentTypeError for anything else, and for less than half a minute."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text)
     value = float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]] if match else 0.0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: such as 8m, 90s or 480")
+    if value < 30:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: such as 8m, 90s or 480, and at least 30s")
     return value
 
 
@@ -58,9 +62,15 @@ def main(arguments: list[str] | None = None) -> int:
         packages = [] if chosen.wheels is None else [Path(temporary) / "packages"]
         if chosen.wheels is not None:
             wheels.install(chosen.wheels, packages[0])
-        path = output(chosen.output, Path(temporary) if chosen.rehearse else None)
-        with path.with_suffix(".log").open("a", encoding="utf-8") as log:
-            session = Session(path, log, time.time() + chosen.budget, chosen.rehearse, packages)
+        try:
+            path = output(chosen.output, Path(temporary) if chosen.rehearse else None)
+            log = path.with_suffix(".log").open("a", encoding="utf-8")
+            rows.read(path)
+        except OSError as error:
+            print(f"error: --output: {error}", file=sys.stderr)
+            return 2
+        with log:
+            session = Session(path, log, BEGAN + chosen.budget - ENDING, chosen.rehearse, packages)
             return measure(session, chosen.only)
 
 
@@ -72,8 +82,10 @@ def _has_gpu() -> bool:
 
 def output(given: Path | None, rehearsing_in: Path | None) -> Path:
     """Where the lines go. A new file begins with the lines that the repository has, so that what they hold is not measured again."""
-    path = given or (table.RESULTS if rehearsing_in is None else rehearsing_in / "gpu.jsonl")
+    path = given.resolve() if given else (table.RESULTS if rehearsing_in is None else rehearsing_in / "gpu.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder, not a file of lines")
     if not path.exists() and rehearsing_in is None and table.RESULTS.is_file():
         shutil.copyfile(table.RESULTS, path)
     return path

@@ -21,7 +21,7 @@ REHEARSAL = ("-m", "not gpu", "-k", "test_tangents_do_not_change_the_primal and 
 def cases(target: Target) -> Iterator[Case]:
     """One case: tests start processes of their own, which a GPU's machine has cores for."""
     selection = REHEARSAL if target.rehearsal else ("-m", "gpu")
-    yield Case("kernels", lambda: [run_tests(["tests/kernels/test_jvp_attention.py" if target.rehearsal else "tests/kernels", *selection])], 90)
+    yield Case("kernels", lambda: [run_tests(["tests/kernels/test_jvp_attention.py" if target.rehearsal else "tests/kernels", *selection])], 200)
 
 
 def run_tests(selection: Sequence[str], root: Path = ROOT) -> Row:
@@ -53,4 +53,4 @@ def outcome(report: Path) -> Row:
 def _workers() -> list[str]:
     """Several processes compile kernels side by side where there are cores for them."""
     cores = os.cpu_count() or 1
-    return ["-n", str(min(8, cores // 2))] if cores >= 8 and importlib.util.find_spec("xdist") else []
+    return ["-n", str(min(14, cores - 2))] if cores >= 8 and importlib.util.find_spec("xdist") else []

@@ -22,10 +22,10 @@ class Slice:
 
 
 SLICES = (
-    Slice("tests", "benchmarks.gpu_tests", 180, ("triton", "pytest", "hypothesis"), capability=(8, 0)),
+    Slice("tests", "benchmarks.gpu_tests", 300, ("triton", "pytest", "hypothesis"), capability=(8, 0)),
     Slice("attention", "benchmarks.kernels.jvp_attention", 150, ("triton",), capability=(8, 0), after="tests"),
     Slice("train_step", "benchmarks.train_step", 120, PIPELINES),
     Slice("sampling", "benchmarks.sampling", 150, PIPELINES),
-    Slice("training", "benchmarks.short_training", 150, (*PIPELINES, "lpips", "sklearn", "matplotlib", "jinja2", "tensorboard")),
-    Slice("real_sizes", "benchmarks.train_step:real_sizes", 180, PIPELINES),
+    Slice("training", "benchmarks.short_training", 200, (*PIPELINES, "lpips", "sklearn", "matplotlib", "jinja2", "tensorboard")),
+    Slice("real_sizes", "benchmarks.train_step:real_sizes", 240, PIPELINES),
 )

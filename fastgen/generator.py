@@ -368,6 +368,8 @@ def load_teacher(
     options: as in the recipe's teacher block."""
     if isinstance(source, (str, Path)) and (reason := cannot_teach(expanded(source))):
         raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
+    if guidance is not None and guidance < 1:
+        raise UserError(f"guidance: {guidance:g}; allowed: 1 (none) and more, as in diffusers")
     found = find_family(source, family, **options)
     if reason := in_two_parts(found):
         raise UserError(f"{_named(source)} is {reason}, which cannot teach yet")

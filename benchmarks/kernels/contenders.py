@@ -157,9 +157,11 @@ def flex(problem: Problem, inputs: Inputs, target: Target) -> Iterator[Attend]:
     if problem.causal:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, problem.num_queries, problem.num_keys, device=target.device)
     attend = torch.compile(flex_attention, dynamic=False) if target.is_gpu else flex_attention
-    with torch.no_grad():
-        yield lambda: (attend(*inputs.primals, block_mask=mask),)  # pyright: ignore[reportReturnType]
-    torch.compiler.reset()  # else the ninth problem would run uncompiled, with all scores in memory
+    try:
+        with torch.no_grad():
+            yield lambda: (attend(*inputs.primals, block_mask=mask),)  # pyright: ignore[reportReturnType]
+    finally:
+        torch.compiler.reset()  # else the ninth problem would run uncompiled, with all scores in memory
 
 
 def package(peer: Peer) -> Callable[[Problem, Inputs, Target], AbstractContextManager[Attend]]:

@@ -84,7 +84,7 @@ def source_hash() -> str:
 
 def ceilings(target: Target) -> dict[str, Any]:
     """What this machine does at best, now: bytes read and written by a copy within its memory, and a large bf16 product of normal numbers."""
-    size, count = (8192, 2**30) if target.is_gpu else (256, 2**20)
+    size, count = (8192, min(2**30, target.free_bytes() // 16)) if target.is_gpu else (256, 2**20)
     generator = torch.Generator(target.device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=target.device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(count, dtype=torch.int32, device=target.device).random_(generator=generator)

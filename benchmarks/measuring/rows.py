@@ -27,11 +27,14 @@ def read(path: Path) -> list[Row]:
 
 def _parsed(line: str, path: Path, *, is_last: bool) -> Row | None:
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except json.JSONDecodeError as error:
         if is_last:
             return None
         raise SystemExit(f"{path}: a line that is no JSON: {line[:60]!r} ({error})") from error
+    if not isinstance(row, dict) or not {"slice", "case", "run", "status"} <= row.keys():
+        raise SystemExit(f"{path}: a line that is no result of `make gpu`: {line[:60]!r}")
+    return row
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -62,9 +65,15 @@ def tried(rows: Sequence[Row], run: str) -> set[tuple[str, str]]:
     return {(row["slice"], row["case"]) for row in rows if row["run"] == run}
 
 
+def failed(rows: Sequence[Row]) -> set[tuple[str, str]]:
+    """(slice, case) of everything that has failed or was killed, in any run."""
+    return {(row["slice"], row["case"]) for row in rows if row["status"] == "failed"}
+
+
 def latest(rows: Sequence[Row]) -> list[Row]:
     """Of each case on each GPU the rows of the newest run that measured something of it; where none has, of the newest that tried."""
     gpus = {run: environment["gpu"] for run, environment in environments(rows).items()}
+    rows = [row for row in rows if row["run"] in gpus]  # of a run that says not where it was, nothing is known
     chosen: dict[tuple[str, str, str], tuple[bool, str]] = {}
     for row in rows:  # in the order of time
         key, found = (gpus[row["run"]], row["slice"], row["case"]), row["status"] == "measured"

@@ -83,7 +83,7 @@ class Session:
         have = tuple(int(number) for number in self.here().get("capability", "0.0").split("."))
         if not self.rehearsal and have < part.capability:
             return f"needs a GPU of compute capability {_version(part.capability)}, this one has {_version(have)}"
-        red = [row for row in self._newest(part.after) if row["status"] == "failed"] if part.after else []
+        red = [row for row in self._newest(part.after) if row.get("failed")] if part.after else []  # not those that only took too long
         return f"slice {part.after!r} is red, and the speed of what is wrong is none: {red[0]['reason']}" if red else None
 
     def _worked(self, part: Slice, until: float) -> tuple[str, str, bool] | None:
@@ -115,9 +115,9 @@ class Session:
     def _note(self, part: Slice) -> None:
         """Remember what failed, and which cases were left out."""
         own = [row for row in rows.read(self.path) if row["run"] == self.run and row["slice"] == part.name]
-        if self.rehearsal:  # what no CPU has is not missing where a case has more than that
-            measured = {row["case"] for row in own if row["status"] == "measured"}
-            own = [row for row in own if row["status"] != "left out" or row["case"] not in measured]
+        measured = {row["case"] for row in own if row["status"] == "measured"}
+        # A contender that no card or no CPU takes is not missing beside others; one whose package was not brought is, on a GPU.
+        own = [row for row in own if row["status"] != "left out" or row["case"] not in measured or ("carry" in row["reason"] and not self.rehearsal)]
         said = [f"its time was over: {GO_ON}"] if part.name in self.unfinished else []
         for status, what in (("left out", "left out, whole or in part"), ("failed", "failed")):
             if names := sorted({row["case"] for row in own if row["status"] == status}):
@@ -134,7 +134,8 @@ class Session:
         path = [str(folder) for folder in (*self.packages, ROOT, ROOT / "kernels", *given) if folder]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+        # A process group to kill, in this session, so that whoever kills the session kills it too.
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0, **pipes)
 
         def listen() -> None:
             for line in process.stdout or ():

@@ -25,14 +25,18 @@ OUT_OF_TIME, BROKEN_DEVICE = 3, 4
 
 
 def work(slice_name: str, cases: Iterable[Case], path: Path, run: str, until: float) -> int:
-    """The exit status. A case that fails is written down as failed; after one that broke the device nothing more is begun."""
-    for case in cases:
+    """The exit status. A case that fails is written down as failed; after one that broke the device nothing more is begun. Cases for which
+    there is no time are passed over, and those that failed or were killed in an earlier run come last, lest they keep the others waiting."""
+    status = 0
+    failed = rows.failed(rows.read(path))
+    for case in sorted(cases, key=lambda case: (slice_name, case.name) in failed):
         before = rows.read(path)
         known = rows.measured(before, rows.environments(before)[run]) | rows.tried(before, run)
         if (slice_name, case.name) in known:
             continue
         if time.time() + case.seconds > until:
-            return OUT_OF_TIME
+            status = OUT_OF_TIME
+            continue
         print(f"{BEGINS}{case.name}", flush=True)
         began = time.perf_counter()
         found, broken = _measured(case)
@@ -42,7 +46,7 @@ def work(slice_name: str, cases: Iterable[Case], path: Path, run: str, until: fl
         if broken:
             return BROKEN_DEVICE
         free_memory()
-    return 0
+    return status
 
 
 def _measured(case: Case) -> tuple[list[Row], bool]:

@@ -48,6 +48,7 @@ class Family(ABC):
     optional: ClassVar[tuple[str, ...]] = ()  # components that the pipeline may go without, though diffusers asks for them
     lora_targets: ClassVar[tuple[str, ...]] = ()
     loads_lora: ClassVar[bool] = True  # whether the pipeline saves and loads LoRA files
+    takes_negative: ClassVar[bool] = True  # whether its call takes a negative prompt
     pixels_per_latent: int = 1  # spatial stride of the VAE
     frame_rate: ClassVar[float] = 16  # of videos, a second
     # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.

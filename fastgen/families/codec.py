@@ -34,12 +34,21 @@ class Codec:
         for key in self._numbers if self.config.classes else ():
             value = self.config.option(key)
             if key in _STATISTICS:
-                fits = (value is None and "scaling_factor" in self._numbers) or (isinstance(value, (list, tuple)) and all(map(_is_number, value)))
+                numbers: Any = value if isinstance(value, (list, tuple)) else []
+                listed = len(numbers) == self._channels and all(map(_is_number, numbers)) and (key == "latents_mean" or 0 not in numbers)
+                fits = listed or (value is None and "scaling_factor" in self._numbers)
             else:
-                fits = _is_number(value)
+                fits = _is_number(value) and (key != "scaling_factor" or value != 0)
             if not fits:
-                what = "a list of numbers" if key in _STATISTICS else "a number"
+                zero = "" if key in ("latents_mean", "shift_factor") else " but 0"
+                what = f"{self._channels} numbers{zero}, one a channel" if key in _STATISTICS else f"a number{zero}"
                 raise UserError(f"recipe key teacher.pretrained: its vae has {key} {value!r}, but {self._source.pipeline_class} needs {what}")
+
+    @property
+    def _channels(self) -> int:
+        """Of the latents."""
+        count = _says(self.config, "latent_channels")
+        return self.config.option("z_dim") if count is None else count
 
     @property
     def is_video(self) -> bool:

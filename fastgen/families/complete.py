@@ -84,7 +84,9 @@ def _needed(pipeline_class: str) -> list[str]:
         return []
     optional = {*cls._optional_components, "self", "scheduler"}
     parameters = inspect.signature(cls.__init__).parameters.values()
-    return [each.name for each in parameters if each.name not in optional and each.default is each.empty]
+    # What diffusers may go without where a call is given embeddings, prompts are read with.
+    readers = [each.name for each in parameters if re.match("text_encoder|tokenizer", each.name)]
+    return list(dict.fromkeys([*(each.name for each in parameters if each.name not in optional and each.default is each.empty), *readers]))
 
 
 def _of_diffusers(library: str) -> bool:

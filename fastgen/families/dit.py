@@ -23,8 +23,11 @@ class DiT(Discrete):
     own: ClassVar = {"num_inference_steps": 50, "guidance_scale": 4.0}
     sized = False
     grid_argument = None
-    loads_lora = False
+    loads_lora = takes_negative = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def check_network(self) -> None:
+        _ = self.names  # read now, so that names which cannot be read are refused before anything is trained
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return backbone(x, self.path.step(t), **cond, return_dict=False)[0][:, : x.shape[1]]  # without the variance
@@ -40,13 +43,17 @@ class DiT(Discrete):
         if self.source.live is not None:
             return dict(self.source.live.labels)
         given = self.source.setting("id2label") or {}
+        if not isinstance(given, dict) or not all(str(number).isdecimal() and isinstance(line, str) for number, line in given.items()):
+            raise UserError("recipe key teacher.pretrained: id2label of its model_index.json does not give names to numbers of classes")
         return {name.strip(): int(number) for number, line in given.items() for name in line.split(",")}
 
     def number(self, prompt: str) -> int | None:
         """None: no class is called so."""
+        prompt = prompt.strip()
         if prompt.isdecimal() and int(prompt) < self.null:
             return int(prompt)
-        return self.names.get(prompt.split(",")[0].strip()) if prompt.strip() else self.null
+        numbers = {self.names.get(name.strip()) for name in prompt.split(",")} if prompt else {self.null}
+        return numbers.pop() if len(numbers) == 1 else None
 
     def legibility(self, prompts: Sequence[str]) -> Legibility:
         distinct = dict.fromkeys(prompts)

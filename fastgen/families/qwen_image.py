@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
+from fastgen.errors import UserError
 from fastgen.families import packing
 from fastgen.families.packing import Packed
 
@@ -32,6 +33,11 @@ class QwenImage(Packed):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     guidance_kind = "velocity"
     time_projection = "time_text_embed.timestep_embedder.linear_2"
+
+    def check_network(self) -> None:
+        if self.config.option("guidance_embeds"):
+            what = "its transformer takes a guidance scale (guidance_embeds), which fastgen does not give it"
+            raise UserError(f"recipe key teacher.pretrained: {what}")
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         lengths = conditioning.lengths(cond)

@@ -75,6 +75,9 @@ def test_what_hangs_is_killed_and_named(session: Session, tmp_path: Path) -> Non
     assert statuses(session) == {"environment": "measured: ", "begun": "measured: ", "hangs": "failed: ran over the slice's 4 s"}
     assert session.unfinished == {"hanging": "1 failed: hangs"}
     assert not (tmp_path / "never").exists()
+    later = again(session, "later")  # what hung comes last, so that it keeps the others waiting no more
+    later.measure(Slice("hanging", "gpu_stand_ins:hanging", 6))
+    assert statuses(later) == {"environment": "measured: ", "never": "measured: ", "hangs": "failed: ran over the slice's 6 s"}
 
 
 def test_a_case_for_which_there_is_no_time_waits_for_the_next_start(session: Session, tmp_path: Path) -> None:
@@ -124,7 +127,10 @@ def test_nothing_is_measured_behind_red_tests(session: Session) -> None:
     session.measure(speed)
     reason = "slice 'red' is red, and the speed of what is wrong is none: 1 of 4 tests failed: test_x"
     assert session.unfinished == {"red": "1 failed: tests", "speed": reason}
-    assert again(session, "mended", source="another").obstacle(speed) is None
+    slow_tests = again(session, "mended", source="another")
+    assert slow_tests.obstacle(speed) is None
+    rows.append(session.path, [{"slice": "red", "case": "tests", "run": "mended", "status": "failed", "reason": "ran over the slice's 300 s"}])
+    assert slow_tests.obstacle(speed) is None  # tests that took too long are not red
 
 
 def test_an_interrupt_ends_the_slice_too_and_keeps_what_there_is(tmp_path: Path) -> None:
@@ -147,7 +153,7 @@ def test_an_interrupt_ends_the_slice_too_and_keeps_what_there_is(tmp_path: Path)
     assert "interrupted: the same command again goes on there" in said, said
     assert command.wait(60) == 1
     assert [row["case"] for row in rows.read(path)] == ["environment", "begun"]
-    assert not _running("gpu_stand_ins:hanging")
+    assert not _running(str(path))
 
 
 def _running(what: str) -> list[str]:
@@ -161,6 +167,8 @@ def test_a_new_file_begins_with_the_lines_that_are_there(tmp_path: Path, monkeyp
     monkeypatch.setattr(gpu.table, "RESULTS", kept)
     assert rows.read(gpu.output(tmp_path / "new" / "gpu.jsonl", None)) == [ENVIRONMENT]
     assert gpu.output(None, None) == kept
+    monkeypatch.chdir(tmp_path)
+    assert gpu.output(Path("here/gpu.jsonl"), None) == tmp_path / "here" / "gpu.jsonl"  # whatever folder the slices run in
     assert rows.read(gpu.output(tmp_path / "other.jsonl", tmp_path)) == []  # a rehearsal begins with nothing
     (tmp_path / "mine.jsonl").write_text(json.dumps(ENVIRONMENT | {"run": "mine"}) + "\n")
     assert rows.read(gpu.output(tmp_path / "mine.jsonl", None))[0]["run"] == "mine"
@@ -171,11 +179,18 @@ def test_budgets(text: str, expected: float) -> None:
     assert gpu.seconds(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "8 minutes", "0", "-3m", "nan", "8d"])
+@pytest.mark.parametrize("text", ["", "8 minutes", "0", "-3m", "nan", "8d", "20s"])
 def test_what_is_no_budget_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["--budget", text])
     assert "such as 8m" in capsys.readouterr().err or text.startswith("-")
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "gpu.jsonl", tmp_path):
+        assert gpu.main(["--rehearse", "--output", str(place)]) == 2
+        assert capsys.readouterr().err.startswith("error: --output: ")
 
 
 def test_every_slice_is_named_once() -> None:

@@ -40,6 +40,9 @@ def test_a_torn_last_line_is_forgotten_and_spoils_no_other(tmp_path: Path) -> No
     path.write_text("{nonsense\n" + path.read_text())
     with pytest.raises(SystemExit, match=r"no JSON: '\{nonsense'"):
         rows.read(path)
+    path.write_text('{"a": 1}\n3\n')
+    with pytest.raises(SystemExit, match=r"a line that is no result of `make gpu`: '\{\"a\": 1\}'"):
+        rows.read(path)
 
 
 def test_measured_and_tried() -> None:
