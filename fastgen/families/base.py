@@ -136,7 +136,9 @@ class Family(ABC):
         return cond
 
     def encode_negative(self, text: str | None) -> Conditioning:
-        """Conditioning (1, ...) of a negative prompt; None: what the pipeline takes where its call is given none."""
+        """Conditioning (1, ...) of a negative prompt; None: what the pipeline takes where its call is given none. UserError where that takes none."""
+        if text and not self.takes_negative:
+            raise UserError(f"recipe key teacher.negative_prompt: {text!r}, but the call of {self.pipeline_classes[0]} takes none")
         return self.encode_prompts([text or ""])
 
     def guidance_rule(self, cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:

@@ -70,11 +70,6 @@ class DiT(Discrete):
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         raise AssertionError("classes need no encoder")
 
-    def encode_negative(self, text: str | None) -> Conditioning:
-        if text is not None:
-            raise UserError(f"recipe key teacher.negative_prompt: {text!r}, but the call of DiTPipeline takes none")
-        return self.encode_texts([""])
-
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"class_labels": ()}
 
@@ -83,8 +78,6 @@ class DiT(Discrete):
 
     def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
         pipeline = super().load_pipeline(backbone, scheduler)
-        lines: dict[str, str] = {}
-        for name, number in self.names.items():
-            lines[str(number)] = f"{lines[str(number)]}, {name}" if str(number) in lines else name
+        lines = {str(number): ", ".join(name for name, of in self.names.items() if of == number) for number in self.names.values()}
         pipeline.register_to_config(id2label=lines or None)  # which diffusers does not save by itself
         return pipeline
