@@ -53,11 +53,15 @@ def environments(rows: Sequence[Row]) -> dict[str, Row]:
     return {row["run"]: row for row in rows if row["slice"] == "environment"}
 
 
+def like(rows: Sequence[Row], environment: Row) -> list[Row]:
+    """The rows of all runs in the same environment, with the same code."""
+    same = {run for run, other in environments(rows).items() if all(other.get(key) == environment.get(key) for key in IDENTITY)}
+    return [row for row in rows if row["run"] in same]
+
+
 def measured(rows: Sequence[Row], environment: Row) -> set[tuple[str, str]]:
     """(slice, case) of everything that has been measured in the same environment, by the same code."""
-    known = environments(rows)
-    same = {run for run, other in known.items() if all(other.get(key) == environment.get(key) for key in IDENTITY)}
-    return {(row["slice"], row["case"]) for row in rows if row["run"] in same and row["status"] == "measured"}
+    return {(row["slice"], row["case"]) for row in like(rows, environment) if row["status"] == "measured"}
 
 
 def tried(rows: Sequence[Row], run: str) -> set[tuple[str, str]]:

@@ -107,9 +107,7 @@ class Session:
 
     def _newest(self, name: str) -> list[Row]:
         """The rows of a slice in this environment, of the newest run that tried it."""
-        found, here = rows.read(self.path), self.here()
-        runs = {run for run, other in rows.environments(found).items() if all(other.get(key) == here.get(key) for key in rows.IDENTITY)}
-        same = [row for row in found if row["slice"] == name and row["run"] in runs]
+        same = [row for row in rows.like(rows.read(self.path), self.here()) if row["slice"] == name]
         return [row for row in same if row["run"] == same[-1]["run"]]
 
     def _note(self, part: Slice) -> None:

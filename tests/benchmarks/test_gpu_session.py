@@ -108,16 +108,12 @@ def test_a_module_that_cannot_be_imported_is_left_behind(session: Session) -> No
 
 def test_obstacles_are_named_before_anything_starts(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     assert session.obstacle(Slice("x", "x", 9, ("json", "no_such_package"))) == "needs package 'no_such_package'"
-    assert "diffusers==" in str(session.obstacle(Slice("x", "x", 9, ("diffusers",)))) if _lacks("diffusers", monkeypatch) else True
     assert session.obstacle(Slice("x", "x", 9, capability=(8, 0))) is None  # a rehearsal asks for no GPU
     old = again(session, "old", capability="7.5")
     old.rehearsal = False
     assert old.obstacle(Slice("x", "x", 9, capability=(8, 0))) == "needs a GPU of compute capability 8.0, this one has 7.5"
-
-
-def _lacks(name: str, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr("benchmarks.measuring.session.importlib.util.find_spec", lambda asked: None if asked == name else object())
-    return True
+    monkeypatch.setattr("benchmarks.measuring.session.importlib.util.find_spec", lambda name: None if name == "diffusers" else object())
+    assert str(session.obstacle(Slice("x", "x", 9, ("json", "diffusers")))).startswith("needs package 'diffusers' (carry the wheel of diffusers==")
 
 
 def test_nothing_is_measured_behind_red_tests(session: Session) -> None:
