@@ -56,7 +56,7 @@ class StudentInfo:
     steps: int
     grid: Sequence[float] | None  # explicit times; None for the scheduler's own
     guidance: float  # of the student's own sampling; 1 is none
-    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and where they are known revision and sha256
+    teacher: dict[str, Any]  # pretrained, guidance, negative_prompt, and where they are known revision, sha256 and license
     prompts: Sequence[str]  # examples, for the card and for verification
     recipe: dict[str, Any]
     sampler: Sampler = "euler"

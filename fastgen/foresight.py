@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgen.config import Recipe
 from fastgen.data.images import CaptionedImages
-from fastgen.errors import UserError, shown
+from fastgen.errors import UserError
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.families.base import Family
 from fastgen.manifest import Sampler
@@ -30,9 +30,7 @@ def check_sampler(recipe: Recipe, family: Family, able: tuple[Sampler, ...]) -> 
 
 def check_explicit(recipe: Recipe, family: Family) -> None:
     """UserError for explicit times, and for a negative prompt, where the pipeline's call takes none."""
-    if recipe.teacher.negative_prompt and not family.takes_negative:
-        given = shown(recipe.teacher.negative_prompt)
-        raise UserError(f"recipe key teacher.negative_prompt: {given}, but the call of {family.pipeline_classes[0]} takes none")
+    family.check_negative(recipe.teacher.negative_prompt)
     if recipe.student.grid != "auto" and family.exportable and not family.takes_times:
         raise UserError(f"recipe key student.grid: the call of {family.pipeline_classes[0]} takes no explicit times; remove it, or use auto")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
-from fastgen.errors import UserError
+from fastgen.errors import UserError, shown
 from fastgen.guidance import linear
 from fastgen.legibility import Legibility
 from fastgen.manifest import Sampler
@@ -137,9 +137,13 @@ class Family(ABC):
 
     def encode_negative(self, text: str | None) -> Conditioning:
         """Conditioning (1, ...) of a negative prompt; None: what the pipeline takes where its call is given none. UserError where that takes none."""
-        if text and not self.takes_negative:
-            raise UserError(f"recipe key teacher.negative_prompt: {text!r}, but the call of {self.pipeline_classes[0]} takes none")
+        self.check_negative(text)
         return self.encode_prompts([text or ""])
+
+    def check_negative(self, text: str | None) -> None:
+        """UserError for a negative prompt where the pipeline's call takes none."""
+        if text and not self.takes_negative:
+            raise UserError(f"recipe key teacher.negative_prompt: {shown(text)}, but the call of {self.pipeline_classes[0]} takes none")
 
     def guidance_rule(self, cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
         """The pipeline's classifier-free guidance of two predictions (B, *latent.shape); scale: one number, or one a sample (B,), 1 is none."""
