@@ -231,30 +231,30 @@ class Recipe(Block):
 M = TypeVar("M", bound=BaseModel)
 
 
-def validate(model: type[M], data: Any, prefix: str = "") -> M:
-    """`data` as a `model`; the first mistake becomes a UserError naming its key under `prefix`."""
+def validate(model: type[M], data: Any, prefix: str = "", *, of: str = "recipe") -> M:
+    """`data` as a `model`; the first mistake becomes a UserError naming its key under `prefix`. of: what has these keys."""
     try:
         read = model.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(model, error, prefix)) from error
-    _check_numbers(data, read.model_dump(), prefix)
+        raise UserError(f"{of} {_explain(model, error, prefix)}") from error
+    _check_numbers(data, read.model_dump(), prefix, of)
     return read
 
 
-def _check_numbers(given: Any, read: Any, key: str) -> None:
+def _check_numbers(given: Any, read: Any, key: str, of: str) -> None:
     """Refuse what pydantic takes for numbers: booleans, and, in blocks that do not forbid them, NaN and infinity; and what torch cannot square."""
     if isinstance(given, dict) and isinstance(read, dict):
         for name in given.keys() & read.keys():
-            _check_numbers(given[name], read[name], f"{key}.{name}" if key else name)
+            _check_numbers(given[name], read[name], f"{key}.{name}" if key else name, of)
     elif isinstance(given, (list, tuple)) and isinstance(read, (list, tuple)):
         for i, (one, number) in enumerate(zip(given, read, strict=True)):
-            _check_numbers(one, number, f"{key}.{i}")
+            _check_numbers(one, number, f"{key}.{i}", of)
     elif isinstance(given, bool) and not isinstance(read, bool):
-        raise UserError(f"recipe key {key}: a number is needed, not a boolean (given: {shown(given)})")
+        raise UserError(f"{of} key {key}: a number is needed, not a boolean (given: {shown(given)})")
     elif isinstance(read, float) and not math.isfinite(read):
-        raise UserError(f"recipe key {key}: a finite number is needed (given: {shown(given)})")
+        raise UserError(f"{of} key {key}: a finite number is needed (given: {shown(given)})")
     elif isinstance(read, float) and abs(read) > LARGEST:
-        raise UserError(f"recipe key {key}: a number of at most {LARGEST:g} is needed (given: {shown(given)})")
+        raise UserError(f"{of} key {key}: a number of at most {LARGEST:g} is needed (given: {shown(given)})")
 
 
 def _explain(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
@@ -264,12 +264,12 @@ def _explain(model: type[BaseModel], error: ValidationError, prefix: str) -> str
     path = _without_union_tags(loc)
     key = one_line(".".join(([prefix] if prefix else []) + path), 200) or "(top level)"
     if found["type"] == "extra_forbidden":
-        return f"recipe key {key}: unknown key; {nearest(loc[-1], _fields_at(model, loc[:-1]))}"
+        return f"key {key}: unknown key; {nearest(loc[-1], _fields_at(model, loc[:-1]))}"
     if found["type"] == "missing" and isinstance(found["loc"][-1], str):
-        return f"recipe key {key}: missing, and it has no default"
+        return f"key {key}: missing, and it has no default"
     same = [e for e in mistakes if _without_union_tags(e["loc"]) == path]  # one for each member of a union
     message = " or ".join(dict.fromkeys(_message(model, e) for e in same))
-    return f"recipe key {key}: {message} (given: {shown(found['input'])})"
+    return f"key {key}: {message} (given: {shown(found['input'])})"
 
 
 def _message(model: type[BaseModel], mistake: Any) -> str:

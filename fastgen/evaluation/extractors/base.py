@@ -1,0 +1,74 @@
+"""What turns 8-bit pictures into features: one file a class, found by its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fastgen.evaluation.weights import Weights
+
+
+class Options(BaseModel):
+    """Options of an extractor or a metric as a protocol file gives them: strict keys and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a metric reads of every picture: a layer of an extractor with its options, such as `feature("inception", "pool3", resize="clean")`."""
+
+    extractor: str
+    layer: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def feature(extractor: str, layer: str, **options: Any) -> Feature:
+    return Feature(extractor, layer, tuple(sorted(options.items())))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Some pictures with their prompts, as extractors get them. per_prompt: how many of one prompt lie side by side; a batch holds whole groups."""
+
+    pixels: Tensor  # (B, 3, H, W) uint8 on the CPU
+    prompts: tuple[str, ...]
+    per_prompt: int = 1
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What extractors and metrics are built from. data_dir: of prompts, references and other files that a protocol names."""
+
+    weights: Weights = field(default_factory=Weights)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    data_dir: Path | None = None
+
+
+class Extractor(ABC):
+    """One file in `extractors/` with one such class. Built once an evaluation, before any picture is drawn: Unavailable, in one line, where a
+    package or weights are missing. It should load its network at the first call only."""
+
+    class Config(Options):
+        """Options that a metric may ask for; they are part of the feature's name."""
+
+    def __init__(self, config: Any, resources: Resources) -> None:
+        self.config, self.resources = config, resources
+
+    @property
+    @abstractmethod
+    def hash(self) -> str:
+        """SHA-256 of the weights (and of anything else that the options do not say): features are kept under it."""
+
+    @abstractmethod
+    def __call__(self, pictures: Pictures, layers: Collection[str]) -> dict[str, Tensor]:
+        """Layer → (B, ...) on the CPU, fp32 (or uint8), whose rows do not depend on the other pictures but through `per_prompt`."""
+
+    convention: ClassVar[str] = ""  # a sentence for results.json: resizing, normalisation, layer
