@@ -1,0 +1,59 @@
+"""Means of scores with what they would be over other pictures: standard deviation and 95 % interval."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen.evaluation.weights import Unavailable
+
+LEVEL = 0.95
+
+
+class Mean(NamedTuple):
+    """std: between single scores (of groups, where there are some), divided by n - 1. interval: where 95 % of such means lie. Both None for
+    a single score, which says nothing about others."""
+
+    value: float
+    std: float | None
+    interval: tuple[float, float] | None
+
+
+def mean_interval(scores: Tensor, groups: Sequence[Hashable] | None = None) -> Mean:
+    """Mean of scores (N,), computed in fp64, with its interval by Student's t: mean ± t(n - 1) std / sqrt n.
+
+    groups: N labels, of pictures that are no independent draws because they share a prompt: then the mean is that over groups of each group's
+    mean, and n counts groups. Unavailable without any score, and where one is not finite.
+    """
+    if scores.ndim != 1 or (groups is not None and len(groups) != len(scores)):
+        raise ValueError(f"one group per score (N,): got shape {tuple(scores.shape)} and {len(groups or ())} groups")
+    wide = scores.detach().cpu().double()
+    if len(wide) == 0:
+        raise Unavailable("there are no scores to take the mean of")
+    if broken := int((~wide.isfinite()).sum()):
+        raise Unavailable(f"{broken} of {len(wide)} scores are not finite")
+    units = wide if groups is None else group_means(wide, groups)
+    mean = float(units.mean())
+    if len(units) < 2:
+        return Mean(mean, None, None)
+    std = float(units.std())
+    half = _student(len(units) - 1) * std / len(units) ** 0.5
+    return Mean(mean, std, (mean - half, mean + half))
+
+
+def group_means(scores: Tensor, groups: Sequence[Hashable]) -> Tensor:
+    """(G,) fp64: the mean of each group's scores, groups in the order in which they first appear."""
+    numbers: dict[Hashable, int] = {}
+    rows = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups])
+    sums = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, rows, scores.double())
+    return sums / torch.bincount(rows, minlength=len(numbers))
+
+
+def _student(degrees: int) -> float:
+    """The quantile of Student's t that 95 % of its mass lie between the negative of and it."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, (1 + LEVEL) / 2))
