@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+NO_REFERENCE = "needs reference pictures or statistics: give the protocol a reference, or --images"
+
+
 class Heading(NamedTuple):
     """How a row is printed: its column's heading; `better` is an arrow, or empty where more is not simply better; decimals: -1 for four
     significant digits."""
@@ -90,7 +93,7 @@ class Measured:
     def real(self) -> Reference:
         """The reference; Unavailable where the protocol has none."""
         if self.reference is None:
-            raise Unavailable("needs reference pictures or statistics: give the protocol a reference, or --images")
+            raise Unavailable(NO_REFERENCE)
         return self.reference
 
 
