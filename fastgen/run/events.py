@@ -15,9 +15,10 @@ from fastgen.errors import NotFinite, TrainingFailed
 from fastgen.evaluation import runner
 from fastgen.evaluation.protocols import load_protocol
 from fastgen.generator import ImageGenerator, generate_pictures
+from fastgen.progress import Progress
 from fastgen.run.building import Run, spread
 from fastgen.run.diverged import with_way_on
-from fastgen.run.progress import Interrupted, Progress
+from fastgen.run.interrupted import Interrupted
 from fastgen.runlog import RunLog
 from fastgen.trainer import Metrics
 

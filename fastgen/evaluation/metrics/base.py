@@ -19,7 +19,21 @@ from fastgen.evaluation.weights import Unavailable
 if TYPE_CHECKING:
     from fastgen.evaluation.protocol import SampleSet
 
-__all__ = ["Feature", "Heading", "Measured", "Metric", "Needs", "Options", "Reference", "Resources", "Row", "Table", "Unavailable", "Value", "feature"]
+__all__ = [
+    "Feature",
+    "Heading",
+    "Measured",
+    "Metric",
+    "Needs",
+    "Options",
+    "Reference",
+    "Resources",
+    "Row",
+    "Table",
+    "Unavailable",
+    "Value",
+    "feature",
+]
 
 
 class Heading(NamedTuple):
