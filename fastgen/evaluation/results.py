@@ -6,20 +6,31 @@ import hashlib
 import json
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 import torch
+from pydantic import Field
 
 from fastgen import records
 from fastgen.errors import UserError
+from fastgen.evaluation.extractors import find_extractor
 from fastgen.files import write_atomically
 from fastgen.fingerprints import sealed, unsealed
 
+if TYPE_CHECKING:
+    from fastgen.evaluation.protocol import Protocol, SetBlock
+
 CACHE = Path(".cache/fastgen/results")  # below the home folder
+QUANTISATIONS = {"edm": "edm: floor(255 y + 0.5)", "truncate": "truncate: floor(255 y)"}  # of y in [0, 1]
+# Packages that decide about pictures, features or their arithmetic.
+_PACKAGES = {"fastgen": "fastgen-distill", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"} | {
+    name: name for name in ("numpy", "pillow", "torch-fidelity", "open_clip_torch", "lpips")
+}
 
 
 class Row(TypedDict):
@@ -41,13 +52,30 @@ class Row(TypedDict):
     seed: NotRequired[int]
 
 
-def provenance(protocol: Protocol, *, device: str | torch.device = "cpu", model_hash: str | None = None) -> dict[str, Any]:
-    """What a measurement depends on besides the model's name: versions, machine, date (UTC), and sha256 hashes of protocol and weights.
+class Missing(TypedDict):
+    """A metric that could not be measured; model: whose, and why, in one line."""
 
-    `device` is where the images were generated; `model_hash` is `fingerprints.folder_hash` of the model. A package that is not installed is left out.
+    name: str
+    model: str
+    reason: str
+
+
+def provenance(
+    protocol: Protocol,
+    *,
+    device: str | torch.device = "cpu",
+    model_hash: str | None = None,
+    extractors: Mapping[str, str] = MappingProxyType({}),
+    reference: Mapping[str, Any] | None = None,
+    models: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """What a measurement depends on besides the model's name: versions, machine, date (UTC), every convention, and SHA-256 hashes.
+
+    device: where the pictures were drawn. model_hash: `fingerprints.folder_hash` of the model. extractors: SHA-256 of each by its name.
+    reference: name and hash of the real pictures or statistics. models: of each model in the rows what is known of it: the configuration of
+    its `scheduler`, its `hash`, and its `store`, the folder of its features. A package that is not installed is left out.
     """
-    packages = {"fastgen": "fastgen-distill", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"}
-    versions = {key: version for key, package in packages.items() if (version := _version(package))}
+    versions = {key: version for key, package in _PACKAGES.items() if (version := _version(package))}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **versions},
@@ -55,17 +83,55 @@ def provenance(protocol: Protocol, *, device: str | torch.device = "cpu", model_
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "protocol_hash": protocol.hash(),
-        "classifier_hash": protocol.extractor_hash(),
         "model_hash": model_hash,
+        "conventions": _conventions(protocol, extractors),
+        "extractors": dict(extractors),
+        "prompt_sets": {name: {"hash": each.hash, "images": len(each), "per_prompt": each.per_prompt} for name, each in protocol.sets.items()},
+        "reference": None if reference is None else dict(reference),
+        "models": {name: dict(known) for name, known in models.items()},
     }
 
 
-def write_results(path: str | Path, protocol_name: str, rows: Sequence[Row], provenance: Mapping[str, Any]) -> None:
-    """Write results.json (keys protocol, metrics, provenance) in one step: readers see the old file or the whole new one.
+def _conventions(protocol: Protocol, extractors: Iterable[str]) -> dict[str, Any]:
+    """All that a protocol decides and numbers depend on, with the defaults that it leaves unsaid."""
+    metrics = protocol.metrics(protocol.resources)
+    return {
+        "quantisation": QUANTISATIONS[protocol.spec.quantisation],
+        "prepare": protocol.spec.prepare.model_dump(),
+        "chunk": protocol.spec.chunk,
+        "seeds": {name: _seeds_rule(block) for name, block in protocol.spec.sets.items()},
+        "subset_seed": protocol.spec.seed,
+        "metrics": {name: {**metric.config.model_dump(mode="json"), "set": metric.set} for name, metric in metrics.items()},
+        "extractors": {name: find_extractor(name).convention for name in extractors},
+    }
+
+
+def _seeds_rule(block: SetBlock) -> str:
+    """How the seed of a picture's noise follows from its id, which goes on from set to set, or from its place in the set."""
+    if block.first_seed is not None:
+        return f"{block.first_seed} + place in the set"
+    return f"derived from ('evaluation', {block.seed}, id)"
+
+
+def write_results(
+    path: str | Path,
+    protocol_name: str,
+    rows: Sequence[Row],
+    provenance: Mapping[str, Any],
+    *,
+    missing: Sequence[Missing] = (),
+    stop_after: int | None = None,
+) -> dict[str, Any]:
+    """Write results.json in one step (readers see the old file or the whole new one), and return its content: the keys protocol, metrics,
+    missing and provenance, and partial where only the first `stop_after` pictures of each set were drawn.
 
     Raises ValueError for a NaN or infinite value, which JSON cannot hold.
     """
-    _write_json(Path(path), {"protocol": protocol_name, "metrics": list(rows), "provenance": dict(provenance)})
+    content: dict[str, Any] = {"protocol": protocol_name, "metrics": list(rows), "missing": list(missing), "provenance": dict(provenance)}
+    if stop_after is not None:
+        content["partial"] = {"stop_after": stop_after}
+    _write_json(Path(path), content)
+    return content
 
 
 class Measurement(records.Schema):
@@ -78,13 +144,31 @@ class Measurement(records.Schema):
     guidance: float | None = None
     n: int = 1
     std: float | None = None
+    std_over: str | None = None
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    interval_over: str | None = None
     floor: str | None = None
+    seed: int | None = None
+
+
+class _Unmeasured(records.Schema):
+    name: str
+    model: str
+    reason: str
+
+
+class _Partial(records.Schema):
+    stop_after: int
 
 
 class Results(records.Schema):
+    """results.json; files of before there were protocol files have neither `missing` nor `partial`."""
+
     protocol: str
     metrics: list[Measurement]
     provenance: dict[str, Any]
+    missing: list[_Unmeasured] = Field(default_factory=list)
+    partial: _Partial | None = None
 
 
 class _Entry(records.Schema):
@@ -93,7 +177,7 @@ class _Entry(records.Schema):
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """results.json as a dict with the keys protocol, metrics, provenance; raises UserError when it is missing or is something else."""
+    """results.json as a dict with the keys protocol, metrics, provenance and what else is in it; UserError when it is missing or something else."""
     return records.read(Path(path), Results)
 
 

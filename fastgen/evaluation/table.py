@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastgen.evaluation.protocols import Row
+from fastgen.evaluation.results import Row
 
 
 class Column(NamedTuple):

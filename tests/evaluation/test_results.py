@@ -1,0 +1,142 @@
+"""results.json says what its numbers depend on, and files of every age are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen.errors import UserError
+from fastgen.evaluation import protocol as protocols
+from fastgen.evaluation import results
+from fastgen.evaluation.extractors.base import Extractor, Pictures
+from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Options, Value
+from fastgen.evaluation.protocol import Protocol, protocol_from
+from fastgen.evaluation.results import Missing, Row, provenance, read_results, write_results
+from fastgen.rng import derive_seed
+
+ROWS: list[Row] = [
+    Row(name="plain", model="student", value=7.25, n=3594, steps=1, guidance=1.0),
+    Row(name="plain", model="teacher", value=5.0, n=3594, std=0.25, std_over="subsets", interval=[4.5, 5.5], interval_over="images"),
+]
+
+
+class Plain(Metric):
+    class Config(Options):
+        set: str | None = None
+        scale: float = 100.0
+
+    shows: ClassVar = {"plain": Heading("plain")}
+
+    def needs(self) -> Needs:
+        return Needs({})
+
+    def measure(self, measured: Measured) -> list[Value]:
+        return []
+
+
+class Grey(Extractor):
+    convention: ClassVar[str] = "the mean of 8-bit levels"
+
+    @property
+    def hash(self) -> str:
+        return "0" * 64
+
+    def __call__(self, pictures: Pictures, layers: Collection[str]) -> dict[str, Tensor]:
+        return {}
+
+
+@pytest.fixture
+def protocol(monkeypatch: pytest.MonkeyPatch) -> Protocol:
+    monkeypatch.setattr(protocols, "find_metric", lambda name, where="": Plain)
+    monkeypatch.setattr(results, "find_extractor", lambda name: Grey)
+    sets = {"open": {"prompts": None, "count": 6, "per_prompt": 2, "seed": 3}, "named": {"prompts": None, "count": 4, "first_seed": 100}}
+    return protocol_from({"name": "mine", "sets": sets, "quantisation": "truncate", "metrics": {"plain": {"set": "named"}}})
+
+
+def test_provenance_holds_every_convention_and_hash(protocol: Protocol) -> None:
+    models = {"student": {"hash": "b" * 64, "scheduler": {"_class_name": "EulerDiscreteScheduler", "shift": 3.0}, "store": "/tmp/store"}}
+    reference = {"name": "photographs", "hash": "c" * 64}
+    origin = provenance(protocol, model_hash="abc", extractors={"grey": "0" * 64}, reference=reference, models=models)
+    assert origin["conventions"] == {
+        "quantisation": "truncate: floor(255 y)",
+        "prepare": {"crop": "none", "resize": None, "filter": "lanczos"},
+        "chunk": 64,
+        "seeds": {"open": "derived from ('evaluation', 3, id)", "named": "100 + place in the set"},
+        "subset_seed": 0,
+        "metrics": {"plain": {"set": "named", "scale": 100.0}},
+        "extractors": {"grey": "the mean of 8-bit levels"},
+    }
+    assert origin["prompt_sets"] == {
+        "open": {"hash": protocol.sets["open"].hash, "images": 6, "per_prompt": 2},
+        "named": {"hash": protocol.sets["named"].hash, "images": 4, "per_prompt": 1},
+    }
+    assert (origin["extractors"], origin["reference"], origin["models"]) == ({"grey": "0" * 64}, reference, models)
+    assert (origin["protocol_hash"], origin["model_hash"], origin["threads"]) == (protocol.hash(), "abc", torch.get_num_threads())
+    assert torch.__version__.startswith(origin["versions"]["torch"]) and origin["versions"]["pillow"]
+    assert origin["device"] and origin["platform"] and origin["date"].endswith("+00:00")
+    assert json.loads(json.dumps(origin)) == origin
+
+
+def test_seeds_follow_the_rule_that_is_written(protocol: Protocol) -> None:
+    assert protocol.sets["open"].seeds == tuple(derive_seed("evaluation", 3, id) for id in range(6))
+    assert protocol.sets["named"].seeds == (100, 101, 102, 103)
+
+
+def test_results_round_trip_with_what_is_missing(tmp_path: Path) -> None:
+    path, missing = tmp_path / "student" / "results.json", [Missing(name="fid", model="student", reason="needs weights")]
+    written = write_results(path, "mine", ROWS, {"threads": 2}, missing=missing, stop_after=64)
+    assert written == read_results(path)
+    assert written == {"protocol": "mine", "metrics": ROWS, "missing": missing, "provenance": {"threads": 2}, "partial": {"stop_after": 64}}
+    assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
+    assert "partial" not in write_results(path, "mine", ROWS, {})
+
+
+def test_files_without_the_newer_keys_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    old = {"protocol": "digits", "metrics": [{"name": "fd_digits", "model": "student", "value": 7}], "provenance": {"classifier_hash": "x"}}
+    path.write_text(json.dumps(old))
+    assert read_results(path) == old
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"missing": [{"name": "fid", "model": "student"}]}, r"key missing\.0\.reason: missing"),
+        ({"missing": {}}, "key missing: must be a list"),
+        ({"partial": {"stop_after": "64"}}, r"key partial\.stop_after: must be a whole number"),
+        ({"metrics": [{**ROWS[1], "interval": [1.0]}]}, r"key metrics\.0\.interval"),
+        ({"metrics": [{**ROWS[1], "interval": [1.0, None]}]}, r"key metrics\.0\.interval\.1: must be a number"),
+        ({"metrics": [{**ROWS[1], "value": "7"}]}, r"key metrics\.0\.value: must be a number"),
+        ({"provenance": []}, "key provenance: must be a JSON object"),
+    ],
+)
+def test_a_damaged_key_is_named(tmp_path: Path, more: dict[str, object], message: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"protocol": "mine", "metrics": ROWS, "provenance": {}} | more))
+    with pytest.raises(UserError, match=rf"results\.json.*{message}"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"metrics": []}'])
+def test_something_else_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"results\.json") as caught:
+        read_results(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, "mine", ROWS, {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(path, "mine", [Row(name="plain", model="student", value=float("nan"), n=1)], {})
+    assert read_results(path)["metrics"] == ROWS
+    assert len(list(tmp_path.iterdir())) == 1
