@@ -181,6 +181,13 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return records.read(Path(path), Results)
 
 
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What has to be said beside the numbers: that they are of a quick look, and what could not be measured."""
+    partial = results.get("partial")
+    quick = [f"a quick look: only the first {partial['stop_after']:,} pictures of each set"] if partial else []
+    return quick + [f"not measured: {each['name']} of the {each['model']}: {each['reason']}" for each in results.get("missing") or []]
+
+
 def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:
     """The rows stored under `key`, or those of `compute()`, stored for the next time.
 
