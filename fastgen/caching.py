@@ -21,7 +21,7 @@ from fastgen.families.base import Family
 from fastgen.generator import load_teacher
 from fastgen.parallel import choose_device
 from fastgen.plan import check_texts, pinned, resolved_teacher
-from fastgen.run.progress import Progress
+from fastgen.progress import Progress
 
 
 def cache_pairs(

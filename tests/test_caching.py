@@ -22,7 +22,7 @@ from fastgen.errors import UserError
 from fastgen.families.sd3 import SD3
 from fastgen.generator import load_teacher
 from fastgen.plan import plan
-from fastgen.run.progress import Progress
+from fastgen.progress import Progress
 
 DIGITS: dict[str, Any] = {
     "teacher": {"pretrained": "fastgen:digits", "guidance": 1.5},

@@ -30,6 +30,7 @@ LAYERS = [
         "files",
         "fingerprints",
         "discovery",
+        "progress",
         "legibility",
         "guidance",
     }

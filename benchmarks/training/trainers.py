@@ -17,9 +17,9 @@ from fastgen.families.sd3 import SD3
 from fastgen.memory import network_bytes
 from fastgen.parallel import launch
 from fastgen.plan import Plan, plan
+from fastgen.progress import Progress
 from fastgen.roles import build_roles
 from fastgen.run.building import Run, build, load_pairs
-from fastgen.run.progress import Progress
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from fastgen.evaluation.fid import finite
+from fastgen.evaluation.frechet import finite
 
 
 def pairwise_distance(features: Tensor, groups: Sequence[Hashable]) -> float:

@@ -44,7 +44,9 @@ def _found(block: SetBlock, data_dir: Path | None, where: str) -> Path:
     if given.is_absolute() or (data_dir is None and given.exists()):
         path = given
     elif data_dir is None:
-        raise UserError(f"{where}.prompts: needs the file {block.prompts!r}{source} and name its folder with --data-dir (recipe key evaluate.data_dir)")
+        raise UserError(
+            f"{where}.prompts: needs the file {block.prompts!r}{source} and name its folder with --data-dir (recipe key evaluate.data_dir)"
+        )
     else:
         path = data_dir / block.prompts
     if problem := missing(path):

@@ -53,7 +53,7 @@ class Row(TypedDict):
 
 
 class Missing(TypedDict):
-    """A metric that could not be measured; model: whose, and why, in one line."""
+    """A metric that could not be measured, and why, in one line; model: of which, empty for all."""
 
     name: str
     model: str
@@ -185,7 +185,9 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     """What has to be said beside the numbers: that they are of a quick look, and what could not be measured."""
     partial = results.get("partial")
     quick = [f"a quick look: only the first {partial['stop_after']:,} pictures of each set"] if partial else []
-    return quick + [f"not measured: {each['name']} of the {each['model']}: {each['reason']}" for each in results.get("missing") or []]
+    return quick + [
+        f"not measured: {each['name']}{each['model'] and f' of the {each['model']}'}: {each['reason']}" for each in results.get("missing") or []
+    ]
 
 
 def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:

@@ -1,211 +1,285 @@
-"""Running a protocol on a generator, and keeping what came out: results.json, its provenance, and a cache for models that do not change."""
+"""An evaluation: what a protocol asks for is drawn by each subject in turn, and measured on the features that are kept of it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastgen import records
-from fastgen.errors import NotFinite, UserError
-from fastgen.evaluation.protocols import Protocol, Row, Subset
-from fastgen.evaluation.speed import peak_memory_bytes, reset_peak_memory, synchronise
-from fastgen.files import write_atomically
-from fastgen.fingerprints import sealed, unsealed
+from fastgen.errors import UserError
+from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Keep, Part, by_set, drawn, fill
+from fastgen.evaluation.extractors.base import Resources
+from fastgen.evaluation.metrics.base import NO_REFERENCE, Measured, Metric, Needs, Reference, Value
+from fastgen.evaluation.protocol import Protocol, SampleSet
+from fastgen.evaluation.results import Missing, Row, cached
+from fastgen.evaluation.store import Store, total
+from fastgen.evaluation.subjects import Subject
+from fastgen.evaluation.weights import Unavailable
+from fastgen.fingerprints import digest
+from fastgen.progress import Progress
 
-Generate = Callable[[list[str], list[int], int], Tensor]  # prompts, seeds, steps -> images (B, 3, H, W), float in [0, 1]
-Progress = Callable[[int, int, str], None]  # images done, images in all, what is going on
+STORES = Path(".cache/fastgen/evaluations")  # below the home folder
 
-CACHE = Path(".cache/fastgen/results")  # below the home folder
+
+@dataclass(frozen=True)
+class Settings:
+    """How an evaluation is done. root: the folder of stores. part: draws only these chunks. stop_after: only the first pictures of each set,
+    for a quick look. batch_size: pictures drawn at once, None for the protocol's own; it changes rounding alone."""
+
+    root: Path
+    part: Part = WHOLE
+    stop_after: int | None = None
+    batch_size: int | None = None
+
+
+@dataclass
+class Drawn:
+    """A subject whose pictures are in its stores, by set."""
+
+    subject: Subject
+    stores: Mapping[str, Store]
+
+
+@dataclass
+class Evaluation:
+    """One protocol, measured on one subject after the other: `draw` each, then ask for `rows`.
+
+    missing: what could not be measured, and why. UserError, before anything is drawn, where nothing of the protocol can be measured.
+    """
+
+    protocol: Protocol
+    resources: Resources
+    settings: Settings
+    reference: Reference | None = None
+    keep: Keep | None = None
+    progress: Progress = field(default_factory=Progress)
+    missing: list[Missing] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        count = self.settings.stop_after
+        self.sets = {name: each if count is None else each.head(count) for name, each in self.protocol.sets.items()}
+        self.extractors = Extractors(self.resources)
+        self.metrics, self.needs = self._possible()
+        if not self.metrics:
+            reasons = "; ".join(f"{each['name']} {each['reason']}" for each in self.missing)
+            raise UserError(f"protocol {self.protocol.name}: nothing can be measured: {reasons}")
+        self._features = by_set(need.generated for need in self.needs.values())
+        self._drawn: list[Drawn] = []
+
+    def _possible(self) -> tuple[dict[str, Metric], dict[str, Needs]]:
+        """The metrics for which everything is here, and what they need; the others are `missing`."""
+        metrics, needed = {}, {}
+        for name, metric in self.protocol.metrics(self.resources).items():
+            try:
+                needs = metric.needs()
+                if needs.reference and self.reference is None:
+                    raise Unavailable(NO_REFERENCE)
+                self.extractors.require([*(each for features in needs.generated.values() for each in features), *needs.reference])
+            except Unavailable as error:
+                self._lacks(name, None, error)
+            else:
+                metrics[name], needed[name] = metric, needs
+        return metrics, needed
+
+    def _lacks(self, name: str, model: str | None, error: Unavailable) -> None:
+        self.missing.append(Missing(name=name, model=model or "", reason=str(error)))
+        self.progress.warn(f"{name}{f' of the {model}' if model else ''} is not measured: {error}")
+
+    def draw(self, subject: Subject) -> bool:
+        """Draw what is not in the subject's stores yet, or this part of it; whether everything is there now.
+
+        UserError for pictures of a size that the protocol does not measure, NotFinite for pictures that are none. What was drawn before a
+        mistake or a kill stays.
+        """
+        subject.check(self.sets, whole=self.settings.stop_after is None)
+        stores = {name: self._store(subject, each) for name, each in self._used().items()}
+        names = {where: [self.extractors.name(each) for each in self._features[where]] for where in stores}
+        left = {where: [chunk for chunk in store.missing(names[where]) if self._is_ours(chunk)] for where, store in stores.items()}
+        pictures = sum(len(stores[where].ids(chunk)) for where, chunks in left.items() for chunk in chunks)
+        if pictures:
+            self._draw(subject, stores, pictures)
+        done = not any(store.missing(names[where]) for where, store in stores.items())
+        if done:
+            self._drawn.append(Drawn(subject, stores))
+        return done
+
+    def _used(self) -> dict[str, SampleSet]:
+        """The sets that something is measured on."""
+        return {name: each for name, each in self.sets.items() if name in self._features}
+
+    def _is_ours(self, chunk: int) -> bool:
+        return chunk % self.settings.part.of == self.settings.part.index
+
+    def _draw(self, subject: Subject, stores: Mapping[str, Store], pictures: int) -> None:
+        spec, done = self.protocol.spec, 0
+        drawing = Drawing(subject.draw, self.settings.batch_size or spec.batch_size, spec.quantisation, spec.prepare, self.keep)
+        self._warm_up(drawing)
+        steps = "" if subject.steps is None else f", {subject.steps} step{'s' * (subject.steps != 1)}"
+        self.progress.start(f"pictures of the {subject.name}{steps}", pictures)
+
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress.update(done, {})
+
+        try:
+            for name, store in stores.items():
+                fill(store, self.sets[name], drawing, self.extractors, self._features[name], part=self.settings.part, tick=tick)
+        finally:  # a bar left running hides the terminal's cursor
+            self.progress.finish()
+
+    def _warm_up(self, drawing: Drawing) -> None:
+        """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are drawn."""
+        samples = next(iter(self._used().values()))
+        pixels, _ = drawn(samples, range(min(drawing.batch_size, len(samples))), drawing)
+        self.protocol.check_image(tuple(pixels.shape[1:]))
+
+    def _store(self, subject: Subject, samples: SampleSet) -> Store:
+        spec = self.protocol.spec
+        key = digest([subject.identity, samples.hash, spec.quantisation, spec.prepare.model_dump()])
+        return Store(self.settings.root / key[:32], len(samples), samples.chunk)
+
+    def rows(self) -> list[Row]:
+        """Every metric of every subject that has been drawn, in that order, with what drawing cost."""
+        teacher = next((self.measured(each) for each in self._drawn if each.subject.name == "teacher"), None)
+        rows: list[Row] = []
+        for each in self._drawn:
+            subject = each.subject
+            self.progress.start(f"metrics of the {subject.name}", len(self.metrics))
+            try:
+                values = self._values(subject.name, self.measured(each, None if subject.name == "teacher" else teacher))
+            finally:
+                self.progress.finish()
+            rows += [_row(value, subject) for value in [*values, *_costs(each)]]
+        return rows
+
+    def _values(self, model: str, measured: Measured) -> list[Value]:
+        values: list[Value] = []
+        for index, (name, metric) in enumerate(self.metrics.items(), 1):
+            try:
+                if self.needs[name].teacher and measured.teacher is None and model != "teacher":
+                    raise Unavailable("needs the teacher's pictures")
+                if not (self.needs[name].teacher and model == "teacher"):
+                    values += metric.measure(measured)
+            except Unavailable as error:
+                self._lacks(name, model, error)
+            self.progress.update(index, {})
+        return values
+
+    def measured(self, each: Drawn, teacher: Measured | None = None) -> Measured:
+        """What metrics see of a subject's pictures."""
+        tables = {(where, one): store.table(self.extractors.name(one)) for where, store in each.stores.items() for one in self._features[where]}
+        return Measured(self.sets, tables, self.reference, teacher, None, self.resources, self.protocol.spec.seed)
+
+    def floors(self) -> list[Row]:
+        """What real images score, by each metric that says so; computed once for each protocol and set of weights."""
+        hashes = sorted(each.hash for each in self.extractors.used)
+        return cached(f"floors/{self.protocol.hash()}/{hashes}", lambda: [row for metric in self.metrics.values() for row in metric.floors()])
+
+    def stores(self, subject: Subject) -> dict[str, str]:
+        """Where a drawn subject's features lie, by set."""
+        return next(({name: str(store.folder) for name, store in each.stores.items()} for each in self._drawn if each.subject is subject), {})
+
+    @property
+    def extractor_hashes(self) -> dict[str, str]:
+        return {type(each).__module__.rpartition(".")[2]: each.hash for each in self.extractors.used}
+
+
+def _row(value: Value, subject: Subject) -> Row:
+    row = Row(name=value.name, model=subject.name, value=value.value, n=value.n)
+    if subject.steps is not None:
+        row["steps"] = subject.steps
+    if subject.guidance is not None:
+        row["guidance"] = subject.guidance
+    if value.std is not None and value.std_over is not None:
+        row |= Row(std=value.std, std_over=value.std_over)  # type: ignore[typeddict-item]
+    if value.interval is not None and value.interval_over is not None:
+        row |= Row(interval=list(value.interval), interval_over=value.interval_over)  # type: ignore[typeddict-item]
+    return row
+
+
+def _costs(each: Drawn) -> list[Value]:
+    """Time and memory of drawing: of every picture once, transfer to the CPU included, after one batch that is not counted; memory as in
+    `speed.peak_memory_bytes`. None of pictures that lay there already."""
+    costs = [cost for store in each.stores.values() for cost in store.costs()]
+    pictures = round(total(costs, "pictures"))
+    if each.subject.steps is None or not pictures:
+        return []
+    seconds = 1000 * total(costs, "seconds") / pictures
+    return [Value("seconds_per_1000_images", seconds, pictures), Value("peak_memory_bytes", max(cost["peak"] for cost in costs), pictures)]
+
+
+class _Function(Subject):
+    """A function (prompts, seeds, steps) -> pictures, such as an ImageGenerator; nothing of it is known that would outlive the process."""
+
+    def __init__(self, generate: Callable[[list[str], list[int], int], Tensor], model: Any, steps: int, guidance: float) -> None:
+        self.generate, self.name, self.steps, self.guidance = generate, model, steps, guidance
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    @property
+    def content(self) -> str:
+        return ""
+
+    def draw(self, prompts: list[str], seeds: list[int], ids: Sequence[int]) -> Tensor:
+        assert self.steps is not None
+        return self.generate(prompts, seeds, self.steps)
 
 
 def run_protocol(
     protocol: Protocol,
-    generate: Generate,
+    generate: Callable[[list[str], list[int], int], Tensor],
     *,
     model: str,
     steps: Sequence[int],
     guidance: float,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    resources: Resources | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """One row for each metric and step count, with seconds_per_1000_images and peak_memory_bytes.
+    """One row for each metric and step count, with seconds_per_1000_images and peak_memory_bytes; nothing is kept.
 
-    `model` and `guidance` are only recorded: `generate` applies its own guidance. Time is that of generating every image of the protocol
-    once (transfer to the CPU included), after one batch that is not counted; memory as in `speed.peak_memory_bytes`.
-    Raises UserError for step counts or batch sizes below 1 and for images of a shape that the protocol does not measure, NotFinite for
-    images that are none, ValueError when `generate` returns another number of images than asked for.
+    generate: prompts, seeds, steps -> pictures (B, 3, H, W), float in [0, 1]. `model` and `guidance` are only recorded: `generate` applies
+    its own guidance. Raises UserError for step counts or batch sizes below 1 and for images of a shape that the protocol does not measure,
+    NotFinite for images that are none, ValueError when `generate` returns another number of images than asked for.
     """
-    if not steps or min(steps) < 1 or batch_size < 1:
+    if not steps or min(steps) < 1 or (batch_size is not None and batch_size < 1):
         raise UserError(f"step counts and the batch size must be at least 1, got steps {list(steps)} and batch size {batch_size}")
-    total = sum(len(subset.prompts) for subset in protocol.subsets.values())
-    _warm_up(protocol, generate, min(steps), batch_size)
-    rows: list[Row] = []
-    for index, count in enumerate(steps):
-        reset_peak_memory()
-        images, seconds = {}, 0.0
-        for name, subset in protocol.subsets.items():
-            tick = _ticker(progress, index * total + sum(map(len, images.values())), total * len(steps), f"{model}, {count} steps, {name}")
-            images[name], elapsed = _generate(subset, generate, count, batch_size, tick)
-            seconds += elapsed
-        values = protocol.measure(images)
-        rows += [Row(name=name, model=model, steps=count, guidance=guidance, value=v, n=protocol.count(name)) for name, v in values.items()]
-        costs = {"seconds_per_1000_images": 1000 * seconds / total, "peak_memory_bytes": peak_memory_bytes()}
-        rows += [Row(name=name, model=model, steps=count, guidance=guidance, value=v, n=total) for name, v in costs.items()]
-    return rows
+    with _temporary() as root:
+        evaluation = Evaluation(protocol, resources or Resources(), Settings(root, batch_size=batch_size), progress=progress or Progress())
+        for count in steps:
+            evaluation.draw(_Function(generate, model, count, guidance))
+        return evaluation.rows()
 
 
-@torch.no_grad()
-def _generate(subset: Subset, generate: Generate, steps: int, batch_size: int, tick: Callable[[int], None]) -> tuple[Tensor, float]:
-    """All images of a subset on the CPU, in order, and the seconds that `generate` took."""
-    batches: list[Tensor] = []
-    seconds = 0.0
-    for start in range(0, len(subset.prompts), batch_size):
-        prompts, seeds = list(subset.prompts[start : start + batch_size]), list(subset.seeds[start : start + batch_size])
-        synchronise()
-        began = time.perf_counter()
-        images = generate(prompts, seeds, steps).detach().cpu()
-        seconds += time.perf_counter() - began
-        if len(images) != len(prompts):
-            raise ValueError(f"the generator returned {len(images)} images for {len(prompts)} prompts")
-        _require_finite(images)
-        batches.append(images)
-        tick(start + len(prompts))
-    return torch.cat(batches), seconds
+def missing_at_start(protocol: Protocol, resources: Resources) -> list[Missing]:
+    """What of a protocol cannot be measured here, before anything is drawn. UserError where nothing can."""
+    with _temporary() as root:
+        return Evaluation(protocol, resources, Settings(root)).missing
 
 
-@torch.no_grad()
-def _warm_up(protocol: Protocol, generate: Generate, steps: int, batch_size: int) -> None:
-    """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are generated."""
-    subset = next(iter(protocol.subsets.values()))
-    images = generate(list(subset.prompts[:batch_size]), list(subset.seeds[:batch_size]), steps)
-    protocol.check_image(images.shape[1:])
-    _require_finite(images)
-
-
-def _require_finite(images: Tensor) -> None:
-    broken = ~images.isfinite().flatten(1).all(1)
-    if bool(broken.any()):
-        raise NotFinite(f"{int(broken.sum())} of {len(images)} images that the generator returned are not finite, so nothing can be measured")
-
-
-def _ticker(progress: Progress | None, before: int, total: int, label: str) -> Callable[[int], None]:
-    return lambda done: progress(before + done, total, label) if progress else None
-
-
-def provenance(protocol: Protocol, *, device: str | torch.device = "cpu", model_hash: str | None = None) -> dict[str, Any]:
-    """What a measurement depends on besides the model's name: versions, machine, date (UTC), and sha256 hashes of protocol and weights.
-
-    `device` is where the images were generated; `model_hash` is `fingerprints.folder_hash` of the model. A package that is not installed is left out.
-    """
-    packages = {"fastgen": "fastgen-distill", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"}
-    versions = {key: version for key, package in packages.items() if (version := _version(package))}
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **versions},
-        "device": _device_name(torch.device(device)),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "protocol_hash": protocol.hash(),
-        "classifier_hash": protocol.extractor_hash(),
-        "model_hash": model_hash,
-    }
-
-
-def write_results(path: str | Path, protocol_name: str, rows: Sequence[Row], provenance: Mapping[str, Any]) -> None:
-    """Write results.json (keys protocol, metrics, provenance) in one step: readers see the old file or the whole new one.
-
-    Raises ValueError for a NaN or infinite value, which JSON cannot hold.
-    """
-    _write_json(Path(path), {"protocol": protocol_name, "metrics": list(rows), "provenance": dict(provenance)})
-
-
-class Measurement(records.Schema):
-    """A row of results.json."""
-
-    name: str
-    model: str
-    value: float
-    steps: int | None = None
-    guidance: float | None = None
-    n: int = 1
-    std: float | None = None
-    floor: str | None = None
-
-
-class Results(records.Schema):
-    protocol: str
-    metrics: list[Measurement]
-    provenance: dict[str, Any]
-
-
-class _Entry(records.Schema):
-    key: str
-    rows: list[Measurement]
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """results.json as a dict with the keys protocol, metrics, provenance; raises UserError when it is missing or is something else."""
-    return records.read(Path(path), Results)
-
-
-def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:
-    """The rows stored under `key`, or those of `compute()`, stored for the next time.
-
-    One file per key, named after its sha256, in `folder` (default ~/.cache/fastgen/results), sealed. An entry that cannot be read, or is
-    not as it was written, is computed again, and one that cannot be written is not kept; both are said with a warning.
-    """
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="fastgen-"))
     try:
-        path = (folder or Path.home() / CACHE) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stores_folder(given: Path | None = None) -> Path:
+    """Where features are kept: the given folder, or ~/.cache/fastgen/evaluations. UserError where there is no home."""
+    if given is not None:
+        return given
+    try:
+        return Path.home() / STORES
     except RuntimeError as error:
-        warnings.warn(f"results could not be cached ({error})", stacklevel=2)
-        return compute()
-    if path.exists():
-        try:
-            return _read_entry(path, key)
-        except ValueError as error:
-            warnings.warn(f"cached results {path} are unreadable ({error}); computing them again", stacklevel=2)
-    rows = compute()
-    try:
-        _write_json(path, sealed({"key": key, "rows": rows}))
-    except UserError as error:
-        warnings.warn(f"results could not be cached ({error})", stacklevel=2)
-    return rows
-
-
-def _read_entry(path: Path, key: str) -> list[Row]:
-    entry = records.checked(unsealed(records.read(path)), _Entry)
-    if entry["key"] != key:
-        raise ValueError("not an entry of this key")
-    return entry["rows"]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return name if device.type == "cpu" else f"{device.type} ({name})"
+        raise UserError(f"--store: needed, for there is no home folder ({error})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+<<<<<<< HEAD
 from fastgen.evaluation.headings import ABSENT, COSTS, MEMORY, RATE, heading, number, ordered, written
 from fastgen.evaluation.results import Row
 
@@ -14,6 +15,9 @@ _FIRST = ("prompt_accuracy", "parity_accuracy")  # what the pictures show comes 
 
 Key = tuple[str, int | None, float | None, str]  # model, steps, guidance, floor
 Groups = Mapping[Key, Mapping[str, Row]]
+=======
+from fastgen.evaluation.results import Row
+>>>>>>> eval
 
 
 class Column(NamedTuple):

@@ -17,11 +17,12 @@ from fastgen.errors import UserError
 from fastgen.files import check_writable, expanded, write_atomically
 from fastgen.outlook import describe
 from fastgen.plan import Plan, plan
+from fastgen.progress import Progress
 from fastgen.run.building import Run, build, load_pairs
 from fastgen.run.events import train_steps
 from fastgen.run.folder import RunFolder
+from fastgen.run.interrupted import Interrupted
 from fastgen.run.products import evaluate, export, finish, measure, require_verified
-from fastgen.run.progress import Interrupted, Progress
 from fastgen.runlog import RunLog
 
 __all__ = ["Interrupted", "Progress", "build", "dry_run", "evaluate", "export", "measure", "require_verified", "train"]

@@ -17,8 +17,8 @@ from fastgen.generator import ImageGenerator
 from fastgen.licensing import license_of
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan
+from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
-from fastgen.run.progress import Progress
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 

@@ -18,9 +18,9 @@ from fastgen.families import resolve_source
 from fastgen.fingerprints import folder_hash
 from fastgen.generator import ImageGenerator, load_student, load_teacher_of, read_manifest, teacher_source
 from fastgen.plan import plan
+from fastgen.progress import Progress
 from fastgen.run.building import Run, build
 from fastgen.run.folder import check_parents, plain
-from fastgen.run.progress import Progress
 
 
 def finish(run: Run, run_dir: Path, progress: Progress) -> None:

@@ -20,7 +20,7 @@ from fastgen.errors import UserError
 from fastgen.families.sd3 import SD3
 from fastgen.outlook import dry_run
 from fastgen.plan import plan
-from fastgen.run.progress import Progress
+from fastgen.progress import Progress
 
 
 class Heard(Progress):

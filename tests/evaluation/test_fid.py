@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import Tensor
-
 from fastgen.evaluation.fid import FeatureStatistics, bootstrap_floor, frechet_distance, half_floor
+from torch import Tensor
 
 
 def gaussian(mean: Tensor, cov: Tensor) -> FeatureStatistics:

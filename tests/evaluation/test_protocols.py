@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
+from fastgen.evaluation.fid import FeatureStatistics, frechet_distance
 from torch import Tensor
 
 from fastgen.data import digits
 from fastgen.errors import UserError
 from fastgen.evaluation.diversity import mode_entropy, pairwise_distance, vendi_score
-from fastgen.evaluation.fid import FeatureStatistics, frechet_distance
 from fastgen.evaluation.protocols import Digits, load_protocol, quantise
 
 N = 1797

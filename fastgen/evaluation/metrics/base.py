@@ -19,7 +19,24 @@ from fastgen.evaluation.weights import Unavailable
 if TYPE_CHECKING:
     from fastgen.evaluation.protocol import SampleSet
 
-__all__ = ["Feature", "Heading", "Measured", "Metric", "Needs", "Options", "Reference", "Resources", "Row", "Table", "Unavailable", "Value", "feature"]
+__all__ = [
+    "Feature",
+    "Heading",
+    "Measured",
+    "Metric",
+    "Needs",
+    "Options",
+    "Reference",
+    "Resources",
+    "Row",
+    "Table",
+    "Unavailable",
+    "Value",
+    "feature",
+]
+
+
+NO_REFERENCE = "needs reference pictures or statistics: give the protocol a reference, or --images"
 
 
 class Heading(NamedTuple):
@@ -76,7 +93,7 @@ class Measured:
     def real(self) -> Reference:
         """The reference; Unavailable where the protocol has none."""
         if self.reference is None:
-            raise Unavailable("needs reference pictures or statistics: give the protocol a reference, or --images")
+            raise Unavailable(NO_REFERENCE)
         return self.reference
 
 

@@ -1,21 +1,12 @@
-"""What a run says while it works, and how it stops when it is asked to."""
+"""What long work says while it goes on."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping
 
 
-class Interrupted(Exception):
-    """Training stopped on a signal after saving; `number` is the signal's."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped at step {step} by {signal.Signals(number).name}")
-        self.number = number
-
-
 class Progress:
-    """What a run says while it works; this one says nothing. The command line shows bars."""
+    """What long work says; this one says nothing. The command line shows bars."""
 
     def stage(self, message: str) -> None:
         """A new stage begins."""

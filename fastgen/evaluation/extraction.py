@@ -1,0 +1,187 @@
+"""Pictures are drawn, turned into features and forgotten, a chunk at a time: whatever is measured on them reads the features.
+
+A chunk holds the same pictures in whichever process and however they are drawn, so its features are the same to the bit wherever the
+pictures are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen.config import validate
+from fastgen.errors import NotFinite, UserError
+from fastgen.evaluation.extractors import find_extractor
+from fastgen.evaluation.extractors.base import Extractor, Feature, Pictures, Resources
+from fastgen.evaluation.preparation import prepared, quantised
+from fastgen.evaluation.protocol import PrepareBlock, SampleSet
+from fastgen.evaluation.speed import peak_memory_bytes, reset_peak_memory, synchronise
+from fastgen.evaluation.store import Store
+from fastgen.evaluation.weights import Unavailable
+from fastgen.fingerprints import digest
+
+Draw = Callable[[list[str], list[int], Sequence[int]], Tensor]  # prompts, seeds, ids -> (B, 3, H, W), floats in [0, 1] or uint8
+Keep = Callable[[SampleSet, range, Tensor], None]  # a set, rows of it, and their 8-bit pictures
+
+
+AS_IS = PrepareBlock()
+
+
+class Part(NamedTuple):
+    """Which chunks one of several processes draws: those whose number is `index` modulo `of`."""
+
+    index: int = 0
+    of: int = 1
+
+
+WHOLE = Part()
+
+
+class Extractors:
+    """The extractors that some features come from, each built once. `failed` says why those are not here that are not."""
+
+    def __init__(self, resources: Resources) -> None:
+        self.resources = resources
+        self.failed: dict[tuple[str, str], Unavailable] = {}
+        self._built: dict[tuple[str, str], Extractor] = {}
+
+    def require(self, features: Iterable[Feature]) -> None:
+        """Build what these features need; Unavailable where that cannot be done."""
+        for each in features:
+            self.of(each)
+
+    def of(self, each: Feature) -> Extractor:
+        key = _key(each)
+        if key in self.failed:
+            raise self.failed[key]
+        if key not in self._built:
+            kind = find_extractor(each.extractor)
+            config = validate(kind.Config, dict(each.options), of=f"extractor {each.extractor}")
+            try:
+                built = kind(config, self.resources)
+                _ = built.hash  # read now: where weights are missing this says so
+            except Unavailable as error:
+                self.failed[key] = error
+                raise
+            self._built[key] = built
+        return self._built[key]
+
+    def name(self, each: Feature) -> str:
+        """What a store calls a feature: whose extractor, with which options and weights, and which layer."""
+        return f"{each.extractor}-{digest([_key(each)[1], self.of(each).hash])[:12]}-{each.layer}"
+
+    def __call__(self, pictures: Pictures, features: Iterable[Feature]) -> dict[str, Tensor]:
+        """Features of pictures by their names in a store. NotFinite where one is none."""
+        layers: dict[tuple[str, str], list[Feature]] = {}
+        for each in features:
+            layers.setdefault(_key(each), []).append(each)
+        found: dict[str, Tensor] = {}
+        for group in layers.values():
+            made = self.of(group[0])(pictures, [each.layer for each in group])
+            found |= {self.name(each): made[each.layer].cpu() for each in group}
+        for name, rows in found.items():
+            if rows.is_floating_point() and not bool(rows.isfinite().all()):
+                broken = int((~rows.isfinite().flatten(1).all(1)).sum())
+                raise NotFinite(f"features {name} of {broken} of {len(rows)} pictures are not finite: the extractor's weights are damaged")
+        return found
+
+    @property
+    def used(self) -> list[Extractor]:
+        return list(self._built.values())
+
+
+def _key(each: Feature) -> tuple[str, str]:
+    return each.extractor, digest(dict(each.options))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. keep: gets every 8-bit picture before it
+    is prepared."""
+
+    draw: Draw
+    batch_size: int
+    quantisation: str = "edm"
+    prepare: PrepareBlock = AS_IS
+    keep: Keep | None = None
+
+
+def fill(
+    store: Store,
+    samples: SampleSet,
+    drawing: Drawing,
+    extractors: Extractors,
+    features: Sequence[Feature],
+    *,
+    part: Part = WHOLE,
+    tick: Callable[[int], None] | None = None,
+) -> None:
+    """Draw the chunks of a set that the store lacks, or this part of them, and put their features there. tick: told how many pictures more
+    are done.
+
+    Costs of a chunk: `seconds` that drawing took (transfer to the CPU included), its `pictures`, and `peak` memory as in
+    `speed.peak_memory_bytes`.
+    """
+    names = [extractors.name(each) for each in features]
+    for chunk in store.missing(names):
+        if chunk % part.of != part.index:
+            continue
+        ids = store.ids(chunk)
+        pixels, costs = drawn(samples, ids, drawing, tick)
+        if drawing.keep is not None:
+            drawing.keep(samples, ids, pixels)
+        batch = Pictures(prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt)
+        store.write(chunk, extractors(batch, features), costs)
+
+
+@torch.no_grad()
+def drawn(samples: SampleSet, ids: range, drawing: Drawing, tick: Callable[[int], None] | None = None) -> tuple[Tensor, dict[str, float]]:
+    """8-bit pictures (B, 3, H, W) of some rows of a set, and what they cost."""
+    parts: list[Tensor] = []
+    seconds = 0.0
+    reset_peak_memory()
+    for start in range(ids.start, ids.stop, drawing.batch_size):
+        rows = range(start, min(start + drawing.batch_size, ids.stop))
+        prompts, seeds = list(samples.prompts[rows.start : rows.stop]), list(samples.seeds[rows.start : rows.stop])
+        synchronise()
+        began = time.perf_counter()
+        images = drawing.draw(prompts, seeds, [samples.first + row for row in rows]).detach().cpu()
+        seconds += time.perf_counter() - began
+        if len(images) != len(rows):
+            raise ValueError(f"the generator returned {len(images)} images for {len(rows)} prompts")
+        parts.append(eight_bit(images, drawing.quantisation))
+        if tick is not None:
+            tick(len(rows))
+    sizes = {tuple(part.shape[1:]) for part in parts}
+    if len(sizes) > 1:
+        raise UserError(f"pictures of one set have different sizes: {' and '.join(map(str, sorted(sizes)))}")
+    return torch.cat(parts), {"seconds": seconds, "pictures": len(ids), "peak": peak_memory_bytes()}
+
+
+def eight_bit(images: Tensor, quantisation: str) -> Tensor:
+    """Pictures as uint8; NotFinite that says how many are none."""
+    if images.dtype == torch.uint8:
+        return images
+    broken = ~images.isfinite().flatten(1).all(1)
+    if bool(broken.any()):
+        raise NotFinite(f"{int(broken.sum())} of {len(images)} images that the generator returned are not finite, so nothing can be measured")
+    return quantised(images, quantisation)
+
+
+def shared(features: Iterable[Sequence[Feature]]) -> list[Feature]:
+    """Each feature once."""
+    return list(dict.fromkeys(each for group in features for each in group))
+
+
+def by_set(needs: Iterable[Mapping[str, Sequence[Feature]]]) -> dict[str, list[Feature]]:
+    """The features of each set that several metrics need, each once."""
+    found: dict[str, list[Feature]] = {}
+    for need in needs:
+        for name, features in need.items():
+            found[name] = shared([found.get(name, []), features])
+    return found
