@@ -45,9 +45,9 @@ def _line(key: tuple[Any, ...], line: Mapping[str, Row], used: Sequence[str], sh
 
 
 def formatted(row: Row, *, with_std: bool = False) -> str:
-    """A measurement as text, in the unit of its heading."""
-    texts = number(row).texts()
-    return " ± ".join(texts if with_std else texts[:1])
+    """A measurement as text, in the unit of its heading; with_std: and its interval or its standard deviation."""
+    known = number(row)
+    return " ".join(filter(None, [known.text(), known.spread() if with_std else ""]))
 
 
 def remark(row: Row) -> str:

@@ -34,9 +34,15 @@ class Number(NamedTuple):
     interval: tuple[float, float] | None
     decimals: int
 
-    def texts(self, thousands: str = ",") -> list[str]:
-        """The value, and, where there is one, its standard deviation."""
-        return [written(number, self.decimals, thousands) for number in (self.value, self.std) if number is not None]
+    def text(self, thousands: str = ",") -> str:
+        return written(self.value, self.decimals, thousands)
+
+    def spread(self, thousands: str = ",") -> str:
+        """The interval in brackets, or, where there is none, ± the standard deviation; empty without either. The standard deviation of single
+        pictures' scores always has an interval beside it, and does not pass for the mean's."""
+        if self.interval is not None:
+            return f"[{', '.join(written(end, self.decimals, thousands) for end in self.interval)}]"
+        return "" if self.std is None else f"± {written(self.std, self.decimals, thousands)}"
 
 
 def heading(name: str) -> Heading:

@@ -185,9 +185,8 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     """What has to be said beside the numbers: that they are of a quick look, and what could not be measured."""
     partial = results.get("partial")
     quick = [f"a quick look: only the first {partial['stop_after']:,} pictures of each set"] if partial else []
-    return quick + [
-        f"not measured: {each['name']}{each['model'] and f' of the {each['model']}'}: {each['reason']}" for each in results.get("missing") or []
-    ]
+    lacking = [(each["name"] + (f" of the {each['model']}" if each["model"] else ""), each["reason"]) for each in results.get("missing") or []]
+    return quick + [f"not measured: {what}: {reason}" for what, reason in lacking]
 
 
 def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-<<<<<<< HEAD
-from fastgen.evaluation.headings import ABSENT, COSTS, MEMORY, RATE, heading, number, ordered, written
+from fastgen.evaluation.headings import ABSENT, COSTS, MEMORY, RATE, Number, heading, number, ordered
 from fastgen.evaluation.results import Row
 
 WIDEST = 140  # characters of a table with a line a model; wider ones have a line a metric
@@ -15,9 +14,6 @@ _FIRST = ("prompt_accuracy", "parity_accuracy")  # what the pictures show comes 
 
 Key = tuple[str, int | None, float | None, str]  # model, steps, guidance, floor
 Groups = Mapping[Key, Mapping[str, Row]]
-=======
-from fastgen.evaluation.results import Row
->>>>>>> eval
 
 
 class Column(NamedTuple):
@@ -40,7 +36,8 @@ def summary_table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A line for each model and step count; a value with a standard deviation is printed as mean ± std."""
+    """A line for each model and step count; a value with a standard deviation is printed as mean ± std, one with an
+    interval as mean [from, to]."""
     head, *body = _lines(_groups(rows), with_std=True)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
@@ -91,11 +88,8 @@ def _lines(groups: Groups, *, with_std: bool) -> list[list[str]]:
 def _cell(row: Row | None, column: Column, *, with_std: bool) -> str:
     if row is None:
         return ABSENT
-    if column.seconds:
-        texts = [written(seconds, 2, "") for seconds in (row["value"], row.get("std")) if seconds is not None]
-    else:
-        texts = number(row).texts("")
-    return " ± ".join(texts if with_std else texts[:1])
+    known = Number(row["value"], row.get("std"), None, 2) if column.seconds else number(row)
+    return " ".join(filter(None, [known.text(""), known.spread("") if with_std else ""]))
 
 
 def _by_metric(groups: Groups) -> Iterator[str]:
@@ -116,25 +110,12 @@ def _block(groups: Groups, keys: Sequence[Key]) -> list[str]:
     columns = [_left(["metric", *(f"{heading(name).text} {heading(name).better}".strip() for name in names)])]
     for key in keys:
         cells = [groups[key].get(name) for name in names]
-        values, spreads = _right([_value(row) for row in cells]), _left([_spread(row) for row in cells])
+        values = _right([ABSENT if row is None else number(row).text() for row in cells])
+        spreads = _left(["" if row is None else number(row).spread() for row in cells])
         steps = "" if key[1] is None else f", {key[1]} step{'s' * (key[1] > 1)}"
         columns.append(_left([_label(key, groups) + steps, *(f"{value} {spread}" for value, spread in zip(values, spreads, strict=True))]))
     columns.append(_right(["images", *(_counts(name, [groups[key].get(name) for key in keys]) for name in names)]))
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
-
-
-def _value(row: Row | None) -> str:
-    return ABSENT if row is None else number(row).texts()[0]
-
-
-def _spread(row: Row | None) -> str:
-    """The interval, or where there is none the standard deviation."""
-    if row is None:
-        return ""
-    known = number(row)
-    if known.interval is not None:
-        return f"[{', '.join(written(end, known.decimals) for end in known.interval)}]"
-    return "" if known.std is None else f"± {known.texts()[1]}"
 
 
 def _counts(name: str, rows: Sequence[Row | None]) -> str:
