@@ -106,6 +106,7 @@ class Metric(ABC):
         set: str | None = None
 
     shows: ClassVar[Mapping[str, Heading]]
+    convention: ClassVar[str] = ""  # a sentence for results.json: what is computed, beyond what the options say
 
     def __init__(self, config: Any, sets: Sequence[str], resources: Resources = Resources()) -> None:  # noqa: B008
         """config: of this class's Config. sets: names of the protocol's sets."""
