@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fastgen.evaluation.protocols import Row
+from fastgen.evaluation.results import Row
 from fastgen.evaluation.table import markdown_table, summary_table
 
 
