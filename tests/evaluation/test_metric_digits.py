@@ -22,6 +22,7 @@ from fastgen.evaluation.extractors.digits_classifier import DigitsClassifier
 from fastgen.evaluation.frechet import FeatureStatistics, frechet_distance
 from fastgen.evaluation.metrics.digits import Digits
 from fastgen.evaluation.protocol import Protocol, load_protocol
+from fastgen.evaluation.weights import Unavailable
 
 N = 1797
 METRICS = ("fd_digits", "fd_digits_named", "fd_digits_pixel", "prompt_accuracy", "parity_accuracy", "diversity", "vendi", "mode_entropy")
@@ -257,3 +258,10 @@ def test_a_quick_look_measures_what_it_can(protocol: Protocol, real: Tensor):
     assert tuple(found) == tuple(name for name in METRICS if name != "parity_accuracy")
     assert {value.n for value in found.values()} == {64}
     assert found["prompt_accuracy"].value > 0.8
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_too_few_pictures_are_refused_in_one_line(protocol: Protocol, real: Tensor, count: int):
+    protocol.sets.update({name: each.head(count) for name, each in protocol.sets.items()})
+    with pytest.raises(Unavailable, match=f"needs two pictures of one prompt: {count} were drawn"):
+        measure(protocol, dict.fromkeys(protocol.sets, real[:count]))
