@@ -5,7 +5,8 @@ The extractor gives the number its name: only Inception pool3 features make it a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,11 @@ class FeatureStatistics:
         mean = wide.mean(0)
         centred = wide - mean
         return cls(n=len(wide), mean=mean, scatter=centred.T @ centred)
+
+    @staticmethod
+    def from_blocks(blocks: Iterable[Tensor]) -> FeatureStatistics:
+        """Statistics of features that come (B, D) at a time, such as `Table.blocks()`; the memory does not grow with their number."""
+        return functools.reduce(FeatureStatistics.merge, map(FeatureStatistics.from_features, blocks))
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:
         """Statistics of the union of two disjoint batches (Chan, Golub & LeVeque 1979, eq. 2.1). Raises ValueError for unequal D."""
