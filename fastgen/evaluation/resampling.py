@@ -13,13 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.evaluation.intervals import group_means, jackknife_interval
+from fastgen.evaluation.intervals import NORMAL, group_means, jackknife_interval
 from fastgen.evaluation.metrics.base import Measured, Metric
 from fastgen.evaluation.weights import Unavailable
 from fastgen.rng import derive_seed
 
 NUM_GROUPS = 20  # of the jackknife
-_NORMAL = 1.959963984540054  # 97.5 % of a normal distribution lie below it
 
 
 class Difference(NamedTuple):
@@ -30,11 +29,11 @@ class Difference(NamedTuple):
     over: str  # bootstrap or jackknife
 
 
-Tick = Callable[[], None]
+Tick = Callable[[int, int], None]  # rounds done, rounds in all
 
 
-def differences(metric: Metric, a: Measured, b: Measured, *, resamples: int = 100, tick: Tick = lambda: None) -> dict[str, Difference]:
-    """Of every value that both have, by name. tick: told after each of `rounds` measurements. Unavailable as `measure` raises it.
+def differences(metric: Metric, a: Measured, b: Measured, *, resamples: int = 100, tick: Tick = lambda done, total: None) -> dict[str, Difference]:
+    """Of every value that both have, by name. tick: told after each time that both are measured again. Unavailable as `measure` raises it.
 
     Values that are means of `scores` have the bootstrap of the paired scores' differences; the others are measured again on each resample. Of
     the bootstrap's differences only the standard deviation counts, interval = difference ± 1.96 std: resamples repeat pictures, which shifts
@@ -51,18 +50,11 @@ def differences(metric: Metric, a: Measured, b: Measured, *, resamples: int = 10
     return {name: Difference(value, spread[name](value), over[name]) for name, value in found.items()}
 
 
-def rounds(metric: Metric, a: Measured, b: Measured, resamples: int) -> int:
-    """How often both are measured again: none where all values are means of scores."""
-    if metric.shows.keys() <= _score_differences(metric, a, b).keys():
-        return 0
-    return resamples if metric.resampling == "bootstrap" else _num_groups(a)
-
-
 Around = Callable[[float], tuple[float, float] | None]  # the interval around a difference
 
 
 def _normal(samples: Tensor) -> Around:
-    half = _NORMAL * float(samples.std())
+    half = NORMAL * float(samples.std())
     return lambda value: (value - half, value + half)
 
 
@@ -89,7 +81,8 @@ def _bootstrap(metric: Metric, a: Measured, b: Measured, names: Mapping[str, flo
     samples: dict[str, list[float]] = {name: [] for name in names}
     for index in range(resamples):
         units = {name: _with_repetitions(count, a.seed, name, index) for name, count in _num_units(a).items()}
-        _measure_again(metric, a, b, units, samples, tick)
+        _measure_again(metric, a, b, units, samples)
+        tick(index + 1, resamples)
     return {name: _normal(torch.tensor(found, dtype=torch.float64)) for name, found in samples.items()}
 
 
@@ -101,17 +94,17 @@ def _jackknife(metric: Metric, a: Measured, b: Measured, names: Mapping[str, flo
     samples: dict[str, list[float]] = {name: [] for name in names}
     for group in range(groups):
         units = {name: order[torch.arange(len(order)) % groups != group].sort().values for name, order in orders.items()}
-        _measure_again(metric, a, b, units, samples, tick)
+        _measure_again(metric, a, b, units, samples)
+        tick(group + 1, groups)
     return {name: lambda value, found=found: jackknife_interval(value, found) for name, found in samples.items()}
 
 
-def _measure_again(metric: Metric, a: Measured, b: Measured, units: Mapping[str, Tensor], samples: Mapping[str, list[float]], tick: Tick) -> None:
+def _measure_again(metric: Metric, a: Measured, b: Measured, units: Mapping[str, Tensor], samples: Mapping[str, list[float]]) -> None:
     first, second = (metric.values(selected(each, units)) for each in (a, b))
     for name, found in samples.items():
         if name not in first or name not in second:
             raise Unavailable(f"{name} cannot be measured on some of the pictures alone")
         found.append(second[name] - first[name])
-    tick()
 
 
 def selected(measured: Measured, units: Mapping[str, Tensor]) -> Measured:
