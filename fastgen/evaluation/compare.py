@@ -175,7 +175,7 @@ def _paired(a: Side, b: Side, names: Iterable[str], sources: Sources, resamples:
     reference = cache(sources.reference)
     opened = [Opened(side, protocol, sources.resources, reference) for side in (a, b)]
     for name, metric in protocol.metrics(sources.resources).items():
-        if not metric.shows.keys() & set(names):
+        if metric.shows.keys().isdisjoint(names):
             continue
         try:
             found |= _resampled(name, metric, opened, resamples, progress)
@@ -200,8 +200,11 @@ def _resampled(name: str, metric: Metric, opened: list[Opened], resamples: int, 
     finally:
         if begun:
             progress.finish()
-    for each, (row, other) in {each: (opened[0].side.rows[each], opened[1].side.rows[each]) for each in found}.items():
-        if abs(found[each].value - (other["value"] - row["value"])) > _CLOSE * max(abs(row["value"]), abs(other["value"])):
+    first, second = (each.side.rows for each in opened)
+    found = {each: value for each, value in found.items() if each in first and each in second}
+    for each, (value, _, _) in found.items():
+        values = first[each]["value"], second[each]["value"]
+        if abs(value - (values[1] - values[0])) > _CLOSE * max(map(abs, values)):
             raise Unavailable(f"what the stores hold gives {each} other values than the files: they are of other pictures, or another version's")
     return found
 

@@ -56,4 +56,4 @@ def _interval(line: Mapping[str, Any], decimals: int) -> str:
 
 
 def _signed(value: float, decimals: int) -> str:
-    return f"{'-' if value < 0 else '+'}{written(abs(value), decimals)}"
+    return f"{'-' if value < 0 else '+' if value > 0 else ''}{written(abs(value), decimals)}"

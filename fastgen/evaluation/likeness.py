@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fastgen.errors import shown
@@ -17,15 +17,12 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     What one of them does not record, as files of before there were protocol files do not, is not compared, but for the protocol's hash.
     """
     first, second = a["provenance"], b["provenance"]
-    found = [("protocol", a["protocol"], b["protocol"]), ("protocol hash", _hash(first, "protocol_hash"), _hash(second, "protocol_hash"))]
+    found = [("protocol", a["protocol"], b["protocol"]), ("protocol hash", _hash(first), _hash(second))]
     found.append(("pictures of each set", _looked_at(a), _looked_at(b)))
     for key, name in (("conventions", ""), ("prompt_sets", "prompts "), ("extractors", "extractor "), ("reference", "reference ")):
         found += [(f"{name}{path}", *values) for path, values in _common(first.get(key), second.get(key))]
-    found.append(("classifier", *(each.get("classifier_hash") for each in (first, second))))
-    return [f"{what}: {_told(one)} / {_told(other)}" for what, one, other in found if one != other and (what in _ALWAYS or None not in (one, other))]
-
-
-_ALWAYS = ("protocol", "protocol hash", "pictures of each set")
+    found += _both("classifier", first.get("classifier_hash"), second.get("classifier_hash"))
+    return _differing(found)
 
 
 def other_counts(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -37,9 +34,8 @@ def other_counts(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str
 def other_circumstances(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Versions and devices in which two files differ, which change rounding, and seconds and bytes most of all."""
     first, second = a["provenance"], b["provenance"]
-    found = [(name, *values) for name, values in _common(first.get("versions"), second.get("versions"))]
-    found.append(("device", first.get("device"), second.get("device")))
-    return [f"{what}: {_told(one)} / {_told(other)}" for what, one, other in found if one != other and None not in (one, other)]
+    versions = [(name, *values) for name, values in _common(first.get("versions"), second.get("versions"))]
+    return _differing([*versions, *_both("device", first.get("device"), second.get("device"))])
 
 
 def joined(differences: list[str]) -> str:
@@ -48,9 +44,17 @@ def joined(differences: list[str]) -> str:
     return "; ".join(differences[:_MOST]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _hash(provenance: Mapping[str, Any], key: str) -> str | None:
-    value = provenance.get(key)
-    return value if isinstance(value, str) else None
+def _differing(found: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{what}: {_told(one)} / {_told(other)}" for what, one, other in found if one != other]
+
+
+def _hash(provenance: Mapping[str, Any]) -> str:
+    value = provenance.get("protocol_hash")
+    return value if isinstance(value, str) else "not recorded"
+
+
+def _both(what: str, one: Any, other: Any) -> list[tuple[str, Any, Any]]:
+    return [] if one is None or other is None else [(what, one, other)]
 
 
 def _looked_at(results: Mapping[str, Any]) -> str:
@@ -58,18 +62,17 @@ def _looked_at(results: Mapping[str, Any]) -> str:
     return f"the first {partial['stop_after']:,}" if partial else "all"
 
 
-def _common(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Dotted keys that both have, with both values."""
+def _common(a: Any, b: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Dotted keys that both records have, with both values; none where one is no record."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in a:
             if key in b:
-                yield from _common(a[key], b[key], f"{path}.{key}" if path else str(key))
-    else:
-        yield path, (a, b)
+                below = list(_common(a[key], b[key])) if isinstance(a[key], dict) and isinstance(b[key], dict) else [("", (a[key], b[key]))]
+                yield from ((f"{key}.{path}" if path else str(key), values) for path, values in below)
 
 
 def _told(value: Any) -> str:
     if isinstance(value, str):
         is_hash = len(value) == 64 and all(letter in "0123456789abcdef" for letter in value)
         return value[:_HASH] if is_hash else value if len(value) <= 40 else f"{value[:39]}…"
-    return "not recorded" if value is None else shown(value, 40)
+    return "none" if value is None else shown(value, 40)
