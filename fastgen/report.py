@@ -16,7 +16,7 @@ from typing import Any
 
 from fastgen import card, curves, records, report_table
 from fastgen.errors import UserError
-from fastgen.evaluation.runner import read_results
+from fastgen.evaluation.results import read_results
 from fastgen.files import reading, write_atomically
 from fastgen.manifest import Exported, upgraded
 from fastgen.portable import portable

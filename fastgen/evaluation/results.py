@@ -23,6 +23,7 @@ from fastgen.files import write_atomically
 from fastgen.fingerprints import sealed, unsealed
 
 if TYPE_CHECKING:
+    from fastgen.evaluation.metrics.base import Metric
     from fastgen.evaluation.protocol import Protocol, SetBlock
 
 CACHE = Path(".cache/fastgen/results")  # below the home folder
@@ -101,9 +102,15 @@ def _conventions(protocol: Protocol, extractors: Iterable[str]) -> dict[str, Any
         "chunk": protocol.spec.chunk,
         "seeds": {name: _seeds_rule(block) for name, block in protocol.spec.sets.items()},
         "subset_seed": protocol.spec.seed,
-        "metrics": {name: {**metric.config.model_dump(mode="json"), "set": metric.set} for name, metric in metrics.items()},
+        "metrics": {name: _convention(metric) for name, metric in metrics.items()},
         "extractors": {name: find_extractor(name).convention for name in extractors},
     }
+
+
+def _convention(metric: Metric) -> dict[str, Any]:
+    """A metric's options, its set, and its own words for what they leave unsaid."""
+    said = {"convention": metric.convention} if metric.convention else {}
+    return {**metric.config.model_dump(mode="json"), "set": metric.set, **said}
 
 
 def _seeds_rule(block: SetBlock) -> str:
