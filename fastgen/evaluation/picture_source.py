@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import UserError
+from fastgen.evaluation.extractors.base import Pictures
 from fastgen.evaluation.preparation import prepared
 from fastgen.evaluation.protocol import PrepareBlock
 
@@ -40,15 +41,15 @@ class PictureSource(ABC):
         return
 
 
-def ready(source: PictureSource, ids: Sequence[int], how: PrepareBlock) -> Tensor:
-    """Pictures (B, 3, H, W) uint8 as a protocol has them, each prepared by itself. UserError that names both sizes where two still differ."""
+def ready(source: PictureSource, ids: Sequence[int], how: PrepareBlock) -> Pictures:
+    """Pictures as extractors get them, each prepared by itself. UserError that names both sizes where two still differ."""
     pictures = source.read(ids)
     done = [prepared(picture[None], how) for picture in pictures]
     for index, picture, one in zip(ids, pictures, done, strict=True):
         if one.shape != done[0].shape:
             names = f"{source.name(ids[0])!r} has {_size(pictures[0])} pixels (width x height), {source.name(index)!r} {_size(picture)}"
             raise UserError(f"{source.key}: pictures differ in size: {names}; prepare.resize of a protocol brings them to one")
-    return torch.cat(done)
+    return Pictures(torch.cat(done), ("",) * len(done), raw=pictures)
 
 
 def _size(picture: Tensor) -> str:

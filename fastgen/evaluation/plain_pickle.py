@@ -44,7 +44,7 @@ class _Type:
         self.type = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
-        self.type = self.type.newbyteorder({"<": "<", ">": ">"}.get(state[1], "="))
+        self.type = self.type.newbyteorder(">" if state[1] == ">" else "<")
 
 
 class _Array:
