@@ -58,10 +58,10 @@ class FeatureStatistics:
         centred = wide - mean
         return cls(n=len(wide), mean=mean, scatter=centred.T @ centred)
 
-    @staticmethod
-    def from_blocks(blocks: Iterable[Tensor]) -> FeatureStatistics:
+    @classmethod
+    def from_blocks(cls, blocks: Iterable[Tensor]) -> FeatureStatistics:
         """Statistics of features that come (B, D) at a time, such as `Table.blocks()`; the memory does not grow with their number."""
-        return merged(map(FeatureStatistics.from_features, blocks))
+        return merged(map(cls.from_features, blocks))
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:
         """Statistics of the union of two disjoint batches (Chan, Golub & LeVeque 1979, eq. 2.1). Raises ValueError for unequal D."""
