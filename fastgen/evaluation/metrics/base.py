@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from fastgen.evaluation.extractors.base import Feature, Options, Resources, feature
-from fastgen.evaluation.frechet import FeatureStatistics
+from fastgen.evaluation.frechet import Gaussian
 from fastgen.evaluation.results import Row
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
@@ -73,7 +73,7 @@ class Needs(NamedTuple):
 class Reference(Protocol):
     """Real pictures, or what is known of them. Unavailable where the reference has none of what is asked for."""
 
-    def statistics(self, of: Feature) -> FeatureStatistics: ...
+    def statistics(self, of: Feature) -> Gaussian: ...
 
     def table(self, of: Feature) -> Table: ...
 
