@@ -51,7 +51,8 @@ class Dinov2(Extractor):
     @torch.no_grad()
     def __call__(self, pictures: Pictures, layers: Collection[str]) -> dict[str, Tensor]:
         inputs = normalised(_RESIZE[self.config.resize](pictures.pixels, self.config.size))
-        return dict.fromkeys(layers, self._module(inputs.to(self.resources.device)).pooler_output.float().cpu())
+        tokens: Tensor = self._module(inputs.to(self.resources.device)).pooler_output.float().cpu()
+        return dict.fromkeys(layers, tokens)
 
     @cached_property
     def _module(self) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -140,13 +142,19 @@ class Network:
 
     @cached_property
     def _module(self) -> Any:
-        of, package = self.checkpoint, open_clip()
-        with loading(of.path):
-            if of.scripted:  # read only where its hash is OpenAI's
-                module = package.load_openai_model(str(of.path), precision=self.precision, device="cpu")
-            else:
-                module = package.create_model(of.model, str(of.path), precision=self.precision, force_quick_gelu=of.quick_gelu)
+        path = self.checkpoint.path
+        with loading(path), warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch leaves TorchScript behind
+            try:
+                module = self._read()
+            except UnpicklingError as error:  # whose message advises to unpickle all the same
+                raise UserError(f"cannot read {str(path)!r}: it holds more than tensors, which is not unpickled") from error
         return module.to(self.device).eval().requires_grad_(False)
+
+    def _read(self) -> Any:
+        of, package = self.checkpoint, open_clip()
+        if of.scripted:  # run only where its hash is OpenAI's
+            return package.load_openai_model(str(of.path), precision=self.precision, device="cpu")
+        return package.create_model(of.model, str(of.path), precision=self.precision, force_quick_gelu=of.quick_gelu)
 
     @cached_property
     def _tokenizer(self) -> Callable[[list[str]], Tensor]:

@@ -40,7 +40,8 @@ class PickScore(Extractor):
 
     @torch.no_grad()
     def __call__(self, pictures: Pictures, layers: Collection[str]) -> dict[str, Tensor]:
-        scores = self._module.logit_scale.double().exp().cpu() * cosines(self._images(pictures.pixels), each_once(pictures.prompts, self._texts))
+        found = cosines(self._images(pictures.pixels), each_once(pictures.prompts, self._texts))
+        scores: Tensor = found * self._module.logit_scale.double().exp().cpu()
         return dict.fromkeys(layers, scores.float()[:, None])
 
     def _images(self, pixels: Tensor) -> Tensor:

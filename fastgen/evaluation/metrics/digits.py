@@ -11,7 +11,7 @@ from fastgen.evaluation.diversity import mode_entropy, pairwise_distance, vendi_
 from fastgen.evaluation.extractors import find_extractor
 from fastgen.evaluation.extractors.base import Pictures
 from fastgen.evaluation.frechet import FeatureStatistics, bootstrap_floor, frechet_distance, half_floor
-from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Options, Row, Value, feature
+from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Options, Row, Unavailable, Value, feature
 from fastgen.evaluation.preparation import quantised
 from fastgen.evaluation.worlds import digits
 
@@ -49,6 +49,8 @@ class Digits(Metric):
 
     def measure(self, measured: Measured) -> list[Value]:
         named, free = measured.sets["named"], measured.sets["open"]
+        if len(named) < 2 or len(set(free.prompts)) == len(free):
+            raise Unavailable(f"needs two pictures of one prompt: {len(free)} were drawn of set open, of a prompt each")
         named_features, features, pixels = (
             measured.tables[where, of].read() for where, of in (("named", FEATURES), ("open", FEATURES), ("open", PIXELS))
         )

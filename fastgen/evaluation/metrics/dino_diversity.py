@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Unavailable, Value, feature
 from fastgen.evaluation.metrics.picture_scores import mean_value
 
-CLS = feature("dinov2", "cls")
+CLS = feature("dinov2", "cls", resize="torch")  # as FD-DINOv2 has it, so that one network makes both
 _GROUPS = 256  # prompts that are read at a time
 
 
