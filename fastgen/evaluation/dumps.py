@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -49,8 +49,8 @@ class Dump(ABC):
         self._claim({"form": self.form, "set": samples.hash, "model": model}, key)
 
     @abstractmethod
-    def write(self, rows: range, pixels: Tensor) -> None:
-        """Keep the pictures (B, 3, H, W) uint8 of a chunk: rows of the set. UserError where the disk takes no more."""
+    def write(self, rows: range, pixels: Tensor | Sequence[Tensor]) -> None:
+        """Keep the pictures of a chunk, rows of the set: (B, 3, H, W) uint8, or each of its own size. UserError where the disk takes no more."""
 
     @abstractmethod
     def has(self, rows: range) -> bool:
@@ -99,7 +99,7 @@ class PngFolder(Dump):
             if not (folder / name).exists():
                 write_atomically(folder / name, lines)
 
-    def write(self, rows: range, pixels: Tensor) -> None:
+    def write(self, rows: range, pixels: Tensor | Sequence[Tensor]) -> None:
         partial = self.folder / f"{PARTIAL}{self.samples.first + rows.start:06d}"
         names = [self.name(row) for row in rows]
         with writing(self.folder), ThreadPoolExecutor(_THREADS) as pool:
@@ -127,7 +127,7 @@ class ParquetShards(Dump):
             raise UserError(f"{key}: parquet needs pyarrow: pip install 'fastgen-distill[data]', or choose png")
         super().__init__(folder, samples, model, key)
 
-    def write(self, rows: range, pixels: Tensor) -> None:
+    def write(self, rows: range, pixels: Tensor | Sequence[Tensor]) -> None:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
 
