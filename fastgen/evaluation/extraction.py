@@ -47,8 +47,8 @@ class Extractors:
 
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
-        self.failed: dict[tuple[str, str], Unavailable] = {}
-        self._built: dict[tuple[str, str], Extractor] = {}
+        self.failed: dict[str, Unavailable] = {}
+        self._built: dict[str, Extractor] = {}
 
     def require(self, features: Iterable[Feature]) -> None:
         """Build what these features need; Unavailable where that cannot be done."""
@@ -56,7 +56,7 @@ class Extractors:
             self.of(each)
 
     def of(self, each: Feature) -> Extractor:
-        key = _key(each)
+        key = each.source
         if key in self.failed:
             raise self.failed[key]
         if key not in self._built:
@@ -73,13 +73,13 @@ class Extractors:
 
     def name(self, each: Feature) -> str:
         """What a store calls a feature: whose extractor, with which options and weights, and which layer."""
-        return f"{each.extractor}-{digest([_key(each)[1], self.of(each).hash])[:12]}-{each.layer}"
+        return stored_name(each, self.of(each).hash)
 
     def __call__(self, pictures: Pictures, features: Iterable[Feature]) -> dict[str, Tensor]:
         """Features of pictures by their names in a store. NotFinite where one is none."""
-        layers: dict[tuple[str, str], list[Feature]] = {}
+        layers: dict[str, list[Feature]] = {}
         for each in features:
-            layers.setdefault(_key(each), []).append(each)
+            layers.setdefault(each.source, []).append(each)
         found: dict[str, Tensor] = {}
         for group in layers.values():
             made = self.of(group[0])(pictures, [each.layer for each in group])
@@ -91,12 +91,14 @@ class Extractors:
         return found
 
     @property
-    def used(self) -> list[Extractor]:
-        return list(self._built.values())
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each that was built, by what features call it."""
+        return {source: each.hash for source, each in self._built.items()}
 
 
-def _key(each: Feature) -> tuple[str, str]:
-    return each.extractor, digest(dict(each.options))
+def stored_name(each: Feature, sha256: str) -> str:
+    """What a store calls a feature of an extractor with this hash."""
+    return f"{each.extractor}-{digest([each.source, sha256])[:12]}-{each.layer}"
 
 
 @dataclass(frozen=True)

@@ -242,12 +242,12 @@ class Evaluation:
 
     def floors(self) -> list[Row]:
         """What real images score, by each metric that says so; computed once for each protocol and set of weights."""
-        hashes = sorted(each.hash for each in self.extractors.used)
+        hashes = sorted(self.extractors.hashes.items())
         return cached(f"floors/{self.protocol.hash()}/{hashes}", lambda: [row for metric in self.metrics.values() for row in metric.floors()])
 
     @property
     def extractor_hashes(self) -> dict[str, str]:
-        return {type(each).__module__.rpartition(".")[2]: each.hash for each in self.extractors.used}
+        return self.extractors.hashes
 
 
 def _row(value: Value, each: Drawn) -> Row:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -107,6 +107,9 @@ class Metric(ABC):
 
     shows: ClassVar[Mapping[str, Heading]]
     convention: ClassVar[str] = ""  # a sentence for results.json: what is computed, beyond what the options say
+    # How comparisons of two models resample pictures (whole groups of a prompt) where there are no `scores`: bootstrap, unless values suffer
+    # from pictures that are drawn twice, as those of pairs and of nearest neighbours do.
+    resampling: ClassVar[Literal["bootstrap", "jackknife"]] = "bootstrap"
 
     def __init__(self, config: Any, sets: Sequence[str], resources: Resources = Resources()) -> None:  # noqa: B008
         """config: of this class's Config. sets: names of the protocol's sets."""
@@ -120,6 +123,10 @@ class Metric(ABC):
     @abstractmethod
     def measure(self, measured: Measured) -> list[Value]:
         """The values. Unavailable, in one line, where they cannot be had, e.g. of fewer images than they need."""
+
+    def values(self, measured: Measured) -> dict[str, float]:
+        """The values alone, which comparisons ask for at every resample: for metrics whose intervals take long to override."""
+        return {each.name: each.value for each in self.measure(measured)}
 
     def scores(self, measured: Measured) -> dict[str, Tensor]:
         """Value name → (N,) fp64 scores of single images in the order of ids, whose mean the value is; {} for others. Comparisons of two
