@@ -202,6 +202,8 @@ def _row(value: Value, subject: Subject) -> Row:
         row |= Row(std=value.std, std_over=value.std_over)  # type: ignore[typeddict-item]
     if value.interval is not None and value.interval_over is not None:
         row |= Row(interval=list(value.interval), interval_over=value.interval_over)  # type: ignore[typeddict-item]
+    if value.remark is not None:
+        row["remark"] = value.remark
     return row
 
 
