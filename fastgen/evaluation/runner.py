@@ -260,6 +260,8 @@ def _row(value: Value, each: Drawn) -> Row:
         row["std"], row["std_over"] = value.std, value.std_over
     if value.interval is not None and value.interval_over is not None:
         row["interval"], row["interval_over"] = list(value.interval), value.interval_over
+    if value.remark is not None:
+        row["remark"] = value.remark
     return row
 
 

@@ -49,7 +49,8 @@ class Heading(NamedTuple):
 
 
 class Value(NamedTuple):
-    """One number. n: images it is computed from. std: over what `std_over` names. interval: 95 %, by the method `interval_over` names."""
+    """One number. n: images it is computed from. std: over what `std_over` names. interval: 95 %, by the method `interval_over` names. remark:
+    what stands beside the number, such as that it is of too few images to be compared with published ones."""
 
     name: str
     value: float
@@ -58,6 +59,7 @@ class Value(NamedTuple):
     std_over: str | None = None  # seeds, bootstrap, subsets, splits, images, prompts
     interval: tuple[float, float] | None = None
     interval_over: str | None = None  # images, prompts, bootstrap, jackknife
+    remark: str | None = None
 
 
 class Needs(NamedTuple):
