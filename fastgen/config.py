@@ -187,10 +187,13 @@ class TrainBlock(Block):
 
 
 class EvaluateBlock(Block):
-    """protocol: how the student is measured, null for not at all. every: also measure each so many training steps; 0 is never."""
+    """protocol: how the student is measured, a shipped protocol's name or a .yaml file; null for not at all. every: also measure each so many
+    training steps; 0 is never. data_dir, weights_dir: where a protocol's prompts and references, and its extractors' weights, lie."""
 
     protocol: str | None = None
     every: int = Field(default=0, ge=0, le=MOST_STEPS)
+    data_dir: str | None = None
+    weights_dir: str | None = None
 
 
 class ExportBlock(Block):

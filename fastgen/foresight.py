@@ -7,11 +7,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastgen.config import Recipe
+from fastgen.config import EvaluateBlock, Recipe
 from fastgen.data.images import CaptionedImages
 from fastgen.errors import UserError
-from fastgen.evaluation.protocols import load_protocol
+from fastgen.evaluation import runner
+from fastgen.evaluation.extractors.base import Resources
+from fastgen.evaluation.protocol import load_protocol
+from fastgen.evaluation.weights import Weights
 from fastgen.families.base import Family
+from fastgen.files import expanded
 from fastgen.manifest import Sampler
 
 _TIMES = 1000  # diffusers tells steps apart by 1000 t, in fp32
@@ -61,13 +65,21 @@ def check_images(images: CaptionedImages | None, family: Family) -> None:
         images.check_size(*family.picture_shape[-2:])
 
 
-def check_measuring(recipe: Recipe, family: Family, *, at_the_end: bool) -> None:
-    """UserError where evaluate.protocol cannot measure the student: its pictures have another shape, or it has prompts of which the pipeline
-    reads nothing. at_the_end: whether the student is measured after training, rather than at evaluate.every alone."""
-    name = recipe.evaluate.protocol
-    if name is None or not (at_the_end or recipe.evaluate.every):
-        return
-    protocol = load_protocol(name)
+def check_measuring(recipe: Recipe, family: Family, *, at_the_end: bool) -> list[str]:
+    """UserError where evaluate.protocol cannot measure the student: its pictures have another shape, it has prompts of which the pipeline
+    reads nothing, or nothing that it measures can be measured here; warnings of what cannot. at_the_end: whether the student is measured
+    after training, rather than at evaluate.every alone."""
+    if recipe.evaluate.protocol is None or not (at_the_end or recipe.evaluate.every):
+        return []
+    protocol = load_protocol(recipe.evaluate.protocol, data_dir=recipe.evaluate.data_dir)
     protocol.check_image(family.picture_shape, "recipe key evaluate.protocol")
-    texts = dict.fromkeys(text for subset in protocol.subsets.values() for text in subset.prompts)
+    texts = dict.fromkeys(text for each in protocol.sets.values() for text in each.prompts)
     family.legibility(list(texts)).check("recipe key evaluate.protocol")
+    missing = runner.missing_at_start(protocol, resources_of(recipe.evaluate))
+    return [f"evaluate.protocol: {each['name']} will not be measured: {each['reason']}" for each in missing]
+
+
+def resources_of(block: EvaluateBlock) -> Resources:
+    """What a recipe's evaluation is built from."""
+    weights, data = (None if given is None else expanded(given) for given in (block.weights_dir, block.data_dir))
+    return Resources(weights=Weights(weights), data_dir=data)

@@ -21,7 +21,7 @@ from fastgen.data.training import prompt_weights
 from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Setting
 from fastgen.errors import UserError, nearest
-from fastgen.evaluation.protocols import load_protocol
+from fastgen.evaluation.protocol import load_protocol, shipped_protocols
 from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.families.complete import has_no_weights
@@ -111,6 +111,11 @@ class Plan:
         data = {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json"), "teacher": resolved_teacher(self.recipe)}
         for key in ("prompts", "images", "pairs"):
             data["data"][key] = _absolute(data["data"][key])
+        measuring = data["evaluate"]
+        for key in ("data_dir", "weights_dir"):
+            measuring[key] = _absolute(measuring[key])
+        if measuring["protocol"] not in shipped_protocols():
+            measuring["protocol"] = _absolute(measuring["protocol"])
         if data["student"]["init"] != "teacher":
             data["student"]["init"] = _absolute(data["student"]["init"])
         return data
@@ -123,7 +128,7 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     if recipe.evaluate.protocol is not None:
-        load_protocol(recipe.evaluate.protocol)
+        load_protocol(recipe.evaluate.protocol, data_dir=recipe.evaluate.data_dir)
     elif recipe.evaluate.every:
         raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
     recipe = pinned(recipe)
@@ -147,10 +152,10 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     planned = Plan(recipe, method, config, family, prompts, images, pairs, started)
     foresight.check_grid(recipe, family)
     foresight.check_images(images, family)
-    foresight.check_measuring(recipe, family, at_the_end=only != "train")
+    unmeasured = foresight.check_measuring(recipe, family, at_the_end=only != "train")
     _check_export(planned)
     _check_networks(planned)
-    warnings = [*_weightless(recipe, family), *(images.warnings if images else ())]
+    warnings = [*_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
     return planned if started else replace(planned, warnings=(*warnings, *check_texts(recipe, family, prompt_weights(prompts, images))))
 
 

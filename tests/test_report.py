@@ -119,6 +119,15 @@ def test_results_stand_in_their_tables_with_floors_apart(tmp_path: Path) -> None
     assert floors == [["model", "FD-digits ↓", "prompt accuracy ↑"], ["real", "0.21 ± 0.07", "0.996"], ["real, half", "0.82", ABSENT]]
 
 
+def test_what_was_not_measured_and_a_quick_look_are_said_on_top(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    more = {"missing": [{"name": "fid", "model": "student", "reason": "needs weights"}, {"name": "kid", "model": "", "reason": "needs <b>"}]}
+    (run / "results.json").write_text(json.dumps(_results(7.1) | more | {"partial": {"stop_after": 2000}}))
+    html = write_report(run).read_text(encoding="utf-8")
+    notes = ["A quick look: only the first 2,000 pictures of each set.", "Not measured: fid of the student: needs weights."]
+    assert re.findall(r"<li>(.*?)</li>", html)[:3] == [*notes, "Not measured: kid: needs &lt;b&gt;."]
+
+
 def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> None:
     path = write_report(_write_run(tmp_path / "run"))
     page = Page(path)

@@ -135,7 +135,7 @@ def fill(
         pixels, costs = drawn(samples, ids, drawing, tick)
         if drawing.keep is not None:
             drawing.keep(samples, ids, pixels)
-        batch = Pictures(prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt)
+        batch = Pictures(prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt, pixels)
         store.write(chunk, extractors(batch, features), costs)
 
 

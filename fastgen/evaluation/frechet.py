@@ -5,11 +5,14 @@ The extractor gives the number its name: only Inception pool3 features make it a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+from fastgen.evaluation.tables import Table
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class FeatureStatistics:
         mean = wide.mean(0)
         centred = wide - mean
         return cls(n=len(wide), mean=mean, scatter=centred.T @ centred)
+
+    @classmethod
+    def from_blocks(cls, blocks: Iterable[Tensor]) -> FeatureStatistics:
+        """Statistics of features that come (B, D) at a time, such as `Table.blocks()`; the memory does not grow with their number."""
+        return merged(map(cls.from_features, blocks))
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:
         """Statistics of the union of two disjoint batches (Chan, Golub & LeVeque 1979, eq. 2.1). Raises ValueError for unequal D."""
@@ -63,12 +71,33 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     Raises ValueError for fewer than 2 samples or unequal dimensions.
     """
     _check_dims(a, b)
-    cov_a, cov_b = a.cov, b.cov
+    return distance_from(a)(b)
+
+
+def distance_from(a: FeatureStatistics) -> Callable[[FeatureStatistics], float]:
+    """`frechet_distance(a, ...)` to one after the other: of two eigenproblems that of `a` is solved once."""
+    cov_a = a.cov
     values, vectors = torch.linalg.eigh(_symmetric(cov_a))
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(_symmetric(root @ cov_b @ root)).clamp(min=0).sqrt().sum()
-    shift = (a.mean - b.mean).square().sum()
-    return float((shift + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0))
+
+    def distance(b: FeatureStatistics) -> float:
+        _check_dims(a, b)
+        cov_b = b.cov
+        cross = torch.linalg.eigvalsh(_symmetric(root @ cov_b @ root)).clamp(min=0).sqrt().sum()
+        shift = (a.mean - b.mean).square().sum()
+        return float((shift + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0))
+
+    return distance
+
+
+def table_statistics(table: Table) -> FeatureStatistics:
+    """Statistics of all rows (N, D), N >= 1, a block at a time."""
+    return FeatureStatistics.from_blocks(table.blocks())
+
+
+def merged(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
+    """Statistics of the union of disjoint parts, merged in their order."""
+    return reduce(FeatureStatistics.merge, parts)
 
 
 def bootstrap_floor(features: Tensor, repeats: int, seed: int) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from fastgen.files import write_atomically
 from fastgen.fingerprints import sealed, unsealed
 
 if TYPE_CHECKING:
+    from fastgen.evaluation.metrics.base import Metric
     from fastgen.evaluation.protocol import Protocol, SetBlock
 
 CACHE = Path(".cache/fastgen/results")  # below the home folder
@@ -53,7 +54,7 @@ class Row(TypedDict):
 
 
 class Missing(TypedDict):
-    """A metric that could not be measured; model: whose, and why, in one line."""
+    """A metric that could not be measured, and why, in one line; model: of which, empty for all."""
 
     name: str
     model: str
@@ -101,9 +102,15 @@ def _conventions(protocol: Protocol, extractors: Iterable[str]) -> dict[str, Any
         "chunk": protocol.spec.chunk,
         "seeds": {name: _seeds_rule(block) for name, block in protocol.spec.sets.items()},
         "subset_seed": protocol.spec.seed,
-        "metrics": {name: {**metric.config.model_dump(mode="json"), "set": metric.set} for name, metric in metrics.items()},
+        "metrics": {name: _convention(metric) for name, metric in metrics.items()},
         "extractors": {name: find_extractor(name).convention for name in extractors},
     }
+
+
+def _convention(metric: Metric) -> dict[str, Any]:
+    """A metric's options, its set, and its own words for what they leave unsaid."""
+    said = {"convention": metric.convention} if metric.convention else {}
+    return {**metric.config.model_dump(mode="json"), "set": metric.set, **said}
 
 
 def _seeds_rule(block: SetBlock) -> str:
@@ -179,6 +186,14 @@ class _Entry(records.Schema):
 def read_results(path: str | Path) -> dict[str, Any]:
     """results.json as a dict with the keys protocol, metrics, provenance and what else is in it; UserError when it is missing or something else."""
     return records.read(Path(path), Results)
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What has to be said beside the numbers: that they are of a quick look, and what could not be measured."""
+    partial = results.get("partial")
+    quick = [f"a quick look: only the first {partial['stop_after']:,} pictures of each set"] if partial else []
+    lacking = [(each["name"] + (f" of the {each['model']}" if each["model"] else ""), each["reason"]) for each in results.get("missing") or []]
+    return quick + [f"not measured: {what}: {reason}" for what, reason in lacking]
 
 
 def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgen.errors import UserError
 from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Keep, Part, by_set, drawn, fill
 from fastgen.evaluation.extractors.base import Resources
-from fastgen.evaluation.metrics.base import Measured, Metric, Needs, Reference, Value
+from fastgen.evaluation.metrics.base import NO_REFERENCE, Measured, Metric, Needs, Reference, Value
 from fastgen.evaluation.protocol import Protocol, SampleSet
 from fastgen.evaluation.results import Missing, Row, cached
 from fastgen.evaluation.store import Store, total
@@ -65,28 +65,27 @@ class Evaluation:
         count = self.settings.stop_after
         self.sets = {name: each if count is None else each.head(count) for name, each in self.protocol.sets.items()}
         self.extractors = Extractors(self.resources)
-        self.metrics: dict[str, Metric] = {}
-        self.needs: dict[str, Needs] = {}
-        for name, metric in self.protocol.metrics(self.resources).items():
-            try:
-                self.needs[name] = self._possible(metric)
-            except Unavailable as error:
-                self._lacks(name, None, error)
-            else:
-                self.metrics[name] = metric
+        self.metrics, self.needs = self._possible()
         if not self.metrics:
             reasons = "; ".join(f"{each['name']} {each['reason']}" for each in self.missing)
             raise UserError(f"protocol {self.protocol.name}: nothing can be measured: {reasons}")
         self._features = by_set(need.generated for need in self.needs.values())
         self._drawn: list[Drawn] = []
 
-    def _possible(self, metric: Metric) -> Needs:
-        """What a metric needs; Unavailable where that is not here."""
-        needs = metric.needs()
-        if needs.reference and self.reference is None:
-            raise Unavailable("needs reference pictures or statistics: give the protocol a reference, or --images")
-        self.extractors.require([*(each for features in needs.generated.values() for each in features), *needs.reference])
-        return needs
+    def _possible(self) -> tuple[dict[str, Metric], dict[str, Needs]]:
+        """The metrics for which everything is here, and what they need; the others are `missing`."""
+        metrics, needed = {}, {}
+        for name, metric in self.protocol.metrics(self.resources).items():
+            try:
+                needs = metric.needs()
+                if needs.reference and self.reference is None:
+                    raise Unavailable(NO_REFERENCE)
+                self.extractors.require([*(each for features in needs.generated.values() for each in features), *needs.reference])
+            except Unavailable as error:
+                self._lacks(name, None, error)
+            else:
+                metrics[name], needed[name] = metric, needs
+        return metrics, needed
 
     def _lacks(self, name: str, model: str | None, error: Unavailable) -> None:
         self.missing.append(Missing(name=name, model=model or "", reason=str(error)))
@@ -243,6 +242,7 @@ def run_protocol(
     steps: Sequence[int],
     guidance: float,
     batch_size: int | None = None,
+    resources: Resources | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
     """One row for each metric and step count, with seconds_per_1000_images and peak_memory_bytes; nothing is kept.
@@ -254,10 +254,16 @@ def run_protocol(
     if not steps or min(steps) < 1 or (batch_size is not None and batch_size < 1):
         raise UserError(f"step counts and the batch size must be at least 1, got steps {list(steps)} and batch size {batch_size}")
     with _temporary() as root:
-        evaluation = Evaluation(protocol, Resources(), Settings(root, batch_size=batch_size), progress=progress or Progress())
+        evaluation = Evaluation(protocol, resources or Resources(), Settings(root, batch_size=batch_size), progress=progress or Progress())
         for count in steps:
             evaluation.draw(_Function(generate, model, count, guidance))
         return evaluation.rows()
+
+
+def missing_at_start(protocol: Protocol, resources: Resources) -> list[Missing]:
+    """What of a protocol cannot be measured here, before anything is drawn. UserError where nothing can."""
+    with _temporary() as root:
+        return Evaluation(protocol, resources, Settings(root)).missing
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,13 @@ class Weights:
             raise Unavailable(f"{str(path)!r} is not the file that is needed: its SHA-256 is {found}, not {sha256}; get it from {source}")
         return path
 
-    def directory(self, name: str, *, source: str) -> Path:
-        """The folder `name` below the folder, as model hubs have it. Unavailable where it is missing."""
+    def directory(self, name: str, *, source: str, files: Sequence[str] = ()) -> Path:
+        """The folder `name` below the folder, as model hubs have it, with these files in it. Unavailable where it, or one of them, is missing."""
         path = self._place(name, source)
         if not path.is_dir():
             raise Unavailable(f"needs the folder {name}, which is not in {str(self.folder)!r}: get it from {source} and put it there")
+        for file in files:
+            self.file(f"{name}/{file}", source=source)
         return path
 
     def _place(self, name: str, source: str) -> Path:

@@ -13,7 +13,8 @@ import torch
 from fastgen import checkpoint, diagnostics, pictures
 from fastgen.errors import NotFinite, TrainingFailed
 from fastgen.evaluation import runner
-from fastgen.evaluation.protocols import load_protocol
+from fastgen.evaluation.protocol import load_protocol
+from fastgen.foresight import resources_of
 from fastgen.generator import ImageGenerator, generate_pictures
 from fastgen.progress import Progress
 from fastgen.run.building import Run, spread
@@ -141,15 +142,15 @@ class Samples:
 
 def _evaluations(run: Run) -> Callable[[], Metrics]:
     """Measure the averaged student during training, as scalars `eval/<metric>`."""
-    name = run.plan.recipe.evaluate.protocol
-    if name is None or not run.plan.recipe.evaluate.every:
+    block = run.plan.recipe.evaluate
+    if block.protocol is None or not block.every:
         return dict
-    protocol, student = load_protocol(name), run.generator("student")
+    protocol, student, resources = load_protocol(block.protocol, data_dir=block.data_dir), run.generator("student"), resources_of(block)
 
     def measure() -> Metrics:
         run.trainer.check_weights()
         with run.trainer.ema.applied():
-            rows = runner.run_protocol(protocol, student, model="student", steps=[student.steps], guidance=student.guidance)
+            rows = runner.run_protocol(protocol, student, model="student", steps=[student.steps], guidance=student.guidance, resources=resources)
         return {f"eval/{row['name']}": row["value"] for row in rows}
 
     return measure

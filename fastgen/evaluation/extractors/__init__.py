@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastgen.discovery import find_class, module_names
 from fastgen.evaluation.extractors.base import Extractor
 
-_SHARED = ("base",)
+_SHARED = ("base", "clip_inputs", "hub_models", "open_clip_networks")
 
 
 def find_extractor(name: str) -> type[Extractor]:

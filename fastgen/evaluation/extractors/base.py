@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,11 +36,13 @@ def feature(extractor: str, layer: str, **options: Any) -> Feature:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Some pictures with their prompts, as extractors get them. per_prompt: how many of one prompt lie side by side; a batch holds whole groups."""
+    """Some pictures with their prompts, as extractors get them. per_prompt: how many of one prompt lie side by side; a batch holds whole groups.
+    raw: the same pictures before the protocol cropped and resized them, each (3, h, w) of its own size; None where it did neither."""
 
     pixels: Tensor  # (B, 3, H, W) uint8 on the CPU
     prompts: tuple[str, ...]
     per_prompt: int = 1
+    raw: Sequence[Tensor] | Tensor | None = None
 
 
 @dataclass(frozen=True)

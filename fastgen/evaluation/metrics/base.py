@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+NO_REFERENCE = "needs reference pictures or statistics: give the protocol a reference, or --images"
+
+
 class Heading(NamedTuple):
     """How a row is printed: its column's heading; `better` is an arrow, or empty where more is not simply better; decimals: -1 for four
     significant digits."""
@@ -90,7 +93,7 @@ class Measured:
     def real(self) -> Reference:
         """The reference; Unavailable where the protocol has none."""
         if self.reference is None:
-            raise Unavailable("needs reference pictures or statistics: give the protocol a reference, or --images")
+            raise Unavailable(NO_REFERENCE)
         return self.reference
 
 
@@ -103,6 +106,7 @@ class Metric(ABC):
         set: str | None = None
 
     shows: ClassVar[Mapping[str, Heading]]
+    convention: ClassVar[str] = ""  # a sentence for results.json: what is computed, beyond what the options say
 
     def __init__(self, config: Any, sets: Sequence[str], resources: Resources = Resources()) -> None:  # noqa: B008
         """config: of this class's Config. sets: names of the protocol's sets."""

@@ -1,0 +1,50 @@
+"""Metrics that are the mean of a score of each picture and its prompt."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastgen.evaluation.intervals import mean_interval
+from fastgen.evaluation.metrics.base import Measured, Metric, Table, Unavailable, Value
+
+if TYPE_CHECKING:
+    from fastgen.evaluation.protocol import SampleSet
+
+
+class PictureScores(Metric):
+    """`shows` has one row, whose value is the mean of `picture_scores`; its interval is over pictures, or over prompts where a prompt has
+    several pictures, which are no independent draws."""
+
+    @abstractmethod
+    def picture_scores(self, measured: Measured) -> Tensor:
+        """(N,) fp64, in the order of ids."""
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.shows))
+
+    def scores(self, measured: Measured) -> dict[str, Tensor]:
+        return {self.name: self.picture_scores(measured)}
+
+    def measure(self, measured: Measured) -> list[Value]:
+        samples = measured.sets[self.set]
+        if not any(samples.prompts):
+            raise Unavailable("compares pictures with their prompts, which these have none of")
+        return [mean_value(self.name, self.picture_scores(measured), samples)]
+
+
+def mean_value(name: str, scores: Tensor, samples: SampleSet) -> Value:
+    """The mean of scores (N,) of a set's pictures."""
+    over = "images" if samples.per_prompt == 1 else "prompts"
+    mean = mean_interval(scores, None if over == "images" else samples.groups)
+    known = None if mean.std is None else over
+    return Value(name, mean.value, len(scores), mean.std, known, mean.interval, known)
+
+
+def column(table: Table) -> Tensor:
+    """(N,) fp64 of a table that holds one number a row."""
+    return torch.cat([block.double().flatten() for block in table.blocks()])
