@@ -40,6 +40,7 @@ class GaussianFit:
     n: int | None = None
     origin: str = ""
 
+
 JACKKNIFE_GROUPS = 10
 
 

@@ -31,7 +31,9 @@ class Lpips(Extractor):
         size: Annotated[int, Field(ge=SMALLEST, le=4096)] | None = None
         range: Literal["signed", "unit"] = "signed"
 
-    convention = "LPIPS 0.1 of the 8-bit pictures, resized by Pillow's LANCZOS where `size` says so, bilinearly up to 64 pixels where they are smaller"
+    convention = (
+        "LPIPS 0.1 of the 8-bit pictures, resized by Pillow's LANCZOS where `size` says so, bilinearly up to 64 pixels where they are smaller"
+    )
 
     def __init__(self, config: Any, resources: Resources) -> None:
         super().__init__(config, resources)
