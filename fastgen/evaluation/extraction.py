@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgen.config import validate
 from fastgen.errors import NotFinite, UserError
+from fastgen.evaluation.dumps import Dump
 from fastgen.evaluation.extractors import find_extractor
 from fastgen.evaluation.extractors.base import Extractor, Feature, Pictures, Resources
 from fastgen.evaluation.preparation import prepared, quantised
@@ -26,7 +27,6 @@ from fastgen.evaluation.weights import Unavailable
 from fastgen.fingerprints import digest
 
 Draw = Callable[[list[str], list[int], Sequence[int]], Tensor]  # prompts, seeds, ids -> (B, 3, H, W), floats in [0, 1] or uint8
-Keep = Callable[[SampleSet, range, Tensor], None]  # a set, rows of it, and their 8-bit pictures
 
 
 AS_IS = PrepareBlock()
@@ -103,40 +103,42 @@ def stored_name(each: Feature, sha256: str) -> str:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. keep: gets every 8-bit picture before it
-    is prepared."""
+    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. dumps: where every 8-bit picture goes before
+    it is prepared."""
 
     draw: Draw
     batch_size: int
     quantisation: str = "edm"
     prepare: PrepareBlock = AS_IS
-    keep: Keep | None = None
+    dumps: Sequence[Dump] = ()
+
+
+def lacking(store: Store, names: Sequence[str], dumps: Sequence[Dump] = (), part: Part = WHOLE) -> list[int]:
+    """The chunks, or those of this part, of which features are not in the store, or pictures not in a dump."""
+    missing = set(store.missing(names)) | {chunk for chunk in store.chunks for dump in dumps if not dump.has(store.ids(chunk))}
+    return [chunk for chunk in sorted(missing) if chunk % part.of == part.index]
 
 
 def fill(
     store: Store,
     samples: SampleSet,
+    chunks: Iterable[int],
     drawing: Drawing,
     extractors: Extractors,
     features: Sequence[Feature],
     *,
-    part: Part = WHOLE,
     tick: Callable[[int], None] | None = None,
 ) -> None:
-    """Draw the chunks of a set that the store lacks, or this part of them, and put their features there. tick: told how many pictures more
-    are done.
+    """Draw some chunks of a set and put their features into the store. tick: told how many pictures more are done.
 
     Costs of a chunk: `seconds` that drawing took (transfer to the CPU included), its `pictures`, and `peak` memory as in
     `speed.peak_memory_bytes`.
     """
-    names = [extractors.name(each) for each in features]
-    for chunk in store.missing(names):
-        if chunk % part.of != part.index:
-            continue
+    for chunk in chunks:
         ids = store.ids(chunk)
         pixels, costs = drawn(samples, ids, drawing, tick)
-        if drawing.keep is not None:
-            drawing.keep(samples, ids, pixels)
+        for dump in drawing.dumps:
+            dump.write(ids, pixels)
         batch = Pictures(prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt, pixels)
         store.write(chunk, extractors(batch, features), costs)
 

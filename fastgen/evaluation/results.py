@@ -49,6 +49,7 @@ class Row(TypedDict):
     std_over: NotRequired[str]
     interval: NotRequired[list[float]]
     interval_over: NotRequired[str]
+    remark: NotRequired[str]
     floor: NotRequired[str]
     seed: NotRequired[int]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from fastgen.evaluation.extractors.base import Feature, Options, Resources, feature
-from fastgen.evaluation.frechet import FeatureStatistics
+from fastgen.evaluation.frechet import Gaussian
 from fastgen.evaluation.results import Row
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
@@ -49,7 +49,8 @@ class Heading(NamedTuple):
 
 
 class Value(NamedTuple):
-    """One number. n: images it is computed from. std: over what `std_over` names. interval: 95 %, by the method `interval_over` names."""
+    """One number. n: images it is computed from. std: over what `std_over` names. interval: 95 %, by the method `interval_over` names. remark:
+    what stands beside the number, such as that it is of too few images to be compared with published ones."""
 
     name: str
     value: float
@@ -58,6 +59,7 @@ class Value(NamedTuple):
     std_over: str | None = None  # seeds, bootstrap, subsets, splits, images, prompts
     interval: tuple[float, float] | None = None
     interval_over: str | None = None  # images, prompts, bootstrap, jackknife
+    remark: str | None = None
 
 
 class Needs(NamedTuple):
@@ -73,7 +75,7 @@ class Needs(NamedTuple):
 class Reference(Protocol):
     """Real pictures, or what is known of them. Unavailable where the reference has none of what is asked for."""
 
-    def statistics(self, of: Feature) -> FeatureStatistics: ...
+    def statistics(self, of: Feature) -> Gaussian: ...
 
     def table(self, of: Feature) -> Table: ...
 
