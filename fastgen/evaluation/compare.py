@@ -6,9 +6,10 @@ the interval comes from what the two rows say of themselves, as of independent p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from fastgen.evaluation.headings import COSTS, ordered
 from fastgen.evaluation.intervals import NORMAL
 from fastgen.evaluation.likeness import joined, other_circumstances, other_counts, unlike
 from fastgen.evaluation.metrics.base import Measured, Metric, Reference
-from fastgen.evaluation.protocol import Protocol
+from fastgen.evaluation.protocol import Protocol, load_protocol
 from fastgen.evaluation.resampling import Difference, differences
 from fastgen.evaluation.results import Row, model_key, read_results
+from fastgen.evaluation.runner import Evaluation, Settings
 from fastgen.evaluation.store import Store
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
+from fastgen.files import write_atomically
 from fastgen.progress import Progress
 
 UNPAIRED = "unpaired"
@@ -53,25 +56,51 @@ class Side:
 
 @dataclass
 class Sources:
-    """What pairing needs besides the files: the protocol, None where it is not at hand, for `reason`; how its reference is opened."""
+    """What pairing needs besides the files: the protocol, None where it is not at hand, for `reason`; the folder of stores."""
 
-    protocol: Protocol | None = None
-    reason: str = ""
+    protocol: Protocol | None
+    settings: Settings
     resources: Resources = field(default_factory=Resources)
-    reference: Callable[[], Reference | None] = lambda: None
+    reason: str = ""
 
     @classmethod
-    def of(cls, protocol: Callable[[], Protocol], **more: Any) -> Sources:
+    def of(cls, load: Callable[[], Protocol], settings: Settings, resources: Resources) -> Sources:
         """With a protocol that may not load."""
         try:
-            return cls(protocol(), **more)
+            return cls(load(), settings, resources)
         except UserError as error:
-            return cls(None, str(error), **more)
+            return cls(None, settings, resources, str(error))
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        """The protocol's, opened when something asks for it."""
+        assert self.protocol is not None
+        return Evaluation(self.protocol, self.resources, self.settings, dry=True).reference
+
+
+def compare_files(
+    first: Path,
+    second: Path,
+    *,
+    settings: Settings,
+    resources: Resources,
+    protocol: str | None = None,
+    output: Path | None = None,
+    resamples: int = 100,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`compare`, written to `output` as JSON. protocol: name or file, by default what the first file says."""
+    name = read_results(first)["protocol"] if protocol is None else protocol
+    sources = Sources.of(lambda: load_protocol(name, data_dir=resources.data_dir, key="--protocol"), settings, resources)
+    comparison = compare(first, second, sources, resamples=resamples, progress=progress)
+    if output is not None:
+        write_atomically(output, json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return comparison
 
 
 def compare(first: Path, second: Path, sources: Sources, *, resamples: int = 100, progress: Progress | None = None) -> dict[str, Any]:
     """The comparison as plain JSON: `pairs`, one for each step count that both files have, each with `differences` (name, a, b, difference =
-    b - a, n, and, where there is one, a 95 % interval and interval_over: bootstrap, jackknife or unpaired), `notes` and `warnings`.
+    b - a, n, and, where there is one, a 95 % interval and interval_over: bootstrap, jackknife, subsets or unpaired), `notes` and `warnings`.
 
     UserError where a file cannot be read, where the two do not measure the same, and where they have no model in common to compare.
     """
@@ -172,16 +201,17 @@ def _paired(a: Side, b: Side, names: Iterable[str], sources: Sources, resamples:
         return {}, [f"nothing is paired: {reason}"]
     found: dict[str, Difference] = {}
     reasons: dict[str, list[str]] = {}
-    reference = cache(sources.reference)
-    opened = [Opened(side, protocol, sources.resources, reference) for side in (a, b)]
+    lacking = {each["name"] for side in (a, b) for each in side.results.get("missing") or [] if each["model"] in ("", side.model)}
+    opened = [Opened(side, protocol, sources) for side in (a, b)]
     for name, metric in protocol.metrics(sources.resources).items():
-        if metric.shows.keys().isdisjoint(names):
+        if name in lacking:
             continue
         try:
             found |= _resampled(name, metric, opened, resamples, progress)
         except UserError as error:
             reasons.setdefault(str(error), []).append(name)
-    return found, [f"{', '.join(metrics)}: not paired: {reason}" for reason, metrics in reasons.items()]
+    notes = [f"{', '.join(metrics)}: not paired: {reason}" for reason, metrics in reasons.items()]
+    return {name: each for name, each in found.items() if name in names}, notes
 
 
 def _resampled(name: str, metric: Metric, opened: list[Opened], resamples: int, progress: Progress) -> dict[str, Difference]:
@@ -212,8 +242,8 @@ def _resampled(name: str, metric: Metric, opened: list[Opened], resamples: int, 
 class Opened:
     """A side's features as metrics read them."""
 
-    def __init__(self, side: Side, protocol: Protocol, resources: Resources, reference: Callable[[], Reference | None]) -> None:
-        self.side, self._protocol, self._resources, self._reference = side, protocol, resources, reference
+    def __init__(self, side: Side, protocol: Protocol, sources: Sources) -> None:
+        self.side, self._protocol, self._sources = side, protocol, sources
         count = (side.results.get("partial") or {}).get("stop_after")
         self._sets = {name: each if count is None else each.head(count) for name, each in protocol.sets.items()}
         self._stores: dict[tuple[str, str], Store] = {}
@@ -222,18 +252,27 @@ class Opened:
         """UserError for what is not there any more."""
         needs = metric.needs()
         teacher = self._measured(metric, self._teacher()) if needs.teacher else None
-        reference = self._reference() if needs.reference else None
-        return self._measured(metric, self.side.key, reference, teacher)
+        reference = self._sources.reference if needs.reference else None
+        return self._measured(metric, self._recorded(self.side.model, self.side.steps), reference, teacher)
 
     def _measured(self, metric: Metric, key: str, reference: Reference | None = None, teacher: Measured | None = None) -> Measured:
         wanted = metric.needs().generated
         tables = {(name, each): self._table(key, name, each) for name, features in wanted.items() for each in features}
         sets = {name: self._sets[name] for name in wanted}
-        return Measured(sets, tables, reference, teacher, None, self._resources, self._protocol.spec.seed)
+        return Measured(sets, tables, reference, teacher, None, self._sources.resources, self._protocol.spec.seed)
+
+    @property
+    def _models(self) -> Any:
+        return self.side.results["provenance"].get("models")
+
+    def _recorded(self, model: str, steps: int | None) -> str:
+        """What the file's record of models calls one: its name, with its steps where there are several of that name."""
+        with_steps = f"{model}, {steps} steps"
+        return with_steps if isinstance(self._models, dict) and with_steps in self._models else model
 
     def _teacher(self) -> str:
-        models = self.side.results["provenance"].get("models") or {}
-        found = [key for key in models if key.partition(",")[0] == "teacher"]
+        """The first one, as where it was measured."""
+        found = [key for key in self._models or {} if key.partition(",")[0] == "teacher"] if isinstance(self._models, dict) else []
         if not found:
             raise Unavailable(f"{str(self.side.path)!r} records no teacher")
         return found[0]
@@ -245,9 +284,10 @@ class Opened:
         sha256 = _entry(provenance, "extractors", each.source)
         if not isinstance(folder, str) or not isinstance(sha256, str):
             raise Unavailable(f"{str(self.side.path)!r} does not say where the features of its pictures are")
-        if not Path(folder).is_dir():
-            raise Unavailable(f"the features of {str(self.side.path)!r} are gone from {folder!r}")
-        store = self._stores.setdefault((key, name), Store(Path(folder), len(samples), samples.chunk))
+        place = self._sources.settings.root / Path(folder).name
+        if not place.is_dir():
+            raise Unavailable(f"the features of {str(self.side.path)!r} are not in {str(place)!r} (--store)")
+        store = self._stores.setdefault((key, name), Store(place, len(samples), samples.chunk))
         return store.table(stored_name(each, sha256))
 
 

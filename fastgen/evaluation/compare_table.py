@@ -8,11 +8,12 @@ from typing import Any
 from fastgen.evaluation.headings import COSTS, heading, number, written
 from fastgen.evaluation.table import aligned
 
-_MARKS = {"bootstrap": "", "jackknife": "*", "unpaired": "†"}
+_MARKS = {"bootstrap": "", "jackknife": "*", "subsets": "‡", "unpaired": "†"}
 _METHODS = {
-    "bootstrap": "the same pictures' ids resampled for both, {resamples} times",
-    "jackknife": "* the same pictures left out of both, a twentieth at a time",
-    "unpaired": "† from each file's own interval or standard deviation, as of independent pictures: wider than a paired one",
+    "bootstrap": "the same pictures' ids drawn again for both, {resamples} times",
+    "jackknife": "* the same pictures left out of both, a tenth at a time",
+    "subsets": "‡ the same random subsets of both",
+    "unpaired": "† from what each file says of itself, as of independent pictures: wider than a paired one",
 }
 
 
@@ -23,7 +24,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         lines += [*(f"{side}  {_model(pair[side])}" for side in "ab"), *_block(pair["differences"]), *pair["notes"], ""]
     used = {line.get("interval_over") for pair in comparison["pairs"] for line in pair["differences"]}
     told = [text.format(resamples=comparison["resamples"]) for method, text in _METHODS.items() if method in used]
-    return "\n".join([*lines, f"95 % intervals: {'; '.join(told)}"] if told else lines[:-1])
+    return "\n".join([*lines, "95 % intervals of b - a:", *told] if told else lines[:-1])
 
 
 def _model(record: Mapping[str, Any]) -> str:

@@ -17,10 +17,12 @@ from fastgen.evaluation import protocol as protocols
 from fastgen.evaluation.compare import Sources, compare, unpaired
 from fastgen.evaluation.compare_table import comparison_table
 from fastgen.evaluation.extraction import stored_name
+from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.intervals import mean_interval
 from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Value, feature
 from fastgen.evaluation.protocol import Protocol, protocol_from
-from fastgen.evaluation.results import Row, model_key, provenance, write_results
+from fastgen.evaluation.results import Row, provenance, write_results
+from fastgen.evaluation.runner import Settings
 from fastgen.evaluation.store import Store
 from fastgen.progress import Progress
 
@@ -78,7 +80,7 @@ def scores(shift: float, seed: int) -> Tensor:
 def written(folder: Path, rows: Tensor, of: Protocol | None = None, *, distance: float = 3.0, steps: int = 4, **changed: Any) -> Path:
     """A results file of pictures with these features, and the store of them."""
     of = of or protocol()
-    store = Store(folder / "store", len(rows), of.sets["main"].chunk)
+    store = Store(folder.parent / f"store-{folder.name}", len(rows), of.sets["main"].chunk)
     for chunk in store.chunks:
         ids = store.ids(chunk)
         store.write(chunk, {stored_name(FEATURE, HASH): rows[ids.start : ids.stop]}, {})
@@ -91,12 +93,16 @@ def written(folder: Path, rows: Tensor, of: Protocol | None = None, *, distance:
         {"name": "distance", "value": distance, "std": 0.5, "std_over": "bootstrap", **about},
         {"name": "seconds_per_1000_images", "value": 250.0 * steps, **about},
     ]
-    key = model_key("student", steps)
-    models = {key: {"stores": {"main": str(store.folder)}}}
+    models = {"student": {"stores": {"main": store.folder.name}}}
     origin = provenance(of, extractors={FEATURE.source: HASH}, models=models) | changed.pop("origin", {})
     path = folder / "results.json"
     write_results(path, of.name, metrics, origin, **changed)
     return path
+
+
+def compared(a: Path, b: Path, *, of: Protocol | None = None, **options: Any) -> dict[str, Any]:
+    """With stores beside the two folders."""
+    return compare(a, b, Sources(of or protocol(), Settings(a.parent.parent)), **options)
 
 
 def lines(comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -114,7 +120,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_stores_pair_the_ids_and_shrink_the_interval(pair: tuple[Path, Path]) -> None:
-    found = lines(compare(*pair, Sources(protocol()), resamples=300))
+    found = lines(compared(*pair, resamples=300))
     d = (scores(0.2, 2) - scores(0.0, 1)).double().flatten()
     brightness = found["brightness"]
     assert brightness["difference"] == pytest.approx(float(d.mean()), rel=1e-6)
@@ -129,7 +135,7 @@ def test_stores_pair_the_ids_and_shrink_the_interval(pair: tuple[Path, Path]) ->
 
 
 def test_a_metric_that_lacks_something_is_unpaired_and_says_why(pair: tuple[Path, Path]) -> None:
-    comparison = compare(*pair, Sources(protocol()))
+    comparison = compared(*pair)
     line = lines(comparison)["distance"]
     half_of_each = 1.959963984540054 * 0.5
     assert (line["difference"], line["interval_over"]) == (-0.5, "unpaired")
@@ -147,11 +153,12 @@ def test_unpaired_intervals_reach_as_far_as_their_sides_do() -> None:
 
 @pytest.mark.parametrize("damage", ["gone", "truncated", "flipped", "protocol", "unsaid", "other"])
 def test_without_sound_stores_the_rows_own_intervals_serve(pair: tuple[Path, Path], damage: str) -> None:
-    store, said, sources = pair[1].parent / "store", "", Sources(protocol())
+    store, said = pair[1].parent.parent / "store-b", ""
+    sources = Sources(protocol(), Settings(store.parent))
     (array,) = store.glob("*.npy")
     if damage == "gone":
         store.rename(store.with_name("elsewhere"))
-        said = f"the features of '{pair[1]}' are gone from '{store}'"
+        said = f"the features of '{pair[1]}' are not in '{store}' (--store)"
     elif damage == "truncated":
         array.write_bytes(array.read_bytes()[:-4])
         said = "lacks 4 of 4 chunks"
@@ -165,7 +172,7 @@ def test_without_sound_stores_the_rows_own_intervals_serve(pair: tuple[Path, Pat
         def unreadable() -> Protocol:
             raise UserError("no file 'mine.yaml'")
 
-        sources, said = Sources.of(unreadable), "nothing is paired: no file 'mine.yaml'"
+        sources, said = Sources.of(unreadable, Settings(store.parent), Resources()), "nothing is paired: no file 'mine.yaml'"
     elif damage == "unsaid":
         content = json.loads(pair[1].read_text())
         content["provenance"]["models"] = {}
@@ -173,7 +180,7 @@ def test_without_sound_stores_the_rows_own_intervals_serve(pair: tuple[Path, Pat
         said = f"'{pair[1]}' does not say where the features of its pictures are"
     else:
         content = json.loads(pair[1].read_text())
-        content["provenance"]["models"]["student, 4 steps"]["stores"]["main"] = str(pair[0].parent / "store")
+        content["provenance"]["models"]["student"]["stores"]["main"] = "store-a"
         pair[1].write_text(json.dumps(content))
         said = "gives brightness other values than the files"
     comparison = compare(*pair, sources)
@@ -199,7 +206,7 @@ def test_without_sound_stores_the_rows_own_intervals_serve(pair: tuple[Path, Pat
 def test_unlike_protocols_are_refused_with_both_sides_on_one_line(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
     a, b = written(tmp_path / "a", scores(0, 1)), written(tmp_path / "b", scores(0, 2), protocol(**changed))
     with pytest.raises(UserError) as caught:
-        compare(a, b, Sources(protocol()))
+        compared(a, b)
     assert str(caught.value).startswith(f"'{a}' and '{b}' do not measure the same: ")
     assert told in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert f"protocol hash: {protocol().hash()[:8]} / {protocol(**changed).hash()[:8]}" in str(caught.value)
@@ -219,7 +226,7 @@ def test_other_files_behind_the_numbers_are_refused(tmp_path: Path, origin: dict
     before = {"reference": {"kind": "pictures", "sha256": "8" * 64}, "classifier_hash": "8" * 64}
     a, b = written(tmp_path / "a", scores(0, 1), origin=before), written(tmp_path / "b", scores(0, 2), origin=before | origin)
     with pytest.raises(UserError, match="do not measure the same") as caught:
-        compare(a, b, Sources(protocol()))
+        compared(a, b)
     assert told in str(caught.value)
 
 
@@ -227,15 +234,15 @@ def test_other_counts_and_a_quick_look_are_refused(tmp_path: Path) -> None:
     a = written(tmp_path / "a", scores(0, 1))
     quick = written(tmp_path / "b", scores(0, 2), stop_after=32)
     with pytest.raises(UserError, match="pictures of each set: all / the first 32"):
-        compare(a, quick, Sources(protocol()))
+        compared(a, quick)
     fewer = written(tmp_path / "c", scores(0, 2)[:48])
     with pytest.raises(UserError, match="pictures of brightness: 64 / 48; pictures of contrast: 64 / 48"):
-        compare(a, fewer, Sources(protocol()))
+        compared(a, fewer)
 
 
 def test_two_quick_looks_of_the_same_pictures_are_paired(tmp_path: Path) -> None:
     paths = [written(tmp_path / name, scores(0.0, seed)[:32], stop_after=32) for name, seed in (("a", 1), ("b", 2))]
-    assert lines(compare(paths[0], paths[1], Sources(protocol())))["brightness"]["interval_over"] == "bootstrap"
+    assert lines(compared(paths[0], paths[1]))["brightness"]["interval_over"] == "bootstrap"
 
 
 class Heard(Progress):
@@ -257,7 +264,7 @@ def test_other_versions_are_a_warning_and_resampling_shows_progress(tmp_path: Pa
     torch_version = json.loads(a.read_text())["provenance"]["versions"]["torch"]
     b = written(tmp_path / "b", scores(0, 2), origin={"versions": {"torch": "1.0"}, "device": "TPU"})
     heard = Heard()
-    comparison = compare(a, b, Sources(protocol()), resamples=12, progress=heard)
+    comparison = compared(a, b, resamples=12, progress=heard)
     assert comparison["warnings"] == [f"torch: {torch_version} / 1.0", comparison["warnings"][1]]
     assert comparison["warnings"][1].endswith(" / TPU")
     assert heard.lines == [*(f"the two were measured with another {each}" for each in comparison["warnings"]), "resampling brightness: 12", "over"]
@@ -265,15 +272,15 @@ def test_other_versions_are_a_warning_and_resampling_shows_progress(tmp_path: Pa
 
 def test_step_counts_are_matched(tmp_path: Path) -> None:
     one, four, other = (written(tmp_path / name, scores(0, 1), steps=steps) for name, steps in (("1", 1), ("4", 4), ("o", 4)))
-    assert lines(compare(one, four, Sources(protocol())))["seconds_per_1000_images"]["difference"] == 750.0
+    assert lines(compared(one, four))["seconds_per_1000_images"]["difference"] == 750.0
     both = json.loads(one.read_text())
     both["metrics"] += json.loads(four.read_text())["metrics"]
     one.write_text(json.dumps(both))
-    (pair,) = compare(one, other, Sources(protocol()))["pairs"]
+    (pair,) = compared(one, other)["pairs"]
     assert (pair["a"]["steps"], pair["b"]["steps"]) == (4, 4)
     two = written(tmp_path / "2", scores(0, 1), steps=2)
     with pytest.raises(UserError, match=r"has student, 1 step, student, 4 steps and .* has student, 2 steps; measure both with the same --steps"):
-        compare(one, two, Sources(protocol()))
+        compared(one, two)
 
 
 def test_teachers_and_real_pictures_are_beside_the_point(tmp_path: Path) -> None:
@@ -283,7 +290,7 @@ def test_teachers_and_real_pictures_are_beside_the_point(tmp_path: Path) -> None
         content["metrics"] += [{"name": "contrast", "model": "teacher", "steps": 50, "value": value, "n": COUNT}]
         content["metrics"] += [{"name": "contrast", "model": "real", "value": value, "n": COUNT, "floor": "half"}]
         path.write_text(json.dumps(content))
-    comparison = compare(a, b, Sources(protocol()))
+    comparison = compared(a, b)
     assert len(comparison["pairs"]) == 1 and comparison["pairs"][0]["a"]["model"] == "student"
 
 
@@ -296,7 +303,7 @@ def test_old_files_are_compared_by_what_they_record(tmp_path: Path) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, value in zip(paths, (7.0, 6.5), strict=True):
         path.write_text(json.dumps({"protocol": "digits", "metrics": [{**rows[0], "value": value}, rows[1]], "provenance": origin}))
-    comparison = compare(paths[0], paths[1], Sources(None, "not asked for"))
+    comparison = compare(paths[0], paths[1], Sources(None, Settings(tmp_path), reason="not asked for"))
     assert lines(comparison)["fd_digits"] == {"name": "fd_digits", "a": 7.0, "b": 6.5, "difference": -0.5, "n": 1797}
     assert comparison_table(comparison).splitlines() == [
         f"a  {paths[0]}: student, 1 step",
@@ -312,16 +319,16 @@ def test_old_files_are_compared_by_what_they_record(tmp_path: Path) -> None:
 def test_damaged_files_are_named(pair: tuple[Path, Path], content: str) -> None:
     pair[1].write_text(content)
     with pytest.raises(UserError, match=r"cannot read .*b/results\.json") as caught:
-        compare(*pair, Sources(protocol()))
+        compared(*pair)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damaged", [[], "text", {"student, 4 steps": 3}, {"student, 4 steps": {"stores": {"main": ["x"]}}}])
+@pytest.mark.parametrize("damaged", [[], "text", {"student": 3}, {"student": {"stores": {"main": ["x"]}}}])
 def test_a_damaged_record_of_stores_is_no_store(pair: tuple[Path, Path], damaged: Any) -> None:
     content = json.loads(pair[0].read_text())
     content["provenance"]["models"] = damaged
     pair[0].write_text(json.dumps(content))
-    comparison = compare(*pair, Sources(protocol()))
+    comparison = compared(*pair)
     assert lines(comparison)["brightness"]["interval_over"] == "unpaired"
     assert "does not say where" in comparison["pairs"][0]["notes"][0]
 
@@ -330,7 +337,7 @@ def test_files_with_nothing_in_common_are_refused(pair: tuple[Path, Path]) -> No
     content = json.loads(pair[0].read_text())
     pair[0].write_text(json.dumps(content | {"metrics": []}))
     with pytest.raises(UserError, match="no model of the one file goes with one of the other"):
-        compare(*pair, Sources(protocol()))
+        compared(*pair)
 
 
 def test_the_table_says_what_each_interval_rests_on(pair: tuple[Path, Path]) -> None:
@@ -338,9 +345,11 @@ def test_the_table_says_what_each_interval_rests_on(pair: tuple[Path, Path]) -> 
     content["metrics"] = [row for row in content["metrics"] if row["name"] != "contrast"]
     content["missing"] = [{"name": "contrast", "model": "student", "reason": "needs more"}]
     pair[1].write_text(json.dumps(content))
-    text = comparison_table(compare(*pair, Sources(protocol()))).splitlines()
+    text = comparison_table(compared(*pair)).splitlines()
     assert text[:2] == [f"a  {pair[0]}: student, 4 steps", f"b  {pair[1]}: student, 4 steps"]
     assert text[2].split() == ["metric", "a", "b", "b", "-", "a", "95", "%", "of", "b", "-", "a", "images"]
-    assert text[-1].startswith("95 % intervals: the same pictures' ids resampled for both, 100 times; † from each file's own interval")
+    assert text[-3:-1] == ["95 % intervals of b - a:", "the same pictures' ids drawn again for both, 100 times"] and text[-1].startswith(
+        "† from what"
+    )
     assert "b has no contrast (needs more)" in text
     print("\n".join(text))
