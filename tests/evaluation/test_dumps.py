@@ -18,7 +18,7 @@ from fastgen.data.images import load_images
 from fastgen.errors import UserError
 from fastgen.evaluation import dumps
 from fastgen.evaluation.dumps import FORMS, Dump, ParquetShards, PngFolder, png
-from fastgen.evaluation.extraction import Drawing, Extractors, Part, fill
+from fastgen.evaluation.extraction import Drawing, Extractors, Part, fill, lacking
 from fastgen.evaluation.extractors.base import Resources, feature
 from fastgen.evaluation.picture_folder import PictureFolder
 from fastgen.evaluation.preparation import prepared
@@ -166,11 +166,10 @@ def test_an_evaluation_in_parts_keeps_what_it_measures(tmp_path: Path) -> None:
     floats = torch.rand((5, 3, 6, 9), generator=torch.Generator().manual_seed(1))
     prepare = PrepareBlock(crop="centre", resize=4)
     for part in (Part(1, 2), Part(0, 2)):
-        dump = PngFolder(tmp_path / "pictures", SET, "m")
-        keep = lambda samples, rows, pixels, dump=dump: dump.write(rows, pixels)  # noqa: E731
-        drawing = Drawing(lambda prompts, seeds, ids: floats[[number - SET.first for number in ids]], 1, "truncate", prepare, keep)
-        store = Store(tmp_path / "store", len(SET), SET.chunk)
-        fill(store, SET, drawing, extractors, [of], part=part)
+        dump, store = PngFolder(tmp_path / "pictures", SET, "m"), Store(tmp_path / "store", len(SET), SET.chunk)
+        drawing = Drawing(lambda prompts, seeds, ids: floats[[number - SET.first for number in ids]], 1, "truncate", prepare, [dump])
+        fill(store, SET, lacking(store, [extractors.name(of)], [dump], part), drawing, extractors, [of])
+        assert not lacking(store, [extractors.name(of)], [dump], part)
     kept = torch.stack(PictureFolder(tmp_path / "pictures", "--images").read(range(5)))
     assert torch.equal(kept, (floats * 255).to(torch.uint8))
     assert torch.equal(store.table(extractors.name(of)).read(), prepared(kept, prepare))

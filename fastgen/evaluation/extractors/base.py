@@ -30,6 +30,12 @@ class Feature:
     layer: str
     options: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def source(self) -> str:
+        """The extractor with its options, as results.json calls it: `dinov2(resize=torch)`."""
+        told = ", ".join(f"{name}={value}" for name, value in self.options)
+        return f"{self.extractor}({told})" if told else self.extractor
+
 
 def feature(extractor: str, layer: str, **options: Any) -> Feature:
     return Feature(extractor, layer, tuple(sorted(options.items())))
