@@ -118,7 +118,8 @@ class Evaluation:
 
     def _draw(self, subject: Subject, stores: Mapping[str, Store], pictures: int) -> None:
         spec, done = self.protocol.spec, 0
-        drawing = Drawing(subject.draw, self.settings.batch_size or spec.batch_size, spec.quantisation, spec.prepare, self.keep)
+        batch_size = self.settings.batch_size or spec.batch_size
+        drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, self._size_check(), self.keep)
         self._warm_up(drawing)
         steps = "" if subject.steps is None else f", {subject.steps} step{'s' * (subject.steps != 1)}"
         self.progress.start(f"pictures of the {subject.name}{steps}", pictures)
@@ -137,8 +138,20 @@ class Evaluation:
     def _warm_up(self, drawing: Drawing) -> None:
         """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are drawn."""
         samples = next(iter(self._used().values()))
-        pixels, _ = drawn(samples, range(min(drawing.batch_size, len(samples))), drawing)
-        self.protocol.check_image(tuple(pixels.shape[1:]))
+        drawn(samples, range(min(drawing.batch_size, len(samples))), drawing)
+
+    def _size_check(self) -> Callable[[tuple[int, ...]], None]:
+        """Refuses shapes of pictures that the protocol does not measure, or that are not those of the first, unless they are resized."""
+        first: tuple[int, ...] | None = None
+
+        def check(shape: tuple[int, ...]) -> None:
+            nonlocal first
+            self.protocol.check_image(shape)
+            first = first or shape
+            if shape != first and self.protocol.spec.prepare.resize is None:
+                raise UserError(f"pictures of one model have different sizes: {first} and {shape}; a protocol with prepare.resize measures them")
+
+        return check
 
     def _store(self, subject: Subject, samples: SampleSet) -> Store:
         spec = self.protocol.spec
