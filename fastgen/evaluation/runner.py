@@ -192,8 +192,9 @@ class Evaluation:
 
     def floors(self) -> list[Row]:
         """What real images score, by each metric that says so; computed once for each protocol and set of weights."""
-        hashes = sorted(each.hash for each in self.extractors.used)
-        return cached(f"floors/{self.protocol.hash()}/{hashes}", lambda: [row for metric in self.metrics.values() for row in metric.floors()])
+        hashes, shown = sorted(each.hash for each in self.extractors.used), sorted(name for metric in self.metrics.values() for name in metric.shows)
+        key = f"floors/{self.protocol.hash()}/{hashes}/{shown}"
+        return cached(key, lambda: [row for metric in self.metrics.values() for row in metric.floors()])
 
     def stores(self, subject: Subject) -> dict[str, str]:
         """Where a drawn subject's features lie, by set."""

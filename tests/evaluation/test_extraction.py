@@ -278,6 +278,17 @@ def test_features_are_kept_under_everything_that_they_depend_on(tmp_path: Path):
     assert painter.ids == list(range(20))
 
 
+def test_floors_are_computed_once_for_each_list_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    metrics = {"level": None, "to_real": None}
+    assert [row["name"] for row in evaluation(small(metrics), tmp_path).floors()] == ["level"]
+    with_reference = evaluation(small(metrics), tmp_path, reference=object())
+    assert [row["name"] for row in with_reference.floors()] == ["level", "level"]  # of the metric that was missing before, too
+    calls: list[str] = []
+    monkeypatch.setattr(with_reference.metrics["level"], "floors", lambda: calls.append("level") or [])
+    assert len(with_reference.floors()) == 2 and calls == []
+
+
 def test_an_extractor_is_built_once_and_named_after_options_and_weights(monkeypatch: pytest.MonkeyPatch):
     built: list[Any] = []
 
