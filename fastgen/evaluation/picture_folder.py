@@ -18,6 +18,8 @@ from fastgen.data.captions import contents
 from fastgen.data.pixels import Header, Unreadable, check_header, picture_suffixes, read_rgb
 from fastgen.data.texts import missing
 from fastgen.errors import UserError
+from fastgen.evaluation.picture_source import PictureSource, ready
+from fastgen.evaluation.protocol import PrepareBlock
 from fastgen.fingerprints import digest, known_hash, leads_back
 
 _THREADS = 4  # decoding and hashing leave Python's lock
@@ -26,7 +28,7 @@ _PALETTE, _ON_WHITE = "with a palette", "with transparency (laid on white)"
 _NAMES = {"P": _PALETTE, "PA": _PALETTE, "RGBA": _ON_WHITE, "RGBa": _ON_WHITE}
 
 
-class PictureFolder:
+class PictureFolder(PictureSource):
     """The pictures of a folder, by id in the order of `names`: those directly in it, or below it where there are none directly.
 
     Every header is read at once: UserError that begins with `key`, what named the folder, for one without pictures, and for pictures that
@@ -60,13 +62,15 @@ class PictureFolder:
         with ThreadPoolExecutor(_THREADS) as pool:
             return digest(list(zip(self.names, pool.map(lambda name: known_hash(self.folder / name), self.names), strict=True)))
 
-    def check_equal_sizes(self) -> None:
-        """UserError, naming two sizes, unless all pictures have one; by their headers, so that the first chunk is not the one to say so."""
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def check_sizes(self, how: PrepareBlock) -> None:
+        """UserError, naming two sizes, unless pictures are of one size once they are prepared; by their headers, so that no work is lost."""
         first = self._headers[0].size
         for index, header in enumerate(self._headers):
-            if header.size != first:
-                one, other = self.read([0, index])  # turned as EXIF says, which headers do not tell
-                refuse_unequal([one, other], [self.names[0], self.names[index]], self.key)
+            if _comparable(header.size, how) != _comparable(first, how):
+                ready(self, [0, index], how)  # which says so, unless EXIF, which headers do not tell, turns one of them
 
     def _decoded(self, index: int) -> Tensor | Unreadable:
         try:
@@ -103,14 +107,9 @@ class PictureFolder:
         return f"{self.key}: of {len(self)} pictures {listed}; they are converted to RGB"
 
 
-def refuse_unequal(pictures: Sequence[Tensor], names: Sequence[str], key: str) -> None:
-    """UserError that names the first and another size where pictures (3, H, W) differ in it."""
-    first = pictures[0].shape
-    for picture, name in zip(pictures, names, strict=True):
-        if picture.shape != first:
-            sizes = [f"{shape[2]} x {shape[1]}" for shape in (first, picture.shape)]
-            hint = "a protocol with prepare.resize brings them to one size"
-            raise UserError(f"{key}: pictures differ in size: {names[0]!r} has {sizes[0]} pixels (width x height), {name!r} has {sizes[1]}; {hint}")
+def _comparable(size: tuple[int, int], how: PrepareBlock) -> object:
+    """What must be equal for pictures to be of one size once they are prepared."""
+    return None if how.resize is not None else min(size) if how.crop == "centre" else size
 
 
 def _kind(mode: str) -> str | None:
