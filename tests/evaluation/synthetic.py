@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -181,10 +182,26 @@ def levels(samples: SampleSet) -> Tensor:
     return (paint(samples.seeds) * 255 + 0.5).floor().to(torch.uint8)
 
 
-def evaluation(
-    protocol: Protocol, root: Path, *, progress: Progress | None = None, reference: Any = None, keep: Any = None, **settings: Any
-) -> Evaluation:
-    return Evaluation(protocol, Resources(), Settings(root, **settings), reference, keep, progress or Progress())
+class Kept:
+    """In place of a folder of pictures: 8-bit pictures by id."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[int, Tensor] = {}
+
+    def of(self, samples: SampleSet, subject: Subject, model: str) -> Any:
+        def write(rows: range, pixels: Tensor) -> None:
+            self.pictures.update(zip([samples.first + row for row in rows], pixels, strict=True))
+
+        return SimpleNamespace(write=write, has=lambda rows: all(samples.first + row in self.pictures for row in rows))
+
+    @property
+    def pixels(self) -> Tensor:
+        """In the order of ids, of which none may lack."""
+        return torch.stack([self.pictures[index] for index in range(len(self.pictures))])
+
+
+def evaluation(protocol: Protocol, root: Path, *, progress: Progress | None = None, kept: Any = None, **settings: Any) -> Evaluation:
+    return Evaluation(protocol, Resources(), Settings(root, **settings), dump=kept, progress=progress)
 
 
 def numbers(rows: Sequence[Row]) -> list[Row]:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
-from synthetic import Painter, arrays, evaluation, install, numbers, small
+from synthetic import Kept, Painter, arrays, evaluation, install, numbers, small
 from torch import Tensor
 
 import fastgen
 from fastgen.evaluation import store as stores
 from fastgen.evaluation.extraction import Part
-from fastgen.evaluation.protocol import Protocol, SampleSet, protocol_from
+from fastgen.evaluation.protocol import Protocol, protocol_from
 from fastgen.evaluation.results import Row
 from fastgen.evaluation.store import Store
 from fastgen.evaluation.subjects.generated import GeneratorSubject
@@ -65,15 +64,9 @@ class Left(NamedTuple):
 
 
 def left(protocol: Protocol, generator: ImageGenerator, root: Path, batch_size: int) -> Left:
-    pictures: dict[int, Tensor] = {}
-
-    def keep(samples: SampleSet, rows: range, pixels: Tensor) -> None:
-        pictures.update(zip([samples.first + row for row in rows], pixels, strict=True))
-
-    measured = evaluation(protocol, root, keep=keep, batch_size=batch_size)
+    measured = evaluation(protocol, root, kept=(kept := Kept()), batch_size=batch_size)
     assert measured.draw(Teacher(generator))
-    pixels = torch.stack([pictures[index] for index in range(2 * COUNT)])
-    return Left(pixels, {name: np.load(root / name) for name in arrays(root)}, numbers(measured.rows()))
+    return Left(kept.pixels, {name: np.load(root / name) for name in arrays(root)}, numbers(measured.rows()))
 
 
 def test_the_batch_size_changes_rounding_alone(digits: Protocol, generator: ImageGenerator, tmp_path: Path):

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import COSTS, Colours, Painter, evaluation, install, levels, numbers, paint, small
+from synthetic import COSTS, Colours, Kept, Painter, evaluation, install, levels, numbers, paint, small
 from torch import Tensor
 
 from fastgen.errors import NotFinite, UserError
 from fastgen.evaluation.extraction import Extractors
 from fastgen.evaluation.extractors.base import Pictures, Resources, feature
-from fastgen.evaluation.protocol import SampleSet
 from fastgen.progress import Progress
 
 
@@ -108,16 +107,11 @@ def test_a_quick_look_draws_the_first_pictures_of_each_set(tmp_path: Path, asked
 
 
 def test_pictures_are_handed_on_before_they_are_prepared(tmp_path: Path):
-    kept: dict[int, Tensor] = {}
-
-    def keep(samples: SampleSet, rows: range, pixels: Tensor) -> None:
-        kept.update(zip([samples.first + row for row in rows], pixels, strict=True))
-
+    kept = Kept()
     protocol = small(prepare={"resize": 4, "filter": "box"})
-    measured = evaluation(protocol, tmp_path, keep=keep)
+    measured = evaluation(protocol, tmp_path, kept=kept)
     measured.draw(Painter())
-    assert sorted(kept) == list(range(20))
-    assert torch.equal(torch.stack([kept[index] for index in range(20)]), levels(protocol.sets["a"]))
+    assert torch.equal(kept.pixels, levels(protocol.sets["a"]))
     across = (levels(protocol.sets["a"]).double().unflatten(3, (4, 2)).mean(4) + 0.5).floor()  # Pillow rounds once a direction
     boxes = (across.unflatten(2, (4, 2)).mean(3) + 0.5).floor()
     assert measured.rows()[0]["value"] == pytest.approx(float(boxes.mean()), rel=1e-6)
@@ -238,7 +232,7 @@ def test_without_the_teacher_what_needs_it_is_missing(tmp_path: Path):
     measured = evaluation(small({"level": None, "to_teacher": None}), tmp_path)
     measured.draw(Painter())
     assert [row["name"] for row in numbers(measured.rows())] == ["level"]
-    assert measured.missing == [{"name": "to_teacher", "model": "student", "reason": "needs the teacher's pictures"}]
+    assert measured.missing == [{"name": "to_teacher", "model": "student", "reason": "needs the teacher's pictures, which are not measured here"}]
 
 
 def test_a_reference_is_handed_to_what_needs_one(tmp_path: Path):
