@@ -13,8 +13,11 @@ from synthetic import COSTS, Colours, Kept, Painter, evaluation, install, levels
 from torch import Tensor
 
 from fastgen.errors import NotFinite, UserError
+from fastgen.evaluation import runner
 from fastgen.evaluation.extraction import Extractors
-from fastgen.evaluation.extractors.base import Pictures, Resources, feature
+from fastgen.evaluation.extractors.base import Feature, Pictures, Resources, feature
+from fastgen.evaluation.protocol import Protocol
+from fastgen.evaluation.weights import Unavailable
 from fastgen.progress import Progress
 
 
@@ -235,15 +238,52 @@ def test_without_the_teacher_what_needs_it_is_missing(tmp_path: Path):
     assert measured.missing == [{"name": "to_teacher", "model": "student", "reason": "needs the teacher's pictures, which are not measured here"}]
 
 
-def test_a_reference_is_handed_to_what_needs_one(tmp_path: Path):
-    class Real:
-        def statistics(self, of: Any) -> Any:
-            assert of == feature("colours", "mean", scale=1.0, weights="here")
-            return SimpleNamespace(mean=torch.tensor([1.0, 2.0, 6.0]))
+class Real:
+    """A reference whose mean is 3, unless it says why it has none: at once, or once its pictures are read."""
 
-    measured = evaluation(small({"to_real": None}), tmp_path, reference=Real())
+    warnings = ("grey pictures",)
+
+    def __init__(self, at_once: str = "", later: str = "") -> None:
+        self.at_once, self.later = at_once, later
+        self.asked: list[list[Feature]] = []
+
+    def check(self, features: Sequence[Feature]) -> None:
+        if self.at_once:
+            raise Unavailable(self.at_once)
+
+    def gather(self, features: Sequence[Feature], **_: Any) -> bool:
+        self.asked.append(list(features))
+        if self.later:
+            raise Unavailable(self.later)
+        return True
+
+    def statistics(self, of: Feature) -> Any:
+        assert of == feature("colours", "mean", scale=1.0, weights="here")
+        return SimpleNamespace(mean=torch.tensor([1.0, 2.0, 6.0]))
+
+
+def with_reference(monkeypatch: pytest.MonkeyPatch, real: Real, metrics: dict[str, Any]) -> Protocol:
+    monkeypatch.setattr(runner, "load_reference", lambda *_, **__: real)
+    return small(metrics, reference={"images": "photographs"})
+
+
+def test_a_reference_is_handed_to_what_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, said = Real(), Warnings()
+    measured = evaluation(with_reference(monkeypatch, real, {"to_real": None, "level": None}), tmp_path, progress=said)
+    assert real.asked == [[feature("colours", "mean", scale=1.0, weights="here")]] and said.said == ["warning: grey pictures"]
     measured.draw(Painter())
-    assert measured.rows()[0]["value"] == 3.0
+    assert measured.rows()[0]["value"] == 3.0 and measured.missing == []
+
+
+@pytest.mark.parametrize("when", ["at_once", "later"])
+def test_a_reference_that_has_not_what_is_asked_leaves_the_other_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str):
+    real = Real(**{when: "is of another extractor"})
+    measured = evaluation(with_reference(monkeypatch, real, {"to_real": None, "level": None}), tmp_path)
+    measured.draw(Painter())
+    assert [row["name"] for row in numbers(measured.rows())] == ["level"]
+    assert measured.missing == [{"name": "to_real", "model": "", "reason": "is of another extractor"}]
+    with pytest.raises(UserError, match="nothing can be measured: to_real is of another extractor"):
+        evaluation(with_reference(monkeypatch, real, {"to_real": None}), tmp_path)
 
 
 def test_features_are_kept_under_everything_that_they_depend_on(tmp_path: Path):
@@ -275,12 +315,12 @@ def test_features_are_kept_under_everything_that_they_depend_on(tmp_path: Path):
 def test_floors_are_computed_once_for_each_list_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     metrics = {"level": None, "to_real": None}
-    assert [row["name"] for row in evaluation(small(metrics), tmp_path).floors()] == ["level"]
-    with_reference = evaluation(small(metrics), tmp_path, reference=object())
-    assert [row["name"] for row in with_reference.floors()] == ["level", "level"]  # of the metric that was missing before, too
-    calls: list[str] = []
-    monkeypatch.setattr(with_reference.metrics["level"], "floors", lambda: calls.append("level") or [])
-    assert len(with_reference.floors()) == 2 and calls == []
+    without = evaluation(with_reference(monkeypatch, Real(at_once="absent"), metrics), tmp_path)
+    assert [row["name"] for row in without.floors()] == ["level"]
+    whole = evaluation(with_reference(monkeypatch, Real(), metrics), tmp_path)
+    assert [row["name"] for row in whole.floors()] == ["level", "level"]  # of the metric that was missing before, too
+    monkeypatch.setattr(whole.metrics["level"], "floors", lambda: pytest.fail("computed again"))
+    assert len(whole.floors()) == 2
 
 
 def test_an_extractor_is_built_once_and_named_after_options_and_weights(monkeypatch: pytest.MonkeyPatch):
