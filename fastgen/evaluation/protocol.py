@@ -140,7 +140,10 @@ class Protocol:
             config = validate(kind.Config, options or {}, f"metrics.{name}", of=self.where.removesuffix(": "))
             if config.set is not None and config.set not in self.sets:
                 raise UserError(f"{self.where}metrics.{name}.set: {config.set!r}; {nearest(config.set, self.sets)}")
-            built[name] = kind(config, list(self.sets), resources)
+            try:
+                built[name] = kind(config, list(self.sets), resources)
+            except UserError as error:
+                raise UserError(f"{self.where}{error}") from error
         return built
 
     def check_image(self, shape: Sequence[int], key: str = "") -> None:
