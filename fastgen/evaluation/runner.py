@@ -181,7 +181,8 @@ class Evaluation:
 
     def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]], todo: Mapping[str, Sequence[int]]) -> None:
         spec, done = self.protocol.spec, 0
-        drawing = Drawing(subject.draw, self.settings.batch_size or spec.batch_size, spec.quantisation, spec.prepare)
+        batch_size = self.settings.batch_size or spec.batch_size
+        drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, self._size_check())
         self._warm_up(subject, drawing)
         total = sum(len(stores[where].ids(chunk)) for where, chunks in todo.items() for chunk in chunks)
         steps = "" if subject.steps is None else f", {subject.steps} step{'s' * (subject.steps != 1)}"
@@ -202,9 +203,20 @@ class Evaluation:
     def _warm_up(self, subject: Subject, drawing: Drawing) -> None:
         """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are drawn."""
         samples = next(iter(self._used().values()))
-        count = 1 if subject.steps is None else min(drawing.batch_size, len(samples))
-        pixels, _ = drawn(samples, range(count), drawing)
-        self.protocol.check_image(tuple(pixels.shape[1:]))
+        drawn(samples, range(1 if subject.steps is None else min(drawing.batch_size, len(samples))), drawing)
+
+    def _size_check(self) -> Callable[[tuple[int, ...]], None]:
+        """Refuses shapes of pictures that the protocol does not measure, or that are not those of the first, unless they are resized."""
+        first: tuple[int, ...] | None = None
+
+        def check(shape: tuple[int, ...]) -> None:
+            nonlocal first
+            self.protocol.check_image(shape)
+            first = first or shape
+            if shape != first and self.protocol.spec.prepare.resize is None:
+                raise UserError(f"pictures of one model have different sizes: {first} and {shape}; a protocol with prepare.resize measures them")
+
+        return check
 
     def rows(self) -> list[Row]:
         """Every metric of every subject that has been drawn, in that order, with what drawing cost."""
@@ -242,8 +254,9 @@ class Evaluation:
 
     def floors(self) -> list[Row]:
         """What real images score, by each metric that says so; computed once for each protocol and set of weights."""
-        hashes = sorted(self.extractors.hashes.items())
-        return cached(f"floors/{self.protocol.hash()}/{hashes}", lambda: [row for metric in self.metrics.values() for row in metric.floors()])
+        hashes, shown = sorted(self.extractors.hashes.items()), sorted(name for metric in self.metrics.values() for name in metric.shows)
+        key = f"floors/{self.protocol.hash()}/{hashes}/{shown}"
+        return cached(key, lambda: [row for metric in self.metrics.values() for row in metric.floors()])
 
     @property
     def extractor_hashes(self) -> dict[str, str]:
