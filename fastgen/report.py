@@ -172,7 +172,7 @@ def _missing(run: Run) -> list[str]:
         notes.append(card.unfinished_text(run.student))
     if run.results is None:
         notes.append("The student has not been evaluated.")
-    return notes + [f"{remark[0].upper()}{remark[1:]}." for remark in remarks(run.results or {})]
+    return notes + [f"{remark}." for remark in remarks(run.results or {"metrics": []})]
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:

@@ -56,4 +56,4 @@ def remark(row: Row) -> str:
     parts += [f"± over {row['std_over']}"] if "std_over" in row else []
     if interval := row.get("interval"):
         parts.append(f"95 % in [{interval[0]:.6g}, {interval[1]:.6g}]" + (f" over {row['interval_over']}" if "interval_over" in row else ""))
-    return ", ".join(parts)
+    return ", ".join(parts + ([row["remark"]] if "remark" in row else []))

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastgen.evaluation.intervals import jackknife_interval
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
 
@@ -38,6 +39,9 @@ class GaussianFit:
     cov: Tensor
     n: int | None = None
     origin: str = ""
+
+
+JACKKNIFE_GROUPS = 10
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,22 @@ def table_statistics(table: Table) -> FeatureStatistics:
 def merged(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
     """Statistics of the union of disjoint parts, merged in their order."""
     return reduce(FeatureStatistics.merge, parts)
+
+
+def distance_with_interval(table: Table, to: FeatureStatistics, seed: int) -> tuple[float, tuple[float, float] | None]:
+    """Fréchet distance of a table's rows (N, D), N >= 2, and where 95 % of such distances lie with other pictures drawn, by the jackknife over 10
+    random groups; None for fewer than 20 rows.
+
+    Flat memory: the groups' scatters, 10 D² in fp64 (336 MB for D = 2048). Time: one product of all rows and 12 eigenproblems of order D.
+    """
+    distance = distance_from(to)
+    if len(table) < 2 * JACKKNIFE_GROUPS:
+        return distance(table_statistics(table)), None
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
+    parts = [table_statistics(table.select(order[start::JACKKNIFE_GROUPS].sort().values)) for start in range(JACKKNIFE_GROUPS)]
+    left_out = [distance(merged([*parts[:group], *parts[group + 1 :]])) for group in range(JACKKNIFE_GROUPS)]
+    value = distance(merged(parts))
+    return value, jackknife_interval(value, left_out)
 
 
 def bootstrap_floor(features: Tensor, repeats: int, seed: int) -> tuple[float, float]:

@@ -44,6 +44,8 @@ class Digits(Metric):
         "mode_entropy": Heading("modes"),
     }
 
+    resampling = "jackknife"  # a picture that is drawn twice is no distance from itself
+
     def needs(self) -> Needs:
         return Needs({"named": (FEATURES, LOGITS), "open": (FEATURES, LOGITS, PIXELS)})
 
@@ -55,7 +57,7 @@ class Digits(Metric):
             measured.tables[where, of].read() for where, of in (("named", FEATURES), ("open", FEATURES), ("open", PIXELS))
         )
         named_digits, free_digits = (measured.tables[where, LOGITS].read().argmax(1) for where in ("named", "open"))
-        right = named_digits == digits.labels()[: len(named)]
+        right = named_digits == torch.tensor([digits.digit_of(prompt) for prompt in named.prompts])
         values = {
             "fd_digits": self._distance(features, self._real["features"]),
             "fd_digits_named": self._distance(named_features, self._real["features"]),
@@ -65,12 +67,14 @@ class Digits(Metric):
             "vendi": vendi_score(features, free.prompts),
         }
         counts = dict.fromkeys(values, len(free)) | {"fd_digits_named": len(named), "prompt_accuracy": len(named)}
-        generic = min(digits.num_generic(), len(free))
-        guessed = free_digits[generic:] % 2
-        if len(guessed):
-            values["parity_accuracy"] = float((guessed == digits.parities()[: len(guessed)]).double().mean())
+        parities = torch.tensor([-1 if (parity := digits.parity_of(prompt)) is None else parity for prompt in free.prompts])
+        generic = parities < 0
+        if not bool(generic.all()):
+            guessed = free_digits[~generic] % 2
+            values["parity_accuracy"] = float((guessed == parities[~generic]).double().mean())
             counts["parity_accuracy"] = len(guessed)
-        values["mode_entropy"], counts["mode_entropy"] = mode_entropy(free_digits[:generic], free.prompts[:generic]), generic
+        texts = [prompt for prompt, chosen in zip(free.prompts, generic.tolist(), strict=True) if chosen]
+        values["mode_entropy"], counts["mode_entropy"] = mode_entropy(free_digits[generic], texts), len(texts)
         return [Value(name, values[name], counts[name]) for name in _ORDER if name in values]
 
     def floors(self) -> list[Row]:
