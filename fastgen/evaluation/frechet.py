@@ -52,6 +52,11 @@ class FeatureStatistics:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.n}")
         return self.scatter / (self.n - 1)
 
+    @property
+    def rank(self) -> int:
+        """The largest that a covariance of so many samples can have."""
+        return min(self.n - 1, self.mean.numel())
+
 
 def finite(features: Tensor) -> Tensor:
     """Features (N, D) in fp64; ValueError where one is not finite, of which nothing can be measured."""
@@ -64,8 +69,9 @@ def finite(features: Tensor) -> Tensor:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Squared 2-Wasserstein distance of two Gaussians: |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2 (Dowson & Landau 1982).
 
-    Units are the features' squared. Symmetric eigenproblems only, so rank-deficient covariances (fewer samples than features, dead
-    units) need no epsilon: there the value is about 1e-8 of the traces too small, and what falls below zero is clamped.
+    Units are the features' squared. Symmetric eigenproblems only, so rank-deficient covariances need no epsilon. Of fewer samples than
+    features, eigenvalues beyond the rank of N - 1 are rounding, whose roots would add up: they are left out. Each dead unit makes the value
+    up to about 1e-8 of the traces too small, and what falls below zero is clamped.
     Raises ValueError for fewer than 2 samples or unequal dimensions.
     """
     _check_dims(a, b)
@@ -76,12 +82,13 @@ def distance_from(a: FeatureStatistics) -> Callable[[FeatureStatistics], float]:
     """`frechet_distance(a, ...)` to one after the other: of two eigenproblems that of `a` is solved once."""
     cov_a = a.cov
     values, vectors = torch.linalg.eigh(_symmetric(cov_a))
+    values[: -a.rank] = 0
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def distance(b: FeatureStatistics) -> float:
         _check_dims(a, b)
         cov_b = b.cov
-        cross = torch.linalg.eigvalsh(_symmetric(root @ cov_b @ root)).clamp(min=0).sqrt().sum()
+        cross = torch.linalg.eigvalsh(_symmetric(root @ cov_b @ root))[-min(a.rank, b.rank) :].clamp(min=0).sqrt().sum()
         shift = (a.mean - b.mean).square().sum()
         return float((shift + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0))
 
