@@ -103,13 +103,14 @@ def stored_name(each: Feature, sha256: str) -> str:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. dumps: where every 8-bit picture goes before
-    it is prepared."""
+    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. check: refuses the shape (3, H, W) of drawn
+    pictures. dumps: where every 8-bit picture goes before it is prepared."""
 
     draw: Draw
     batch_size: int
     quantisation: str = "edm"
     prepare: PrepareBlock = AS_IS
+    check: Callable[[tuple[int, ...]], None] | None = None
     dumps: Sequence[Dump] = ()
 
 
@@ -158,6 +159,8 @@ def drawn(samples: SampleSet, ids: range, drawing: Drawing, tick: Callable[[int]
         seconds += time.perf_counter() - began
         if len(images) != len(rows):
             raise ValueError(f"the generator returned {len(images)} images for {len(rows)} prompts")
+        if drawing.check is not None:
+            drawing.check(tuple(images.shape[1:]))
         parts.append(eight_bit(images, drawing.quantisation))
         if tick is not None:
             tick(len(rows))
