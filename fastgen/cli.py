@@ -186,9 +186,7 @@ def evaluate(
     prompts: Annotated[Optional[Path], typer.Option(help="Instead of a protocol: a file with prompts.")] = None,  # noqa: UP045
     images: Annotated[Optional[Path], typer.Option(help="Instead of a protocol's reference: a folder of real pictures.")] = None,  # noqa: UP045
     steps: Annotated[Optional[str], typer.Option(help="Step counts of the model, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
-    output: Annotated[
-        Path | None, typer.Option(help="Results file (default: results.json beside a student, else NAME.results.json here).")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Results file (default: results.json beside a student, else NAME.results.json here).")] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do not measure the student's teacher.")] = False,
     teacher_dir: Annotated[
         Optional[str],  # noqa: UP045
@@ -238,8 +236,8 @@ def evaluate(
         if model is not None:
             raise UserError(f"--compare takes two results files and no model, got {model!r} as well")
         named = protocol is not None or prompts is not None or images is not None
-        load = (lambda: protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir)) if named else None
-        _compare(compare, output, load, Settings(stores_folder(store), allow_pickle=allow_pickle), resources, resamples, progress)
+        of = protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir) if named else None
+        _compare(compare, output, of, Settings(stores_folder(store), allow_pickle=allow_pickle), resources, resamples, progress)
         return
     if model is None:
         raise UserError("MODEL: missing: name what to measure, or two results files with --compare")

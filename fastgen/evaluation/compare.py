@@ -84,14 +84,17 @@ def compare_files(
     *,
     settings: Settings,
     resources: Resources,
-    protocol: Callable[[], Protocol] | None = None,
+    protocol: Protocol | None = None,
     output: Path | None = None,
     resamples: int = 100,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`compare`, written to `output` as JSON. protocol: loads the files' protocol, by default the one of the name that they say."""
+    """`compare`, written to `output` as JSON. protocol: the files', by default the one of the name that they say, where there is one."""
     named = read_results(first)["protocol"]
-    sources = Sources.of(protocol or (lambda: load_protocol(named, data_dir=resources.data_dir, key="--protocol")), settings, resources)
+    if protocol is not None:
+        sources = Sources(protocol, settings, resources)
+    else:
+        sources = Sources.of(lambda: load_protocol(named, data_dir=resources.data_dir, key="--protocol"), settings, resources)
     comparison = compare(first, second, sources, resamples=resamples, progress=progress)
     if output is not None:
         write_atomically(output, json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -159,7 +162,7 @@ def _compared(a: Side, b: Side, sources: Sources, resamples: int, progress: Prog
     for name in names:
         one, other = a.rows[name], b.rows[name]
         found = paired.get(name) or unpaired(one, other)
-        line: dict[str, Any] = {"name": name, "a": one["value"], "b": other["value"], "difference": found.value, "n": one["n"]}
+        line: dict[str, Any] = {"name": name, "a": one["value"], "b": other["value"], "difference": found.value, "n": one.get("n", 1)}
         if found.interval is not None:
             line |= {"interval": list(found.interval), "interval_over": found.over}
         lines.append(line)
