@@ -27,7 +27,7 @@ from fastgen.portable import source_name
 from fastgen.rng import derive_seed
 
 # Components that look at finished pictures, and blacken or mark them.
-_AFTER = ("safety_checker", "feature_extractor", "watermarker")
+_AFTER = ("safety_checker", "watermarker")
 _SWITCHES = {"requires_safety_checker": False, "add_watermarker": False}  # of the pipelines that have them
 
 
