@@ -25,8 +25,8 @@ from benchmarks.table import between
 from fastgen import families, fingerprints, generator, pictures, run
 from fastgen.config import Recipe
 from fastgen.data import digits
-from fastgen.evaluation import runner
-from fastgen.evaluation.protocols import load_protocol
+from fastgen.evaluation import results, runner
+from fastgen.evaluation.protocol import load_protocol
 from fastgen.evaluation.table import markdown_table
 from fastgen.plan import plan
 from fastgen.terminal import progress
@@ -55,18 +55,18 @@ def train_and_measure(recipe: str, seed: int, work: Path, bars: run.Progress) ->
     folder, asked = work / f"{recipe}_seed{seed}", Recipe.load(recipe, [f"train.seed={seed}"])
     if not is_finished(folder, plan(asked).resolved()):
         run.train(asked, folder, overwrite=folder.exists(), progress=bars)
-    results = runner.read_results(folder / "results.json")
-    rows = [row for row in results["metrics"] if row["model"] == "student"]
+    measured = results.read_results(folder / "results.json")
+    rows = [row for row in measured["metrics"] if row["model"] == "student"]
     seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     rows.append({**rows[0], "name": "training_seconds", "value": seconds, "n": 1})
-    return [{**row, "model": recipe, "seed": seed, "provenance": results["provenance"]} for row in rows]
+    return [{**row, "model": recipe, "seed": seed, "provenance": measured["provenance"]} for row in rows]
 
 
 def is_finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether the folder holds a measured run of this resolved recipe, and of this number of threads."""
     if not (folder / "results.json").is_file() or read_yaml(folder / "recipe.yaml") != recipe:
         return False
-    return runner.read_results(folder / "results.json")["provenance"].get("threads") == torch.get_num_threads()
+    return results.read_results(folder / "results.json")["provenance"].get("threads") == torch.get_num_threads()
 
 
 def over_seeds(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -89,7 +89,8 @@ def student_rows(runs: Sequence[list[dict[str, Any]]], origin: Mapping[str, Any]
 def teacher_rows(bars: run.Progress) -> list[dict[str, Any]]:
     """The teacher at several step counts."""
     teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
-    return run.measure(load_protocol("digits"), teacher, "teacher", TEACHER_STEPS, bars)
+    protocol = load_protocol("digits")
+    return list(runner.run_protocol(protocol, teacher, model="teacher", steps=TEACHER_STEPS, guidance=TEACHER_GUIDANCE, progress=bars))
 
 
 def sample_grid(students: Mapping[str, Path]) -> Any:
@@ -120,9 +121,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     bars, output = progress(), RESULTS / "quality_digits.jsonl"
     protocol = load_protocol("digits")
+    real = runner.what_is_real(protocol)
+    model_hash = fingerprints.folder_hash(families.resolve_source(TEACHER))
     origin = {
         "seeds": arguments.seeds,
-        "provenance": runner.provenance(protocol, model_hash=fingerprints.folder_hash(families.resolve_source(TEACHER))),
+        "provenance": results.provenance(protocol, model_hash=model_hash, extractors=real.extractors),
     }
     students = [
         row
@@ -131,7 +134,7 @@ def main() -> None:
     ]
     students += kept_rows(arguments.recipes, output)
     students.sort(key=lambda row: RECIPES.index(row["model"]))
-    rows: list[Any] = [*({**row, **origin} for row in teacher_rows(bars)), *students, *({**row, **origin} for row in protocol.floors())]
+    rows: list[Any] = [*({**row, **origin} for row in teacher_rows(bars)), *students, *({**row, **origin} for row in real.floors)]
     RESULTS.mkdir(exist_ok=True)
     output.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folders = {recipe.removeprefix("digits_"): arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in RECIPES}

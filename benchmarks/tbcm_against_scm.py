@@ -23,8 +23,8 @@ import torch
 
 from fastgen import families, fingerprints, run
 from fastgen.config import Recipe
-from fastgen.evaluation import runner
-from fastgen.evaluation.protocols import load_protocol
+from fastgen.evaluation import results, runner
+from fastgen.evaluation.protocol import load_protocol
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "digits_tbcm_2step"
@@ -90,7 +90,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch; seconds and the last digits depend on it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    origin = runner.provenance(load_protocol("digits"), model_hash=fingerprints.folder_hash(families.resolve_source("fastgen:digits")))
+    protocol, model_hash = load_protocol("digits"), fingerprints.folder_hash(families.resolve_source("fastgen:digits"))
+    origin = results.provenance(protocol, model_hash=model_hash, extractors=runner.what_is_real(protocol).extractors)
     lines: list[dict[str, Any]] = []
     for method in ("scm", "tbcm"):
         rows = rows_of(method, {seed: measure(method, seed, arguments.steps, arguments.work) for seed in arguments.seeds})

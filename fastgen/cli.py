@@ -202,7 +202,7 @@ def evaluate(
         teacher_dir=teacher_dir,
         progress=terminal.progress(),
     )
-    terminal.print_results(results["metrics"])
+    terminal.print_results(results)
     terminal.note(f"results: {output or student_dir / 'results.json'}")
 
 

@@ -74,7 +74,7 @@ def file_names(folder: Path) -> list[str]:
     """Relative POSIX names of the files below `folder`, sorted. Hidden files and folders do not count; links are followed."""
     found: list[str] = []
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(here, name)]
+        folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(here, name)]
         found += [(Path(here) / name).relative_to(folder).as_posix() for name in files if not name.startswith(".") and (Path(here) / name).is_file()]
     return sorted(found)
 
@@ -111,7 +111,7 @@ def known_hash(path: Path) -> str:
     return known
 
 
-def _leads_back(here: str, name: str) -> bool:
+def leads_back(here: str, name: str) -> bool:
     """Whether a folder is a link to one that it lies in."""
     path, own = os.path.join(here, name), os.path.realpath(here)
     return os.path.islink(path) and os.path.commonpath([own, target := os.path.realpath(path)]) == target

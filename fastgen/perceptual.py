@@ -1,15 +1,17 @@
 """LPIPS, the perceptual distance that DMD regresses with (Zhang et al. 2018, arXiv:1801.03924), by the authors' own package `lpips`.
 
-The package brings its linear weights; those of the backbone come from torchvision's server on first use.
+The package brings its linear weights; those of the backbone come from torchvision's server on first use, or from a file of torchvision's.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fastgen.errors import UserError
+from fastgen.files import loading
 
 KEY = "recipe key distiller.regression.metric"
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -43,15 +46,55 @@ def distance(network: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3:
         raise UserError(f"{KEY}: lpips compares pictures (B, 3, H, W), not {tuple(a.shape)} and {tuple(b.shape)}; `latent` compares anything")
-    return network(*(2 * _large_enough(pixels.float()) - 1 for pixels in (a, b))).flatten()
+    return network(*(2 * large_enough(pixels.float()) - 1 for pixels in (a, b))).flatten()
 
 
-def _large_enough(pixels: Tensor) -> Tensor:
+def large_enough(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) whose shorter side is at least 64, enlarged bilinearly where it is not."""
     height, width = pixels.shape[-2:]
     if min(height, width) >= SMALLEST:
         return pixels
     scale = SMALLEST / min(height, width)
     return interpolate(pixels, size=(round(height * scale), round(width * scale)), mode="bilinear", align_corners=False)
+
+
+def pairwise(network: Any, pixels: Tensor) -> Tensor:
+    """LPIPS (B, B), fp64 on the CPU, between all pictures (B, 3, H, W) of a batch, in the range that `network`, an `lpips.LPIPS`, takes.
+
+    Every picture goes through the backbone once, not once a pair, and one layer's features are held at a time.
+    """
+    from lpips import normalize_tensor  # pyright: ignore[reportMissingImports]
+
+    rows, columns = torch.tril_indices(len(pixels), len(pixels), -1)
+    distances = torch.zeros(len(pixels), len(pixels), dtype=torch.float64)
+    features = network.scaling_layer(pixels)
+    for layer, head in enumerate(network.lins, 1):
+        features = getattr(network.net, f"slice{layer}")(features)
+        unit = normalize_tensor(features)
+        means = [head((unit[row] - unit[column])[None] ** 2).mean() for row, column in zip(rows, columns, strict=True)]
+        distances[rows, columns] += torch.stack(means).cpu().double()
+    return distances + distances.T
+
+
+def backbone_url(net: str) -> str:
+    """Where torchvision has the backbone's weights; the file's name ends in the beginning of its SHA-256."""
+    from torchvision import models
+
+    weights = {"alex": models.AlexNet_Weights, "vgg": models.VGG16_Weights, "squeeze": models.SqueezeNet1_1_Weights}
+    return weights[net].IMAGENET1K_V1.url
+
+
+def network_from(net: str, backbone: Path) -> nn.Module:
+    """An `lpips.LPIPS` with a backbone from torchvision's file, frozen; nothing is downloaded. UserError for a file of something else."""
+    import lpips  # pyright: ignore[reportMissingImports]
+
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):  # random weights first
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    with loading(backbone):
+        given = torch.load(backbone, map_location="cpu", weights_only=True)
+        # The package cuts torchvision's `features` into slices and keeps the layers' numbers.
+        network.net.load_state_dict({name: given[re.sub(r"^slice\d+", "features", name)] for name in network.net.state_dict()})
+    return network
 
 
 def _network(net: str) -> nn.Module:

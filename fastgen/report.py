@@ -16,12 +16,13 @@ from typing import Any
 
 from fastgen import card, curves, records, report_table
 from fastgen.errors import UserError
-from fastgen.evaluation.results import read_results
+from fastgen.evaluation.headings import ABSENT, COSTS, RATE, heading, ordered
+from fastgen.evaluation.results import read_results, remarks
 from fastgen.files import reading, write_atomically
 from fastgen.manifest import Exported, upgraded
 from fastgen.portable import portable
 from fastgen.printing import printable
-from fastgen.report_table import ABSENT, Row, formatted
+from fastgen.report_table import Row, formatted
 from fastgen.runlog import read_rows
 from fastgen.yaml_files import read_text, read_yaml
 
@@ -72,7 +73,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """
     run = read_run(run_dir)
     output = Path(run_dir) / "report.html" if output is None else Path(output)
-    columns = report_table.columns(_measured([run]))
+    columns = ordered(row["name"] for row in _measured([run]))
     page = {
         "title": run.title,
         "subtitle": f"{run.folder.name} · {run.date}",
@@ -100,7 +101,7 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
     runs = dict(zip(_names(run_dirs), map(read_run, run_dirs), strict=True))
     if not runs:
         raise UserError("a report needs at least one run folder, got none")
-    columns = report_table.columns(_measured(runs.values()))
+    columns = ordered(row["name"] for row in _measured(runs.values()))
     page = {
         "title": f"Comparison of {_count(len(runs), 'run')}",
         "subtitle": " · ".join(f"{name}: {run.title}" for name, run in runs.items()),
@@ -171,7 +172,7 @@ def _missing(run: Run) -> list[str]:
         notes.append(card.unfinished_text(run.student))
     if run.results is None:
         notes.append("The student has not been evaluated.")
-    return notes
+    return notes + [f"{remark}." for remark in remarks(run.results or {"metrics": []})]
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -182,11 +183,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     steps = own if any(row.get("steps") == own for row in students) else next((row.get("steps") for row in students), None)
     mine = {row["name"]: row for row in students if row.get("steps") == steps}
     teacher = {row["name"]: row for row in reversed(rows) if row["model"] == "teacher"}
-    quality = [name for name in report_table.METRICS if name in mine and report_table.METRICS[name].better][:2]
+    quality = [name for name in ordered(mine) if name not in COSTS and heading(name).better][:2]
     tiles = []
-    for name in dict.fromkeys([*quality, *({"seconds_per_1000_images"} & mine.keys())]):
+    for name in [*quality, *({RATE} & mine.keys())]:
         against = f"teacher, {_count(teacher[name]['steps'], 'step')}: {formatted(teacher[name])}" if "steps" in teacher.get(name, {}) else ""
-        tiles.append((f"{report_table.METRICS[name].heading}, {_count(steps, 'step')}", formatted(mine[name]), against))
+        tiles.append((f"{heading(name).text}, {_count(steps, 'step')}", formatted(mine[name]), against))
     if run.steps:
         seconds = run.steps[-1].get("seconds")
         tiles.append(("training steps", f"{run.steps[-1]['step']:,}", _duration(seconds) if isinstance(seconds, int | float) else ""))
@@ -211,7 +212,7 @@ def _image_counts(runs: Iterable[Run]) -> str:
                 counts.setdefault(row["name"], set()).add(row["n"])
     by_text: dict[str, list[str]] = {}
     for name, numbers in counts.items():
-        by_text.setdefault(" or ".join(f"{n:,}" for n in sorted(numbers)), []).append(report_table.metric(name).heading)
+        by_text.setdefault(" or ".join(f"{n:,}" for n in sorted(numbers)), []).append(heading(name).text)
     return "; ".join(f"{text} ({', '.join(names)})" for text, names in by_text.items())
 
 

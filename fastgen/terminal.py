@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from fastgen import run
+from fastgen.evaluation.results import read_results, remarks
 from fastgen.evaluation.table import summary_table
 from fastgen.printing import Unfailing, printable, put
 
@@ -186,16 +186,18 @@ def quiet() -> None:
         library.set_verbosity(logging.CRITICAL)
 
 
-def print_results(rows: list[Any]) -> None:
-    """The short table of an evaluation."""
-    echo(summary_table(rows))
+def print_results(results: Mapping[str, Any]) -> None:
+    """The short table of an evaluation, and what has to be said beside it."""
+    echo(summary_table(results["metrics"]))
+    for remark in remarks(results):
+        note(remark)
 
 
 def print_run(folder: Path) -> None:
     """Where a finished run's products lie, and its results."""
     results = folder / "results.json"
     if results.is_file():
-        print_results(json.loads(results.read_text(encoding="utf-8"))["metrics"])
+        print_results(read_results(results))
     newest = sorted((folder / "samples").glob("step_*.png"))[-1:]
     for name, path in [("student", folder / "student"), *(("samples", path) for path in newest), ("report", folder / "report.html")]:
         if path.exists():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fastgen import checkpoint, cli, report, run
 from fastgen.config import Recipe, validate
-from fastgen.evaluation.protocols import Row
+from fastgen.evaluation.results import Row
 from fastgen.generator import load_student, read_manifest
 from fastgen.plan import plan
 from fastgen.run import products

@@ -119,6 +119,21 @@ def test_results_stand_in_their_tables_with_floors_apart(tmp_path: Path) -> None
     assert floors == [["model", "FD-digits ↓", "prompt accuracy ↑"], ["real", "0.21 ± 0.07", "0.996"], ["real, half", "0.82", ABSENT]]
 
 
+def test_what_was_not_measured_and_a_quick_look_are_said_on_top(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    more = {"missing": [{"name": "fid", "model": "student", "reason": "needs weights"}, {"name": "kid", "model": "", "reason": "needs <b>"}]}
+    results: dict[str, Any] = _results(7.1) | more | {"partial": {"stop_after": 2000}}
+    results["metrics"][0]["remark"] = "of few pictures"
+    (run / "results.json").write_text(json.dumps(results))
+    html = write_report(run).read_text(encoding="utf-8")
+    notes = ["a quick look: only the first 2,000 pictures of each set.", "fd_digits of the student, 1 step: of few pictures."]
+    assert re.findall(r"<li>(.*?)</li>", html)[:4] == [
+        *notes,
+        "not measured: fid of the student: needs weights.",
+        "not measured: kid: needs &lt;b&gt;.",
+    ]
+
+
 def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> None:
     path = write_report(_write_run(tmp_path / "run"))
     page = Page(path)

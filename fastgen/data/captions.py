@@ -60,7 +60,7 @@ def read_captions(folder: Path, caption_key: str, faults: Faults) -> tuple[list[
             return list(_from_metadata(home, home / metadata[0], caption_key, faults)), ignored
         if texts := _texts(home, names):
             return list(_from_texts(home, names, texts, faults)), []
-    raise UserError(f"{KEY}: {str(folder)!r} is neither fastgen:digits nor a folder with {FORMS}: {_instead(folder)}")
+    raise UserError(f"{KEY}: {str(folder)!r} is neither fastgen:digits nor a folder with {FORMS}: {contents(folder)}")
 
 
 def _names(folder: Path) -> list[str]:
@@ -186,8 +186,8 @@ def _from_texts(home: Path, names: list[str], texts: Mapping[str, str], faults: 
             yield picture, {caption: 1.0}
 
 
-def _instead(folder: Path) -> str:
-    """What is there in place of a folder of captioned pictures."""
+def contents(folder: Path) -> str:
+    """What is there in place of a folder of pictures that is as it should be, for a message."""
     if not os.path.isdir(folder):
         return "it is no folder" if os.path.exists(folder) else "there is nothing"
     names = _names(folder)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -41,12 +41,20 @@ def read_rgb(path: Path, background: Colour = (255, 255, 255), *, aspect: tuple[
         return upright_rgb(_opened(file), background, aspect=aspect)
 
 
-def check_header(path: Path) -> None:
+class Header(NamedTuple):
+    """What a picture file says of itself. mode: Pillow's. size: (width, height) as stored, before EXIF turns it."""
+
+    mode: str
+    size: tuple[int, int]
+
+
+def check_header(path: Path) -> Header:
     """Unreadable unless Pillow knows the format and the size is one that it reads; decodes nothing."""
     with _pillow():
         file = path.open("rb")
     with file:
-        _opened(file)
+        image = _opened(file)
+        return Header(image.mode, image.size)
 
 
 @functools.cache

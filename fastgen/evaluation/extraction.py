@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgen.config import validate
 from fastgen.errors import NotFinite, UserError
+from fastgen.evaluation.dumps import Dump
 from fastgen.evaluation.extractors import find_extractor
 from fastgen.evaluation.extractors.base import Extractor, Feature, Pictures, Resources
 from fastgen.evaluation.preparation import prepared, quantised
@@ -26,7 +27,6 @@ from fastgen.evaluation.weights import Unavailable
 from fastgen.fingerprints import digest
 
 Draw = Callable[[list[str], list[int], Sequence[int]], Tensor]  # prompts, seeds, ids -> (B, 3, H, W), floats in [0, 1] or uint8
-Keep = Callable[[SampleSet, range, Tensor], None]  # a set, rows of it, and their 8-bit pictures
 
 
 AS_IS = PrepareBlock()
@@ -47,8 +47,8 @@ class Extractors:
 
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
-        self.failed: dict[tuple[str, str], Unavailable] = {}
-        self._built: dict[tuple[str, str], Extractor] = {}
+        self.failed: dict[str, Unavailable] = {}
+        self._built: dict[str, Extractor] = {}
 
     def require(self, features: Iterable[Feature]) -> None:
         """Build what these features need; Unavailable where that cannot be done."""
@@ -56,7 +56,7 @@ class Extractors:
             self.of(each)
 
     def of(self, each: Feature) -> Extractor:
-        key = _key(each)
+        key = each.source
         if key in self.failed:
             raise self.failed[key]
         if key not in self._built:
@@ -73,13 +73,13 @@ class Extractors:
 
     def name(self, each: Feature) -> str:
         """What a store calls a feature: whose extractor, with which options and weights, and which layer."""
-        return f"{each.extractor}-{digest([_key(each)[1], self.of(each).hash])[:12]}-{each.layer}"
+        return stored_name(each, self.of(each).hash)
 
     def __call__(self, pictures: Pictures, features: Iterable[Feature]) -> dict[str, Tensor]:
         """Features of pictures by their names in a store. NotFinite where one is none."""
-        layers: dict[tuple[str, str], list[Feature]] = {}
+        layers: dict[str, list[Feature]] = {}
         for each in features:
-            layers.setdefault(_key(each), []).append(each)
+            layers.setdefault(each.source, []).append(each)
         found: dict[str, Tensor] = {}
         for group in layers.values():
             made = self.of(group[0])(pictures, [each.layer for each in group])
@@ -91,51 +91,55 @@ class Extractors:
         return found
 
     @property
-    def used(self) -> list[Extractor]:
-        return list(self._built.values())
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each that was built, by what features call it."""
+        return {source: each.hash for source, each in self._built.items()}
 
 
-def _key(each: Feature) -> tuple[str, str]:
-    return each.extractor, digest(dict(each.options))
+def stored_name(each: Feature, sha256: str) -> str:
+    """What a store calls a feature of an extractor with this hash."""
+    return f"{each.extractor}-{digest([each.source, sha256])[:12]}-{each.layer}"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. keep: gets every 8-bit picture before it
-    is prepared."""
+    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. dumps: where every 8-bit picture goes before
+    it is prepared."""
 
     draw: Draw
     batch_size: int
     quantisation: str = "edm"
     prepare: PrepareBlock = AS_IS
-    keep: Keep | None = None
+    dumps: Sequence[Dump] = ()
+
+
+def lacking(store: Store, names: Sequence[str], dumps: Sequence[Dump] = (), part: Part = WHOLE) -> list[int]:
+    """The chunks, or those of this part, of which features are not in the store, or pictures not in a dump."""
+    missing = set(store.missing(names)) | {chunk for chunk in store.chunks for dump in dumps if not dump.has(store.ids(chunk))}
+    return [chunk for chunk in sorted(missing) if chunk % part.of == part.index]
 
 
 def fill(
     store: Store,
     samples: SampleSet,
+    chunks: Iterable[int],
     drawing: Drawing,
     extractors: Extractors,
     features: Sequence[Feature],
     *,
-    part: Part = WHOLE,
     tick: Callable[[int], None] | None = None,
 ) -> None:
-    """Draw the chunks of a set that the store lacks, or this part of them, and put their features there. tick: told how many pictures more
-    are done.
+    """Draw some chunks of a set and put their features into the store. tick: told how many pictures more are done.
 
     Costs of a chunk: `seconds` that drawing took (transfer to the CPU included), its `pictures`, and `peak` memory as in
     `speed.peak_memory_bytes`.
     """
-    names = [extractors.name(each) for each in features]
-    for chunk in store.missing(names):
-        if chunk % part.of != part.index:
-            continue
+    for chunk in chunks:
         ids = store.ids(chunk)
         pixels, costs = drawn(samples, ids, drawing, tick)
-        if drawing.keep is not None:
-            drawing.keep(samples, ids, pixels)
-        batch = Pictures(prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt)
+        for dump in drawing.dumps:
+            dump.write(ids, pixels)
+        batch = Pictures(prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt, pixels)
         store.write(chunk, extractors(batch, features), costs)
 
 

@@ -5,12 +5,43 @@ The extractor gives the number its name: only Inception pool3 features make it a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from fastgen.evaluation.intervals import jackknife_interval
+from fastgen.evaluation.tables import Table
+from fastgen.evaluation.weights import Unavailable
+
+
+class Gaussian(Protocol):
+    """Mean (D,) and unbiased covariance (D, D) of features, fp64; n: of how many images, None where nobody has recorded it."""
+
+    @property
+    def n(self) -> int | None: ...
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def cov(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class GaussianFit:
+    """A Gaussian that somebody else has computed. origin: the file that it is from, for messages."""
+
+    mean: Tensor
+    cov: Tensor
+    n: int | None = None
+    origin: str = ""
+
+
+JACKKNIFE_GROUPS = 10
 
 
 @dataclass(frozen=True)
@@ -31,10 +62,10 @@ class FeatureStatistics:
         centred = wide - mean
         return cls(n=len(wide), mean=mean, scatter=centred.T @ centred)
 
-    @staticmethod
-    def from_blocks(blocks: Iterable[Tensor]) -> FeatureStatistics:
+    @classmethod
+    def from_blocks(cls, blocks: Iterable[Tensor]) -> FeatureStatistics:
         """Statistics of features that come (B, D) at a time, such as `Table.blocks()`; the memory does not grow with their number."""
-        return functools.reduce(FeatureStatistics.merge, map(FeatureStatistics.from_features, blocks))
+        return merged(map(cls.from_features, blocks))
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:
         """Statistics of the union of two disjoint batches (Chan, Golub & LeVeque 1979, eq. 2.1). Raises ValueError for unequal D."""
@@ -61,20 +92,57 @@ def finite(features: Tensor) -> Tensor:
     return wide
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared 2-Wasserstein distance of two Gaussians: |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2 (Dowson & Landau 1982).
 
     Units are the features' squared. Symmetric eigenproblems only, so rank-deficient covariances (fewer samples than features, dead
     units) need no epsilon: there the value is about 1e-8 of the traces too small, and what falls below zero is clamped.
-    Raises ValueError for fewer than 2 samples or unequal dimensions.
+    Raises ValueError for fewer than 2 samples; Unavailable, a ValueError too, for unequal dimensions.
     """
     _check_dims(a, b)
-    cov_a, cov_b = a.cov, b.cov
+    return distance_from(a)(b)
+
+
+def distance_from(a: Gaussian) -> Callable[[Gaussian], float]:
+    """`frechet_distance(a, ...)` to one after the other: of two eigenproblems that of `a` is solved once."""
+    cov_a = a.cov
     values, vectors = torch.linalg.eigh(_symmetric(cov_a))
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(_symmetric(root @ cov_b @ root)).clamp(min=0).sqrt().sum()
-    shift = (a.mean - b.mean).square().sum()
-    return float((shift + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0))
+
+    def distance(b: Gaussian) -> float:
+        _check_dims(a, b)
+        cov_b = b.cov
+        cross = torch.linalg.eigvalsh(_symmetric(root @ cov_b @ root)).clamp(min=0).sqrt().sum()
+        shift = (a.mean - b.mean).square().sum()
+        return float((shift + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0))
+
+    return distance
+
+
+def table_statistics(table: Table) -> FeatureStatistics:
+    """Statistics of all rows (N, D), N >= 1, a block at a time."""
+    return FeatureStatistics.from_blocks(table.blocks())
+
+
+def merged(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
+    """Statistics of the union of disjoint parts, merged in their order."""
+    return reduce(FeatureStatistics.merge, parts)
+
+
+def distance_with_interval(table: Table, to: FeatureStatistics, seed: int) -> tuple[float, tuple[float, float] | None]:
+    """Fréchet distance of a table's rows (N, D), N >= 2, and where 95 % of such distances lie with other pictures drawn, by the jackknife over 10
+    random groups; None for fewer than 20 rows.
+
+    Flat memory: the groups' scatters, 10 D² in fp64 (336 MB for D = 2048). Time: one product of all rows and 12 eigenproblems of order D.
+    """
+    distance = distance_from(to)
+    if len(table) < 2 * JACKKNIFE_GROUPS:
+        return distance(table_statistics(table)), None
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
+    parts = [table_statistics(table.select(order[start::JACKKNIFE_GROUPS].sort().values)) for start in range(JACKKNIFE_GROUPS)]
+    left_out = [distance(merged([*parts[:group], *parts[group + 1 :]])) for group in range(JACKKNIFE_GROUPS)]
+    value = distance(merged(parts))
+    return value, jackknife_interval(value, left_out)
 
 
 def bootstrap_floor(features: Tensor, repeats: int, seed: int) -> tuple[float, float]:
@@ -116,6 +184,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _check_dims(a: FeatureStatistics, b: FeatureStatistics) -> None:
+def _check_dims(a: Gaussian, b: Gaussian) -> None:
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"feature dimensions differ: {a.mean.numel()} and {b.mean.numel()}")
+        origins = [f" ({fit.origin})" if isinstance(fit, GaussianFit) and fit.origin else "" for fit in (a, b)]
+        raise Unavailable(f"feature dimensions differ: {a.mean.numel()}{origins[0]} and {b.mean.numel()}{origins[1]}")

@@ -1,4 +1,4 @@
-"""Means of scores with what they would be over other pictures: standard deviation and 95 % interval."""
+"""What numbers would be over other pictures: means of scores with standard deviation and 95 % interval, intervals of anything else."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ def group_means(scores: Tensor, groups: Sequence[Hashable]) -> Tensor:
     rows = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups])
     sums = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, rows, scores.double())
     return sums / torch.bincount(rows, minlength=len(numbers))
+
+
+def jackknife_interval(value: float, left_out: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a statistic by the delete-a-group jackknife (Kott 2001): value ± t(G - 1) s, s² = (G - 1) / G · sum (v_g - mean v)².
+
+    left_out: v_g, the statistic without the g-th of G >= 2 random groups of equal size (to one). What it says is the spread between draws of
+    as many pictures; a bias that they share, such as that of Fréchet distances, is in value and interval alike.
+    """
+    values = torch.tensor(left_out, dtype=torch.float64)
+    groups = len(values)
+    half = _student(groups - 1) * float((values - values.mean()).square().sum() * (groups - 1) / groups) ** 0.5
+    return value - half, value + half
 
 
 def _student(degrees: int) -> float:

@@ -47,11 +47,16 @@ def prepared(pixels: Tensor, how: PrepareBlock) -> Tensor:
         pixels = _centre_square(pixels)
     if how.resize is None or tuple(pixels.shape[-2:]) == (how.resize, how.resize):
         return pixels
-    resized = torch.empty(len(pixels), 3, how.resize, how.resize, dtype=torch.uint8)
+    return resized(pixels, how.resize, how.resize, how.filter)
+
+
+def resized(pixels: Tensor, height: int, width: int, filter: str) -> Tensor:
+    """Pictures (N, 3, H, W) uint8 resized by Pillow, whatever their shape: one of its filters, with antialiasing, rounded to 8 bits."""
+    small = torch.empty(len(pixels), 3, height, width, dtype=torch.uint8)
     for index, picture in enumerate(pixels.permute(0, 2, 3, 1).contiguous().numpy()):
-        image = Image.fromarray(picture).resize((how.resize, how.resize), _FILTERS[how.filter])
-        resized[index] = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-    return resized
+        image = Image.fromarray(picture).resize((width, height), _FILTERS[filter])
+        small[index] = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    return small
 
 
 def _centre_square(pixels: Tensor) -> Tensor:

@@ -49,12 +49,13 @@ class Row(TypedDict):
     std_over: NotRequired[str]
     interval: NotRequired[list[float]]
     interval_over: NotRequired[str]
+    remark: NotRequired[str]
     floor: NotRequired[str]
     seed: NotRequired[int]
 
 
 class Missing(TypedDict):
-    """A metric that could not be measured; model: whose, and why, in one line."""
+    """A metric that could not be measured, and why, in one line; model: of which, empty for all."""
 
     name: str
     model: str
@@ -72,9 +73,10 @@ def provenance(
 ) -> dict[str, Any]:
     """What a measurement depends on besides the model's name: versions, machine, date (UTC), every convention, and SHA-256 hashes.
 
-    device: where the pictures were drawn. model_hash: `fingerprints.folder_hash` of the model. extractors: SHA-256 of each by its name.
-    reference: name and hash of the real pictures or statistics. models: of each model in the rows what is known of it: the configuration of
-    its `scheduler`, its `hash`, and its `store`, the folder of its features. A package that is not installed is left out.
+    device: where the pictures were drawn. model_hash: `fingerprints.folder_hash` of the model. extractors: SHA-256 of each, by what features
+    call their `source`. reference: name and hash of the real pictures or statistics. models: by `model_key`, what is known of each model in the
+    rows: the configuration of its `scheduler`, its `hash`, and its `stores`, the folders of its features by set. A package that is not
+    installed is left out.
     """
     versions = {key: version for key, package in _PACKAGES.items() if (version := _version(package))}
     return {
@@ -93,6 +95,11 @@ def provenance(
     }
 
 
+def model_key(model: str, steps: int | None) -> str:
+    """Whom rows with this model and these steps are of."""
+    return model if steps is None else f"{model}, {steps} step{'s' * (steps != 1)}"
+
+
 def _conventions(protocol: Protocol, extractors: Iterable[str]) -> dict[str, Any]:
     """All that a protocol decides and numbers depend on, with the defaults that it leaves unsaid."""
     metrics = protocol.metrics(protocol.resources)
@@ -103,7 +110,7 @@ def _conventions(protocol: Protocol, extractors: Iterable[str]) -> dict[str, Any
         "seeds": {name: _seeds_rule(block) for name, block in protocol.spec.sets.items()},
         "subset_seed": protocol.spec.seed,
         "metrics": {name: _convention(metric) for name, metric in metrics.items()},
-        "extractors": {name: find_extractor(name).convention for name in extractors},
+        "extractors": {source: find_extractor(source.partition("(")[0]).convention for source in extractors},
     }
 
 
@@ -154,6 +161,7 @@ class Measurement(records.Schema):
     std_over: str | None = None
     interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     interval_over: str | None = None
+    remark: str | None = None
     floor: str | None = None
     seed: int | None = None
 
@@ -186,6 +194,15 @@ class _Entry(records.Schema):
 def read_results(path: str | Path) -> dict[str, Any]:
     """results.json as a dict with the keys protocol, metrics, provenance and what else is in it; UserError when it is missing or something else."""
     return records.read(Path(path), Results)
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What has to be said beside the numbers: that they are of a quick look, what they cannot be used for, and what could not be measured."""
+    partial = results.get("partial")
+    quick = [f"a quick look: only the first {partial['stop_after']:,} pictures of each set"] if partial else []
+    lacking = [(each["name"] + (f" of the {each['model']}" if each["model"] else ""), each["reason"]) for each in results.get("missing") or []]
+    about = [f"{row['name']} of the {model_key(row['model'], row.get('steps'))}: {row['remark']}" for row in results["metrics"] if row.get("remark")]
+    return [*quick, *about, *(f"not measured: {what}: {reason}" for what, reason in lacking)]
 
 
 def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:

@@ -6,17 +6,19 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastgen.errors import UserError
-from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Keep, Part, by_set, drawn, fill
+from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
+from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Part, by_set, drawn, fill, lacking, shared
 from fastgen.evaluation.extractors.base import Resources
-from fastgen.evaluation.metrics.base import NO_REFERENCE, Measured, Metric, Needs, Reference, Value
+from fastgen.evaluation.metrics.base import NO_REFERENCE, Measured, Metric, Needs, Value
 from fastgen.evaluation.protocol import Protocol, SampleSet
+from fastgen.evaluation.references import OpenReference, load_reference
 from fastgen.evaluation.results import Missing, Row, cached
 from fastgen.evaluation.store import Store, total
 from fastgen.evaluation.subjects import Subject
@@ -30,47 +32,77 @@ STORES = Path(".cache/fastgen/evaluations")  # below the home folder
 @dataclass(frozen=True)
 class Settings:
     """How an evaluation is done. root: the folder of stores. part: draws only these chunks. stop_after: only the first pictures of each set,
-    for a quick look. batch_size: pictures drawn at once, None for the protocol's own; it changes rounding alone."""
+    for a quick look. batch_size: pictures drawn at once, None for the protocol's own; it changes rounding alone. allow_pickle: read a
+    reference that is a pickle, of numbers alone."""
 
     root: Path
     part: Part = WHOLE
     stop_after: int | None = None
     batch_size: int | None = None
+    allow_pickle: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Drawn:
-    """A subject whose pictures are in its stores, by set."""
+    """A subject whose pictures are in its stores, by set; it may have left memory. dumps: folders of its pictures, by set."""
 
-    subject: Subject
+    name: str
+    steps: int | None
+    guidance: float | None
+    content: str
+    record: dict[str, Any]
     stores: Mapping[str, Store]
+    pictures: Mapping[str, Path]
 
 
-@dataclass
 class Evaluation:
     """One protocol, measured on one subject after the other: `draw` each, then ask for `rows`.
 
     missing: what could not be measured, and why. UserError, before anything is drawn, where nothing of the protocol can be measured.
     """
 
-    protocol: Protocol
-    resources: Resources
-    settings: Settings
-    reference: Reference | None = None
-    keep: Keep | None = None
-    progress: Progress = field(default_factory=Progress)
-    missing: list[Missing] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        count = self.settings.stop_after
-        self.sets = {name: each if count is None else each.head(count) for name, each in self.protocol.sets.items()}
-        self.extractors = Extractors(self.resources)
+    def __init__(
+        self,
+        protocol: Protocol,
+        resources: Resources,
+        settings: Settings,
+        *,
+        dump: DumpFolder | None = None,
+        progress: Progress | None = None,
+        dry: bool = False,
+    ) -> None:
+        """dump: where pictures are kept too. dry: only to find out what can be measured."""
+        self.protocol, self.resources, self.settings, self.dump, self.progress = protocol, resources, settings, dump, progress or Progress()
+        count = settings.stop_after
+        self.sets = {name: each if count is None else each.head(count) for name, each in protocol.sets.items()}
+        self.extractors = Extractors(resources)
+        self.reference = self._reference()
+        self.missing: list[Missing] = []
         self.metrics, self.needs = self._possible()
+        if not dry:
+            self._gather()
         if not self.metrics:
             reasons = "; ".join(f"{each['name']} {each['reason']}" for each in self.missing)
-            raise UserError(f"protocol {self.protocol.name}: nothing can be measured: {reasons}")
+            raise UserError(f"protocol {protocol.name}: nothing can be measured: {reasons}")
         self._features = by_set(need.generated for need in self.needs.values())
-        self._drawn: list[Drawn] = []
+        self._with_pictures = {name for need in self.needs.values() for name in need.pictures}
+        self.drawn: list[Drawn] = []
+        self.left = 0  # chunks that other parts have still to draw
+
+    def _reference(self) -> OpenReference | None:
+        spec = self.protocol.spec
+        if spec.reference is None:
+            return None
+        return load_reference(
+            spec.reference,
+            self.extractors,
+            self.settings.root,
+            data_dir=self.resources.data_dir,
+            prepare=spec.prepare,
+            chunk=spec.chunk,
+            where=self.protocol.where,
+            allow_pickle=self.settings.allow_pickle,
+        )
 
     def _possible(self) -> tuple[dict[str, Metric], dict[str, Needs]]:
         """The metrics for which everything is here, and what they need; the others are `missing`."""
@@ -78,14 +110,30 @@ class Evaluation:
         for name, metric in self.protocol.metrics(self.resources).items():
             try:
                 needs = metric.needs()
+                self.extractors.require([*(each for features in needs.generated.values() for each in features), *needs.reference])
                 if needs.reference and self.reference is None:
                     raise Unavailable(NO_REFERENCE)
-                self.extractors.require([*(each for features in needs.generated.values() for each in features), *needs.reference])
+                if needs.reference and self.reference is not None:
+                    self.reference.check(needs.reference)
             except Unavailable as error:
                 self._lacks(name, None, error)
             else:
                 metrics[name], needed[name] = metric, needs
         return metrics, needed
+
+    def _gather(self) -> None:
+        """The reference's features; where its pictures cannot be read, what needs them is missing."""
+        features = shared(need.reference for need in self.needs.values())
+        if self.reference is None or not features:
+            return
+        for warning in self.reference.warnings:
+            self.progress.warn(f"warning: {warning}")
+        try:
+            self.reference.gather(features, part=self.settings.part, progress=self.progress)
+        except Unavailable as error:
+            for name in [name for name, need in self.needs.items() if need.reference]:
+                self._lacks(name, None, error)
+                del self.metrics[name], self.needs[name]
 
     def _lacks(self, name: str, model: str | None, error: Unavailable) -> None:
         self.missing.append(Missing(name=name, model=model or "", reason=str(error)))
@@ -97,31 +145,47 @@ class Evaluation:
         UserError for pictures of a size that the protocol does not measure, NotFinite for pictures that are none. What was drawn before a
         mistake or a kill stays.
         """
-        subject.check(self.sets, whole=self.settings.stop_after is None)
+        for warning in subject.check(self.sets, whole=self.settings.stop_after is None):
+            self.progress.warn(f"warning: {warning}")
         stores = {name: self._store(subject, each) for name, each in self._used().items()}
-        names = {where: [self.extractors.name(each) for each in self._features[where]] for where in stores}
-        left = {where: [chunk for chunk in store.missing(names[where]) if self._is_ours(chunk)] for where, store in stores.items()}
-        pictures = sum(len(stores[where].ids(chunk)) for where, chunks in left.items() for chunk in chunks)
-        if pictures:
-            self._draw(subject, stores, pictures)
-        done = not any(store.missing(names[where]) for where, store in stores.items())
-        if done:
-            self._drawn.append(Drawn(subject, stores))
-        return done
+        dumps = {name: self._dumps(subject, name, store) for name, store in stores.items()}
+        todo = {name: lacking(store, self._names(name), dumps[name], self.settings.part) for name, store in stores.items()}
+        if any(todo.values()):
+            self._draw(subject, stores, dumps, todo)
+        left = sum(len(lacking(store, self._names(name), dumps[name])) for name, store in stores.items())
+        self.left += left
+        if not left:
+            folders = {name: each.folder for name, found in dumps.items() for each in found if isinstance(each, PngFolder)}
+            self.drawn.append(Drawn(subject.name, subject.steps, subject.guidance, subject.content, subject.record, stores, folders))
+        return not left
 
     def _used(self) -> dict[str, SampleSet]:
         """The sets that something is measured on."""
-        return {name: each for name, each in self.sets.items() if name in self._features}
+        return {name: each for name, each in self.sets.items() if name in self._features or name in self._with_pictures}
 
-    def _is_ours(self, chunk: int) -> bool:
-        return chunk % self.settings.part.of == self.settings.part.index
+    def _names(self, where: str) -> list[str]:
+        return [self.extractors.name(each) for each in self._features.get(where, ())]
 
-    def _draw(self, subject: Subject, stores: Mapping[str, Store], pictures: int) -> None:
+    def _store(self, subject: Subject, samples: SampleSet) -> Store:
+        spec = self.protocol.spec
+        key = digest([subject.identity, samples.hash, spec.quantisation, spec.prepare.model_dump()])
+        return Store(self.settings.root / key[:32], len(samples), samples.chunk)
+
+    def _dumps(self, subject: Subject, where: str, store: Store) -> list[Dump]:
+        """Where the pictures of a set go: as the user wants, and as external metrics do."""
+        samples, model = self.sets[where], digest([subject.identity, self.protocol.spec.quantisation])
+        found = [] if self.dump is None else [self.dump.of(samples, subject, model)]
+        if where in self._with_pictures and not any(isinstance(each, PngFolder) for each in found):
+            found.append(PngFolder(store.folder / "pictures", samples, model))
+        return found
+
+    def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]], todo: Mapping[str, Sequence[int]]) -> None:
         spec, done = self.protocol.spec, 0
-        drawing = Drawing(subject.draw, self.settings.batch_size or spec.batch_size, spec.quantisation, spec.prepare, self.keep)
-        self._warm_up(drawing)
+        drawing = Drawing(subject.draw, self.settings.batch_size or spec.batch_size, spec.quantisation, spec.prepare)
+        self._warm_up(subject, drawing)
+        total = sum(len(stores[where].ids(chunk)) for where, chunks in todo.items() for chunk in chunks)
         steps = "" if subject.steps is None else f", {subject.steps} step{'s' * (subject.steps != 1)}"
-        self.progress.start(f"pictures of the {subject.name}{steps}", pictures)
+        self.progress.start(f"pictures of the {subject.name}{steps}", total)
 
         def tick(count: int) -> None:
             nonlocal done
@@ -129,43 +193,40 @@ class Evaluation:
             self.progress.update(done, {})
 
         try:
-            for name, store in stores.items():
-                fill(store, self.sets[name], drawing, self.extractors, self._features[name], part=self.settings.part, tick=tick)
+            for where, store in stores.items():
+                features = self._features.get(where, [])
+                fill(store, self.sets[where], todo[where], replace(drawing, dumps=dumps[where]), self.extractors, features, tick=tick)
         finally:  # a bar left running hides the terminal's cursor
             self.progress.finish()
 
-    def _warm_up(self, drawing: Drawing) -> None:
+    def _warm_up(self, subject: Subject, drawing: Drawing) -> None:
         """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are drawn."""
         samples = next(iter(self._used().values()))
-        pixels, _ = drawn(samples, range(min(drawing.batch_size, len(samples))), drawing)
+        count = 1 if subject.steps is None else min(drawing.batch_size, len(samples))
+        pixels, _ = drawn(samples, range(count), drawing)
         self.protocol.check_image(tuple(pixels.shape[1:]))
-
-    def _store(self, subject: Subject, samples: SampleSet) -> Store:
-        spec = self.protocol.spec
-        key = digest([subject.identity, samples.hash, spec.quantisation, spec.prepare.model_dump()])
-        return Store(self.settings.root / key[:32], len(samples), samples.chunk)
 
     def rows(self) -> list[Row]:
         """Every metric of every subject that has been drawn, in that order, with what drawing cost."""
-        teacher = next((self.measured(each) for each in self._drawn if each.subject.name == "teacher"), None)
+        teacher = next((self.measured(each) for each in self.drawn if each.name == "teacher"), None)
         rows: list[Row] = []
-        for each in self._drawn:
-            subject = each.subject
-            self.progress.start(f"metrics of the {subject.name}", len(self.metrics))
+        for each in self.drawn:
+            self.progress.start(f"metrics of the {each.name}", len(self.metrics))
             try:
-                values = self._values(subject.name, self.measured(each, None if subject.name == "teacher" else teacher))
+                values = self._values(each.name, self.measured(each, None if each.name == "teacher" else teacher))
             finally:
                 self.progress.finish()
-            rows += [_row(value, subject) for value in [*values, *_costs(each)]]
+            rows += [_row(value, each) for value in [*values, *_costs(each)]]
         return rows
 
     def _values(self, model: str, measured: Measured) -> list[Value]:
         values: list[Value] = []
         for index, (name, metric) in enumerate(self.metrics.items(), 1):
+            by_teacher = self.needs[name].teacher
             try:
-                if self.needs[name].teacher and measured.teacher is None and model != "teacher":
-                    raise Unavailable("needs the teacher's pictures")
-                if not (self.needs[name].teacher and model == "teacher"):
+                if by_teacher and model != "teacher" and measured.teacher is None:
+                    raise Unavailable("needs the teacher's pictures, which are not measured here")
+                if not (by_teacher and model == "teacher"):
                     values += metric.measure(measured)
             except Unavailable as error:
                 self._lacks(name, model, error)
@@ -174,33 +235,33 @@ class Evaluation:
 
     def measured(self, each: Drawn, teacher: Measured | None = None) -> Measured:
         """What metrics see of a subject's pictures."""
-        tables = {(where, one): store.table(self.extractors.name(one)) for where, store in each.stores.items() for one in self._features[where]}
-        return Measured(self.sets, tables, self.reference, teacher, None, self.resources, self.protocol.spec.seed)
+        tables = {
+            (where, one): store.table(self.extractors.name(one)) for where, store in each.stores.items() for one in self._features.get(where, ())
+        }
+        return Measured(self.sets, tables, self.reference, teacher, each.pictures, self.resources, self.protocol.spec.seed)
 
     def floors(self) -> list[Row]:
         """What real images score, by each metric that says so; computed once for each protocol and set of weights."""
-        hashes = sorted(each.hash for each in self.extractors.used)
+        hashes = sorted(self.extractors.hashes.items())
         return cached(f"floors/{self.protocol.hash()}/{hashes}", lambda: [row for metric in self.metrics.values() for row in metric.floors()])
-
-    def stores(self, subject: Subject) -> dict[str, str]:
-        """Where a drawn subject's features lie, by set."""
-        return next(({name: str(store.folder) for name, store in each.stores.items()} for each in self._drawn if each.subject is subject), {})
 
     @property
     def extractor_hashes(self) -> dict[str, str]:
-        return {type(each).__module__.rpartition(".")[2]: each.hash for each in self.extractors.used}
+        return self.extractors.hashes
 
 
-def _row(value: Value, subject: Subject) -> Row:
-    row = Row(name=value.name, model=subject.name, value=value.value, n=value.n)
-    if subject.steps is not None:
-        row["steps"] = subject.steps
-    if subject.guidance is not None:
-        row["guidance"] = subject.guidance
+def _row(value: Value, each: Drawn) -> Row:
+    row = Row(name=value.name, model=each.name, value=value.value, n=value.n)
+    if each.steps is not None:
+        row["steps"] = each.steps
+    if each.guidance is not None:
+        row["guidance"] = each.guidance
     if value.std is not None and value.std_over is not None:
-        row |= Row(std=value.std, std_over=value.std_over)  # type: ignore[typeddict-item]
+        row["std"], row["std_over"] = value.std, value.std_over
     if value.interval is not None and value.interval_over is not None:
-        row |= Row(interval=list(value.interval), interval_over=value.interval_over)  # type: ignore[typeddict-item]
+        row["interval"], row["interval_over"] = list(value.interval), value.interval_over
+    if value.remark is not None:
+        row["remark"] = value.remark
     return row
 
 
@@ -209,7 +270,7 @@ def _costs(each: Drawn) -> list[Value]:
     `speed.peak_memory_bytes`. None of pictures that lay there already."""
     costs = [cost for store in each.stores.values() for cost in store.costs()]
     pictures = round(total(costs, "pictures"))
-    if each.subject.steps is None or not pictures:
+    if each.steps is None or not pictures:
         return []
     seconds = 1000 * total(costs, "seconds") / pictures
     return [Value("seconds_per_1000_images", seconds, pictures), Value("peak_memory_bytes", max(cost["peak"] for cost in costs), pictures)]
@@ -260,10 +321,24 @@ def run_protocol(
         return evaluation.rows()
 
 
+class Real(NamedTuple):
+    """What real images score, and the SHA-256 of each extractor that says so."""
+
+    floors: list[Row]
+    extractors: dict[str, str]
+
+
+def what_is_real(protocol: Protocol, resources: Resources | None = None) -> Real:
+    """The floors of a protocol, without a model."""
+    with _temporary() as root:
+        evaluation = Evaluation(protocol, resources or Resources(), Settings(root), dry=True)
+        return Real(evaluation.floors(), evaluation.extractor_hashes)
+
+
 def missing_at_start(protocol: Protocol, resources: Resources) -> list[Missing]:
     """What of a protocol cannot be measured here, before anything is drawn. UserError where nothing can."""
     with _temporary() as root:
-        return Evaluation(protocol, resources, Settings(root)).missing
+        return Evaluation(protocol, resources, Settings(root), dry=True).missing
 
 
 @contextlib.contextmanager

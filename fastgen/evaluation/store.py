@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,13 @@ from torch import Tensor
 from fastgen import records
 from fastgen.errors import UserError
 from fastgen.evaluation.tables import Table
-from fastgen.files import PARTIAL, write_atomically, writing
+from fastgen.files import PARTIAL, loading, write_atomically, writing
 from fastgen.fingerprints import sealed, unsealed
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 
 class _Chunk(records.Schema):
@@ -34,7 +39,7 @@ class Store:
 
     def __init__(self, folder: Path, count: int, chunk: int) -> None:
         self.folder, self.count, self.chunk = folder, count, chunk
-        self._sound: dict[tuple[int, str], bool] = {}
+        self._sound: set[tuple[int, str]] = set()
 
     def ids(self, chunk: int) -> range:
         """Rows of a chunk; the last one may be smaller."""
@@ -52,16 +57,17 @@ class Store:
         """Put a chunk's rows on disk, then its record. costs: what drawing it took, by name. UserError where the disk takes no more."""
         ids = self.ids(chunk)
         digests: dict[str, str] = {}
+        self._sound -= {(chunk, name) for name in features}
         for name, rows in features.items():
             if len(rows) != len(ids):
                 raise ValueError(f"feature {name}: {len(rows)} rows for the {len(ids)} pictures of chunk {chunk}")
             array = np.ascontiguousarray(rows.numpy())
             self._put(name, ids.start, array)
             digests[name] = hashlib.sha256(array.tobytes()).hexdigest()
-            self._sound[chunk, name] = True
         before = self._record(chunk)
         record = {"sha256": {**before["sha256"], **digests}, "costs": {**before["costs"], **costs}}
         write_atomically(self._place(chunk), json.dumps(sealed(record)) + "\n")
+        self._sound |= {(chunk, name) for name in features}
 
     def table(self, name: str) -> Table:
         """A feature of all pictures. UserError unless every chunk is there."""
@@ -74,21 +80,21 @@ class Store:
         return [record["costs"] for chunk in self.chunks if (record := self._record(chunk))["costs"]]
 
     def _is_sound(self, chunk: int, name: str) -> bool:
-        """Whether a chunk's rows are those that were written; read once in this object's life."""
+        """Whether a chunk's rows are those that were written. Once they are, they are not read again in this object's life; once they are
+        not, another process may be writing them."""
         if (chunk, name) not in self._sound:
             recorded = self._record(chunk)["sha256"].get(name)
-            self._sound[chunk, name] = recorded is not None and recorded == self._digest(chunk, name)
-        return self._sound[chunk, name]
+            if recorded is None or recorded != self._digest(chunk, name):
+                return False
+            self._sound.add((chunk, name))
+        return True
 
     def _digest(self, chunk: int, name: str) -> str | None:
-        try:
-            table = Table(self._array(name))
-        except (OSError, ValueError):
+        mapped = _mapped(self._array(name))
+        if mapped is None or len(mapped) != self.count:
             return None
         ids = self.ids(chunk)
-        if len(table) != self.count:
-            return None
-        return hashlib.sha256(table.read(ids.start, ids.stop).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(mapped[ids.start : ids.stop].tobytes()).hexdigest()
 
     def _record(self, chunk: int) -> dict[str, Any]:
         """A chunk's record; an empty one where it is missing or damaged, so that the chunk is made again."""
@@ -106,35 +112,51 @@ class Store:
     def _put(self, name: str, row: int, array: np.ndarray) -> None:
         path = self._array(name)
         with writing(path):
-            try:
-                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-                fits = mapped.shape == (self.count, *array.shape[1:]) and mapped.dtype == array.dtype
-            except (OSError, ValueError):
-                fits = False
-            if not fits:
+            mapped = self._fitting(path, array)
+            if mapped is None:
                 self._allocate(path, array)
-                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            place = mapped.offset + row * (mapped.nbytes // max(1, self.count))  # pyright: ignore[reportAttributeAccessIssue]
+                mapped = self._fitting(path, array)
+                assert mapped is not None
+            place = mapped.offset + row * (mapped.nbytes // max(1, self.count))
             with path.open("r+b") as file:
                 file.seek(place)
                 file.write(array.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
 
+    def _fitting(self, path: Path, like: np.ndarray) -> np.memmap | None:
+        """The array there, if it takes such rows."""
+        mapped = _mapped(path)
+        return mapped if mapped is not None and mapped.shape == (self.count, *like.shape[1:]) and mapped.dtype == like.dtype else None
+
     def _allocate(self, path: Path, like: np.ndarray) -> None:
-        """A sparse array for all rows, unless another process has been faster. A damaged one gives way."""
+        """A sparse array for all rows in place of what is there, unless another process has been faster: it may have written to its own."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
-        np.lib.format.open_memmap(partial, mode="w+", dtype=like.dtype, shape=(self.count, *like.shape[1:])).flush()
-        damaged = path.exists()
-        try:
-            if damaged:
+        with _alone(path.parent):
+            if self._fitting(path, like) is None:
+                partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+                np.lib.format.open_memmap(partial, mode="w+", dtype=like.dtype, shape=(self.count, *like.shape[1:])).flush()
                 os.replace(partial, path)
-            else:
-                with suppress(FileExistsError):
-                    os.link(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other process is in here with this folder, on file systems that have locks."""
+    with (folder / ".lock").open("a") as lock:
+        with suppress(OSError):
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _mapped(path: Path) -> np.memmap | None:
+    """The array in a file; None where there is none."""
+    try:
+        with loading(path):
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except UserError:
+        return None
+    return mapped if isinstance(mapped, np.memmap) and mapped.ndim > 0 else None
 
 
 def total(costs: Iterable[Mapping[str, float]], name: str) -> float:

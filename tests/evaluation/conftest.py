@@ -1,42 +1,32 @@
-"""A classifier for protocol digits that needs no training: random projections as features, least squares on one-hot labels as logits."""
+"""Protocol digits, measured by a classifier that needs no training."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import Tensor, nn
+from linear_classifier import LinearClassifier
+from torch import Tensor
 
+from fastgen.assets import classifier as bundled
 from fastgen.data import digits
-from fastgen.evaluation.protocols import Digits
-
-
-class LinearClassifier(nn.Module):
-    """features: 64 fixed random projections of the grey pixels, rectified; logits: the least-squares fit of the one-hot labels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        images, labels = digits.load_images()
-        generator = torch.Generator().manual_seed(0)
-        self.projection = nn.Buffer(torch.randn(64, 64, generator=generator) / 8)
-        features = self.features(images)
-        design = torch.cat([features, torch.ones(len(features), 1)], 1).double()
-        self.head = nn.Buffer(torch.linalg.lstsq(design, torch.eye(10).double()[labels], driver="gelsd").solution.float())
-
-    def features(self, images: Tensor) -> Tensor:
-        return (images.mean(1).flatten(1) @ self.projection).relu()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.features(images) @ self.head[:-1] + self.head[-1]
+from fastgen.evaluation.protocol import Protocol, load_protocol
 
 
 @pytest.fixture(scope="session")
-def classifier() -> LinearClassifier:
+def linear() -> LinearClassifier:
     return LinearClassifier()
 
 
-@pytest.fixture(scope="session")
-def protocol(classifier: LinearClassifier) -> Digits:
-    return Digits(classifier)
+@pytest.fixture
+def classifier(linear: LinearClassifier, monkeypatch: pytest.MonkeyPatch) -> LinearClassifier:
+    """What protocol digits measures with while a test has it, in place of the bundled one."""
+    monkeypatch.setattr(bundled, "load_classifier", lambda: linear)
+    return linear
+
+
+@pytest.fixture
+def protocol(classifier: LinearClassifier) -> Protocol:
+    """Protocol digits, measured by `classifier`."""
+    return load_protocol("digits")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -14,10 +15,11 @@ from torch import Tensor
 from fastgen.errors import UserError
 from fastgen.evaluation import protocol as protocols
 from fastgen.evaluation import results
-from fastgen.evaluation.extractors.base import Extractor, Pictures
+from fastgen.evaluation.extractors.base import Extractor, Pictures, Resources
+from fastgen.evaluation.extractors.digits_classifier import DigitsClassifier
 from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Options, Value
-from fastgen.evaluation.protocol import Protocol, protocol_from
-from fastgen.evaluation.results import Missing, Row, provenance, read_results, write_results
+from fastgen.evaluation.protocol import Protocol, load_protocol, protocol_from
+from fastgen.evaluation.results import Missing, Row, cached, provenance, read_results, write_results
 from fastgen.rng import derive_seed
 
 ROWS: list[Row] = [
@@ -140,3 +142,64 @@ def test_what_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
         write_results(path, "mine", [Row(name="plain", model="student", value=float("nan"), n=1)], {})
     assert read_results(path)["metrics"] == ROWS
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_provenance_of_digits_has_the_classifiers_hash() -> None:
+    digits, extractor = load_protocol("digits"), DigitsClassifier(DigitsClassifier.Config(), Resources())
+    origin = provenance(digits, model_hash="abc", extractors={"digits_classifier": extractor.hash})
+    assert origin["extractors"]["digits_classifier"].startswith("38457468c6f7f032")  # of the weights that published numbers were made with
+    assert origin["conventions"]["extractors"]["digits_classifier"] == DigitsClassifier.convention != ""
+    assert {name: each["images"] for name, each in origin["prompt_sets"].items()} == {"named": 1797, "open": 1797}
+
+
+def test_cache_computes_once_for_each_key(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def compute(name: str) -> list[Row]:
+        calls.append(name)
+        return [Row(name=name, model="teacher", value=1.5, n=3)]
+
+    for name in ("a", "a", "b", "a"):
+        assert cached(name, lambda name=name: compute(name), folder=tmp_path) == [Row(name=name, model="teacher", value=1.5, n=3)]
+    assert calls == ["a", "b"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(hashlib.sha256(key.encode()).hexdigest() for key in "ab")
+
+
+def test_one_flipped_bit_is_computed_again(tmp_path: Path) -> None:
+    cached("a", lambda: ROWS, folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    for at in range(content.index(b"7.25"), content.index(b"7.25") + 4):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.warns(UserWarning, match="computing them again"):
+            assert cached("a", lambda: ROWS, folder=tmp_path) == ROWS
+
+
+def test_without_a_home_the_rows_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(UserWarning, match="could not be cached"):
+        assert cached("a", lambda: ROWS) == ROWS
+
+
+@pytest.mark.parametrize("content", ['{"key": "a", "rows"', '{"key": "other", "rows": []}', "[]", b"\xff\xfe\x00"])
+def test_a_corrupted_entry_is_computed_again_and_replaced(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / f"{hashlib.sha256(b'a').hexdigest()}.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(UserWarning, match="computing them again"):
+        assert cached("a", lambda: ROWS, folder=tmp_path) == ROWS
+    assert cached("a", lambda: pytest.fail("the entry was not replaced"), folder=tmp_path) == ROWS
+
+
+def test_a_cache_that_cannot_be_written_does_not_lose_the_rows(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="could not be cached"):
+        assert cached("a", lambda: ROWS, folder=tmp_path / "file" / "below") == ROWS
+
+
+def test_the_default_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    cached("a", lambda: ROWS)
+    assert len(list((tmp_path / ".cache/fastgen/results").glob("*.json"))) == 1

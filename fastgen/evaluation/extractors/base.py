@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fastgen.evaluation.external import External
 from fastgen.evaluation.weights import Weights
 
 
@@ -29,6 +30,12 @@ class Feature:
     layer: str
     options: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def source(self) -> str:
+        """The extractor with its options, as results.json calls it: `dinov2(resize=torch)`."""
+        told = ", ".join(f"{name}={value}" for name, value in self.options)
+        return f"{self.extractor}({told})" if told else self.extractor
+
 
 def feature(extractor: str, layer: str, **options: Any) -> Feature:
     return Feature(extractor, layer, tuple(sorted(options.items())))
@@ -36,20 +43,24 @@ def feature(extractor: str, layer: str, **options: Any) -> Feature:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Some pictures with their prompts, as extractors get them. per_prompt: how many of one prompt lie side by side; a batch holds whole groups."""
+    """Some pictures with their prompts, as extractors get them. per_prompt: how many of one prompt lie side by side; a batch holds whole groups.
+    raw: the same pictures before the protocol cropped and resized them, each (3, h, w) of its own size; None where it did neither."""
 
     pixels: Tensor  # (B, 3, H, W) uint8 on the CPU
     prompts: tuple[str, ...]
     per_prompt: int = 1
+    raw: Sequence[Tensor] | Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What extractors and metrics are built from. data_dir: of prompts, references and other files that a protocol names."""
+    """What extractors and metrics are built from. data_dir: of prompts, references and other files that a protocol names. external: programs
+    that measure, by their metric's name; they come from the command line alone."""
 
     weights: Weights = field(default_factory=Weights)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     data_dir: Path | None = None
+    external: Mapping[str, External] = field(default_factory=dict)
 
 
 class Extractor(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastgen.discovery import find_class, module_names
 from fastgen.evaluation.metrics.base import Metric
 
-_SHARED = ("base", "picture_scores")
+_SHARED = ("base", "external_process", "inception_features", "picture_scores")
 
 
 def metric_names() -> list[str]:

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from fastgen.evaluation.extractors.base import Feature, Options, Resources, feature
-from fastgen.evaluation.frechet import FeatureStatistics
+from fastgen.evaluation.frechet import Gaussian
 from fastgen.evaluation.results import Row
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
@@ -49,7 +49,8 @@ class Heading(NamedTuple):
 
 
 class Value(NamedTuple):
-    """One number. n: images it is computed from. std: over what `std_over` names. interval: 95 %, by the method `interval_over` names."""
+    """One number. n: images it is computed from. std: over what `std_over` names. interval: 95 %, by the method `interval_over` names. remark:
+    what stands beside the number, such as that it is of too few images to be compared with published ones."""
 
     name: str
     value: float
@@ -58,6 +59,7 @@ class Value(NamedTuple):
     std_over: str | None = None  # seeds, bootstrap, subsets, splits, images, prompts
     interval: tuple[float, float] | None = None
     interval_over: str | None = None  # images, prompts, bootstrap, jackknife
+    remark: str | None = None
 
 
 class Needs(NamedTuple):
@@ -73,7 +75,7 @@ class Needs(NamedTuple):
 class Reference(Protocol):
     """Real pictures, or what is known of them. Unavailable where the reference has none of what is asked for."""
 
-    def statistics(self, of: Feature) -> FeatureStatistics: ...
+    def statistics(self, of: Feature) -> Gaussian: ...
 
     def table(self, of: Feature) -> Table: ...
 
@@ -107,6 +109,9 @@ class Metric(ABC):
 
     shows: ClassVar[Mapping[str, Heading]]
     convention: ClassVar[str] = ""  # a sentence for results.json: what is computed, beyond what the options say
+    # How comparisons of two models resample pictures (whole groups of a prompt) where there are no `scores`: bootstrap, unless values suffer
+    # from pictures that are drawn twice, as those of pairs and of nearest neighbours do.
+    resampling: ClassVar[Literal["bootstrap", "jackknife"]] = "bootstrap"
 
     def __init__(self, config: Any, sets: Sequence[str], resources: Resources = Resources()) -> None:  # noqa: B008
         """config: of this class's Config. sets: names of the protocol's sets."""
@@ -120,6 +125,10 @@ class Metric(ABC):
     @abstractmethod
     def measure(self, measured: Measured) -> list[Value]:
         """The values. Unavailable, in one line, where they cannot be had, e.g. of fewer images than they need."""
+
+    def values(self, measured: Measured) -> dict[str, float]:
+        """The values alone, which comparisons ask for at every resample: for metrics whose intervals take long to override."""
+        return {each.name: each.value for each in self.measure(measured)}
 
     def scores(self, measured: Measured) -> dict[str, Tensor]:
         """Value name → (N,) fp64 scores of single images in the order of ids, whose mean the value is; {} for others. Comparisons of two

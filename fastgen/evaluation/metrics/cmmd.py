@@ -17,6 +17,7 @@ class Cmmd(Metric):
     """1000 · MMD² between generated and reference pictures, with the Gaussian kernel of sigma 10 on unit vectors, the biased estimate (its means
     include each picture's kernel with itself, so that fewer pictures give more)."""
 
+    resampling = "jackknife"  # a picture that is drawn twice is like itself
     shows = {"cmmd": Heading("CMMD", "↓", 3)}  # noqa: RUF012
     convention = (
         "1000 * biased MMD^2 (V-statistic), kernel exp(-|x - y|^2 / (2 * 10^2)), L2-normalised embeddings of OpenAI's CLIP ViT-L/14@336; the "

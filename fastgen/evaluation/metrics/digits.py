@@ -11,7 +11,7 @@ from fastgen.evaluation.diversity import mode_entropy, pairwise_distance, vendi_
 from fastgen.evaluation.extractors import find_extractor
 from fastgen.evaluation.extractors.base import Pictures
 from fastgen.evaluation.frechet import FeatureStatistics, bootstrap_floor, frechet_distance, half_floor
-from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Options, Row, Value, feature
+from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Options, Row, Unavailable, Value, feature
 from fastgen.evaluation.preparation import quantised
 from fastgen.evaluation.worlds import digits
 
@@ -44,16 +44,20 @@ class Digits(Metric):
         "mode_entropy": Heading("modes"),
     }
 
+    resampling = "jackknife"  # a picture that is drawn twice is no distance from itself
+
     def needs(self) -> Needs:
         return Needs({"named": (FEATURES, LOGITS), "open": (FEATURES, LOGITS, PIXELS)})
 
     def measure(self, measured: Measured) -> list[Value]:
         named, free = measured.sets["named"], measured.sets["open"]
+        if len(named) < 2 or len(set(free.prompts)) == len(free):
+            raise Unavailable(f"needs two pictures of one prompt: {len(free)} were drawn of set open, of a prompt each")
         named_features, features, pixels = (
             measured.tables[where, of].read() for where, of in (("named", FEATURES), ("open", FEATURES), ("open", PIXELS))
         )
         named_digits, free_digits = (measured.tables[where, LOGITS].read().argmax(1) for where in ("named", "open"))
-        right = named_digits == digits.labels()[: len(named)]
+        right = named_digits == torch.tensor([digits.digit_of(prompt) for prompt in named.prompts])
         values = {
             "fd_digits": self._distance(features, self._real["features"]),
             "fd_digits_named": self._distance(named_features, self._real["features"]),
@@ -63,12 +67,14 @@ class Digits(Metric):
             "vendi": vendi_score(features, free.prompts),
         }
         counts = dict.fromkeys(values, len(free)) | {"fd_digits_named": len(named), "prompt_accuracy": len(named)}
-        generic = min(digits.num_generic(), len(free))
-        guessed = free_digits[generic:] % 2
-        if len(guessed):
-            values["parity_accuracy"] = float((guessed == digits.parities()[: len(guessed)]).double().mean())
+        parities = torch.tensor([-1 if (parity := digits.parity_of(prompt)) is None else parity for prompt in free.prompts])
+        generic = parities < 0
+        if not bool(generic.all()):
+            guessed = free_digits[~generic] % 2
+            values["parity_accuracy"] = float((guessed == parities[~generic]).double().mean())
             counts["parity_accuracy"] = len(guessed)
-        values["mode_entropy"], counts["mode_entropy"] = mode_entropy(free_digits[:generic], free.prompts[:generic]), generic
+        texts = [prompt for prompt, chosen in zip(free.prompts, generic.tolist(), strict=True) if chosen]
+        values["mode_entropy"], counts["mode_entropy"] = mode_entropy(free_digits[generic], texts), len(texts)
         return [Value(name, values[name], counts[name]) for name in _ORDER if name in values]
 
     def floors(self) -> list[Row]:

@@ -29,7 +29,7 @@ class FdDinov2(Metric):
 
     def measure(self, measured: Measured) -> list[Value]:
         table, real = measured.tables[self.set, self._cls], measured.real().statistics(self._cls)
-        if min(len(table), real.n) < 2:
+        if min(len(table), 2 if real.n is None else real.n) < 2:
             raise Unavailable(f"needs two generated and two reference pictures or more, there are {len(table)} and {real.n}")
         if len(real.mean) != table.width:
             raise Unavailable(f"the reference has {len(real.mean)} features a picture, DINOv2's have {table.width}: it is of another extractor")

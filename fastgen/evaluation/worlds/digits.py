@@ -58,4 +58,19 @@ def described() -> dict[str, Tensor]:
     return generic | {text: torch.where(odd == p)[0] for p in (0, 1) for text in digits.PARITY[p]}
 
 
+def digit_of(prompt: str) -> int:
+    """The digit that a prompt of `named` names."""
+    return _named_digits()[prompt]
+
+
+def parity_of(prompt: str) -> int | None:
+    """0 or 1, as a prompt of `open` names it; None of a generic one."""
+    return next((parity for parity, texts in enumerate(digits.PARITY) if prompt in texts), None)
+
+
+@functools.cache
+def _named_digits() -> dict[str, int]:
+    return {template.format(word): digit for template in digits.NAMED for digit, word in enumerate(digits.WORDS)}
+
+
 PROMPTS = {"named": named, "open": open_prompts}

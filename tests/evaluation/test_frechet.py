@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from fastgen.evaluation.fid import FeatureStatistics, bootstrap_floor, frechet_distance, half_floor
 from torch import Tensor
+
+from fastgen.evaluation.frechet import FeatureStatistics, bootstrap_floor, frechet_distance, half_floor
 
 
 def gaussian(mean: Tensor, cov: Tensor) -> FeatureStatistics:
