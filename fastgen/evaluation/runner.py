@@ -204,7 +204,7 @@ class Evaluation:
         samples = next(iter(self._used().values()))
         count = 1 if subject.steps is None else min(drawing.batch_size, len(samples))
         pixels, _ = drawn(samples, range(count), drawing)
-        self.protocol.check_image(tuple(pixels.shape[1:]))
+        self.protocol.check_image(tuple(pixels[0].shape))
 
     def rows(self) -> list[Row]:
         """Every metric of every subject that has been drawn, in that order, with what drawing cost."""
