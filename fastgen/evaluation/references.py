@@ -65,7 +65,7 @@ class Absent(OpenReference):
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"kind": "absent", "reason": self.reason}
+        return {"kind": "absent"}  # why stands with the metrics that are missing
 
     def check(self, features: Sequence[Feature]) -> None:
         if features:
