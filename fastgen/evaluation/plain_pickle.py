@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastgen.errors import UserError
+from fastgen.errors import UserError, one_line
 from fastgen.files import loading
 
 _LARGEST = 2**30  # bytes
@@ -31,7 +32,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _KNOWN.get((re.sub(r"^numpy\.core\b", "numpy._core", module), name))
         if found is None:
-            raise UserError(f"the pickle asks for {module}.{name}, which is no array of numbers; it is not loaded, for that might run anything")
+            asked = one_line(f"{module}.{name}", 100)
+            raise UserError(f"the pickle asks for {asked}, which is no array of numbers; it is not loaded, for that might run anything")
         return found
 
 
@@ -82,13 +84,32 @@ def _encoded(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _empty() -> bytes:
+    """How protocols up to 2 write no bytes."""
+    return b""
+
+
+class _Call:
+    """A function that a pickle may call and not change, as it could the attributes of a plain one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it changes what it calls")
+
+
 _KNOWN: dict[tuple[str, str], Any] = {
     ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "scalar"): _scalar,
-    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.multiarray", "scalar"): _Call(_scalar),
+    ("numpy._core.numeric", "_frombuffer"): _Call(_from_buffer),
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
-    ("_codecs", "encode"): _encoded,
+    ("_codecs", "encode"): _Call(_encoded),
+    ("__builtin__", "bytes"): _Call(_empty),
 }
 
 

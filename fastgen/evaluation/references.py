@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,10 @@ class KnownStatistics(OpenReference):
         stated = self.file.stated
         if stated is None:
             return
-        needed = conventions(of, self._how, self._extractors)
+        found, needed = (_flat(each) for each in (stated, conventions(of, self._how, self._extractors)))
         for key, value in needed.items():
-            if stated[key] != value:
-                raise Unavailable(f"{str(self.file.path)!r} holds statistics with {key} {stated[key]!r}, needed is {value!r}: compute them again")
+            if (other := found.get(key)) != value:
+                raise Unavailable(f"{str(self.file.path)!r} holds statistics with {key} {other!r}, needed is {value!r}: compute them again")
 
     def _width(self, of: Feature) -> int:
         picture = Pictures(torch.zeros(1, 3, _PROBE, _PROBE, dtype=torch.uint8), ("",))
@@ -238,6 +238,14 @@ def conventions(of: Feature, how: PrepareBlock, extractors: Extractors) -> dict[
         "hash": extractor.hash,
         "prepare": how.model_dump(mode="json"),
     }
+
+
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Conventions with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def _described(of: Feature) -> str:

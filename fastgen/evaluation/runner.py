@@ -174,7 +174,7 @@ class Evaluation:
     def _dumps(self, subject: Subject, where: str, store: Store) -> list[Dump]:
         """Where the pictures of a set go: as the user wants, and as external metrics do."""
         samples, model = self.sets[where], digest([subject.identity, self.protocol.spec.quantisation])
-        found = [] if self.dump is None else [self.dump.of(samples, subject, model)]
+        found = [] if self.dump is None else [self.dump.of(samples, subject.name, subject.steps, model)]
         if where in self._with_pictures and not any(isinstance(each, PngFolder) for each in found):
             found.append(PngFolder(store.folder / "pictures", samples, model))
         return found
@@ -361,6 +361,14 @@ def _temporary() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def part_of(text: str) -> Part:
+    """The part that `i/n` names, from 1/1. UserError for anything else."""
+    index, _, of = text.partition("/")
+    if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of) <= 10**6):
+        raise UserError(f"--part: {text!r} is not i/n, such as 1/4 to 4/4")
+    return Part(int(index) - 1, int(of))
 
 
 def stores_folder(given: Path | None = None) -> Path:

@@ -39,8 +39,6 @@ class StockPipeline(Subject):
     pictures are drawn one at a time: see `drawn_alone`.
     """
 
-    name: Literal["pipeline"] = "pipeline"
-
     def __init__(
         self,
         source: str,
@@ -49,7 +47,9 @@ class StockPipeline(Subject):
         revision: str | None = None,
         dtype: str = "fp32",
         device: torch.device | str = "cpu",
+        name: Literal["pipeline", "teacher"] = "pipeline",
     ) -> None:
+        self.name = name
         self.source, self.device, self.dtype = source, torch.device(device), dtype
         self.folder = _opened(source, revision)
         self.revision = pinned_revision(source, revision)
