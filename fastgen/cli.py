@@ -178,32 +178,106 @@ def sample(
 
 @app.command()
 def evaluate(
-    student_dir: StudentDir,
-    protocol: Annotated[str, typer.Option(help="How to measure.")] = "digits",
-    steps: Annotated[Optional[str], typer.Option(help="Step counts of the student, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
-    output: Annotated[Optional[Path], typer.Option(help="Results file (default: results.json beside the student).")] = None,  # noqa: UP045
-    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do not measure the teacher (once measured, it is cached).")] = False,
-    teacher_dir: TeacherDir = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An exported student, a diffusers folder or hub id, or a folder of pictures.")],
+    protocol: Annotated[Optional[str], typer.Option(help="How to measure: a shipped protocol or a .yaml file (default: digits).")] = None,  # noqa: UP045
+    prompts: Annotated[Optional[Path], typer.Option(help="Instead of a protocol: a file with prompts.")] = None,  # noqa: UP045
+    images: Annotated[Optional[Path], typer.Option(help="Instead of a protocol's reference: a folder of real pictures.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[str], typer.Option(help="Step counts of the model, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
+    output: Annotated[
+        Optional[Path], typer.Option(help="Results file (default: results.json beside a student, else NAME.results.json here).")
+    ] = None,  # noqa: UP045
+    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do not measure the student's teacher.")] = False,
+    teacher_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--teacher", metavar="DIR", help="The student's teacher, where it is not found; of another model, a pipeline to compare with."),
+    ] = None,
     teacher_steps: Annotated[Optional[str], typer.Option(help="Step counts of the teacher (default: its own).")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="Where pictures and features are made: auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the model: fp32, fp16 or bf16.")] = "fp32",
+    batch_size: Annotated[Optional[int], typer.Option(min=1, max=4096, help="Pictures drawn at once (default: the protocol's).")] = None,  # noqa: UP045
+    data_dir: Annotated[Optional[Path], typer.Option(help="Folder of prompt files and references that a protocol names.")] = None,  # noqa: UP045
+    weights_dir: Annotated[Optional[Path], typer.Option(help="Folder of extractors' weights.")] = None,  # noqa: UP045
+    store: Annotated[Optional[Path], typer.Option(help="Folder of features (default: ~/.cache/fastgen/evaluations).")] = None,  # noqa: UP045
+    part: Annotated[str, typer.Option(metavar="i/n", help="Draw one of n parts; results are written once all are there.")] = "1/1",
+    stop_after: Annotated[Optional[int], typer.Option(min=1, help="A quick look at the first N pictures of each set.")] = None,  # noqa: UP045
+    guidance: Annotated[Optional[float], typer.Option(help="Of a stock pipeline: classifier-free guidance (default: its own).")] = None,  # noqa: UP045
+    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of a stock pipeline (default: its own).")] = None,  # noqa: UP045
+    call: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Of a stock pipeline: another argument of its call.")] = None,  # noqa: UP045
+    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
+    captions: Annotated[Optional[Path], typer.Option(help="Of a folder of pictures: what they were drawn for.")] = None,  # noqa: UP045
+    dump: Annotated[Optional[Path], typer.Option(help="Keep the pictures in this folder.")] = None,  # noqa: UP045
+    dump_form: Annotated[str, typer.Option(help="png or parquet.")] = "png",
+    external: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NAME=COMMAND", help="A program that scores pictures, such as image_reward='/envs/ir/bin/python score.py'."),
+    ] = None,
+    external_timeout: Annotated[float, typer.Option(help="Seconds that such a program may take.")] = 3600.0,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read reference statistics from EDM2's pickles, numbers alone.")] = False,
 ) -> None:
-    """Measure an exported student beside its teacher and write results.json."""
+    """Measure a model, and a student's teacher, and write results.json. Killed, the same command goes on."""
     from fastgen import run, terminal
+    from fastgen.evaluation import subjects
+    from fastgen.evaluation.dumps import DumpFolder
+    from fastgen.evaluation.external import externals
+    from fastgen.evaluation.extractors.base import Resources
+    from fastgen.evaluation.own import protocol_of
+    from fastgen.evaluation.runner import Settings, part_of, stores_folder
+    from fastgen.evaluation.weights import Weights
 
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
-    if output is not None or student_dir.is_dir():
-        check_writable_file(output or student_dir / "results.json", "--output")
-    results = run.evaluate(
-        student_dir,
-        protocol=protocol,
-        steps=counts,
-        output=output,
-        teacher=not no_teacher,
-        teacher_steps=teacher_counts,
-        teacher_dir=teacher_dir,
-        progress=terminal.progress(),
-    )
-    terminal.print_results(results)
-    terminal.note(f"results: {output or student_dir / 'results.json'}")
+    target = output or run.results_file(model)
+    check_writable_file(target, "--output")
+    progress = terminal.progress()
+    resources = Resources(Weights(weights_dir), data_dir=data_dir, external=externals(external or [], external_timeout))
+    wanted = subjects.Wanted(subjects.Asked(guidance=guidance, size=_size(size), more=_arguments(call or [])), revision, dtype, captions)
+    try:
+        results = run.evaluate(
+            model,
+            protocol=protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir),
+            steps=counts,
+            output=target,
+            teacher=not no_teacher,
+            teacher_steps=teacher_counts,
+            teacher_dir=teacher_dir,
+            device=device,
+            resources=resources,
+            wanted=wanted,
+            settings=Settings(stores_folder(store), part_of(part), stop_after, batch_size, allow_pickle),
+            dump=None if dump is None else DumpFolder(dump, dump_form),
+            progress=progress,
+        )
+    except run.PartDone as done:
+        terminal.note(f"part {part}: {done}")
+        return
+    terminal.print_results(results["metrics"])
+    for each in results["missing"]:
+        terminal.warn(" of the ".join(filter(None, (each["name"], each["model"]))) + f" is not measured: {each['reason']}")
+    terminal.note(f"results: {target}")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and 0 < int(height) < 2**16 and 0 < int(width) < 2**16):
+        raise UserError(f"--size: {text!r} is not HEIGHTxWIDTH in pixels, such as 1024x1024")
+    return int(height), int(width)
+
+
+def _arguments(given: list[str]) -> dict[str, Any]:
+    """Arguments of a call from NAME=VALUE, whose values are read as YAML."""
+    from fastgen.yaml_files import parse
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--call: {text!r} is not NAME=VALUE, such as negative_prompt=blurry")
+        try:
+            found[name] = parse(value)
+        except ValueError as error:
+            raise UserError(f"--call {name}: the value is not valid YAML: {error}") from error
+    return found
 
 
 def _counts(option: str, text: str | None) -> list[int] | None:

@@ -142,28 +142,28 @@ def _unshared(value: Any) -> Any:
     return [_unshared(below) for below in value] if isinstance(value, list) else value
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError with the line of a mistake."""
+def read_yaml(path: Path, what: str = "recipe", blocks: str = "teacher and student") -> dict[str, Any]:
+    """The mapping in a YAML file; UserError with the line of a mistake. what: what it should be, with blocks such as these."""
     try:
-        data = parse(read_text(path))
+        data = parse(read_text(path, what))
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{shown(str(path))} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{shown(str(path))} is not a recipe: a mapping of blocks, such as teacher and student, is needed")
+        raise UserError(f"{shown(str(path))} is not a {what}: a mapping of blocks, such as {blocks}, is needed")
     return data
 
 
-def read_text(path: Path) -> str:
-    """A recipe as it was written, comments included, UTF-8 or, with a mark, UTF-16; UserError when it is not text, or no page."""
+def read_text(path: Path, what: str = "recipe") -> str:
+    """A recipe, or `what` else, as it was written, comments included, UTF-8 or, with a mark, UTF-16; UserError when it is not text, or no page."""
     named = shown(str(path))
     if not path.is_file():  # opening a FIFO would wait for whoever writes into it
         raise UserError(f"{named} is {'a folder' if path.is_dir() else 'a device or a pipe' if path.exists() else 'not there'}; a file is needed")
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise UserError(f"{named} is not a recipe: it is larger than {MOST_BYTES // 1024} KiB")
+        raise UserError(f"{named} is not a {what}: it is larger than {MOST_BYTES // 1024} KiB")
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = content.decode("utf-16" if marked else "utf-8-sig")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from fastgen import cli
 from fastgen.errors import NotFinite
-from fastgen.evaluation import diversity, fid, protocols, runner
+from fastgen.evaluation import diversity, frechet, runner
+from fastgen.evaluation.protocol import load_protocol
 from fastgen.export import export_student
 from fastgen.families.sd3 import SD3
 from fastgen.generator import load_teacher
@@ -55,9 +56,8 @@ def one_line(arguments: list[str], capfd: pytest.CaptureFixture[str], status: in
     ],
 )
 def test_a_damaged_student_is_named_by_every_command(
-    component: str, said: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    component: str, said: str, student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(protocols.PROTOCOLS, "digits", lambda: Small())
     broken = Path(shutil.copytree(student, tmp_path / "student"))
     spoil(broken, component)
     record_hashes(broken)  # as if it had been exported so
@@ -66,15 +66,18 @@ def test_a_damaged_student_is_named_by_every_command(
         for arguments, count in (
             (["sample", str(broken), *prompts, "--output", str(tmp_path / "a.png")], 2),
             (["verify", str(broken)], 4),
-            (["evaluate", str(broken), "--no-teacher"], 3),
+            (["evaluate", str(broken), "--no-teacher", "--protocol", small(tmp_path)], 3),
         ):
             assert one_line(arguments, capfd) == f"error: {count} of {count} pictures of student '{broken}' {said}"
     assert not (tmp_path / "a.png").exists() and not (broken / "results.json").exists()
 
 
-class Small(protocols.Digits):
-    image_shape = (3, 16, 16)
-    subsets = {"open": protocols.Subset(tuple(PROMPTS), (0, 1, 2))}  # noqa: RUF012  # type: ignore[assignment]
+def small(folder: Path) -> str:
+    """A protocol of three pictures."""
+    (folder / "texts.txt").write_text("\n".join(PROMPTS))
+    sets = {"open": {"prompts": str(folder / "texts.txt"), "first_seed": 0}}
+    (folder / "small.yaml").write_text(yaml.safe_dump({"name": "small", "size": [16, 16], "sets": sets, "metrics": {"teacher_error": None}}))
+    return str(folder / "small.yaml")
 
 
 def recipe(folder: Path, teacher: Path) -> list[str]:
@@ -125,21 +128,21 @@ def test_latents_that_a_decoder_would_clamp_are_found(sd3_folder: Path, tmp_path
         load_teacher(teacher, steps=1, guidance=1.0)(PROMPTS, [0, 1, 2])
 
 
-def test_a_measurement_of_any_generator_says_how_many_images_are_none() -> None:
+def test_a_measurement_of_any_generator_says_how_many_images_are_none(tmp_path: Path) -> None:
     def generate(prompts: list[str], seeds: list[int], steps: int) -> torch.Tensor:
         images = torch.zeros(len(prompts), 3, 16, 16)
         images[1] = NAN
         return images
 
     with pytest.raises(NotFinite, match=r"^1 of 3 images that the generator returned are not finite"):
-        runner.run_protocol(Small(), generate, model="student", steps=[1], guidance=1.0)
+        runner.run_protocol(load_protocol(small(tmp_path)), generate, model="student", steps=[1], guidance=1.0)
 
 
 def test_features_that_are_not_finite_are_no_statistics() -> None:
     features = torch.ones(4, 3)
     features[2, 1] = NAN
     for measure in (
-        lambda: fid.FeatureStatistics.from_features(features),
+        lambda: frechet.FeatureStatistics.from_features(features),
         lambda: diversity.vendi_score(features, ["a"] * 4),
         lambda: diversity.pairwise_distance(features, ["a"] * 4),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lpips
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torchvision import models
 
 from fastgen import perceptual
 from fastgen.errors import UserError
@@ -83,6 +85,44 @@ def test_gradients_reach_both_pictures_and_no_weight(network: Any) -> None:
     enlarged = [2 * interpolate(pixels, size=(64, 64), mode="bilinear", align_corners=False) - 1 for pixels in (x, y)]
     for mine, theirs in zip((a.grad, b.grad), torch.autograd.grad(network(*enlarged).sum(), (x, y)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("net", "layers"), [("squeeze", 13), ("vgg", 30)])
+def test_a_backbone_comes_from_torchvisions_file(net: str, layers: int, tmp_path: Path) -> None:
+    """Its last features are those of torchvision's own layers, and the heads are the package's."""
+    made = {"squeeze": models.squeezenet1_1, "vgg": models.vgg16}[net]
+    with torch.device("meta"):
+        features = made(weights=None).features[:layers]
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(each.shape, generator=generator) / each[0].numel() ** 0.5 for name, each in features.state_dict().items()}
+    features.load_state_dict(state, assign=True)
+    torch.save({"classifier.1.weight": torch.zeros(1), **{f"features.{name}": each for name, each in state.items()}}, tmp_path / "file.pth")
+    before = torch.random.get_rng_state()
+    loaded: Any = perceptual.network_from(net, tmp_path / "file.pth")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    x = pictures(64, 64, count=1)
+    torch.testing.assert_close(loaded.net(x)[-1], features(x), rtol=1e-5, atol=1e-6)
+    heads = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth", "cpu", weights_only=True)
+    assert all(torch.equal(loaded.state_dict()[name], each) for name, each in heads.items())
+
+
+def test_a_file_of_something_else_is_one_clear_line(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=r"cannot read '.*file\.pth': KeyError: 'features\.0\.weight'"):
+        perceptual.network_from("squeeze", tmp_path / "file.pth")
+    (tmp_path / "file.pth").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"cannot read '.*file\.pth'"):
+        perceptual.network_from("squeeze", tmp_path / "file.pth")
+
+
+def test_all_pairs_at_once_are_each_pairs_distance(network: Any) -> None:
+    x = 2 * pictures(64, 72, count=4) - 1
+    found = perceptual.pairwise(network, x)
+    wanted = torch.tensor([[network(x[i : i + 1], x[j : j + 1]).item() for j in range(4)] for i in range(4)], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+    assert torch.equal(found, found.T)
+    assert (found.diagonal() == 0).all()
 
 
 def test_half_precision_pictures_are_compared_in_fp32(network: Any) -> None:

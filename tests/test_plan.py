@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from pipelines import edit_json
 from pipelines import same_interpreter as same_interpreter
@@ -17,7 +18,6 @@ from pipelines import sd3_folder as sd3_folder
 from fastgen import cli, run
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
-from fastgen.evaluation.protocols import Digits, Subset
 from fastgen.families.complete import check_complete
 from fastgen.generator import load_student
 from fastgen.pictures import save_png
@@ -216,9 +216,12 @@ def test_lpips_compares_no_vectors(tmp_path: Path, recipe: Callable[..., Recipe]
         plan(given, only="train")
 
 
-def test_prompts_of_the_protocol_that_the_pipeline_cannot_read(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Digits, "image_shape", (3, 16, 16))
-    plan(recipe(evaluate={"protocol": "digits"}))
-    monkeypatch.setattr(Digits, "subsets", {"odd": Subset(("a red cat", "日本"), (0, 1))})
+def test_prompts_of_the_protocol_that_the_pipeline_cannot_read(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    sets = {"odd": {"prompts": "texts.txt"}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"name": "small", "size": [16, 16], "sets": sets, "metrics": {"teacher_error": None}}))
+    given = recipe(evaluate={"protocol": str(tmp_path / "small.yaml"), "data_dir": str(tmp_path)})
+    (tmp_path / "texts.txt").write_text("a red cat\n")
+    plan(given)
+    (tmp_path / "texts.txt").write_text("a red cat\n日本\n")
     with pytest.raises(UserError, match=r"^recipe key evaluate\.protocol: "):
-        plan(recipe(evaluate={"protocol": "digits"}))
+        plan(given)

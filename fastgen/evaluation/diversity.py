@@ -30,12 +30,17 @@ def vendi_score(features: Tensor, groups: Sequence[Hashable]) -> float:
     features: (N, D), any float dtype, computed in fp64, not centred; groups: N labels. Features that are all zero have no direction:
     they count as equal to each other and orthogonal to all else.
     """
-    wide = _matrix(features, groups)
-    blank = (wide == 0).all(1, keepdim=True).to(wide)
-    directions = torch.nn.functional.normalize(torch.cat([wide, blank], 1), dim=1)
+    return _mean([vendi_scores(rows) for rows in _grouped(_matrix(features, groups), groups)])
+
+
+def vendi_scores(features: Tensor) -> Tensor:
+    """(...) fp64: the Vendi score, as above, of each group of features (..., n, D)."""
+    wide = features.double()
+    blank = (wide == 0).all(-1, keepdim=True).to(wide)
+    directions = torch.nn.functional.normalize(torch.cat([wide, blank], -1), dim=-1)
     # The squared singular values of F/sqrt(n) are the eigenvalues of F F^T/n, without the cost of the (n, n) matrix and never negative.
-    spectra = [torch.linalg.svdvals(rows / len(rows) ** 0.5).square() for rows in _grouped(directions, groups)]
-    return _mean([torch.special.entr(values).sum().exp() for values in spectra])
+    values = torch.linalg.svdvals(directions / directions.shape[-2] ** 0.5).square()
+    return torch.special.entr(values).sum(-1).exp()
 
 
 def mode_entropy(labels: Tensor, groups: Sequence[Hashable]) -> float:

@@ -14,13 +14,14 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
 from fastgen import records
-from fastgen.errors import UserError
+from fastgen.errors import UserError, nearest
 from fastgen.evaluation.protocol import SampleSet
 from fastgen.files import PARTIAL, sync_folder, write_atomically, writing
 
@@ -155,6 +156,23 @@ _FEATURES = {
     "image": {"_type": "Image"},
 }
 FORMS: dict[str, type[Dump]] = {kind.form: kind for kind in (PngFolder, ParquetShards)}
+
+
+@dataclass(frozen=True)
+class DumpFolder:
+    """Where the pictures of an evaluation go, a folder below it for each model and set. form: `png` or `parquet`."""
+
+    folder: Path
+    form: str = "png"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UserError(f"--dump-form: {self.form!r}; {nearest(self.form, FORMS)}")
+
+    def of(self, samples: SampleSet, name: str, steps: int | None, model: str) -> Dump:
+        """For a set of a model of this name at so many steps; model: as of `Dump`."""
+        kind = name if steps is None else f"{name}_{steps}step{'s' * (steps != 1)}"
+        return FORMS[self.form](self.folder / kind / samples.name, samples, model)
 
 
 def png(picture: Tensor) -> bytes:

@@ -104,13 +104,14 @@ def stored_name(each: Feature, sha256: str) -> str:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. dumps: where every 8-bit picture goes before
-    it is prepared."""
+    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. check: refuses the shape (3, H, W) of drawn
+    pictures. dumps: where every 8-bit picture goes before it is prepared."""
 
     draw: Draw
     batch_size: int
     quantisation: str = "edm"
     prepare: PrepareBlock = AS_IS
+    check: Callable[[tuple[int, ...]], None] | None = None
     dumps: Sequence[Dump] = ()
 
 
@@ -162,6 +163,9 @@ def drawn(
         seconds += time.perf_counter() - began
         if len(made) != len(rows):
             raise ValueError(f"the generator returned {len(made)} images for {len(rows)} prompts")
+        if drawing.check is not None:
+            for shape in dict.fromkeys(tuple(each.shape[1:]) for each in images):
+                drawing.check(shape)
         parts += [eight_bit(each, drawing.quantisation) for each in images]
         if tick is not None:
             tick(len(rows))

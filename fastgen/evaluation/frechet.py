@@ -129,7 +129,7 @@ def merged(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
     return reduce(FeatureStatistics.merge, parts)
 
 
-def distance_with_interval(table: Table, to: FeatureStatistics, seed: int) -> tuple[float, tuple[float, float] | None]:
+def distance_with_interval(table: Table, to: Gaussian, seed: int) -> tuple[float, tuple[float, float] | None]:
     """Fréchet distance of a table's rows (N, D), N >= 2, and where 95 % of such distances lie with other pictures drawn, by the jackknife over 10
     random groups; None for fewer than 20 rows.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgen.evaluation.weights import Unavailable
 
 LEVEL = 0.95
+NORMAL = 1.959963984540054  # LEVEL of a normal distribution lies within so many standard deviations
 
 
 class Mean(NamedTuple):

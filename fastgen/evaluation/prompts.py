@@ -77,7 +77,12 @@ def _jsonl(path: Path, key: str) -> list[str]:
 
 
 def _csv(path: Path, key: str) -> list[str]:
-    rows = csv.DictReader(list(read_lines(path, key)), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    delimiter, between = ("\t", "tabs") if path.suffix.lower() == ".tsv" else (",", "commas")
+    lines = [f"{line}\n" for line in read_lines(path, key)]  # a field in quotes may go on over several
+    try:
+        rows = list(csv.DictReader(lines, delimiter=delimiter))
+    except csv.Error as error:
+        raise UserError(f"{key}: {str(path)!r} is no table with fields between {between}: {error}") from error
     return [_field(row, f"{key}: {str(path)!r} row {number}") for number, row in enumerate(rows, 1)]
 
 
@@ -91,11 +96,11 @@ def _field(row: object, where: str) -> str:
 def bundled_prompts(name: str, key: str) -> list[str]:
     """`classes/N`: the numbers of N classes, for models that take classes; `WORLD/SET`: the prompts of a bundled world."""
     world, _, which = name.partition("/")
-    if world == "classes" and which.isdecimal() and 0 < int(which) <= 10**5:
+    if world == "classes" and which.isdecimal() and len(which) <= 6 and 0 < int(which) <= 10**5:
         return [str(number) for number in range(int(which))]
     worlds = module_names(_WORLDS, shared=())
     if world not in worlds:
-        raise UserError(f"{key}: no bundled prompts {BUNDLED}{name}; {nearest(world, [*worlds, 'classes'])}")
+        raise UserError(f"{key}: no bundled prompts {short(BUNDLED + name)}; {nearest(world, [*worlds, 'classes/N'])}")
     sets = importlib.import_module(f"{_WORLDS}.{world}").PROMPTS
     if which not in sets:
         raise UserError(f"{key}: {BUNDLED}{world} has no set {which!r}; {nearest(which, sets)}")

@@ -22,6 +22,8 @@ from fastgen.rng import derive_seed
 from fastgen.yaml_files import read_yaml
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_.-]*$")]  # also of files and folders
+_SAID = {"sha256", "source"}  # of a reference
 SHIPPED = Path(__file__).parent / "protocols"
 
 
@@ -104,10 +106,10 @@ class ProtocolFile(Block):
     (EDM, and what a saved PNG holds), `truncate` floor(255 y) (DMD2, torchmetrics). seed: of subsets and permutations. chunk: pictures whose
     features are extracted together. batch_size: pictures drawn at once, unless told otherwise; it changes rounding alone."""
 
-    name: str = Field(pattern="^[a-z0-9][a-z0-9_.-]*$")
+    name: Name
     description: str = ""
     size: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
-    sets: dict[str, SetBlock] = Field(min_length=1)
+    sets: dict[Name, SetBlock] = Field(min_length=1)
     quantisation: Literal["edm", "truncate"] = "edm"
     prepare: PrepareBlock = PrepareBlock()
     reference: ReferenceBlock | None = None
@@ -138,7 +140,10 @@ class Protocol:
             config = validate(kind.Config, options or {}, f"metrics.{name}", of=self.where.removesuffix(": "))
             if config.set is not None and config.set not in self.sets:
                 raise UserError(f"{self.where}metrics.{name}.set: {config.set!r}; {nearest(config.set, self.sets)}")
-            built[name] = kind(config, list(self.sets), resources)
+            try:
+                built[name] = kind(config, list(self.sets), resources)
+            except UserError as error:
+                raise UserError(f"{self.where}{error}") from error
         return built
 
     def check_image(self, shape: Sequence[int], key: str = "") -> None:
@@ -149,9 +154,11 @@ class Protocol:
             raise UserError(f"{where}protocol {self.name} measures {what}, the model makes {tuple(shape)}")
 
     def hash(self) -> str:
-        """SHA-256 over everything in the file that numbers depend on (not its description or batch size), and over the prompts themselves."""
-        spec = self.spec.model_dump(exclude={"description", "batch_size", "sets"})
-        content = {"spec": spec, "sets": {name: each.hash for name, each in self.sets.items()}}
+        """SHA-256 over everything that numbers depend on, as far as the file decides it: the prompts themselves, and the metrics' options with
+        their defaults. Not over what it only says: descriptions, where files are to be had, and which hashes they have."""
+        spec = self.spec.model_dump(exclude={"description": True, "batch_size": True, "sets": True, "metrics": True, "reference": _SAID})
+        metrics = {name: {**metric.config.model_dump(mode="json"), "set": metric.set} for name, metric in self.metrics(self.resources).items()}
+        content = {"spec": spec, "metrics": metrics, "sets": {name: each.hash for name, each in self.sets.items()}}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -188,7 +195,9 @@ def find_protocol(name: str, key: str = "recipe key evaluate.protocol") -> Path:
 def load_protocol(name: str, *, data_dir: str | Path | None = None, key: str = "recipe key evaluate.protocol") -> Protocol:
     """The protocol called `name`, or in that YAML file, with prompts and references from `data_dir`; key: what named it. UserError names it."""
     path = find_protocol(name, key)
-    return protocol_from(read_yaml(path), data_dir=data_dir, where="" if path.parent == SHIPPED else f"{str(path)!r}: ")
+    return protocol_from(
+        read_yaml(path, "protocol", "sets and metrics"), data_dir=data_dir, where="" if path.parent == SHIPPED else f"{str(path)!r}: "
+    )
 
 
 def protocol_from(content: Mapping[str, Any], *, data_dir: str | Path | None = None, where: str = "") -> Protocol:

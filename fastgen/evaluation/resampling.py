@@ -6,20 +6,20 @@ either. Pictures of one prompt stay together. The reference is the same for both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgen.evaluation.intervals import group_means, jackknife_interval
+from fastgen.evaluation.intervals import NORMAL, group_means, jackknife_interval
 from fastgen.evaluation.metrics.base import Measured, Metric
 from fastgen.evaluation.weights import Unavailable
 from fastgen.rng import derive_seed
 
-NUM_GROUPS = 20  # of the jackknife
-_NORMAL = 1.959963984540054  # 97.5 % of a normal distribution lie below it
+NUM_GROUPS = 10  # of the jackknife
 
 
 class Difference(NamedTuple):
@@ -27,73 +27,76 @@ class Difference(NamedTuple):
 
     value: float
     interval: tuple[float, float] | None
-    over: str  # bootstrap or jackknife
+    over: str  # bootstrap, jackknife or subsets
 
 
-Tick = Callable[[], None]
+Tick = Callable[[int, int], None]  # rounds done, rounds in all
 
 
-def differences(metric: Metric, a: Measured, b: Measured, *, resamples: int = 100, tick: Tick = lambda: None) -> dict[str, Difference]:
-    """Of every value that both have, by name. tick: told after each of `rounds` measurements. Unavailable as `measure` raises it.
+def differences(metric: Metric, a: Measured, b: Measured, *, resamples: int = 100, tick: Tick = lambda done, total: None) -> dict[str, Difference]:
+    """Of every value that both have, by name. tick: told after each time that both are measured again. Unavailable as `measure` raises it.
 
-    Values that are means of `scores` have the bootstrap of the paired scores' differences; the others are measured again on each resample. Of
-    the bootstrap's differences only the standard deviation counts, interval = difference ± 1.96 std: resamples repeat pictures, which shifts
-    Fréchet distances, most of all those of few pictures.
+    Values that are means of `scores` have the bootstrap of the paired scores' differences, those that are means over `subsets` the spread of the
+    subsets' differences; the others are measured again on each resample. Of the bootstrap's differences only the standard deviation counts,
+    interval = difference ± 1.96 std: resamples repeat pictures, which shifts Fréchet distances, most of all those of few pictures.
     """
     values = [metric.values(each) for each in (a, b)]
     found = {name: values[1][name] - values[0][name] for name in values[0] if name in values[1]}
-    scores = _score_differences(metric, a, b)
-    again = [name for name in found if name not in scores]
-    spread = _bootstrap_means(metric, a, scores, resamples)
-    if again:
-        spread |= (_bootstrap if metric.resampling == "bootstrap" else _jackknife)(metric, a, b, found, resamples, tick)
-    over = {name: "bootstrap" if name in scores else metric.resampling for name in found}
+    scores, subsets = _bootstrap_means(metric, a, b, resamples), _subset_spreads(metric, a, b)
+    again = [name for name in found if name not in scores and name not in subsets]
+    method = _bootstrap if metric.resampling == "bootstrap" else _jackknife
+    spread = {**(method(metric, a, b, again, resamples, tick) if again else {}), **subsets, **scores}
+    over = {**dict.fromkeys(again, metric.resampling), **dict.fromkeys(subsets, "subsets"), **dict.fromkeys(scores, "bootstrap")}
     return {name: Difference(value, spread[name](value), over[name]) for name, value in found.items()}
-
-
-def rounds(metric: Metric, a: Measured, b: Measured, resamples: int) -> int:
-    """How often both are measured again: none where all values are means of scores."""
-    if metric.shows.keys() <= _score_differences(metric, a, b).keys():
-        return 0
-    return resamples if metric.resampling == "bootstrap" else _num_groups(a)
 
 
 Around = Callable[[float], tuple[float, float] | None]  # the interval around a difference
 
 
 def _normal(samples: Tensor) -> Around:
-    half = _NORMAL * float(samples.std())
+    return _around(NORMAL * float(samples.std()))
+
+
+def _around(half: float) -> Around:
     return lambda value: (value - half, value + half)
 
 
-def _score_differences(metric: Metric, a: Measured, b: Measured) -> dict[str, Tensor]:
-    """Value name → (N,) differences of the scores of one id."""
+def _bootstrap_means(metric: Metric, a: Measured, b: Measured, resamples: int) -> dict[str, Around]:
     first, second = metric.scores(a), metric.scores(b)
-    return {name: second[name].double() - first[name].double() for name in first if name in second}
-
-
-def _bootstrap_means(metric: Metric, a: Measured, scores: Mapping[str, Tensor], resamples: int) -> dict[str, Around]:
-    if not scores:
-        return {}
-    groups, spread = a.sets[metric.set].groups, {}
-    for name, each in scores.items():
-        units = group_means(each, groups)
+    spread: dict[str, Around] = {}
+    for name in first.keys() & second.keys():
+        units = group_means(second[name].double() - first[name].double(), a.sets[metric.set].groups)
         draws = [_with_repetitions(len(units), a.seed, metric.set, index) for index in range(resamples)]
         spread[name] = _normal(torch.stack([units[rows].mean() for rows in draws])) if len(units) > 1 else _nothing
     return spread
 
 
-def _bootstrap(metric: Metric, a: Measured, b: Measured, names: Mapping[str, float], resamples: int, tick: Tick) -> dict[str, Around]:
+def _subset_spreads(metric: Metric, a: Measured, b: Measured) -> dict[str, Around]:
+    """Of subsets of m of N pictures, whose differences have the variance s²: that of all pictures' is s² m / N, as of any U-statistic of first
+    order; that S random subsets are not all adds s² (1 - m / N) / S. None where pictures share prompts, which subsets tear apart."""
+    if a.sets[metric.set].per_prompt > 1:
+        return {}
+    first, second = metric.subsets(a), metric.subsets(b)
+    spread: dict[str, Around] = {}
+    for name in first.keys() & second.keys():
+        share, count = first[name].share, len(first[name].values)
+        variance = float((second[name].values - first[name].values).var()) * (share + (1 - share) / count) if count > 1 else math.nan
+        spread[name] = _around(NORMAL * math.sqrt(variance)) if count > 1 else _nothing
+    return spread
+
+
+def _bootstrap(metric: Metric, a: Measured, b: Measured, names: Iterable[str], resamples: int, tick: Tick) -> dict[str, Around]:
     if min(_num_units(a).values()) < 2:
         return dict.fromkeys(names, _nothing)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for index in range(resamples):
         units = {name: _with_repetitions(count, a.seed, name, index) for name, count in _num_units(a).items()}
-        _measure_again(metric, a, b, units, samples, tick)
+        _measure_again(metric, a, b, units, samples)
+        tick(index + 1, resamples)
     return {name: _normal(torch.tensor(found, dtype=torch.float64)) for name, found in samples.items()}
 
 
-def _jackknife(metric: Metric, a: Measured, b: Measured, names: Mapping[str, float], resamples: int, tick: Tick) -> dict[str, Around]:
+def _jackknife(metric: Metric, a: Measured, b: Measured, names: Iterable[str], resamples: int, tick: Tick) -> dict[str, Around]:
     groups = _num_groups(a)
     if groups < 2:
         return dict.fromkeys(names, _nothing)
@@ -101,17 +104,17 @@ def _jackknife(metric: Metric, a: Measured, b: Measured, names: Mapping[str, flo
     samples: dict[str, list[float]] = {name: [] for name in names}
     for group in range(groups):
         units = {name: order[torch.arange(len(order)) % groups != group].sort().values for name, order in orders.items()}
-        _measure_again(metric, a, b, units, samples, tick)
+        _measure_again(metric, a, b, units, samples)
+        tick(group + 1, groups)
     return {name: lambda value, found=found: jackknife_interval(value, found) for name, found in samples.items()}
 
 
-def _measure_again(metric: Metric, a: Measured, b: Measured, units: Mapping[str, Tensor], samples: Mapping[str, list[float]], tick: Tick) -> None:
+def _measure_again(metric: Metric, a: Measured, b: Measured, units: Mapping[str, Tensor], samples: Mapping[str, list[float]]) -> None:
     first, second = (metric.values(selected(each, units)) for each in (a, b))
     for name, found in samples.items():
         if name not in first or name not in second:
             raise Unavailable(f"{name} cannot be measured on some of the pictures alone")
         found.append(second[name] - first[name])
-    tick()
 
 
 def selected(measured: Measured, units: Mapping[str, Tensor]) -> Measured:

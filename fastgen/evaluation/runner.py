@@ -174,14 +174,15 @@ class Evaluation:
     def _dumps(self, subject: Subject, where: str, store: Store) -> list[Dump]:
         """Where the pictures of a set go: as the user wants, and as external metrics do."""
         samples, model = self.sets[where], digest([subject.identity, self.protocol.spec.quantisation])
-        found = [] if self.dump is None else [self.dump.of(samples, subject, model)]
+        found = [] if self.dump is None else [self.dump.of(samples, subject.name, subject.steps, model)]
         if where in self._with_pictures and not any(isinstance(each, PngFolder) for each in found):
             found.append(PngFolder(store.folder / "pictures", samples, model))
         return found
 
     def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]], todo: Mapping[str, Sequence[int]]) -> None:
         spec, done = self.protocol.spec, 0
-        drawing = Drawing(subject.draw, self.settings.batch_size or spec.batch_size, spec.quantisation, spec.prepare)
+        batch_size = self.settings.batch_size or spec.batch_size
+        drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, self._size_check())
         self._warm_up(subject, drawing)
         total = sum(len(stores[where].ids(chunk)) for where, chunks in todo.items() for chunk in chunks)
         steps = "" if subject.steps is None else f", {subject.steps} step{'s' * (subject.steps != 1)}"
@@ -202,9 +203,20 @@ class Evaluation:
     def _warm_up(self, subject: Subject, drawing: Drawing) -> None:
         """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are drawn."""
         samples = next(iter(self._used().values()))
-        count = 1 if subject.steps is None else min(drawing.batch_size, len(samples))
-        pixels, _ = drawn(samples, range(count), drawing)
-        self.protocol.check_image(tuple(pixels[0].shape))
+        drawn(samples, range(1 if subject.steps is None else min(drawing.batch_size, len(samples))), drawing)
+
+    def _size_check(self) -> Callable[[tuple[int, ...]], None]:
+        """Refuses shapes of pictures that the protocol does not measure, or that are not those of the first, unless they are resized."""
+        first: tuple[int, ...] | None = None
+
+        def check(shape: tuple[int, ...]) -> None:
+            nonlocal first
+            self.protocol.check_image(shape)
+            first = first or shape
+            if shape != first and self.protocol.spec.prepare.resize is None:
+                raise UserError(f"pictures of one model have different sizes: {first} and {shape}; a protocol with prepare.resize measures them")
+
+        return check
 
     def rows(self) -> list[Row]:
         """Every metric of every subject that has been drawn, in that order, with what drawing cost."""
@@ -242,8 +254,9 @@ class Evaluation:
 
     def floors(self) -> list[Row]:
         """What real images score, by each metric that says so; computed once for each protocol and set of weights."""
-        hashes = sorted(self.extractors.hashes.items())
-        return cached(f"floors/{self.protocol.hash()}/{hashes}", lambda: [row for metric in self.metrics.values() for row in metric.floors()])
+        hashes, shown = sorted(self.extractors.hashes.items()), sorted(name for metric in self.metrics.values() for name in metric.shows)
+        key = f"floors/{self.protocol.hash()}/{hashes}/{shown}"
+        return cached(key, lambda: [row for metric in self.metrics.values() for row in metric.floors()])
 
     @property
     def extractor_hashes(self) -> dict[str, str]:
@@ -348,6 +361,14 @@ def _temporary() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def part_of(text: str) -> Part:
+    """The part that `i/n` names, from 1/1. UserError for anything else."""
+    index, _, of = text.partition("/")
+    if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of) <= 10**6):
+        raise UserError(f"--part: {text!r} is not i/n, such as 1/4 to 4/4")
+    return Part(int(index) - 1, int(of))
 
 
 def stores_folder(given: Path | None = None) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fastgen.evaluation.headings import ABSENT, COSTS, MEMORY, RATE, Number, heading, number, ordered
@@ -28,8 +28,7 @@ def summary_table(rows: Sequence[Row]) -> str:
     """Plain text in order of appearance: a line for each model and step count, without standard deviations; or, where there are intervals or
     too many metrics for that, a line for each metric, with both and with the number of images."""
     groups = _groups(rows)
-    first, *others = zip(*_lines(groups, with_std=False), strict=True)
-    table = ["  ".join(line).rstrip() for line in zip(_left(first), *map(_right, others), strict=True)]
+    table = aligned(_lines(groups, with_std=False))
     if any("interval" in row for row in rows) or len(table[0]) > WIDEST:
         table = list(_by_metric(groups))
     return "\n".join(table)
@@ -41,6 +40,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
     head, *body = _lines(_groups(rows), with_std=True)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Lines of cells as text; left: columns that are flush left, the others are flush right."""
+    columns = [(_left if place in left else _right)(cells) for place, cells in enumerate(zip(*lines, strict=True))]
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
 def _groups(rows: Sequence[Row]) -> Groups:

@@ -19,14 +19,14 @@ from fastgen.outlook import describe
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
 from fastgen.run.building import Run, build, load_pairs
-from fastgen.run.evaluating import PartDone, evaluate
+from fastgen.run.evaluating import PartDone, evaluate, results_file
 from fastgen.run.events import train_steps
 from fastgen.run.folder import RunFolder
 from fastgen.run.interrupted import Interrupted
 from fastgen.run.products import export, finish, require_verified
 from fastgen.runlog import RunLog
 
-__all__ = ["Interrupted", "PartDone", "Progress", "build", "dry_run", "evaluate", "export", "require_verified", "train"]
+__all__ = ["Interrupted", "PartDone", "Progress", "build", "dry_run", "evaluate", "export", "require_verified", "results_file", "train"]
 
 
 def train(

@@ -18,8 +18,12 @@ from fastgen.data.images import load_images
 from fastgen.errors import UserError
 from fastgen.evaluation import dumps
 from fastgen.evaluation.dumps import FORMS, Dump, ParquetShards, PngFolder, png
+from fastgen.evaluation.extraction import Drawing, Extractors, Part, fill, lacking
+from fastgen.evaluation.extractors.base import Resources, feature
 from fastgen.evaluation.picture_folder import PictureFolder
-from fastgen.evaluation.protocol import SampleSet
+from fastgen.evaluation.preparation import prepared
+from fastgen.evaluation.protocol import PrepareBlock, SampleSet
+from fastgen.evaluation.store import Store
 
 SET = SampleSet("main", ("a cat", 'a "dog"\n', "a cat", "ein Äffchen", "x"), (5, 6, 2**63 - 1, 8, 9), first=7, chunk=2)
 CHUNKS = [range(2), range(2, 4), range(4, 5)]
@@ -154,3 +158,18 @@ def test_parquet_without_its_package_is_one_line(tmp_path: Path, monkeypatch: py
 def test_pngs_are_what_pillow_reads_of_any_memory_layout() -> None:
     picture = PIXELS[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert torch.equal(decoded(png(picture)), PIXELS[0])
+
+
+def test_an_evaluation_in_parts_keeps_what_it_measures(tmp_path: Path) -> None:
+    """Through the loop of an evaluation itself: pictures are rounded, kept, and only then cropped and resized."""
+    of, extractors = feature("thumbnails", "rgb", size=64), Extractors(Resources())
+    floats = torch.rand((5, 3, 6, 9), generator=torch.Generator().manual_seed(1))
+    prepare = PrepareBlock(crop="centre", resize=4)
+    for part in (Part(1, 2), Part(0, 2)):
+        dump, store = PngFolder(tmp_path / "pictures", SET, "m"), Store(tmp_path / "store", len(SET), SET.chunk)
+        drawing = Drawing(lambda prompts, seeds, ids: floats[[number - SET.first for number in ids]], 1, "truncate", prepare, [dump])
+        fill(store, SET, lacking(store, [extractors.name(of)], [dump], part), drawing, extractors, [of])
+        assert not lacking(store, [extractors.name(of)], [dump], part)
+    kept = torch.stack(PictureFolder(tmp_path / "pictures", "--images").read(range(5)))
+    assert torch.equal(kept, (floats * 255).to(torch.uint8))
+    assert torch.equal(store.table(extractors.name(of)).read(), prepared(kept, prepare))

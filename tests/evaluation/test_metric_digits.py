@@ -21,7 +21,7 @@ from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.extractors.digits_classifier import DigitsClassifier
 from fastgen.evaluation.frechet import FeatureStatistics, frechet_distance
 from fastgen.evaluation.metrics.digits import Digits
-from fastgen.evaluation.protocol import Protocol, load_protocol
+from fastgen.evaluation.protocol import Protocol, load_protocol, protocol_from
 from fastgen.evaluation.weights import Unavailable
 
 N = 1797
@@ -265,3 +265,15 @@ def test_too_few_pictures_are_refused_in_one_line(protocol: Protocol, real: Tens
     protocol.sets.update({name: each.head(count) for name, each in protocol.sets.items()})
     with pytest.raises(Unavailable, match=f"needs two pictures of one prompt: {count} were drawn"):
         measure(protocol, dict.fromkeys(protocol.sets, real[:count]))
+
+
+def test_a_protocol_of_ones_own_without_its_sets_is_refused():
+    with pytest.raises(UserError, match=r"^protocol mine: metrics\.digits: needs sets named and open; open is not there$"):
+        protocol_from({"name": "mine", "sets": {"named": {"prompts": "fastgen:digits/named"}}, "metrics": {"digits": None}})
+
+
+def test_other_prompts_are_not_measured_by_the_labels_of_these(real: Tensor):
+    sets = {name: {"prompts": "fastgen:digits/open", "count": 8} for name in ("named", "open")}
+    protocol = protocol_from({"name": "mine", "sets": sets, "metrics": {"digits": None}})
+    with pytest.raises(Unavailable, match="needs the prompts fastgen:digits/named and fastgen:digits/open in sets named and open"):
+        measure(protocol, dict.fromkeys(sets, real[:8]))

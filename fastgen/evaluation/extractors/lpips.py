@@ -32,7 +32,7 @@ class Lpips(Extractor):
         range: Literal["signed", "unit"] = "signed"
 
     convention = (
-        "LPIPS 0.1 of the 8-bit pictures, resized by Pillow's LANCZOS where `size` says so, bilinearly up to 64 pixels where they are smaller"
+        "LPIPS 0.1 of 8-bit pictures, resized by Pillow's LANCZOS where `size` says so, bilinearly up to 64 pixels where they are smaller; TF32 off"
     )
 
     def __init__(self, config: Any, resources: Resources) -> None:
@@ -53,7 +53,8 @@ class Lpips(Extractor):
         size = pictures.per_prompt
         if size == 1:  # no pairs, nothing to compute
             return dict.fromkeys(layers, torch.zeros(len(pictures.pixels), 1))
-        groups = [pairwise(self._network, self._inputs(group)) for group in pictures.pixels.split(size)]
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            groups = [pairwise(self._network, self._inputs(group)) for group in pictures.pixels.split(size)]
         return dict.fromkeys(layers, torch.cat(groups).float())
 
     def _inputs(self, pixels: Tensor) -> Tensor:

@@ -136,11 +136,6 @@ class Network:
         return normalize(self._module.encode_text(self._tokenizer(prompts).to(self.device)).float(), dim=-1).cpu()
 
     @cached_property
-    def logit_scale(self) -> float:
-        """By which training multiplied cosines."""
-        return float(self._module.logit_scale.detach().double().exp())
-
-    @cached_property
     def _module(self) -> Any:
         path = self.checkpoint.path
         with loading(path), warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch leaves TorchScript behind

@@ -29,6 +29,7 @@ __all__ = [
     "Reference",
     "Resources",
     "Row",
+    "Subsets",
     "Table",
     "Unavailable",
     "Value",
@@ -60,6 +61,13 @@ class Value(NamedTuple):
     interval: tuple[float, float] | None = None
     interval_over: str | None = None  # images, prompts, bootstrap, jackknife
     remark: str | None = None
+
+
+class Subsets(NamedTuple):
+    """Values (S,) fp64 of random subsets of the pictures, whose mean a metric's value is; share: of all pictures that a subset holds."""
+
+    values: Tensor
+    share: float
 
 
 class Needs(NamedTuple):
@@ -133,6 +141,11 @@ class Metric(ABC):
     def scores(self, measured: Measured) -> dict[str, Tensor]:
         """Value name → (N,) fp64 scores of single images in the order of ids, whose mean the value is; {} for others. Comparisons of two
         models resample them."""
+        return {}
+
+    def subsets(self, measured: Measured) -> dict[str, Subsets]:
+        """Value name → values of random subsets, of the same ids for whichever model where there are as many pictures; {} for others.
+        Comparisons take them in place of resamples."""
         return {}
 
     def floors(self) -> list[Row]:

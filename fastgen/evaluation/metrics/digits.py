@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgen.errors import UserError
 from fastgen.evaluation.diversity import mode_entropy, pairwise_distance, vendi_score
 from fastgen.evaluation.extractors import find_extractor
 from fastgen.evaluation.extractors.base import Pictures
 from fastgen.evaluation.frechet import FeatureStatistics, bootstrap_floor, frechet_distance, half_floor
-from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Options, Row, Unavailable, Value, feature
+from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Options, Resources, Row, Unavailable, Value, feature
 from fastgen.evaluation.preparation import quantised
 from fastgen.evaluation.worlds import digits
 
@@ -46,11 +49,18 @@ class Digits(Metric):
 
     resampling = "jackknife"  # a picture that is drawn twice is no distance from itself
 
+    def __init__(self, config: Any, sets: Sequence[str], resources: Resources = Resources()) -> None:  # noqa: B008
+        if lacking := sorted({"named", "open"} - set(sets)):
+            raise UserError(f"metrics.digits: needs sets named and open; {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not there")
+        super().__init__(config, sets, resources)
+
     def needs(self) -> Needs:
         return Needs({"named": (FEATURES, LOGITS), "open": (FEATURES, LOGITS, PIXELS)})
 
     def measure(self, measured: Measured) -> list[Value]:
         named, free = measured.sets["named"], measured.sets["open"]
+        if any(each.prompts != digits.PROMPTS[name]()[: len(each)] for name, each in (("named", named), ("open", free))):
+            raise Unavailable("needs the prompts fastgen:digits/named and fastgen:digits/open in sets named and open")
         if len(named) < 2 or len(set(free.prompts)) == len(free):
             raise Unavailable(f"needs two pictures of one prompt: {len(free)} were drawn of set open, of a prompt each")
         named_features, features, pixels = (

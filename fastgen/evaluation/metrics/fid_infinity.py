@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
-from fastgen.evaluation.frechet import FeatureStatistics, distance_from, table_statistics
+from fastgen.evaluation.frechet import Gaussian, distance_from, table_statistics
 from fastgen.evaluation.metrics.base import Heading, Measured, Table, Value
 from fastgen.evaluation.metrics.inception_features import InceptionMetric, InceptionOptions, require
 
@@ -39,7 +39,7 @@ def subset_sizes(count: int, points: int, smallest: int) -> list[int]:
     return torch.linspace(min(smallest, count // 2), count, points, dtype=torch.float64).long().tolist()
 
 
-def subset_distances(table: Table, real: FeatureStatistics, sizes: Sequence[int], seed: int) -> list[float]:
+def subset_distances(table: Table, real: Gaussian, sizes: Sequence[int], seed: int) -> list[float]:
     """Fréchet distances of random subsets, drawn one after the other from a generator seeded with `seed`, without replacement."""
     distance, generator = distance_from(real), torch.Generator().manual_seed(seed)
     rows = (torch.randperm(len(table), generator=generator)[:size].sort().values for size in sizes)

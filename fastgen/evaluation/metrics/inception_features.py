@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastgen.evaluation.frechet import FeatureStatistics
+from fastgen.evaluation.frechet import Gaussian
 from fastgen.evaluation.metrics.base import Feature, Measured, Metric, Needs, Table, Unavailable, feature
 
 
@@ -56,7 +56,7 @@ class InceptionMetric(Metric):
     def generated(self, measured: Measured) -> Table:
         return measured.tables[self.set, self.feature]
 
-    def statistics(self, measured: Measured) -> FeatureStatistics:
+    def statistics(self, measured: Measured) -> Gaussian:
         """The reference's; Unavailable unless it and the generated pictures suffice for a covariance and have the same features."""
         table, real = self.generated(measured), measured.real().statistics(self.feature)
         require(2, "images", len(table), real.n)

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastgen.evaluation.metrics.base import Heading, Measured, Table, Value
+from fastgen.evaluation.metrics.base import Heading, Measured, Subsets, Table, Value
 from fastgen.evaluation.metrics.inception_features import InceptionMetric, InceptionOptions, require
 
 
@@ -19,15 +19,22 @@ class Kid(InceptionMetric):
         subsets: int = Field(100, ge=1, le=10**5)
         subset_size: int = Field(1000, ge=2)
 
+    resampling = "jackknife"  # a picture that is drawn twice is like itself
     shows = {"kid": Heading("KID", "↓", 5)}  # noqa: RUF012
     others = {"kid": "mmd_inception"}  # noqa: RUF012
     convention = "unbiased MMD^2, kernel (x y / D + 1)^3, mean and population std over subsets; not multiplied by 1000"
 
     def measure(self, measured: Measured) -> list[Value]:
+        values = self._values(measured)
+        return [Value(self.called("kid"), float(values.mean()), len(self.generated(measured)), float(values.std(correction=0)), "subsets")]
+
+    def subsets(self, measured: Measured) -> dict[str, Subsets]:
+        return {self.called("kid"): Subsets(self._values(measured), self.config.subset_size / len(self.generated(measured)))}
+
+    def _values(self, measured: Measured) -> Tensor:
         table, real, size = self.generated(measured), measured.real().table(self.feature), self.config.subset_size
         require(size, "images (subset_size)", len(table), len(real))
-        values = subset_discrepancies(table, real, subsets=self.config.subsets, size=size, seed=measured.seed)
-        return [Value(self.called("kid"), float(values.mean()), len(table), float(values.std(correction=0)), "subsets")]
+        return subset_discrepancies(table, real, subsets=self.config.subsets, size=size, seed=measured.seed)
 
 
 def subset_discrepancies(generated: Table, real: Table, *, subsets: int, size: int, seed: int) -> Tensor:

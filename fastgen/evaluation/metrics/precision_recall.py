@@ -19,6 +19,7 @@ class PrecisionRecall(InceptionMetric):
     class Config(InceptionOptions):
         k: int = Field(3, ge=1, le=1000)
 
+    resampling = "jackknife"  # a picture that is drawn twice is its own neighbour
     shows = {"precision": Heading("precision", "↑", 3), "recall": Heading("recall", "↑", 3)}  # noqa: RUF012
     others = {"precision": "precision_inception", "recall": "recall_inception"}  # noqa: RUF012
     convention = "balls to the k-th nearest neighbour, the picture itself not counted, borders included; Inception pool3 features, not VGG16's"

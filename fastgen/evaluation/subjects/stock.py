@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastgen.errors import NotFinite, UserError, nearest
 from fastgen.evaluation.protocol import SampleSet
 from fastgen.evaluation.subjects.base import Subject
-from fastgen.evaluation.subjects.stock_call import CallSettings, StockCall, class_numbers
+from fastgen.evaluation.subjects.stock_call import Asked, StockCall, class_numbers
 from fastgen.export import DTYPES
 from fastgen.families import pinned_revision, resolve_source, source_hash
 from fastgen.families.complete import check_complete, variants
@@ -39,17 +40,17 @@ class StockPipeline(Subject):
     pictures are drawn one at a time: see `drawn_alone`.
     """
 
-    name: Literal["pipeline"] = "pipeline"
-
     def __init__(
         self,
         source: str,
-        asked: CallSettings = CallSettings(),  # noqa: B008
+        asked: Asked = Asked(),  # noqa: B008
         *,
         revision: str | None = None,
         dtype: str = "fp32",
         device: torch.device | str = "cpu",
+        name: Literal["pipeline", "teacher"] = "pipeline",
     ) -> None:
+        self.name = name
         self.source, self.device, self.dtype = source, torch.device(device), dtype
         self.folder = _opened(source, revision)
         self.revision = pinned_revision(source, revision)
@@ -60,7 +61,7 @@ class StockPipeline(Subject):
         self.pipeline = self._loaded()
         self.takes: Literal["prompts", "classes", "nothing"] = self._takes()
 
-    def _call(self, asked: CallSettings) -> None:
+    def _call(self, asked: Asked) -> None:
         self.call = StockCall(self._of_class, asked)
         self.steps, self.guidance = self.call.steps, self.call.guidance
 
@@ -121,8 +122,7 @@ class StockPipeline(Subject):
     def at(self, steps: int) -> StockPipeline:
         other = copy.copy(self)
         vars(other).pop("identity", None)
-        asked = self.call.asked
-        other._call(CallSettings(steps, asked.guidance, asked.size, asked.max_sequence_length, asked.more))
+        other._call(replace(self.call.asked, steps=steps))
         return other
 
     def check(self, sets: Mapping[str, SampleSet], *, whole: bool) -> list[str]:

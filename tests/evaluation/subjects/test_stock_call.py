@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from fastgen.errors import UserError
-from fastgen.evaluation.subjects.stock_call import CallSettings, StockCall, class_number
+from fastgen.evaluation.subjects.stock_call import Asked, StockCall, class_number
 
 
 def call(name: str, **asked: Any) -> StockCall:
     import diffusers
 
-    return StockCall(getattr(diffusers, name), CallSettings(**asked))
+    return StockCall(getattr(diffusers, name), Asked(**asked))
 
 
 @pytest.mark.parametrize(
