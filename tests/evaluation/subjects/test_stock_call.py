@@ -58,8 +58,8 @@ def test_default_steps_are_the_signatures() -> None:
         ("DiTPipeline", {"size": (256, 256)}, "^--size: the call of DiTPipeline takes no height; allowed: "),
         (
             "StableDiffusionPipeline",
-            {"max_sequence_length": 7},
-            "^--max-sequence-length: the call of .* takes no max_sequence_length",
+            {"more": {"max_sequence_length": 7}},
+            "^--call max_sequence_length: the call of .* takes no max_sequence_length",
         ),
         ("DDPMPipeline", {"guidance": 2.0}, "^--guidance: the call of DDPMPipeline takes neither guidance_scale nor true_cfg_scale$"),
         ("FluxPipeline", {"guidance": 3.5}, "^--guidance: FluxPipeline has two, .*: --call guidance_scale=3.5$"),
