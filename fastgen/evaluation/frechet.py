@@ -18,6 +18,9 @@ from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
 
 
+JACKKNIFE_GROUPS = 10
+
+
 class Gaussian(Protocol):
     """Mean (D,) and unbiased covariance (D, D) of features, fp64; n: of how many images, None where nobody has recorded it."""
 
@@ -39,9 +42,6 @@ class GaussianFit:
     cov: Tensor
     n: int | None = None
     origin: str = ""
-
-
-JACKKNIFE_GROUPS = 10
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class FeatureStatistics:
         return self.scatter / (self.n - 1)
 
 
+def _rank(of: Gaussian) -> int:
+    """The largest that the covariance can have, of so many samples."""
+    return of.mean.numel() if of.n is None else min(of.n - 1, of.mean.numel())
+
+
 def finite(features: Tensor) -> Tensor:
     """Features (N, D) in fp64; ValueError where one is not finite, of which nothing can be measured."""
     wide = features.detach().double()
@@ -95,8 +100,9 @@ def finite(features: Tensor) -> Tensor:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared 2-Wasserstein distance of two Gaussians: |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2 (Dowson & Landau 1982).
 
-    Units are the features' squared. Symmetric eigenproblems only, so rank-deficient covariances (fewer samples than features, dead
-    units) need no epsilon: there the value is about 1e-8 of the traces too small, and what falls below zero is clamped.
+    Units are the features' squared. Symmetric eigenproblems only, so rank-deficient covariances need no epsilon. Of fewer samples than
+    features, eigenvalues beyond the rank of N - 1 are rounding, whose roots would add up: they are left out. Each dead unit makes the value
+    up to about 1e-8 of the traces too small, and what falls below zero is clamped.
     Raises ValueError for fewer than 2 samples; Unavailable, a ValueError too, for unequal dimensions.
     """
     _check_dims(a, b)
@@ -107,12 +113,13 @@ def distance_from(a: Gaussian) -> Callable[[Gaussian], float]:
     """`frechet_distance(a, ...)` to one after the other: of two eigenproblems that of `a` is solved once."""
     cov_a = a.cov
     values, vectors = torch.linalg.eigh(_symmetric(cov_a))
+    values[: -_rank(a)] = 0
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def distance(b: Gaussian) -> float:
         _check_dims(a, b)
         cov_b = b.cov
-        cross = torch.linalg.eigvalsh(_symmetric(root @ cov_b @ root)).clamp(min=0).sqrt().sum()
+        cross = torch.linalg.eigvalsh(_symmetric(root @ cov_b @ root))[-min(_rank(a), _rank(b)) :].clamp(min=0).sqrt().sum()
         shift = (a.mean - b.mean).square().sum()
         return float((shift + cov_a.trace() + cov_b.trace() - 2 * cross).clamp(min=0))
 
