@@ -187,7 +187,8 @@ def evaluate(
     count: Annotated[Optional[int], typer.Option(min=1, max=10**7, help="With --prompts or --images: how many pictures.")] = None,  # noqa: UP045
     steps: Annotated[Optional[str], typer.Option(help="Step counts of the model, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
     output: Annotated[
-        Path | None, typer.Option(help="Results file (default: results.json beside a student, else NAME.results.json here).")
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Results file (default: results.json beside a student, else NAME.results.json here)."),
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do not measure the student's teacher.")] = False,
     teacher_dir: Annotated[
@@ -196,7 +197,7 @@ def evaluate(
     ] = None,
     teacher_steps: Annotated[Optional[str], typer.Option(help="Step counts of the teacher (default: its own).")] = None,  # noqa: UP045
     device: Annotated[str, typer.Option(help="Where pictures and features are made: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the model: fp32, fp16 or bf16.")] = "fp32",
+    dtype: Annotated[Optional[str], typer.Option(help="Of the model: fp32 (default), fp16 or bf16.")] = None,  # noqa: UP045
     batch_size: Annotated[Optional[int], typer.Option(min=1, max=4096, help="Pictures drawn at once (default: the protocol's).")] = None,  # noqa: UP045
     data_dir: Annotated[Optional[Path], typer.Option(help="Folder of prompt files and references that a protocol names.")] = None,  # noqa: UP045
     weights_dir: Annotated[Optional[Path], typer.Option(help="Folder of extractors' weights.")] = None,  # noqa: UP045
@@ -205,6 +206,7 @@ def evaluate(
     stop_after: Annotated[Optional[int], typer.Option(min=1, help="A quick look at the first N pictures of each set.")] = None,  # noqa: UP045
     guidance: Annotated[Optional[float], typer.Option(help="Of a stock pipeline: classifier-free guidance (default: its own).")] = None,  # noqa: UP045
     size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of a stock pipeline (default: its own).")] = None,  # noqa: UP045
+    max_sequence_length: Annotated[Optional[int], typer.Option(min=1, help="Of a stock pipeline: tokens of a prompt (default: its own).")] = None,  # noqa: UP045
     call: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Of a stock pipeline: another argument of its call.")] = None,  # noqa: UP045
     revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
     captions: Annotated[Optional[Path], typer.Option(help="Of a folder of pictures: what they were drawn for.")] = None,  # noqa: UP045
@@ -219,12 +221,12 @@ def evaluate(
 ) -> None:
     """Measure a model, and a student's teacher, and write results.json. Killed, the same command goes on."""
     from fastgen import run, terminal
-    from fastgen.evaluation import subjects
     from fastgen.evaluation.dumps import DumpFolder
     from fastgen.evaluation.external import externals
     from fastgen.evaluation.extractors.base import Resources
     from fastgen.evaluation.own import protocol_of
     from fastgen.evaluation.runner import Settings, part_of, stores_folder
+    from fastgen.evaluation.subjects.found import Asked
     from fastgen.evaluation.weights import Weights
 
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
@@ -232,7 +234,7 @@ def evaluate(
     check_writable_file(target, "--output")
     progress = terminal.progress()
     resources = Resources(Weights(weights_dir), data_dir=data_dir, external=externals(external or [], external_timeout))
-    wanted = subjects.Wanted(subjects.Asked(guidance=guidance, size=_size(size), more=_arguments(call or [])), revision, dtype, captions)
+    asked = Asked(guidance, _size(size), max_sequence_length, _arguments(call or []), revision, dtype, captions)
     try:
         results = run.evaluate(
             model,
@@ -244,7 +246,7 @@ def evaluate(
             teacher_dir=teacher_dir,
             device=device,
             resources=resources,
-            wanted=wanted,
+            asked=asked,
             settings=Settings(stores_folder(store), part_of(part), stop_after, batch_size, allow_pickle),
             dump=None if dump is None else DumpFolder(dump, dump_form),
             progress=progress,

@@ -164,8 +164,8 @@ def drawn(
         if len(made) != len(rows):
             raise ValueError(f"the generator returned {len(made)} images for {len(rows)} prompts")
         if drawing.check is not None:
-            for shape in dict.fromkeys(tuple(each.shape[1:]) for each in images):
-                drawing.check(shape)
+            for each in images:
+                drawing.check(tuple(each.shape[1:]))
         parts += [eight_bit(each, drawing.quantisation) for each in images]
         if tick is not None:
             tick(len(rows))

@@ -22,8 +22,8 @@ class PicturesSubject(Subject):
 
     name: Literal["pictures"] = "pictures"
 
-    def __init__(self, folder: Path, captions: Path | None = None) -> None:
-        self.pictures = PictureFolder(folder, "MODEL")
+    def __init__(self, folder: Path, captions: Path | None = None, *, key: str = "MODEL") -> None:
+        self.pictures = PictureFolder(folder, key)
         self.captions = read_captions(self.pictures, captions)
 
     @property

@@ -6,7 +6,6 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor
 from fastgen.errors import NotFinite, UserError, nearest
 from fastgen.evaluation.protocol import SampleSet
 from fastgen.evaluation.subjects.base import Subject
-from fastgen.evaluation.subjects.stock_call import Asked, StockCall, class_numbers
+from fastgen.evaluation.subjects.stock_call import CallSettings, StockCall, class_numbers
 from fastgen.export import DTYPES
 from fastgen.families import pinned_revision, resolve_source, source_hash
 from fastgen.families.complete import check_complete, variants
@@ -43,7 +42,7 @@ class StockPipeline(Subject):
     def __init__(
         self,
         source: str,
-        asked: Asked = Asked(),  # noqa: B008
+        asked: CallSettings = CallSettings(),  # noqa: B008
         *,
         revision: str | None = None,
         dtype: str = "fp32",
@@ -61,7 +60,7 @@ class StockPipeline(Subject):
         self.pipeline = self._loaded()
         self.takes: Literal["prompts", "classes", "nothing"] = self._takes()
 
-    def _call(self, asked: Asked) -> None:
+    def _call(self, asked: CallSettings) -> None:
         self.call = StockCall(self._of_class, asked)
         self.steps, self.guidance = self.call.steps, self.call.guidance
 
@@ -122,7 +121,8 @@ class StockPipeline(Subject):
     def at(self, steps: int) -> StockPipeline:
         other = copy.copy(self)
         vars(other).pop("identity", None)
-        other._call(replace(self.call.asked, steps=steps))
+        asked = self.call.asked
+        other._call(CallSettings(steps, asked.guidance, asked.size, asked.max_sequence_length, asked.more))
         return other
 
     def check(self, sets: Mapping[str, SampleSet], *, whole: bool) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from fastgen.errors import UserError, nearest, shown
 
 # Arguments of calls that are passed by other means.
-_OPTIONS = {"num_inference_steps": "--steps", "height": "--size", "width": "--size"}
+_OPTIONS = {"num_inference_steps": "--steps", "height": "--size", "width": "--size", "max_sequence_length": "--max-sequence-length"}
 _OURS = {"prompt", "class_labels", "generator", "latents", "output_type", "return_dict", "batch_size", "num_images_per_prompt"}
 _INPUTS = {"prompt", "class_labels"}
 _VIDEO = ("num_frames", "video_length", "frames")
@@ -20,13 +20,13 @@ _GRIDS = ("timesteps", "sigmas")  # explicit times, of which there are as many a
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user wants of a call; None: the pipeline's own default. size: (height, width). more: other arguments of the call, JSON data, such as
-    max_sequence_length or negative_prompt."""
+class CallSettings:
+    """What a user wants of a call; None: the pipeline's own default. size: (height, width). more: other arguments of the call, JSON data."""
 
     steps: int | None = None
     guidance: float | None = None
     size: tuple[int, int] | None = None
+    max_sequence_length: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -34,7 +34,7 @@ class StockCall:
     """The arguments of one pipeline class's call. UserError for what it does not take, and for a class that draws no pictures of prompts,
     classes or nothing."""
 
-    def __init__(self, pipeline_class: type, asked: Asked) -> None:
+    def __init__(self, pipeline_class: type, asked: CallSettings) -> None:
         self.name, self.asked = pipeline_class.__name__, asked
         self.parameters = inspect.signature(pipeline_class.__call__).parameters
         self._check_kind()
@@ -89,6 +89,9 @@ class StockCall:
             for name, value in zip(("height", "width"), asked.size, strict=True):
                 self._require(name, "--size")
                 given[name] = value
+        if asked.max_sequence_length is not None:
+            self._require("max_sequence_length", "--max-sequence-length")
+            given["max_sequence_length"] = asked.max_sequence_length
         if "intermediate_timesteps" in self.parameters and given.get("num_inference_steps", 2) != 2:
             given.setdefault("intermediate_timesteps", None)  # of SANA-Sprint, whose own default is for two steps and refuses others
         return given

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from fastgen.errors import UserError
-from fastgen.evaluation.subjects.stock_call import Asked, StockCall, class_number
+from fastgen.evaluation.subjects.stock_call import CallSettings, StockCall, class_number
 
 
 def call(name: str, **asked: Any) -> StockCall:
     import diffusers
 
-    return StockCall(getattr(diffusers, name), Asked(**asked))
+    return StockCall(getattr(diffusers, name), CallSettings(**asked))
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_default_steps_are_the_signatures() -> None:
         ("DiTPipeline", {"size": (256, 256)}, "^--size: the call of DiTPipeline takes no height; allowed: "),
         (
             "StableDiffusionPipeline",
-            {"more": {"max_sequence_length": 7}},
-            "^--call max_sequence_length: the call of .* takes no max_sequence_length",
+            {"max_sequence_length": 7},
+            "^--max-sequence-length: the call of .* takes no max_sequence_length",
         ),
         ("DDPMPipeline", {"guidance": 2.0}, "^--guidance: the call of DDPMPipeline takes neither guidance_scale nor true_cfg_scale$"),
         ("FluxPipeline", {"guidance": 3.5}, "^--guidance: FluxPipeline has two, .*: --call guidance_scale=3.5$"),

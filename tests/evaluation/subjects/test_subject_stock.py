@@ -17,30 +17,25 @@ from torch import Tensor
 from fastgen.errors import NotFinite, UserError
 from fastgen.evaluation.protocol import SampleSet
 from fastgen.evaluation.subjects.stock import StockPipeline
-from fastgen.evaluation.subjects.stock_call import Asked
+from fastgen.evaluation.subjects.stock_call import CallSettings
 from fastgen.rng import derive_seed
 
 PROMPTS = ["a red cat", "two boats at sea under a moon", "a house"]
 SEEDS = [3, 4, 5]
 SQUARE, AS_IS = (32, 32), {"use_resolution_binning": False}
 TEXTS: dict[str, Any] = {"prompt": PROMPTS}
-CASES: list[tuple[str, list[str], Asked, dict[str, Any]]] = [
+CASES: list[tuple[str, list[str], CallSettings, dict[str, Any]]] = [
     # pipeline, prompts, what is asked, and beside the steps the arguments that its call should have
-    (
-        "tiny_sd3",
-        PROMPTS,
-        Asked(2, 3.0, (24, 16), {"max_sequence_length": 12}),
-        TEXTS | {"guidance_scale": 3.0, "height": 24, "width": 16, "max_sequence_length": 12},
-    ),
-    ("tiny_sd15", PROMPTS, Asked(3, more={"negative_prompt": "fog", "eta": 0.3}), TEXTS | {"negative_prompt": ["fog"] * 3, "eta": 0.3}),
-    ("tiny_sdxl", PROMPTS, Asked(2, 1.0), TEXTS | {"guidance_scale": 1.0}),
-    ("tiny_flux", PROMPTS, Asked(2, None, SQUARE, {"guidance_scale": 2.0}), TEXTS | {"guidance_scale": 2.0, "height": 32, "width": 32}),
-    ("tiny_qwen", PROMPTS, Asked(2, 2.5, (16, 16)), TEXTS | {"true_cfg_scale": 2.5, "negative_prompt": [""] * 3, "height": 16, "width": 16}),
-    ("tiny_sana", PROMPTS, Asked(2, None, SQUARE, AS_IS), TEXTS | {"height": 32, "width": 32} | AS_IS),
-    ("tiny_dit", ["7", "207", "0"], Asked(2, 2.0), {"class_labels": [7, 207, 0], "guidance_scale": 2.0}),
-    ("tiny_consistency", ["4", "0", "2"], Asked(2), {"class_labels": [4, 0, 2], "batch_size": 3}),
-    ("tiny_ddpm", [""] * 3, Asked(4), {"batch_size": 3}),
-    ("tiny_grey_ddim", [""] * 3, Asked(4), {"batch_size": 3}),
+    ("tiny_sd3", PROMPTS, CallSettings(2, 3.0, (24, 16), 12), TEXTS | {"guidance_scale": 3.0, "height": 24, "width": 16, "max_sequence_length": 12}),
+    ("tiny_sd15", PROMPTS, CallSettings(3, more={"negative_prompt": "fog", "eta": 0.3}), TEXTS | {"negative_prompt": ["fog"] * 3, "eta": 0.3}),
+    ("tiny_sdxl", PROMPTS, CallSettings(2, 1.0), TEXTS | {"guidance_scale": 1.0}),
+    ("tiny_flux", PROMPTS, CallSettings(2, None, SQUARE, more={"guidance_scale": 2.0}), TEXTS | {"guidance_scale": 2.0, "height": 32, "width": 32}),
+    ("tiny_qwen", PROMPTS, CallSettings(2, 2.5, (16, 16)), TEXTS | {"true_cfg_scale": 2.5, "negative_prompt": [""] * 3, "height": 16, "width": 16}),
+    ("tiny_sana", PROMPTS, CallSettings(2, None, SQUARE, more=AS_IS), TEXTS | {"height": 32, "width": 32} | AS_IS),
+    ("tiny_dit", ["7", "207", "0"], CallSettings(2, 2.0), {"class_labels": [7, 207, 0], "guidance_scale": 2.0}),
+    ("tiny_consistency", ["4", "0", "2"], CallSettings(2), {"class_labels": [4, 0, 2], "batch_size": 3}),
+    ("tiny_ddpm", [""] * 3, CallSettings(4), {"batch_size": 3}),
+    ("tiny_grey_ddim", [""] * 3, CallSettings(4), {"batch_size": 3}),
 ]
 
 
@@ -55,7 +50,7 @@ def by_hand(folder: Path, seeds: Sequence[int] = SEEDS, **arguments: Any) -> Ten
 
 
 @pytest.mark.parametrize(("name", "prompts", "asked", "call"), CASES, ids=[case[0] for case in CASES])
-def test_the_pictures_are_the_calls_own_whatever_the_batch(folder_of: Any, name: str, prompts: list[str], asked: Asked, call: Any) -> None:
+def test_the_pictures_are_the_calls_own_whatever_the_batch(folder_of: Any, name: str, prompts: list[str], asked: CallSettings, call: Any) -> None:
     folder = folder_of(name)
     subject = StockPipeline(str(folder), asked)
     subject.check({"main": SampleSet("main", tuple(prompts), tuple(SEEDS))}, whole=True)
@@ -81,10 +76,10 @@ def lcm_sd3(folder_of: Any, tmp_path: Path) -> Path:
 
 
 def test_noise_of_a_scheduler_without_generators_is_each_pictures_own(lcm_sd3: Path) -> None:
-    subject, state = StockPipeline(str(lcm_sd3), Asked(2, 1.0)), torch.get_rng_state()
+    subject, state = StockPipeline(str(lcm_sd3), CallSettings(2, 1.0)), torch.get_rng_state()
     together = subject.draw(PROMPTS, SEEDS, range(3))
     assert subject.drawn_alone and torch.equal(torch.get_rng_state(), state)
-    other = StockPipeline(str(lcm_sd3), Asked(2, 1.0))
+    other = StockPipeline(str(lcm_sd3), CallSettings(2, 1.0))
     assert torch.equal(torch.cat([other.draw([prompt], [seed], [0]) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]), together)
     assert torch.equal(subject.draw(PROMPTS[1:], SEEDS[1:], range(1, 3)), together[1:])
     with torch.random.fork_rng(devices=[]):
@@ -97,24 +92,23 @@ def test_noise_of_a_scheduler_without_generators_is_each_pictures_own(lcm_sd3: P
 
 
 def test_another_number_of_steps_shares_the_weights(folder_of: Any) -> None:
-    one = StockPipeline(str(folder_of("tiny_sd15")), Asked(1, 2.0))
+    one = StockPipeline(str(folder_of("tiny_sd15")), CallSettings(1, 2.0))
     three = one.at(3)
-    fresh = StockPipeline(str(folder_of("tiny_sd15")), Asked(3, 2.0))
+    fresh = StockPipeline(str(folder_of("tiny_sd15")), CallSettings(3, 2.0))
     assert three.pipeline is one.pipeline and (one.steps, three.steps) == (1, 3)
     assert three.identity == fresh.identity != one.identity
     assert torch.equal(three.draw(PROMPTS, SEEDS, range(3)), fresh.draw(PROMPTS, SEEDS, range(3)))
 
 
 def identity(folder: Path, **options: Any) -> str:
-    asked = {name: options.pop(name) for name in list(options) if name in Asked.__dataclass_fields__}
-    return StockPipeline(str(folder), Asked(**asked), **options).identity
+    asked = {name: options.pop(name) for name in list(options) if name in CallSettings.__dataclass_fields__}
+    return StockPipeline(str(folder), CallSettings(**asked), **options).identity
 
 
 def test_each_setting_counts_in_the_identity(folder_of: Any, tmp_path: Path) -> None:
     folder = folder_of("tiny_sd3")
     settings: list[dict[str, Any]] = [
-        {}, {"steps": 2}, {"guidance": 2.0}, {"size": (16, 32)}, {"more": {"max_sequence_length": 9}},
-        {"more": {"negative_prompt": "x"}}, {"dtype": "bf16"},
+        {}, {"steps": 2}, {"guidance": 2.0}, {"size": (16, 32)}, {"max_sequence_length": 9}, {"more": {"negative_prompt": "x"}}, {"dtype": "bf16"},
     ]  # fmt: skip
     found = [identity(folder, **each) for each in settings]
     assert len(set(found)) == len(found)
@@ -129,7 +123,7 @@ def test_each_setting_counts_in_the_identity(folder_of: Any, tmp_path: Path) -> 
 
 
 def test_the_record_says_what_was_called(folder_of: Any) -> None:
-    record = StockPipeline(str(folder_of("tiny_sd15")), Asked(3)).record
+    record = StockPipeline(str(folder_of("tiny_sd15")), CallSettings(3)).record
     assert record == json.loads(json.dumps(record)) and str(folder_of("tiny_sd15").parent) not in json.dumps(record)
     assert record["source"] == "tiny_sd15" and record["pipeline"] == "StableDiffusionPipeline"
     assert record["scheduler"]["class"] == "PNDMScheduler" and record["scheduler"]["beta_end"] == 0.013
@@ -138,7 +132,9 @@ def test_the_record_says_what_was_called(folder_of: Any) -> None:
 
 
 def test_half_precision_is_close(folder_of: Any) -> None:
-    full, half = (StockPipeline(str(folder_of("tiny_sd15")), Asked(1, 1.0), dtype=dtype).draw(PROMPTS, SEEDS, range(3)) for dtype in ("fp32", "bf16"))
+    full, half = (
+        StockPipeline(str(folder_of("tiny_sd15")), CallSettings(1, 1.0), dtype=dtype).draw(PROMPTS, SEEDS, range(3)) for dtype in ("fp32", "bf16")
+    )
     assert half.dtype == torch.float32 and 1e-4 < (full - half).abs().mean() < 0.05
 
 
@@ -185,27 +181,27 @@ def test_videos_are_refused(folder_of: Any) -> None:
 def test_prompts_that_a_pipeline_cannot_take(folder_of: Any) -> None:
     samples = {"main": SampleSet("main", ("1", "a cat"), (1, 2))}
     with pytest.raises(UserError, match=r"^set main has prompts, and DDPMPipeline takes none"):
-        StockPipeline(str(folder_of("tiny_ddpm")), Asked(2)).check(samples, whole=True)
+        StockPipeline(str(folder_of("tiny_ddpm")), CallSettings(2)).check(samples, whole=True)
     with pytest.raises(UserError, match=r"^set main: 'a cat' is neither a class 0 to 4 nor one's name$"):
-        StockPipeline(str(folder_of("tiny_consistency")), Asked(2)).check(samples, whole=True)
+        StockPipeline(str(folder_of("tiny_consistency")), CallSettings(2)).check(samples, whole=True)
 
 
 def test_classes_by_their_names(folder_of: Any, tmp_path: Path) -> None:
     folder = edited(folder_of("tiny_dit"), tmp_path / "named", id2label={"7": "cock, rooster", "207": "golden retriever"})
-    subject = StockPipeline(folder, Asked(1))
+    subject = StockPipeline(folder, CallSettings(1))
     assert torch.equal(subject.draw(["rooster", "golden retriever"], [1, 2], [0, 1]), subject.draw(["7", "207"], [1, 2], [0, 1]))
     with pytest.raises(UserError, match=r"'golden retreiver' is neither a class 0 to 999 nor one's name; did you mean 'golden retriever'\?"):
         subject.check({"main": SampleSet("main", ("golden retreiver",), (1,))}, whole=True)
 
 
 def test_what_the_call_itself_refuses_is_one_line(folder_of: Any) -> None:
-    subject = StockPipeline(str(folder_of("tiny_sd15")), Asked(1, size=(17, 16)))
+    subject = StockPipeline(str(folder_of("tiny_sd15")), CallSettings(1, size=(17, 16)))
     with pytest.raises(UserError, match=r"^pipeline 'tiny_sd15': its call fails: ValueError: .*divisible by 8"):
         subject.draw(PROMPTS, SEEDS, range(3))
 
 
 def test_pictures_that_are_none(folder_of: Any) -> None:
-    subject = StockPipeline(str(folder_of("tiny_ddpm")), Asked(1))
+    subject = StockPipeline(str(folder_of("tiny_ddpm")), CallSettings(1))
     subject.pipeline.unet.conv_out.bias.data.fill_(np.nan)
     with pytest.raises(NotFinite, match=r"^3 of 3 pictures of pipeline 'tiny_ddpm' in fp32 are not finite$"):
         subject.draw([""] * 3, SEEDS, range(3))
