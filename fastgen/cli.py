@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List or show the recipes that come with fastgen.")
 app.add_typer(recipes_app, name="recipes")
+protocols_app = typer.Typer(help="List or show the protocols that come with fastgen.")
+app.add_typer(protocols_app, name="protocols")
 cache_app = typer.Typer(help="Draw once what several runs use.")
 app.add_typer(cache_app, name="cache")
 
@@ -185,6 +187,7 @@ def evaluate(
     protocol: Annotated[Optional[str], typer.Option(help="How to measure: a shipped protocol or a .yaml file (default: digits).")] = None,  # noqa: UP045
     prompts: Annotated[Optional[Path], typer.Option(help="Instead of a protocol: a file with prompts.")] = None,  # noqa: UP045
     images: Annotated[Optional[Path], typer.Option(help="Instead of a protocol's reference: a folder of real pictures.")] = None,  # noqa: UP045
+    count: Annotated[Optional[int], typer.Option(min=1, max=10**7, help="With --prompts or --images: how many pictures.")] = None,  # noqa: UP045
     steps: Annotated[Optional[str], typer.Option(help="Step counts of the model, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
     output: Annotated[
         Optional[Path],  # noqa: UP045
@@ -252,7 +255,7 @@ def evaluate(
     try:
         results = run.evaluate(
             model,
-            protocol=protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir),
+            protocol=protocol_of(protocol, model=model, prompts=prompts, images=images, captions=captions, count=count, data_dir=data_dir),
             steps=counts,
             output=target,
             teacher=not no_teacher,
@@ -355,6 +358,26 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shi
     from fastgen.yaml_files import read_text
 
     terminal.echo(read_text(find_recipe(name)).rstrip())
+
+
+@protocols_app.command("list")
+def protocols_list() -> None:
+    """Names of the shipped protocols, each with its first comment."""
+    from fastgen import terminal
+    from fastgen.evaluation.protocol import shipped_protocols
+
+    for name, path in shipped_protocols().items():
+        terminal.echo(f"{name:18s} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+@protocols_app.command("show")
+def protocols_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped protocol's name.")]) -> None:
+    """Print a protocol."""
+    from fastgen import terminal
+    from fastgen.evaluation.protocol import find_protocol
+    from fastgen.yaml_files import read_text
+
+    terminal.echo(read_text(find_protocol(name, "NAME")).rstrip())
 
 
 @cache_app.command("pairs")
