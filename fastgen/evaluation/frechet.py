@@ -17,7 +17,6 @@ from fastgen.evaluation.intervals import jackknife_interval
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
 
-
 JACKKNIFE_GROUPS = 10
 
 

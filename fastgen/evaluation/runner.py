@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastgen.errors import UserError
+from fastgen.errors import UserError, shown
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
 from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Part, by_set, drawn, fill, lacking, shared
 from fastgen.evaluation.extractors.base import Resources
@@ -23,6 +23,7 @@ from fastgen.evaluation.results import Missing, Row, cached
 from fastgen.evaluation.store import Store, total
 from fastgen.evaluation.subjects import Subject
 from fastgen.evaluation.weights import Unavailable
+from fastgen.files import check_writable
 from fastgen.fingerprints import digest
 from fastgen.progress import Progress
 
@@ -182,7 +183,7 @@ class Evaluation:
     def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]], todo: Mapping[str, Sequence[int]]) -> None:
         spec, done = self.protocol.spec, 0
         batch_size = self.settings.batch_size or spec.batch_size
-        drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, self._size_check())
+        drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, check=self._size_check())
         self._warm_up(subject, drawing)
         total = sum(len(stores[where].ids(chunk)) for where, chunks in todo.items() for chunk in chunks)
         steps = "" if subject.steps is None else f", {subject.steps} step{'s' * (subject.steps != 1)}"
@@ -366,9 +367,22 @@ def _temporary() -> Iterator[Path]:
 def part_of(text: str) -> Part:
     """The part that `i/n` names, from 1/1. UserError for anything else."""
     index, _, of = text.partition("/")
-    if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of) <= 10**6):
-        raise UserError(f"--part: {text!r} is not i/n, such as 1/4 to 4/4")
+    if not (index.isdecimal() and of.isdecimal() and max(len(index), len(of)) <= 7 and 1 <= int(index) <= int(of) <= 10**6):
+        raise UserError(f"--part: {shown(text, 40)} is not i/n, such as 1/4 to 4/4")
     return Part(int(index) - 1, int(of))
+
+
+@contextlib.contextmanager
+def default_stores(progress: Progress) -> Iterator[Path]:
+    """Where features are kept unless somebody says where; for this evaluation only where that is no place to write to."""
+    try:
+        check_writable(root := stores_folder(), "")
+    except UserError as error:
+        progress.warn(f"features are not kept: {str(error).removeprefix('--store: ')}")
+        with _temporary() as root:
+            yield root
+    else:
+        yield root
 
 
 def stores_folder(given: Path | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from fastgen.evaluation import results
 from fastgen.evaluation.dumps import DumpFolder
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.protocol import Protocol, load_protocol
-from fastgen.evaluation.runner import Drawn, Evaluation, Settings, stores_folder
+from fastgen.evaluation.runner import Drawn, Evaluation, Settings, default_stores
 from fastgen.evaluation.subjects import Subject, Wanted, is_student, subject_of, teacher_subject
 from fastgen.files import expanded
 from fastgen.generator import read_manifest, teacher_source
@@ -56,32 +57,33 @@ def evaluate(
     """
     progress, place = progress or Progress(), choose_device(device, "--device")
     resources = replace(resources or Resources(), device=place)
-    settings = settings or Settings(stores_folder())
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol, data_dir=resources.data_dir, key="--protocol")
     wanted = wanted or Wanted()
     beside = _teacher(str(model), wanted, teacher_dir, place) if teacher else None  # refuses before anything is measured
     target = results_file(str(model)) if output is None else Path(output)
-    evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress)
-    progress.stage(f"measuring {model} with protocol {protocol.name}")
-    for each in _subjects(lambda: subject_of(str(model), wanted, device=place, teacher_dir=teacher_dir), steps):
-        evaluation.draw(each)
-    if beside is not None:
-        for each in _subjects(beside, teacher_steps):
+    with contextlib.ExitStack() as stack:
+        settings = settings or Settings(stack.enter_context(default_stores(progress)))
+        evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress)
+        progress.stage(f"measuring {model} with protocol {protocol.name}")
+        for each in _subjects(lambda: subject_of(str(model), wanted, device=place, teacher_dir=teacher_dir), steps):
             evaluation.draw(each)
-    if evaluation.left:
-        raise PartDone(evaluation.left)
-    rows = [*evaluation.rows(), *evaluation.floors()]
-    origin = results.provenance(
-        protocol,
-        device=place,
-        model_hash=evaluation.drawn[0].content,
-        extractors=evaluation.extractor_hashes,
-        reference=None if evaluation.reference is None else evaluation.reference.record,
-        models=_records(evaluation.drawn),
-    )
-    if "unfinished" in (record := evaluation.drawn[0].record):
-        origin["unfinished"] = record["unfinished"]
-    return results.write_results(target, protocol.name, rows, origin, missing=evaluation.missing, stop_after=settings.stop_after)
+        if beside is not None:
+            for each in _subjects(beside, teacher_steps):
+                evaluation.draw(each)
+        if evaluation.left:
+            raise PartDone(evaluation.left)
+        rows = [*evaluation.rows(), *evaluation.floors()]
+        origin = results.provenance(
+            protocol,
+            device=place,
+            model_hash=evaluation.drawn[0].content,
+            extractors=evaluation.extractor_hashes,
+            reference=None if evaluation.reference is None else evaluation.reference.record,
+            models=_records(evaluation.drawn),
+        )
+        if "unfinished" in (record := evaluation.drawn[0].record):
+            origin["unfinished"] = record["unfinished"]
+        return results.write_results(target, protocol.name, rows, origin, missing=evaluation.missing, stop_after=settings.stop_after)
 
 
 def _teacher(model: str, wanted: Wanted, teacher_dir: str | Path | None, device: torch.device) -> Callable[[], Subject] | None:
