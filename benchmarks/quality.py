@@ -90,7 +90,8 @@ def teacher_rows(bars: run.Progress) -> list[dict[str, Any]]:
     """The teacher at several step counts."""
     teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
     protocol = load_protocol("digits")
-    return list(runner.run_protocol(protocol, teacher, model="teacher", steps=TEACHER_STEPS, guidance=TEACHER_GUIDANCE, progress=bars))
+    rows = runner.run_protocol(protocol, teacher, model="teacher", steps=TEACHER_STEPS, guidance=TEACHER_GUIDANCE, progress=bars)
+    return [{**row} for row in rows]
 
 
 def sample_grid(students: Mapping[str, Path]) -> Any:

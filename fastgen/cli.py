@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List or show the recipes that come with fastgen.")
 app.add_typer(recipes_app, name="recipes")
+protocols_app = typer.Typer(help="List or show the protocols that come with fastgen.")
+app.add_typer(protocols_app, name="protocols")
 cache_app = typer.Typer(help="Draw once what several runs use.")
 app.add_typer(cache_app, name="cache")
 
@@ -178,14 +180,19 @@ def sample(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="An exported student, a diffusers folder or hub id, or a folder of pictures.")],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[MODEL]", help="An exported student, a diffusers folder or hub id, or a folder of pictures."),
+    ] = None,
     protocol: Annotated[Optional[str], typer.Option(help="How to measure: a shipped protocol or a .yaml file (default: digits).")] = None,  # noqa: UP045
     prompts: Annotated[Optional[Path], typer.Option(help="Instead of a protocol: a file with prompts.")] = None,  # noqa: UP045
     images: Annotated[Optional[Path], typer.Option(help="Instead of a protocol's reference: a folder of real pictures.")] = None,  # noqa: UP045
+    count: Annotated[Optional[int], typer.Option(min=1, max=10**7, help="With --prompts or --images: how many pictures.")] = None,  # noqa: UP045
     steps: Annotated[Optional[str], typer.Option(help="Step counts of the model, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
     output: Annotated[
-        Optional[Path], typer.Option(help="Results file (default: results.json beside a student, else NAME.results.json here).")
-    ] = None,  # noqa: UP045
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Results file (default: results.json beside a student, else NAME.results.json here)."),
+    ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do not measure the student's teacher.")] = False,
     teacher_dir: Annotated[
         Optional[str],  # noqa: UP045
@@ -193,7 +200,7 @@ def evaluate(
     ] = None,
     teacher_steps: Annotated[Optional[str], typer.Option(help="Step counts of the teacher (default: its own).")] = None,  # noqa: UP045
     device: Annotated[str, typer.Option(help="Where pictures and features are made: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the model: fp32, fp16 or bf16.")] = "fp32",
+    dtype: Annotated[Optional[str], typer.Option(help="Of the model: fp32 (default), fp16 or bf16.")] = None,  # noqa: UP045
     batch_size: Annotated[Optional[int], typer.Option(min=1, max=4096, help="Pictures drawn at once (default: the protocol's).")] = None,  # noqa: UP045
     data_dir: Annotated[Optional[Path], typer.Option(help="Folder of prompt files and references that a protocol names.")] = None,  # noqa: UP045
     weights_dir: Annotated[Optional[Path], typer.Option(help="Folder of extractors' weights.")] = None,  # noqa: UP045
@@ -202,6 +209,7 @@ def evaluate(
     stop_after: Annotated[Optional[int], typer.Option(min=1, help="A quick look at the first N pictures of each set.")] = None,  # noqa: UP045
     guidance: Annotated[Optional[float], typer.Option(help="Of a stock pipeline: classifier-free guidance (default: its own).")] = None,  # noqa: UP045
     size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of a stock pipeline (default: its own).")] = None,  # noqa: UP045
+    max_sequence_length: Annotated[Optional[int], typer.Option(min=1, help="Of a stock pipeline: tokens of a prompt (default: its own).")] = None,  # noqa: UP045
     call: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Of a stock pipeline: another argument of its call.")] = None,  # noqa: UP045
     revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
     captions: Annotated[Optional[Path], typer.Option(help="Of a folder of pictures: what they were drawn for.")] = None,  # noqa: UP045
@@ -213,27 +221,41 @@ def evaluate(
     ] = None,
     external_timeout: Annotated[float, typer.Option(help="Seconds that such a program may take.")] = 3600.0,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read reference statistics from EDM2's pickles, numbers alone.")] = False,
+    compare: Annotated[
+        Optional[tuple[Path, Path]],  # noqa: UP045
+        typer.Option(metavar="A.json B.json", help="Instead of MODEL: what two results files of one protocol differ in, with intervals."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=10, max=10**5, help="Of --compare: how often pictures are drawn again.")] = 100,
 ) -> None:
     """Measure a model, and a student's teacher, and write results.json. Killed, the same command goes on."""
     from fastgen import run, terminal
-    from fastgen.evaluation import subjects
     from fastgen.evaluation.dumps import DumpFolder
     from fastgen.evaluation.external import externals
     from fastgen.evaluation.extractors.base import Resources
     from fastgen.evaluation.own import protocol_of
     from fastgen.evaluation.runner import Settings, part_of, stores_folder
+    from fastgen.evaluation.subjects.found import Asked
     from fastgen.evaluation.weights import Weights
 
+    progress = terminal.progress()
+    resources = Resources(Weights(weights_dir), data_dir=data_dir, external=externals(external or [], external_timeout))
+    if compare is not None:
+        if model is not None:
+            raise UserError(f"--compare takes two results files and no model, got {model!r} as well")
+        named = protocol is not None or prompts is not None or images is not None
+        load = (lambda: protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir)) if named else None
+        _compare(compare, output, load, Settings(stores_folder(store), allow_pickle=allow_pickle), resources, resamples, progress)
+        return
+    if model is None:
+        raise UserError("MODEL: missing: name what to measure, or two results files with --compare")
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
     target = output or run.results_file(model)
     check_writable_file(target, "--output")
-    progress = terminal.progress()
-    resources = Resources(Weights(weights_dir), data_dir=data_dir, external=externals(external or [], external_timeout))
-    wanted = subjects.Wanted(subjects.Asked(guidance=guidance, size=_size(size), more=_arguments(call or [])), revision, dtype, captions)
+    asked = Asked(guidance, _size(size), max_sequence_length, _arguments(call or []), revision, dtype, captions)
     try:
         results = run.evaluate(
             model,
-            protocol=protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir),
+            protocol=protocol_of(protocol, model=model, prompts=prompts, images=images, captions=captions, count=count, data_dir=data_dir),
             steps=counts,
             output=target,
             teacher=not no_teacher,
@@ -241,7 +263,7 @@ def evaluate(
             teacher_dir=teacher_dir,
             device=device,
             resources=resources,
-            wanted=wanted,
+            asked=asked,
             settings=Settings(stores_folder(store), part_of(part), stop_after, batch_size, allow_pickle),
             dump=None if dump is None else DumpFolder(dump, dump_form),
             progress=progress,
@@ -249,10 +271,21 @@ def evaluate(
     except run.PartDone as done:
         terminal.note(f"part {part}: {done}")
         return
-    terminal.print_results(results["metrics"])
-    for each in results["missing"]:
-        terminal.warn(" of the ".join(filter(None, (each["name"], each["model"]))) + f" is not measured: {each['reason']}")
+    terminal.print_results(results)
     terminal.note(f"results: {target}")
+
+
+def _compare(files: tuple[Path, Path], output: Path | None, protocol: Any, settings: Any, resources: Any, resamples: int, progress: Any) -> None:
+    from fastgen import terminal
+    from fastgen.evaluation.compare import compare_files
+    from fastgen.evaluation.compare_table import comparison_table
+
+    if output is not None:
+        check_writable_file(output, "--output")
+    options: Any = {"settings": settings, "resources": resources, "resamples": resamples, "progress": progress}
+    terminal.echo(comparison_table(compare_files(*files, protocol=protocol, output=output, **options)))
+    if output is not None:
+        terminal.note(f"comparison: {output}")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -325,6 +358,26 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shi
     from fastgen.yaml_files import read_text
 
     terminal.echo(read_text(find_recipe(name)).rstrip())
+
+
+@protocols_app.command("list")
+def protocols_list() -> None:
+    """Names of the shipped protocols, each with its first comment."""
+    from fastgen import terminal
+    from fastgen.evaluation.protocol import shipped_protocols
+
+    for name, path in shipped_protocols().items():
+        terminal.echo(f"{name:18s} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+@protocols_app.command("show")
+def protocols_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped protocol's name.")]) -> None:
+    """Print a protocol."""
+    from fastgen import terminal
+    from fastgen.evaluation.protocol import find_protocol
+    from fastgen.yaml_files import read_text
+
+    terminal.echo(read_text(find_protocol(name, "NAME")).rstrip())
 
 
 @cache_app.command("pairs")

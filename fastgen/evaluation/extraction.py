@@ -26,7 +26,8 @@ from fastgen.evaluation.store import Store
 from fastgen.evaluation.weights import Unavailable
 from fastgen.fingerprints import digest
 
-Draw = Callable[[list[str], list[int], Sequence[int]], Tensor]  # prompts, seeds, ids -> (B, 3, H, W), floats in [0, 1] or uint8
+# prompts, seeds, ids -> (B, 3, H, W), floats in [0, 1] or uint8; or pictures (3, h, w) uint8, each of its own size
+Draw = Callable[[list[str], list[int], Sequence[int]], Tensor | list[Tensor]]
 
 
 AS_IS = PrepareBlock()
@@ -140,13 +141,15 @@ def fill(
         pixels, costs = drawn(samples, ids, drawing, tick)
         for dump in drawing.dumps:
             dump.write(ids, pixels)
-        batch = Pictures(prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt, pixels)
+        batch = Pictures(_prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt, pixels)
         store.write(chunk, extractors(batch, features), costs)
 
 
 @torch.no_grad()
-def drawn(samples: SampleSet, ids: range, drawing: Drawing, tick: Callable[[int], None] | None = None) -> tuple[Tensor, dict[str, float]]:
-    """8-bit pictures (B, 3, H, W) of some rows of a set, and what they cost."""
+def drawn(
+    samples: SampleSet, ids: range, drawing: Drawing, tick: Callable[[int], None] | None = None
+) -> tuple[Tensor | list[Tensor], dict[str, float]]:
+    """8-bit pictures (B, 3, H, W) of some rows of a set, or each of its own size, and what they cost."""
     parts: list[Tensor] = []
     seconds = 0.0
     reset_peak_memory()
@@ -155,19 +158,30 @@ def drawn(samples: SampleSet, ids: range, drawing: Drawing, tick: Callable[[int]
         prompts, seeds = list(samples.prompts[rows.start : rows.stop]), list(samples.seeds[rows.start : rows.stop])
         synchronise()
         began = time.perf_counter()
-        images = drawing.draw(prompts, seeds, [samples.first + row for row in rows]).detach().cpu()
+        made = drawing.draw(prompts, seeds, [samples.first + row for row in rows])
+        images = [made.detach().cpu()] if isinstance(made, Tensor) else [each[None] for each in made]
         seconds += time.perf_counter() - began
-        if len(images) != len(rows):
-            raise ValueError(f"the generator returned {len(images)} images for {len(rows)} prompts")
+        if len(made) != len(rows):
+            raise ValueError(f"the generator returned {len(made)} images for {len(rows)} prompts")
         if drawing.check is not None:
-            drawing.check(tuple(images.shape[1:]))
-        parts.append(eight_bit(images, drawing.quantisation))
+            for each in images:
+                drawing.check(tuple(each.shape[1:]))
+        parts += [eight_bit(each, drawing.quantisation) for each in images]
         if tick is not None:
             tick(len(rows))
-    sizes = {tuple(part.shape[1:]) for part in parts}
-    if len(sizes) > 1:
-        raise UserError(f"pictures of one set have different sizes: {' and '.join(map(str, sorted(sizes)))}")
-    return torch.cat(parts), {"seconds": seconds, "pictures": len(ids), "peak": peak_memory_bytes()}
+    pixels = torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else [picture for part in parts for picture in part]
+    return pixels, {"seconds": seconds, "pictures": len(ids), "peak": peak_memory_bytes()}
+
+
+def _prepared(pixels: Tensor | list[Tensor], how: PrepareBlock) -> Tensor:
+    """Of one size; UserError where they have several even so."""
+    if isinstance(pixels, Tensor):
+        return prepared(pixels, how)
+    done = [prepared(each[None], how) for each in pixels]
+    if len(sizes := {tuple(each.shape[2:]) for each in done}) > 1:
+        some = " and ".join(f"{width} x {height}" for height, width in sorted(sizes)[:2])
+        raise UserError(f"pictures of one set differ in size ({some} pixels, width x height); prepare.resize of a protocol brings them to one")
+    return torch.cat(done)
 
 
 def eight_bit(images: Tensor, quantisation: str) -> Tensor:

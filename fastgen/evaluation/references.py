@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Absent(OpenReference):
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"kind": "absent", "reason": self.reason}
+        return {"kind": "absent"}  # why stands with the metrics that are missing
 
     def check(self, features: Sequence[Feature]) -> None:
         if features:
@@ -149,12 +150,15 @@ class KnownPictures(OpenReference):
     def __init__(self, source: PictureSource, how: PrepareBlock, extractors: Extractors, root: Path, chunk: int) -> None:
         """UserError where the pictures are not of one size once they are prepared."""
         source.check_sizes(how)
-        self.source, self._how, self._extractors = source, how, extractors
+        self.source, self._how, self._extractors, self._root, self._chunk = source, how, extractors, root, chunk
         self.warnings = source.warnings
-        # Pillow resizes and decodes, so its version is part of what the features depend on.
-        key = digest(["reference", source.content, how.model_dump(), chunk, PIL.__version__])
-        self._store = Store(root / key[:32], len(source), chunk)
         self._statistics: dict[Feature, Gaussian] = {}
+
+    @cached_property
+    def _store(self) -> Store:
+        """Opened at first use, for all pictures are hashed for it. Pillow decodes and resizes, so features depend on its version too."""
+        key = digest(["reference", self.source.content, self._how.model_dump(), self._chunk, PIL.__version__])
+        return Store(self._root / key[:32], len(self.source), self._chunk)
 
     @property
     def record(self) -> dict[str, Any]:

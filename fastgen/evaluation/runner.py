@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastgen.errors import UserError, shown
+from fastgen.errors import NotFinite, UserError, shown
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
 from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Part, by_set, drawn, fill, lacking, shared
-from fastgen.evaluation.extractors.base import Resources
+from fastgen.evaluation.extractors.base import Feature, Pictures, Resources
 from fastgen.evaluation.metrics.base import NO_REFERENCE, Measured, Metric, Needs, Value
+from fastgen.evaluation.metrics.external_process import further_metrics
+from fastgen.evaluation.preparation import prepared
 from fastgen.evaluation.protocol import Protocol, SampleSet
 from fastgen.evaluation.references import OpenReference, load_reference
 from fastgen.evaluation.results import Missing, Row, cached
@@ -82,11 +84,7 @@ class Evaluation:
         self.metrics, self.needs = self._possible()
         if not dry:
             self._gather()
-        if not self.metrics:
-            reasons = "; ".join(f"{each['name']} {each['reason']}" for each in self.missing)
-            raise UserError(f"protocol {protocol.name}: nothing can be measured: {reasons}")
-        self._features = by_set(need.generated for need in self.needs.values())
-        self._with_pictures = {name for need in self.needs.values() for name in need.pictures}
+        self._require_some()
         self.drawn: list[Drawn] = []
         self.left = 0  # chunks that other parts have still to draw
 
@@ -108,7 +106,8 @@ class Evaluation:
     def _possible(self) -> tuple[dict[str, Metric], dict[str, Needs]]:
         """The metrics for which everything is here, and what they need; the others are `missing`."""
         metrics, needed = {}, {}
-        for name, metric in self.protocol.metrics(self.resources).items():
+        asked = {**self.protocol.metrics(self.resources), **further_metrics(list(self.sets), self.resources)}
+        for name, metric in asked.items():
             try:
                 needs = metric.needs()
                 self.extractors.require([*(each for features in needs.generated.values() for each in features), *needs.reference])
@@ -132,11 +131,19 @@ class Evaluation:
         try:
             self.reference.gather(features, part=self.settings.part, progress=self.progress)
         except Unavailable as error:
-            for name in [name for name, need in self.needs.items() if need.reference]:
-                self._lacks(name, None, error)
-                del self.metrics[name], self.needs[name]
+            self._give_up([name for name, need in self.needs.items() if need.reference], error)
 
-    def _lacks(self, name: str, model: str | None, error: Unavailable) -> None:
+    def _give_up(self, names: Iterable[str], error: UserError) -> None:
+        for name in names:
+            self._lacks(name, None, error)
+            del self.metrics[name], self.needs[name]
+
+    def _require_some(self) -> None:
+        if not self.metrics:
+            reasons = "; ".join(f"{each['name']} {each['reason']}" for each in self.missing)
+            raise UserError(f"protocol {self.protocol.name}: nothing can be measured: {reasons}")
+
+    def _lacks(self, name: str, model: str | None, error: UserError) -> None:
         self.missing.append(Missing(name=name, model=model or "", reason=str(error)))
         self.progress.warn(f"{name}{f' of the {model}' if model else ''} is not measured: {error}")
 
@@ -150,9 +157,8 @@ class Evaluation:
             self.progress.warn(f"warning: {warning}")
         stores = {name: self._store(subject, each) for name, each in self._used().items()}
         dumps = {name: self._dumps(subject, name, store) for name, store in stores.items()}
-        todo = {name: lacking(store, self._names(name), dumps[name], self.settings.part) for name, store in stores.items()}
-        if any(todo.values()):
-            self._draw(subject, stores, dumps, todo)
+        if any(lacking(store, self._names(name), dumps[name], self.settings.part) for name, store in stores.items()):
+            self._draw(subject, stores, dumps)
         left = sum(len(lacking(store, self._names(name), dumps[name])) for name, store in stores.items())
         self.left += left
         if not left:
@@ -163,6 +169,16 @@ class Evaluation:
     def _used(self) -> dict[str, SampleSet]:
         """The sets that something is measured on."""
         return {name: each for name, each in self.sets.items() if name in self._features or name in self._with_pictures}
+
+    @property
+    def _features(self) -> dict[str, list[Feature]]:
+        """What is extracted from each set."""
+        return by_set(need.generated for need in self.needs.values())
+
+    @property
+    def _with_pictures(self) -> set[str]:
+        """Sets whose pictures must lie in a folder."""
+        return {name for need in self.needs.values() for name in need.pictures}
 
     def _names(self, where: str) -> list[str]:
         return [self.extractors.name(each) for each in self._features.get(where, ())]
@@ -180,11 +196,12 @@ class Evaluation:
             found.append(PngFolder(store.folder / "pictures", samples, model))
         return found
 
-    def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]], todo: Mapping[str, Sequence[int]]) -> None:
+    def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]]) -> None:
         spec, done = self.protocol.spec, 0
         batch_size = self.settings.batch_size or spec.batch_size
         drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, check=self._size_check())
         self._warm_up(subject, drawing)
+        todo = {name: lacking(store, self._names(name), dumps[name], self.settings.part) for name, store in stores.items()}
         total = sum(len(stores[where].ids(chunk)) for where, chunks in todo.items() for chunk in chunks)
         steps = "" if subject.steps is None else f", {subject.steps} step{'s' * (subject.steps != 1)}"
         self.progress.start(f"pictures of the {subject.name}{steps}", total)
@@ -202,9 +219,21 @@ class Evaluation:
             self.progress.finish()
 
     def _warm_up(self, subject: Subject, drawing: Drawing) -> None:
-        """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are drawn."""
+        """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are drawn; and its first
+        picture through every extractor, so that damaged weights cost their own metrics alone."""
         samples = next(iter(self._used().values()))
-        drawn(samples, range(1 if subject.steps is None else min(drawing.batch_size, len(samples))), drawing)
+        pixels, _ = drawn(samples, range(1 if subject.steps is None else min(drawing.batch_size, len(samples))), drawing)
+        shown = prepared(pixels[0][None], drawing.prepare)
+        for name, need in list(self.needs.items()):
+            try:
+                for where, features in need.generated.items():
+                    times, prompts = self.sets[where].per_prompt, self.sets[where].prompts
+                    self.extractors(Pictures(shown.repeat(times, 1, 1, 1), prompts[:times], times, [pixels[0]] * times), features)
+            except NotFinite:
+                raise
+            except UserError as error:
+                self._give_up([name], error)
+        self._require_some()
 
     def _size_check(self) -> Callable[[tuple[int, ...]], None]:
         """Refuses shapes of pictures that the protocol does not measure, or that are not those of the first, unless they are resized."""

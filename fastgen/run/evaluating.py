@@ -16,7 +16,9 @@ from fastgen.evaluation.dumps import DumpFolder
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.protocol import Protocol, load_protocol
 from fastgen.evaluation.runner import Drawn, Evaluation, Settings, default_stores
-from fastgen.evaluation.subjects import Subject, Wanted, is_student, subject_of, teacher_subject
+from fastgen.evaluation.subjects.base import Subject
+from fastgen.evaluation.subjects.found import Asked, subject_of
+from fastgen.evaluation.subjects.generated import teacher_subject
 from fastgen.files import expanded
 from fastgen.generator import read_manifest, teacher_source
 from fastgen.parallel import choose_device
@@ -43,7 +45,7 @@ def evaluate(
     teacher_dir: str | Path | None = None,
     device: str = "auto",
     resources: Resources | None = None,
-    wanted: Wanted | None = None,
+    asked: Asked | None = None,
     settings: Settings | None = None,
     dump: DumpFolder | None = None,
     progress: Progress | None = None,
@@ -58,14 +60,14 @@ def evaluate(
     progress, place = progress or Progress(), choose_device(device, "--device")
     resources = replace(resources or Resources(), device=place)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol, data_dir=resources.data_dir, key="--protocol")
-    wanted = wanted or Wanted()
-    beside = _teacher(str(model), wanted, teacher_dir, place) if teacher else None  # refuses before anything is measured
+    asked = asked or Asked()
+    beside = _teacher(str(model), asked, teacher_dir, place) if teacher else None  # refuses before anything is measured
     target = results_file(str(model)) if output is None else Path(output)
     with contextlib.ExitStack() as stack:
         settings = settings or Settings(stack.enter_context(default_stores(progress)))
         evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress)
         progress.stage(f"measuring {model} with protocol {protocol.name}")
-        for each in _subjects(lambda: subject_of(str(model), wanted, device=place, teacher_dir=teacher_dir), steps):
+        for each in _subjects(lambda: subject_of(str(model), asked, device=place, teacher_dir=teacher_dir), steps):
             evaluation.draw(each)
         if beside is not None:
             for each in _subjects(beside, teacher_steps):
@@ -86,12 +88,16 @@ def evaluate(
         return results.write_results(target, protocol.name, rows, origin, missing=evaluation.missing, stop_after=settings.stop_after)
 
 
-def _teacher(model: str, wanted: Wanted, teacher_dir: str | Path | None, device: torch.device) -> Callable[[], Subject] | None:
+def is_student(model: str) -> bool:
+    return (expanded(model) / "fastgen.json").is_file()
+
+
+def _teacher(model: str, asked: Asked, teacher_dir: str | Path | None, device: torch.device) -> Callable[[], Subject] | None:
     """What loads the model's teacher; None where there is none. UserError where a student's teacher is not found."""
     if is_student(model):
         teacher_source(expanded(model), read_manifest(expanded(model))["teacher"], teacher_dir)
         return lambda: teacher_subject(expanded(model), device=device, teacher_dir=teacher_dir)
-    return None if teacher_dir is None else lambda: subject_of(str(teacher_dir), wanted, device=device, name="teacher")
+    return None if teacher_dir is None else lambda: subject_of(str(teacher_dir), asked.of_teacher(), device=device, name="teacher")
 
 
 def results_file(model: str) -> Path:

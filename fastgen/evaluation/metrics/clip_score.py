@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastgen.errors import nearest
@@ -17,8 +17,8 @@ from fastgen.evaluation.metrics.base import Feature, Heading, Measured, Needs, O
 from fastgen.evaluation.metrics.picture_scores import PictureScores
 
 # dmd2: Yin et al. 2024, main/coco_eval/coco_evaluator.py, which calls the model ViT-G/14 and crops and resizes pictures to 256 by Lanczos
-# before (a protocol's `prepare`). sana-mjhq: OpenAI's network and its logit scale. torchmetrics: its `CLIPScore` 1.x with default arguments.
-# original: Hessel et al. 2021 (arXiv:2104.08718), whose figures are of fp16.
+# before (a protocol's `prepare`, or `square`). sana-mjhq: OpenAI's network and its logit scale. torchmetrics: its `CLIPScore` 1.x with default
+# arguments. original: Hessel et al. 2021 (arXiv:2104.08718), whose figures are of fp16.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "dmd2": {"model": "ViT-g-14", "pretrained": "laion2b_s12b_b42k", "prefix": "A photo depicts ", "scale": 1.0, "clamp": "none"},
@@ -35,7 +35,7 @@ class ClipScore(PictureScores):
 
     class Config(Options):
         """Either a preset, or model and pretrained as open_clip calls them. prefix: put before each prompt. clamp: negative values are 0, those
-        of pictures or only the mean."""
+        of pictures or only the mean. square: of pictures as drawn instead of the protocol's `prepare`, as of the extractor (DMD2: 256)."""
 
         set: str | None = None
         preset: Literal["dmd2", "sana-mjhq", "torchmetrics", "original"] | None = None
@@ -45,6 +45,7 @@ class ClipScore(PictureScores):
         scale: float = 1.0
         clamp: Literal["none", "pictures", "mean"] = "none"
         precision: Precision = "fp32"
+        square: Annotated[int, Field(ge=1, le=4096)] | None = None
 
         @model_validator(mode="before")
         @classmethod
@@ -62,6 +63,8 @@ class ClipScore(PictureScores):
     def _features(self) -> tuple[Feature, Feature]:
         names = ("model", "pretrained", "prefix", "precision")
         options = {name: getattr(self.config, name) for name in names}  # the same of both, so that one extractor makes them
+        if self.config.square is not None:
+            options["square"] = self.config.square
         return feature("open_clip", "image", **options), feature("open_clip", "text", **options)
 
     def picture_scores(self, measured: Measured) -> Tensor:

@@ -3,8 +3,5 @@
 from __future__ import annotations
 
 from fastgen.evaluation.subjects.base import Subject
-from fastgen.evaluation.subjects.found import Wanted, is_student, subject_of
-from fastgen.evaluation.subjects.generated import teacher_subject
-from fastgen.evaluation.subjects.stock_call import Asked
 
-__all__ = ["Asked", "Subject", "Wanted", "is_student", "subject_of", "teacher_subject"]
+__all__ = ["Subject"]

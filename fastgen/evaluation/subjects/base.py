@@ -50,5 +50,6 @@ class Subject(ABC):
         return []
 
     @abstractmethod
-    def draw(self, prompts: list[str], seeds: list[int], ids: Sequence[int]) -> Tensor:
-        """Pictures (B, 3, H, W) on the CPU, floats in [0, 1] or uint8, one for each prompt, seed and id. NotFinite where one is none."""
+    def draw(self, prompts: list[str], seeds: list[int], ids: Sequence[int]) -> Tensor | list[Tensor]:
+        """Pictures (B, 3, H, W) on the CPU, floats in [0, 1] or uint8, one for each prompt, seed and id, or uint8 ones (3, h, w), each of its own
+        size. NotFinite where one is none."""

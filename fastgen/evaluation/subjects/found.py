@@ -1,54 +1,106 @@
-"""Which kind of subject a name on the command line is."""
+"""Which kind of subject it is that somebody wants to measure."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from fastgen.errors import UserError
+from fastgen.data.captions import contents
+from fastgen.data.pixels import picture_suffixes
+from fastgen.errors import UserError, nearest
 from fastgen.evaluation.subjects.base import Subject
-from fastgen.evaluation.subjects.generated import student_subject
-from fastgen.evaluation.subjects.stock import StockPipeline
-from fastgen.evaluation.subjects.stock_call import Asked
+from fastgen.evaluation.subjects.stock_call import CallSettings
+from fastgen.export import DTYPES
+from fastgen.families import is_hub_id
 from fastgen.files import expanded
+
+FORMS = "an exported student, a diffusers folder, a folder of pictures, or a hub id 'owner/name'"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """How a model is to be loaded and called. call: of a stock pipeline. captions: of a folder of pictures."""
+class Asked:
+    """What a user wants of a model beside its steps; None: its own. guidance, size (height, width), max_sequence_length, call (other arguments, as
+    JSON has them) and revision (of a hub id) are of stock pipelines alone; captions: a file, of a folder of pictures."""
 
-    call: Asked = field(default_factory=Asked)
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    max_sequence_length: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
     revision: str | None = None
-    dtype: str = "fp32"
+    dtype: str | None = None
     captions: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError(f"--dtype: {self.dtype!r} is no precision; {nearest(self.dtype, DTYPES)}")
 
-def is_student(model: str) -> bool:
-    return (expanded(model) / "fastgen.json").is_file()
+    def of_teacher(self) -> Asked:
+        """Of the pipeline that a model is compared with: what pictures must have in common."""
+        return Asked(size=self.size, dtype=self.dtype)
+
+    def refuse(self, kind: str, *allowed: str) -> None:
+        """UserError for the first thing that is wanted and does not apply to this kind of model."""
+        given = {"guidance": "--guidance", "size": "--size", "max_sequence_length": "--max-sequence-length", "call": "--call"}
+        given |= {"revision": "--revision", "dtype": "--dtype", "captions": "--captions"}
+        for name, option in given.items():
+            value = getattr(self, name)
+            if name not in allowed and value is not None and value != {}:
+                raise UserError(f"{option}: does not apply to {kind}")
 
 
 def subject_of(
-    model: str,
-    wanted: Wanted,
+    model: str | Path,
+    asked: Asked = Asked(),
     *,
+    steps: int | None = None,
     device: torch.device | str = "cpu",
     teacher_dir: str | Path | None = None,
-    name: Literal["pipeline", "teacher"] = "pipeline",
+    name: Literal["teacher"] | None = None,
 ) -> Subject:
-    """An exported student, any diffusers pipeline, or a folder of pictures. name: of a pipeline, in results.json."""
-    path = expanded(model)
-    if is_student(model):
-        if wanted.call != Asked():
-            raise UserError(f"--guidance, --size and --call are of stock pipelines; {model!r} is an exported student, which brings its own")
-        return student_subject(path, dtype=wanted.dtype, device=device, teacher_dir=teacher_dir)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        from fastgen.evaluation.subjects.pictures import PicturesSubject
+    """The student, pipeline or pictures at `model`, which can be a path, a hub id or `fastgen:NAME`. steps: by default its own. teacher_dir: where an
+    adapter's teacher is. name: what its rows are called, by default what it is. UserError for what is none of these, and for what does not apply."""
+    subject = _found(str(model), asked, steps, device, teacher_dir)
+    if name is not None:
+        subject.name = name
+    return subject
 
-        return PicturesSubject(path, captions=wanted.captions)
-    if os.path.lexists(path) and not path.is_dir():
-        raise UserError(f"{model!r} is a file; a student, a diffusers folder, a hub id or a folder of pictures is measured")
-    return StockPipeline(model, wanted.call, revision=wanted.revision, dtype=wanted.dtype, device=device, name=name)
+
+def _found(model: str, asked: Asked, steps: int | None, device: torch.device | str, teacher_dir: str | Path | None) -> Subject:
+    folder = expanded(model)
+    if model.startswith("fastgen:"):
+        from fastgen.evaluation.subjects.generated import bundled_subject
+
+        asked.refuse("a bundled teacher", "guidance")
+        return bundled_subject(model, steps=steps, guidance=asked.guidance, device=device)
+    if (folder / "fastgen.json").is_file():
+        from fastgen.evaluation.subjects.generated import student_subject
+
+        asked.refuse("an exported student, whose fastgen.json says how it is called", "dtype")
+        return student_subject(folder, steps=steps, dtype=asked.dtype or "fp32", device=device, teacher_dir=teacher_dir)
+    if (folder / "model_index.json").is_file() or is_hub_id(model):
+        from fastgen.evaluation.subjects.stock import StockPipeline
+
+        asked.refuse("a pipeline", "guidance", "size", "max_sequence_length", "call", "revision", "dtype")
+        call = CallSettings(steps, asked.guidance, asked.size, asked.max_sequence_length, asked.call)
+        return StockPipeline(model, call, revision=asked.revision, dtype=asked.dtype or "fp32", device=device)
+    return _pictures(folder, asked, steps)
+
+
+def _pictures(folder: Path, asked: Asked, steps: int | None) -> Subject:
+    from fastgen.evaluation.subjects.pictures import PicturesSubject
+
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+        raise UserError(f"MODEL: {str(folder)!r} {what}; needed is {FORMS}")
+    if (folder / "recipe.yaml").is_file():
+        raise UserError(f"MODEL: {str(folder)!r} is a run; its student is {str(folder / 'student')!r}")
+    if not any(path.suffix.lower() in picture_suffixes() for path in folder.rglob("*")):
+        raise UserError(f"MODEL: {str(folder)!r} is not {FORMS}: {contents(folder)}")
+    asked.refuse("a folder of pictures", "captions")
+    if steps is not None:
+        raise UserError("--steps: does not apply to a folder of pictures")
+    return PicturesSubject(folder, asked.captions)

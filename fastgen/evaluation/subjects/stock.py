@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgen.errors import NotFinite, UserError, nearest
 from fastgen.evaluation.protocol import SampleSet
 from fastgen.evaluation.subjects.base import Subject
-from fastgen.evaluation.subjects.stock_call import Asked, StockCall, class_numbers
+from fastgen.evaluation.subjects.stock_call import CallSettings, StockCall, class_numbers
 from fastgen.export import DTYPES
 from fastgen.families import pinned_revision, resolve_source, source_hash
 from fastgen.families.complete import check_complete, variants
@@ -27,7 +27,7 @@ from fastgen.portable import source_name
 from fastgen.rng import derive_seed
 
 # Components that look at finished pictures, and blacken or mark them.
-_AFTER = ("safety_checker", "feature_extractor", "watermarker")
+_AFTER = ("safety_checker", "watermarker")
 _SWITCHES = {"requires_safety_checker": False, "add_watermarker": False}  # of the pipelines that have them
 
 
@@ -42,7 +42,7 @@ class StockPipeline(Subject):
     def __init__(
         self,
         source: str,
-        asked: Asked = Asked(),  # noqa: B008
+        asked: CallSettings = CallSettings(),  # noqa: B008
         *,
         revision: str | None = None,
         dtype: str = "fp32",
@@ -60,7 +60,7 @@ class StockPipeline(Subject):
         self.pipeline = self._loaded()
         self.takes: Literal["prompts", "classes", "nothing"] = self._takes()
 
-    def _call(self, asked: Asked) -> None:
+    def _call(self, asked: CallSettings) -> None:
         self.call = StockCall(self._of_class, asked)
         self.steps, self.guidance = self.call.steps, self.call.guidance
 
@@ -122,7 +122,7 @@ class StockPipeline(Subject):
         other = copy.copy(self)
         vars(other).pop("identity", None)
         asked = self.call.asked
-        other._call(Asked(steps, asked.guidance, asked.size, asked.max_sequence_length, asked.more))
+        other._call(CallSettings(steps, asked.guidance, asked.size, asked.max_sequence_length, asked.more))
         return other
 
     def check(self, sets: Mapping[str, SampleSet], *, whole: bool) -> list[str]:

@@ -20,7 +20,7 @@ _GRIDS = ("timesteps", "sigmas")  # explicit times, of which there are as many a
 
 
 @dataclass(frozen=True)
-class Asked:
+class CallSettings:
     """What a user wants of a call; None: the pipeline's own default. size: (height, width). more: other arguments of the call, JSON data."""
 
     steps: int | None = None
@@ -34,7 +34,7 @@ class StockCall:
     """The arguments of one pipeline class's call. UserError for what it does not take, and for a class that draws no pictures of prompts,
     classes or nothing."""
 
-    def __init__(self, pipeline_class: type, asked: Asked) -> None:
+    def __init__(self, pipeline_class: type, asked: CallSettings) -> None:
         self.name, self.asked = pipeline_class.__name__, asked
         self.parameters = inspect.signature(pipeline_class.__call__).parameters
         self._check_kind()

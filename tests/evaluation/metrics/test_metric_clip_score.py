@@ -6,20 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from tiny_clips import by_hand, call, image_embeddings, measured, pictures, put, resources, sample_set, text_embeddings, tiny_clip
 from torch import Tensor
 
 from fastgen.config import validate
 from fastgen.errors import UserError
-from fastgen.evaluation.extractors.base import feature
+from fastgen.evaluation.extraction import Extractors
+from fastgen.evaluation.extractors.base import Pictures, feature
 from fastgen.evaluation.metrics.base import Unavailable
 from fastgen.evaluation.metrics.clip_score import PRESETS, ClipScore
 from fastgen.evaluation.metrics.cmmd import Cmmd
-from fastgen.evaluation.protocol import protocol_from
+from fastgen.evaluation.preparation import prepared
+from fastgen.evaluation.protocol import PrepareBlock, protocol_from
 from fastgen.evaluation.results import provenance
 
 PROMPTS = ("a red cat", "two boats at sea", "a small house", "", "snow", " ".join(["snow"] * 100))
@@ -50,6 +54,21 @@ def test_presets(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (value.name, value.n, value.std_over) == ("clip_score", 6, "images")
     assert value.value == pytest.approx(float(mean(cosines)), rel=0, abs=metric.config.scale * 1e-6)
     assert value.value == pytest.approx(max(float(metric.scores(seen)["clip_score"].mean()), 0 if preset == "torchmetrics" else -1), abs=1e-12)
+
+
+def test_a_square_is_of_the_pictures_as_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DMD2 resizes to 256 for the CLIP score where it resizes to 512 for the FID."""
+    call(monkeypatch, "ViT-g-14")
+    module = tiny_clip(seed=2)
+    put(module, tmp_path / "CLIP-ViT-g-14-laion2B-s12B-b42K" / "open_clip_model.safetensors")
+    metric, drawn = score(tmp_path, preset="dmd2", square=24), pictures(2)
+    image, text = metric.needs().generated["all"]
+    assert image.options == text.options
+    extractors = Extractors(metric.resources)
+    given = Pictures(prepared(drawn, PrepareBlock(resize=16)), PROMPTS[:2], raw=list(drawn))
+    squares = [Image.fromarray(each.permute(1, 2, 0).numpy()).crop((8, 0, 48, 40)).resize((24, 24), Image.Resampling.LANCZOS) for each in drawn]
+    expected = image_embeddings(module, torch.from_numpy(np.stack([np.asarray(each) for each in squares])).permute(0, 3, 1, 2))
+    torch.testing.assert_close(extractors(given, [image])[extractors.name(image)], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +129,7 @@ def test_pictures_without_prompts_have_no_score() -> None:
 def test_the_record_says_what_a_preset_decides() -> None:
     for name, decided in PRESETS.items():
         dumped = score(preset=name).config.model_dump()
-        assert dumped == {"set": None, "preset": name, "precision": "fp32", **decided}
+        assert dumped == {"set": None, "preset": name, "precision": "fp32", "square": None, **decided}
         assert validate(ClipScore.Config, dumped, "metrics.clip_score") == score(preset=name).config
 
 
@@ -119,7 +138,7 @@ def test_results_json_says_the_whole_convention() -> None:
     found = provenance(protocol_from(content))["conventions"]["metrics"]
     assert found["clip_score"] == {
         "set": "all", "preset": "original", "model": "ViT-B-32", "pretrained": "openai", "prefix": "A photo depicts ", "scale": 2.5,
-        "clamp": "pictures", "precision": "fp32", "convention": ClipScore.convention,
+        "clamp": "pictures", "precision": "fp32", "square": None, "convention": ClipScore.convention,
     }  # fmt: skip
     assert found["cmmd"] == {"set": "all", "convention": Cmmd.convention}
 
