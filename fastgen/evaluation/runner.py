@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastgen.errors import NotFinite, UserError, shown
+from fastgen.errors import UserError, shown
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
 from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Part, by_set, drawn, fill, lacking, shared
 from fastgen.evaluation.extractors.base import Feature, Pictures, Resources
@@ -122,7 +122,7 @@ class Evaluation:
         return metrics, needed
 
     def _gather(self) -> None:
-        """The reference's features; where its pictures cannot be read, what needs them is missing."""
+        """The reference's features; where its pictures or an extractor's weights cannot be read, what needs them is missing."""
         features = shared(need.reference for need in self.needs.values())
         if self.reference is None or not features:
             return
@@ -132,6 +132,12 @@ class Evaluation:
             self.reference.gather(features, part=self.settings.part, progress=self.progress)
         except Unavailable as error:
             self._give_up([name for name, need in self.needs.items() if need.reference], error)
+        except UserError:  # of one extractor, and it does not say of which
+            for name, need in [each for each in self.needs.items() if each[1].reference]:
+                try:
+                    self.reference.gather(need.reference, part=self.settings.part, progress=self.progress)
+                except UserError as error:
+                    self._give_up([name], error)
 
     def _give_up(self, names: Iterable[str], error: UserError) -> None:
         for name in names:
@@ -229,8 +235,6 @@ class Evaluation:
                 for where, features in need.generated.items():
                     times, prompts = self.sets[where].per_prompt, self.sets[where].prompts
                     self.extractors(Pictures(shown.repeat(times, 1, 1, 1), prompts[:times], times, [pixels[0]] * times), features)
-            except NotFinite:
-                raise
             except UserError as error:
                 self._give_up([name], error)
         self._require_some()
