@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pipelines import PROMPTS, in_a_run, student_info, student_role, tiny_protocol
@@ -20,7 +21,7 @@ from fastgen.export import export_student
 from fastgen.families.sd3 import SD3
 from fastgen.generator import ImageGenerator
 from fastgen.progress import Progress
-from fastgen.run import PartDone
+from fastgen.run import PartDone, evaluating
 
 COSTS = ("seconds_per_1000_images", "peak_memory_bytes")
 
@@ -139,8 +140,35 @@ def test_a_home_that_takes_no_features_does_not_cost_the_results(student: Path, 
 
 
 def test_nothing_is_drawn_where_results_cannot_be_had(student: Path, tmp_path: Path, drawn: list[int]):
+    class Told(Progress):
+        stages: ClassVar[list[str]] = []
+
+        def stage(self, message: str) -> None:
+            self.stages.append(message)
+
+    said = Told()
     with pytest.raises(UserError, match=r"^--teacher: no folder"):
-        measure(student, tmp_path, teacher_dir=tmp_path / "nowhere")
+        measure(student, tmp_path, teacher_dir=tmp_path / "nowhere", progress=said)
+    with pytest.raises(UserError, match=r"^MODEL: '.*nowhere' is not there"):
+        measure(tmp_path / "nowhere", tmp_path, progress=said)
     with pytest.raises(UserError, match=r"^unknown protocol 'tyni' \(--protocol\)"):
-        evaluate(student, protocol="tyni")
-    assert drawn == []
+        evaluate(student, protocol="tyni", progress=said)
+    assert drawn == [] and said.stages == []
+
+
+def test_a_model_leaves_memory_before_its_teacher_comes(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    alive: list[weakref.ref[ImageGenerator]] = []
+    load, initialise = evaluating.teacher_subject, ImageGenerator.__init__
+
+    def counting(self: ImageGenerator, *args: Any, **more: Any) -> None:
+        initialise(self, *args, **more)
+        alive.append(weakref.ref(self))
+
+    def loading(*args: Any, **more: Any) -> Any:
+        assert len(alive) == 1 and alive[0]() is None
+        return load(*args, **more)
+
+    monkeypatch.setattr(ImageGenerator, "__init__", counting)
+    monkeypatch.setattr(evaluating, "teacher_subject", loading)
+    measure(student, tmp_path)
+    assert len(alive) == 2
