@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def evaluate(
     beside = _teacher(str(model), asked, teacher_dir, place) if teacher else None  # refuses before anything is measured
     target = results_file(str(model)) if output is None else Path(output)
     evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress)
-    progress.stage(f"measuring {model} with protocol {protocol.name}")
-    for each in _subjects(lambda: subject_of(str(model), asked, device=place, teacher_dir=teacher_dir), steps):
+    stage = partial(progress.stage, f"measuring {model} with protocol {protocol.name}")
+    for each in _subjects(lambda: subject_of(str(model), asked, device=place, teacher_dir=teacher_dir), steps, stage):
         evaluation.draw(each)
     if beside is not None:
         for each in _subjects(beside, teacher_steps):
@@ -103,11 +104,13 @@ def results_file(model: str) -> Path:
     return expanded(model) / "results.json" if is_student(model) else Path(f"{source_name(model)}.results.json".replace("/", "_"))
 
 
-def _subjects(load: Callable[[], Subject], steps: Sequence[int] | None) -> Iterator[Subject]:
-    """A model at each number of steps; at the end it leaves memory."""
+def _subjects(load: Callable[[], Subject], steps: Sequence[int] | None, found: Callable[[], None] | None = None) -> Iterator[Subject]:
+    """A model at each number of steps; at the end it leaves memory. found: called once nothing of that is refused any more."""
     first = load()
     subjects = [first] if steps is None else [first.at(count) for count in steps]  # refuses before anything is drawn
     del first
+    if found is not None:
+        found()
     while subjects:
         yield subjects.pop(0)
     gc.collect()
