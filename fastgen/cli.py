@@ -180,7 +180,10 @@ def sample(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="An exported student, a diffusers folder or hub id, or a folder of pictures.")],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[MODEL]", help="An exported student, a diffusers folder or hub id, or a folder of pictures."),
+    ] = None,
     protocol: Annotated[Optional[str], typer.Option(help="How to measure: a shipped protocol or a .yaml file (default: digits).")] = None,  # noqa: UP045
     prompts: Annotated[Optional[Path], typer.Option(help="Instead of a protocol: a file with prompts.")] = None,  # noqa: UP045
     images: Annotated[Optional[Path], typer.Option(help="Instead of a protocol's reference: a folder of real pictures.")] = None,  # noqa: UP045
@@ -218,6 +221,11 @@ def evaluate(
     ] = None,
     external_timeout: Annotated[float, typer.Option(help="Seconds that such a program may take.")] = 3600.0,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read reference statistics from EDM2's pickles, numbers alone.")] = False,
+    compare: Annotated[
+        Optional[tuple[Path, Path]],  # noqa: UP045
+        typer.Option(metavar="A.json B.json", help="Instead of MODEL: what two results files of one protocol differ in, with intervals."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=10, max=10**5, help="Of --compare: how often pictures are drawn again.")] = 100,
 ) -> None:
     """Measure a model, and a student's teacher, and write results.json. Killed, the same command goes on."""
     from fastgen import run, terminal
@@ -229,11 +237,20 @@ def evaluate(
     from fastgen.evaluation.subjects.found import Asked
     from fastgen.evaluation.weights import Weights
 
+    progress = terminal.progress()
+    resources = Resources(Weights(weights_dir), data_dir=data_dir, external=externals(external or [], external_timeout))
+    if compare is not None:
+        if model is not None:
+            raise UserError(f"--compare takes two results files and no model, got {model!r} as well")
+        named = protocol is not None or prompts is not None or images is not None
+        load = (lambda: protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir)) if named else None
+        _compare(compare, output, load, Settings(stores_folder(store), allow_pickle=allow_pickle), resources, resamples, progress)
+        return
+    if model is None:
+        raise UserError("MODEL: missing: name what to measure, or two results files with --compare")
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
     target = output or run.results_file(model)
     check_writable_file(target, "--output")
-    progress = terminal.progress()
-    resources = Resources(Weights(weights_dir), data_dir=data_dir, external=externals(external or [], external_timeout))
     asked = Asked(guidance, _size(size), max_sequence_length, _arguments(call or []), revision, dtype, captions)
     try:
         results = run.evaluate(
@@ -254,10 +271,21 @@ def evaluate(
     except run.PartDone as done:
         terminal.note(f"part {part}: {done}")
         return
-    terminal.print_results(results["metrics"])
-    for each in results["missing"]:
-        terminal.warn(" of the ".join(filter(None, (each["name"], each["model"]))) + f" is not measured: {each['reason']}")
+    terminal.print_results(results)
     terminal.note(f"results: {target}")
+
+
+def _compare(files: tuple[Path, Path], output: Path | None, protocol: Any, settings: Any, resources: Any, resamples: int, progress: Any) -> None:
+    from fastgen import terminal
+    from fastgen.evaluation.compare import compare_files
+    from fastgen.evaluation.compare_table import comparison_table
+
+    if output is not None:
+        check_writable_file(output, "--output")
+    options: Any = {"settings": settings, "resources": resources, "resamples": resamples, "progress": progress}
+    terminal.echo(comparison_table(compare_files(*files, protocol=protocol, output=output, **options)))
+    if output is not None:
+        terminal.note(f"comparison: {output}")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

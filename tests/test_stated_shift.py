@@ -19,8 +19,7 @@ from fastgen.caching import cache_pairs
 from fastgen.config import Recipe
 from fastgen.data.pair_folder import open_folder
 from fastgen.errors import UserError
-from fastgen.evaluation import runner
-from fastgen.evaluation.protocols import load_protocol
+from fastgen.evaluation.subjects.generated import GeneratorSubject, bundled_subject
 from fastgen.export import export_lora, export_student, verify
 from fastgen.families.sd3 import SD3
 from fastgen.generator import load_student, load_teacher, load_teacher_of, read_manifest
@@ -148,15 +147,15 @@ def test_a_student_without_a_stated_shift_follows_its_teachers_scheduler(sd3_fol
             load(folder)
 
 
-def test_cached_rows_of_a_teacher_are_told_apart_by_its_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys: list[str] = []
-    monkeypatch.setattr(runner, "cached", lambda key, compute: keys.append(key) or [])
-    source = {"pretrained": "fastgen:digits", "guidance": 1.5, "negative_prompt": ""}
-    for shift in (None, 2.0, 3.0):  # the same manifest, as older versions wrote it
-        teacher = load_teacher("fastgen:digits", guidance=1.5, shift=shift)
-        products._teacher_rows(load_protocol("digits"), teacher, "0" * 64, source, [4], run.Progress())
-    assert len(set(keys)) == 3
-    assert [1.0, 0.75, 0.5, 0.25] in json.loads(keys[0])
+def test_features_of_a_teacher_are_told_apart_by_its_grid() -> None:
+    """The same weights in the same number of steps."""
+    subjects = [bundled_subject("fastgen:digits", steps=4)] + [
+        GeneratorSubject(load_teacher("fastgen:digits", shift=shift), "teacher", content=source_hash("fastgen:digits"), source="fastgen:digits", steps=4)
+        for shift in (None, 2.0, 3.0)
+    ]
+    bundled, plain, *shifted = [subject.identity for subject in subjects]
+    assert bundled == plain and len({plain, *shifted}) == 3
+    assert subjects[0].record["grid"] == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_pairs_follow_a_stated_shift_and_are_told_apart_by_it(recipe: Path, tmp_path: Path) -> None:

@@ -84,14 +84,14 @@ def compare_files(
     *,
     settings: Settings,
     resources: Resources,
-    protocol: str | None = None,
+    protocol: Callable[[], Protocol] | None = None,
     output: Path | None = None,
     resamples: int = 100,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`compare`, written to `output` as JSON. protocol: name or file, by default what the first file says."""
-    name = read_results(first)["protocol"] if protocol is None else protocol
-    sources = Sources.of(lambda: load_protocol(name, data_dir=resources.data_dir, key="--protocol"), settings, resources)
+    """`compare`, written to `output` as JSON. protocol: loads the files' protocol, by default the one of the name that they say."""
+    named = read_results(first)["protocol"]
+    sources = Sources.of(protocol or (lambda: load_protocol(named, data_dir=resources.data_dir, key="--protocol")), settings, resources)
     comparison = compare(first, second, sources, resamples=resamples, progress=progress)
     if output is not None:
         write_atomically(output, json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -19,8 +19,10 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     first, second = a["provenance"], b["provenance"]
     found = [("protocol", a["protocol"], b["protocol"]), ("protocol hash", _hash(first), _hash(second))]
     found.append(("pictures of each set", _looked_at(a), _looked_at(b)))
-    for key, name in (("conventions", ""), ("prompt_sets", "prompts "), ("extractors", "extractor "), ("reference", "reference ")):
+    for key, name in (("conventions", ""), ("prompt_sets", "prompts "), ("extractors", "extractor ")):
         found += [(f"{name}{path}", *values) for path, values in _common(first.get(key), second.get(key))]
+    references = dict(_common(first.get("reference"), second.get("reference")))
+    found += [("reference", *references["sha256"])] if "sha256" in references else []
     found += _both("classifier", first.get("classifier_hash"), second.get("classifier_hash"))
     return _differing(found)
 

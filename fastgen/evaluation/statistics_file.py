@@ -64,10 +64,11 @@ class StatisticsFile:
         return GaussianFit(*_checked(raw, f"{self.key}: {str(self.path)!r}: {entry}"), raw.n, str(self.path))
 
     def _entry(self, of: Feature) -> str | None:
-        """Of whole pictures are the statistics that others publish, by Inception's pool3 unless they say something else."""
+        """Of whole pictures are the statistics that others publish, by FID's own network and its pool3 unless they say something else."""
         if self.stated is not None:
             return "mu"
-        if of.extractor == "inception" and (of.layer not in ("pool3", "spatial") or dict(of.options).get("crop") is not None):
+        special = any(dict(of.options).get(option) is not None for option in ("crop", "weights"))
+        if of.extractor == "inception" and (special or of.layer not in ("pool3", "spatial")):
             return None
         if self.path.suffix.lower() == ".npz":
             entry = "mu_s" if of.layer == "spatial" else "mu"

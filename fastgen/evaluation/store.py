@@ -6,6 +6,7 @@ that is whole, with the SHA-256 of its rows. Chunks are written with plain write
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -134,6 +135,8 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
             if self._fitting(path, like) is None:
+                for leftover in path.parent.glob(f"{PARTIAL}{glob.escape(path.name)}.*"):  # of a kill
+                    leftover.unlink(missing_ok=True)
                 partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
                 np.lib.format.open_memmap(partial, mode="w+", dtype=like.dtype, shape=(self.count, *like.shape[1:])).flush()
                 os.replace(partial, path)

@@ -216,7 +216,7 @@ def test_unlike_protocols_are_refused_with_both_sides_on_one_line(tmp_path: Path
     ("origin", "told"),
     [
         ({"extractors": {FEATURE.source: "6" * 64}}, "extractor digits_classifier: 55555555 / 66666666"),
-        ({"reference": {"kind": "pictures", "sha256": "7" * 64}}, "reference sha256: 88888888 / 77777777"),
+        ({"reference": {"kind": "pictures", "sha256": "7" * 64}}, "reference: 88888888 / 77777777"),
         ({"protocol_hash": None}, "/ not recorded"),
         ({"prompt_sets": {"main": {"hash": "9" * 64, "images": COUNT, "per_prompt": 1}}}, "prompts main.hash: "),
         ({"classifier_hash": "7" * 64}, "classifier: 88888888 / 77777777"),

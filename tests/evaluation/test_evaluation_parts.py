@@ -171,9 +171,10 @@ def kills(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
         (stores, "write_atomically", 5, 28),  # its record, once its rows are on disk
         (stores, "write_atomically", 1, 0),
         (Store, "_allocate", 2, 20),  # before there is an array of b
+        (os, "replace", 1, 0),
         (os, "fsync", 8, 20),  # in the middle of writing b's first record
     ],
-    ids=["drawing", "record", "first record", "array", "half a record"],
+    ids=["drawing", "record", "first record", "array", "half an array", "half a record"],
 )
 def test_a_killed_process_leaves_what_another_goes_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, calls: int, again: int
@@ -195,3 +196,4 @@ def test_a_killed_process_leaves_what_another_goes_on_from(
     assert painter.ids == list(range(again, 31))
     assert numbers(resumed.rows()) == numbers(whole.rows())
     assert arrays(tmp_path / "killed") == arrays(tmp_path / "whole")
+    assert list((tmp_path / "killed").rglob("*.npy.*")) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fastgen.evaluation.frechet import FeatureStatistics, frechet_distance
 from fastgen.evaluation.intervals import mean_interval
-from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Subsets, Unavailable, Value, feature
+from fastgen.evaluation.metrics import find_metric
+from fastgen.evaluation.metrics.base import Feature, Heading, Measured, Metric, Needs, Subsets, Unavailable, Value, feature
+from fastgen.evaluation.metrics.inception_features import InceptionMetric
 from fastgen.evaluation.protocol import SampleSet
 from fastgen.evaluation.resampling import differences, selected
 from fastgen.evaluation.tables import Table
@@ -202,3 +204,45 @@ def test_what_cannot_be_measured_on_part_of_the_pictures_says_so() -> None:
     a, b = (pictures(rows) for rows in correlated(50, 0.0, 1.0, seed=0))
     with pytest.raises(Unavailable, match="needs 50 pictures"):
         differences(LeftOut(of_all), a, b)
+
+
+class Pool:
+    """Reference pictures whose features are known."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.fit = Table(rows), FeatureStatistics.from_features(rows)
+
+    def statistics(self, of: Feature) -> FeatureStatistics:
+        return self.fit
+
+    def table(self, of: Feature) -> Table:
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "over"),
+    [
+        ("fid", {}, "bootstrap"),
+        ("sfid", {}, "bootstrap"),
+        ("fid_infinity", {"points": 3, "smallest": 20}, "bootstrap"),
+        ("kid", {"subsets": 20, "subset_size": 30}, "subsets"),
+        ("precision_recall", {}, "jackknife"),
+    ],
+)
+def test_inception_metrics_tell_two_models_apart(name: str, options: dict[str, Any], over: str) -> None:
+    """One draws from what the reference is of, the other half as far around another centre."""
+    kind = find_metric(name)
+    metric = kind(kind.Config(**options), ["main"])
+    assert isinstance(metric, InceptionMetric)
+    real, own, other = (torch.randn(n, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (200, 100, 101))
+    shared = SampleSet("main", ("",) * 100, tuple(range(100)))
+    a, b = (Measured({"main": shared}, {("main", metric.feature): Table(rows)}, Pool(real)) for rows in (own, other[:100] / 2 + 1))
+    found = differences(metric, a, b, resamples=30)
+    measured = [{each.name: each.value for each in metric.measure(side)} for side in (a, b)]
+    assert found.keys() == measured[0].keys() == kind.shows.keys()
+    assert {each.over for each in found.values()} == {over}
+    for value, difference in found.items():
+        assert difference.value == pytest.approx(measured[1][value] - measured[0][value], rel=1e-9)
+        assert difference.interval is not None
+        low, high = difference.interval
+        assert (high < 0) if value == "recall" else (low > 0 or value == "precision")  # nearer to the centre is more precise, if anything

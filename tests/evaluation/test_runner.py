@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from linear_classifier import LinearClassifier
 from measuring import COSTS, measure
 from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.evaluation import extraction
+from fastgen.evaluation.extractors.base import Resources
+from fastgen.evaluation.extractors.digits_classifier import DigitsClassifier
 from fastgen.evaluation.protocol import Protocol
-from fastgen.evaluation.runner import run_protocol
+from fastgen.evaluation.runner import missing_at_start, run_protocol, what_is_real
 from fastgen.progress import Progress
 
 Generate = Callable[[list[str], list[int], int], Tensor]
@@ -95,6 +100,23 @@ def test_progress_counts_every_image_once(protocol: Protocol, real: Tensor):
     drawn = [(f"pictures of the student, {steps}", 3594, pictures) for steps in ("1 step", "2 steps")]
     assert watched.counted == [*drawn, *[("metrics of the student", 1, [1])] * 2]
     assert watched.open == 0
+
+
+def test_nothing_is_left_on_disk(protocol: Protocol, real: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_protocol(protocol, real_generator(real, []), model="m", steps=[1], guidance=1)
+    with pytest.raises(ValueError, match="returned 0 images"):
+        run_protocol(protocol, lambda p, s, n: real[:0], model="m", steps=[1], guidance=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_real_needs_no_model(protocol: Protocol, classifier: LinearClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    floors, extractors = what_is_real(protocol)
+    metric = protocol.metrics(Resources())["digits"]
+    assert floors == metric.floors() and {row["model"] for row in floors} == {"real"}
+    assert list(extractors) == ["digits_classifier"] and extractors["digits_classifier"] == DigitsClassifier({}, Resources()).hash
+    assert missing_at_start(protocol, Resources()) == []
 
 
 def test_mistakes_are_refused_before_the_whole_set_is_generated(protocol: Protocol, real: Tensor):

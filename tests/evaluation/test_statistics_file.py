@@ -75,6 +75,7 @@ def test_statistics_of_whole_pictures_are_not_those_of_patches_or_other_layers(t
     np.savez(tmp_path / "ref.npz", **moments(features()))  # type: ignore[arg-type]
     file = StatisticsFile(tmp_path / "ref.npz", "reference.file")
     assert file.fit(feature("inception", "pool3", crop=299)) is None
+    assert file.fit(feature("inception", "pool3", weights="mine.pth", sha256="0" * 64)) is None  # they are of FID's own network
     assert file.fit(feature("inception", "logits_unbiased")) is None
     assert file.fit(feature("inception", "pool3", crop=None)) is not None
 

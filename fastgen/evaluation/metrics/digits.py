@@ -59,7 +59,7 @@ class Digits(Metric):
 
     def measure(self, measured: Measured) -> list[Value]:
         named, free = measured.sets["named"], measured.sets["open"]
-        if any(each.prompts != digits.PROMPTS[name]()[: len(each)] for name, each in (("named", named), ("open", free))):
+        if not all(set(digits.PROMPTS[name]()).issuperset(each.prompts) for name, each in (("named", named), ("open", free))):
             raise Unavailable("needs the prompts fastgen:digits/named and fastgen:digits/open in sets named and open")
         if len(named) < 2 or len(set(free.prompts)) == len(free):
             raise Unavailable(f"needs two pictures of one prompt: {len(free)} were drawn of set open, of a prompt each")

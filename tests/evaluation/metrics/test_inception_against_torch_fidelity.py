@@ -85,7 +85,7 @@ def theirs(generated: Tensor, real: Tensor, weights: Path) -> Mapping[str, float
 
 def test_the_same_pictures_give_the_same_numbers(tmp_path: Path) -> None:
     sha256 = random_weights(tmp_path / "random.pth")
-    generated, real = pictures(0, 1.0), pictures(1, 1.5)
+    generated, real = pictures(10, 1.0), pictures(40, 4.0)
     options = {"weights": "random.pth", "sha256": sha256, "dtype": "fp64"}
     extractor = Inception(Inception.Config.model_validate(options), Resources(Weights(tmp_path)))
     layers = [extractor(Pictures(pixels, ("",) * COUNT), ("pool3", "logits_unbiased")) for pixels in (generated, real)]
