@@ -243,7 +243,7 @@ def evaluate(
         if model is not None:
             raise UserError(f"--compare takes two results files and no model, got {model!r} as well")
         named = protocol is not None or prompts is not None or images is not None
-        load = (lambda: protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir)) if named else None
+        load = (lambda: protocol_of(protocol, prompts=prompts, images=images, count=count, data_dir=data_dir)) if named else None
         _compare(compare, output, load, Settings(stores_folder(store), allow_pickle=allow_pickle), resources, resamples, progress)
         return
     if model is None:
