@@ -11,55 +11,102 @@ from fastgen.errors import UserError
 from fastgen.files import check_writable_file
 
 MOST_STEPS = 1000  # as student.steps of a recipe
+# Headings of the help.
+_FILES = "Files"
+_OWN = "Instead of a protocol"
+_STOCK = "How a model is called (default: as it is made for)"
+_PROGRAMS = "Metrics of other programs"
+_COMPARISON = "Instead of MODEL"
 
 
 def evaluate(
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(metavar="[MODEL]", help="An exported student, a diffusers folder or hub id, or a folder of pictures."),
+        typer.Argument(metavar="MODEL", help="An exported student, a diffusers folder or hub id, or a folder of pictures."),
     ] = None,
-    protocol: Annotated[Optional[str], typer.Option(help="How to measure: a shipped protocol or a .yaml file (default: digits).")] = None,  # noqa: UP045
-    prompts: Annotated[Optional[Path], typer.Option(help="Instead of a protocol: a file with prompts.")] = None,  # noqa: UP045
-    images: Annotated[Optional[Path], typer.Option(help="Instead of a protocol's reference: a folder of real pictures.")] = None,  # noqa: UP045
-    count: Annotated[Optional[int], typer.Option(min=1, max=10**7, help="With --prompts or --images: how many pictures.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[str], typer.Option(help="Step counts of the model, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Results file (default: results.json beside a student, else NAME.results.json here)."),
+    protocol: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="How to measure: a shipped protocol (fastgen protocols list) or a .yaml file (default: digits)."),
     ] = None,
+    steps: Annotated[Optional[str], typer.Option(metavar="N,...", help="Step counts of the model, such as 1,2,4 (default: its own).")] = None,  # noqa: UP045
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Do not measure the student's teacher.")] = False,
     teacher_dir: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--teacher", metavar="DIR", help="The student's teacher, where it is not found; of another model, a pipeline to compare with."),
     ] = None,
-    teacher_steps: Annotated[Optional[str], typer.Option(help="Step counts of the teacher (default: its own).")] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option(help="Where pictures and features are made: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[Optional[str], typer.Option(help="Of the model: fp32 (default), fp16 or bf16.")] = None,  # noqa: UP045
-    batch_size: Annotated[Optional[int], typer.Option(min=1, max=4096, help="Pictures drawn at once (default: the protocol's).")] = None,  # noqa: UP045
-    data_dir: Annotated[Optional[Path], typer.Option(help="Folder of prompt files and references that a protocol names.")] = None,  # noqa: UP045
-    weights_dir: Annotated[Optional[Path], typer.Option(help="Folder of extractors' weights.")] = None,  # noqa: UP045
-    store: Annotated[Optional[Path], typer.Option(help="Folder of features (default: ~/.cache/fastgen/evaluations).")] = None,  # noqa: UP045
+    teacher_steps: Annotated[Optional[str], typer.Option(metavar="N,...", help="Step counts of the teacher (default: its own).")] = None,  # noqa: UP045
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Results (default: results.json beside a student, else NAME.results.json here)."),
+    ] = None,
+    stop_after: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="A quick look at the first N pictures of each set.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where pictures and features are made: auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=4096, metavar="N", help="Pictures drawn at once (default: the protocol's)."),
+    ] = None,
     part: Annotated[str, typer.Option(metavar="i/n", help="Draw one of n parts; results are written once all are there.")] = "1/1",
-    stop_after: Annotated[Optional[int], typer.Option(min=1, help="A quick look at the first N pictures of each set.")] = None,  # noqa: UP045
-    guidance: Annotated[Optional[float], typer.Option(help="Of a stock pipeline: classifier-free guidance (default: its own).")] = None,  # noqa: UP045
-    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of a stock pipeline (default: its own).")] = None,  # noqa: UP045
-    max_sequence_length: Annotated[Optional[int], typer.Option(min=1, help="Of a stock pipeline: tokens of a prompt (default: its own).")] = None,  # noqa: UP045
-    call: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Of a stock pipeline: another argument of its call.")] = None,  # noqa: UP045
-    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
-    captions: Annotated[Optional[Path], typer.Option(help="Of a folder of pictures: what they were drawn for.")] = None,  # noqa: UP045
-    dump: Annotated[Optional[Path], typer.Option(help="Keep the pictures in this folder.")] = None,  # noqa: UP045
-    dump_form: Annotated[str, typer.Option(help="png or parquet.")] = "png",
+    data_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Where prompt files and references lie that a protocol names.", rich_help_panel=_FILES),
+    ] = None,
+    weights_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Where the weights of feature extractors lie.", rich_help_panel=_FILES),
+    ] = None,
+    store: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Where features are kept (default: ~/.cache/fastgen/evaluations).", rich_help_panel=_FILES),
+    ] = None,
+    dump: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Keep the pictures too, here.", rich_help_panel=_FILES)] = None,  # noqa: UP045
+    dump_form: Annotated[str, typer.Option(metavar="png|parquet", help="As what they are kept.", rich_help_panel=_FILES)] = "png",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read reference statistics from EDM2's pickles, numbers alone.", rich_help_panel=_FILES)
+    ] = False,
+    prompts: Annotated[Optional[Path], typer.Option(metavar="FILE", help="The prompts to draw.", rich_help_panel=_OWN)] = None,  # noqa: UP045
+    images: Annotated[Optional[Path], typer.Option(metavar="DIR", help="The real pictures to compare with.", rich_help_panel=_OWN)] = None,  # noqa: UP045
+    count: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=10**7, metavar="N", help="How many pictures (default: one a prompt).", rich_help_panel=_OWN),
+    ] = None,
+    guidance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="W", help="Classifier-free guidance.", rich_help_panel=_STOCK),
+    ] = None,
+    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of its pictures.", rich_help_panel=_STOCK)] = None,  # noqa: UP045
+    max_sequence_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, metavar="N", help="Tokens of a prompt that it reads.", rich_help_panel=_STOCK),
+    ] = None,
+    call: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NAME=VALUE", help="Another argument of its call; may be given several times.", rich_help_panel=_STOCK),
+    ] = None,
+    revision: Annotated[Optional[str], typer.Option(metavar="NAME", help="Of a hub id.", rich_help_panel=_STOCK)] = None,  # noqa: UP045
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Of a pipeline's weights, or a student's: fp32 (default), fp16 or bf16.", rich_help_panel=_STOCK),
+    ] = None,
+    captions: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="What the pictures of a folder were drawn for (default: what lies beside them).", rich_help_panel=_STOCK),
+    ] = None,
     external: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="NAME=COMMAND", help="A program that scores pictures, such as image_reward='/envs/ir/bin/python score.py'."),
+        typer.Option(
+            metavar="NAME=COMMAND",
+            help="A program that scores pictures, such as image_reward='/envs/ir/bin/python score.py'; may be given several times.",
+            rich_help_panel=_PROGRAMS,
+        ),
     ] = None,
-    external_timeout: Annotated[float, typer.Option(help="Seconds that such a program may take.")] = 3600.0,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read reference statistics from EDM2's pickles, numbers alone.")] = False,
+    external_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="That such a program may take.", rich_help_panel=_PROGRAMS)] = 3600.0,
     compare: Annotated[
         Optional[tuple[Path, Path]],  # noqa: UP045
-        typer.Option(metavar="A.json B.json", help="Instead of MODEL: what two results files of one protocol differ in, with intervals."),
+        typer.Option(metavar="A.json B.json", help="What two results files of one protocol differ in, with intervals.", rich_help_panel=_COMPARISON),
     ] = None,
-    resamples: Annotated[int, typer.Option(min=10, max=10**5, help="Of --compare: how often pictures are drawn again.")] = 100,
+    resamples: Annotated[
+        int, typer.Option(min=10, max=10**5, metavar="N", help="How often pictures are drawn again.", rich_help_panel=_COMPARISON)
+    ] = 100,
 ) -> None:
     """Measure a model, and a student's teacher, and write results.json. Killed, the same command goes on."""
     from fastgen import run, terminal
