@@ -123,9 +123,9 @@ def evaluate(
     if compare is not None:
         if model is not None:
             raise UserError(f"--compare takes two results files and no model, got {model!r} as well")
-        named = protocol is not None or prompts is not None or images is not None
-        load = (lambda: protocol_of(protocol, prompts=prompts, images=images, data_dir=data_dir)) if named else None
-        _compare(compare, output, load, Settings(stores_folder(store), allow_pickle=allow_pickle), resources, resamples, progress)
+        named = any(each is not None for each in (protocol, prompts, images, count))
+        of = protocol_of(protocol, prompts=prompts, images=images, count=count, data_dir=data_dir) if named else None
+        _compare(compare, output, of, Settings(stores_folder(store), allow_pickle=allow_pickle), resources, resamples, progress)
         return
     if model is None:
         raise UserError("MODEL: missing: name what to measure, or two results files with --compare")

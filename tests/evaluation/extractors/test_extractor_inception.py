@@ -173,6 +173,7 @@ class Trap:
         return (print, ("unpickled",))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("content", ["trap", "trap as torch saves it", "text", "another network", "a list", "empty", "broken.safetensors"])
 def test_files_that_hold_something_else_are_refused_and_not_run(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / (content if "." in content else "mine.pth")
