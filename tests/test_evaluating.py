@@ -149,7 +149,7 @@ def test_nothing_is_drawn_where_results_cannot_be_had(student: Path, tmp_path: P
     said = Told()
     with pytest.raises(UserError, match=r"^--teacher: no folder"):
         measure(student, tmp_path, teacher_dir=tmp_path / "nowhere", progress=said)
-    with pytest.raises(UserError, match=r"^MODEL: '.*nowhere' is not there"):
+    with pytest.raises(UserError, match=r"^MODEL: no folder '.*nowhere'"):
         measure(tmp_path / "nowhere", tmp_path, progress=said)
     with pytest.raises(UserError, match=r"^unknown protocol 'tyni' \(--protocol\)"):
         evaluate(student, protocol="tyni", progress=said)
