@@ -114,7 +114,8 @@ def evaluate(
     from fastgen.evaluation.external import externals
     from fastgen.evaluation.extractors.base import Resources
     from fastgen.evaluation.own import protocol_of
-    from fastgen.evaluation.runner import Settings, part_of, stores_folder
+    from fastgen.evaluation.places import stores_folder
+    from fastgen.evaluation.runner import Settings, part_of
     from fastgen.evaluation.subjects.found import Asked
     from fastgen.evaluation.weights import Weights
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from fastgen.errors import UserError, shown
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
@@ -25,11 +20,8 @@ from fastgen.evaluation.results import Missing, Row, cached
 from fastgen.evaluation.store import Store, total
 from fastgen.evaluation.subjects import Subject
 from fastgen.evaluation.weights import Unavailable
-from fastgen.files import check_writable
 from fastgen.fingerprints import digest
 from fastgen.progress import Progress
-
-STORES = Path(".cache/fastgen/evaluations")  # below the home folder
 
 
 @dataclass(frozen=True)
@@ -323,106 +315,9 @@ def _costs(each: Drawn) -> list[Value]:
     return [Value("seconds_per_1000_images", seconds, pictures), Value("peak_memory_bytes", max(cost["peak"] for cost in costs), pictures)]
 
 
-class _Function(Subject):
-    """A function (prompts, seeds, steps) -> pictures, such as an ImageGenerator; nothing of it is known that would outlive the process."""
-
-    def __init__(self, generate: Callable[[list[str], list[int], int], Tensor], model: Any, steps: int, guidance: float) -> None:
-        self.generate, self.name, self.steps, self.guidance = generate, model, steps, guidance
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    @property
-    def content(self) -> str:
-        return ""
-
-    def draw(self, prompts: list[str], seeds: list[int], ids: Sequence[int]) -> Tensor:
-        assert self.steps is not None
-        return self.generate(prompts, seeds, self.steps)
-
-
-def run_protocol(
-    protocol: Protocol,
-    generate: Callable[[list[str], list[int], int], Tensor],
-    *,
-    model: str,
-    steps: Sequence[int],
-    guidance: float,
-    batch_size: int | None = None,
-    resources: Resources | None = None,
-    progress: Progress | None = None,
-) -> list[Row]:
-    """One row for each metric and step count, with seconds_per_1000_images and peak_memory_bytes; nothing is kept.
-
-    generate: prompts, seeds, steps -> pictures (B, 3, H, W), float in [0, 1]. `model` and `guidance` are only recorded: `generate` applies
-    its own guidance. Raises UserError for step counts or batch sizes below 1 and for images of a shape that the protocol does not measure,
-    NotFinite for images that are none, ValueError when `generate` returns another number of images than asked for.
-    """
-    if not steps or min(steps) < 1 or (batch_size is not None and batch_size < 1):
-        raise UserError(f"step counts and the batch size must be at least 1, got steps {list(steps)} and batch size {batch_size}")
-    with _temporary() as root:
-        evaluation = Evaluation(protocol, resources or Resources(), Settings(root, batch_size=batch_size), progress=progress or Progress())
-        for count in steps:
-            evaluation.draw(_Function(generate, model, count, guidance))
-        return evaluation.rows()
-
-
-class Real(NamedTuple):
-    """What real images score, and the SHA-256 of each extractor that says so."""
-
-    floors: list[Row]
-    extractors: dict[str, str]
-
-
-def what_is_real(protocol: Protocol, resources: Resources | None = None) -> Real:
-    """The floors of a protocol, without a model."""
-    with _temporary() as root:
-        evaluation = Evaluation(protocol, resources or Resources(), Settings(root), dry=True)
-        return Real(evaluation.floors(), evaluation.extractor_hashes)
-
-
-def missing_at_start(protocol: Protocol, resources: Resources) -> list[Missing]:
-    """What of a protocol cannot be measured here, before anything is drawn. UserError where nothing can."""
-    with _temporary() as root:
-        return Evaluation(protocol, resources, Settings(root), dry=True).missing
-
-
-@contextlib.contextmanager
-def _temporary() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="fastgen-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def part_of(text: str) -> Part:
     """The part that `i/n` names, from 1/1. UserError for anything else."""
     index, _, of = text.partition("/")
     if not (index.isdecimal() and of.isdecimal() and max(len(index), len(of)) <= 7 and 1 <= int(index) <= int(of) <= 10**6):
         raise UserError(f"--part: {shown(text, 40)} is not i/n, such as 1/4 to 4/4")
     return Part(int(index) - 1, int(of))
-
-
-@contextlib.contextmanager
-def default_stores(progress: Progress) -> Iterator[Path]:
-    """Where features are kept unless somebody says where; for this evaluation only where that is no place to write to."""
-    try:
-        check_writable(root := stores_folder(), "")
-    except UserError as error:
-        progress.warn(f"features are not kept: {str(error).removeprefix('--store: ')}")
-        with _temporary() as root:
-            yield root
-    else:
-        yield root
-
-
-def stores_folder(given: Path | None = None) -> Path:
-    """Where features are kept: the given folder, or ~/.cache/fastgen/evaluations. UserError where there is no home."""
-    if given is not None:
-        return given
-    try:
-        return Path.home() / STORES
-    except RuntimeError as error:
-        raise UserError(f"--store: needed, for there is no home folder ({error})") from error

@@ -14,8 +14,9 @@ import torch
 from fastgen.evaluation import results
 from fastgen.evaluation.dumps import DumpFolder
 from fastgen.evaluation.extractors.base import Resources
+from fastgen.evaluation.places import default_stores
 from fastgen.evaluation.protocol import Protocol, load_protocol
-from fastgen.evaluation.runner import Drawn, Evaluation, Settings, default_stores
+from fastgen.evaluation.runner import Drawn, Evaluation, Settings
 from fastgen.evaluation.subjects.base import Subject
 from fastgen.evaluation.subjects.found import Asked, subject_of
 from fastgen.evaluation.subjects.generated import teacher_subject
