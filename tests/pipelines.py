@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from fastgen import export
@@ -216,3 +217,11 @@ def record_hashes(student: Path) -> None:
     manifest = {key: value for key, value in json.loads((student / "fastgen.json").read_text()).items() if key != SEAL}
     manifest["sha256"] = file_hashes(student, [name for name in manifest["sha256"] if (student / name).is_file()])
     (student / "fastgen.json").write_text(json.dumps(sealed(manifest)))
+
+
+def tiny_protocol(folder: Path, texts: list[str] = PROMPTS) -> str:
+    """A protocol file of a picture of the small pipeline for each text, measured against the teacher's, which needs no weights."""
+    (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    sets = {"open": {"prompts": str(folder / "texts.txt"), "first_seed": 0}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "tiny", "size": [16, 16], "sets": sets, "metrics": {"teacher_error": None}}))
+    return str(folder / "tiny.yaml")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pipelines import PROMPTS, in_a_run, record_hashes, student_info, student_role, verifying_here
+from pipelines import PROMPTS, in_a_run, record_hashes, student_info, student_role, tiny_protocol, verifying_here
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file, save_file
 
@@ -66,18 +66,10 @@ def test_a_damaged_student_is_named_by_every_command(
         for arguments, count in (
             (["sample", str(broken), *prompts, "--output", str(tmp_path / "a.png")], 2),
             (["verify", str(broken)], 4),
-            (["evaluate", str(broken), "--no-teacher", "--protocol", small(tmp_path)], 3),
+            (["evaluate", str(broken), "--no-teacher", "--protocol", tiny_protocol(tmp_path)], 3),
         ):
             assert one_line(arguments, capfd) == f"error: {count} of {count} pictures of student '{broken}' {said}"
     assert not (tmp_path / "a.png").exists() and not (broken / "results.json").exists()
-
-
-def small(folder: Path) -> str:
-    """A protocol of three pictures."""
-    (folder / "texts.txt").write_text("\n".join(PROMPTS))
-    sets = {"open": {"prompts": str(folder / "texts.txt"), "first_seed": 0}}
-    (folder / "small.yaml").write_text(yaml.safe_dump({"name": "small", "size": [16, 16], "sets": sets, "metrics": {"teacher_error": None}}))
-    return str(folder / "small.yaml")
 
 
 def recipe(folder: Path, teacher: Path) -> list[str]:
@@ -135,7 +127,7 @@ def test_a_measurement_of_any_generator_says_how_many_images_are_none(tmp_path: 
         return images
 
     with pytest.raises(NotFinite, match=r"^1 of 3 images that the generator returned are not finite"):
-        runner.run_protocol(load_protocol(small(tmp_path)), generate, model="student", steps=[1], guidance=1.0)
+        runner.run_protocol(load_protocol(tiny_protocol(tmp_path)), generate, model="student", steps=[1], guidance=1.0)
 
 
 def test_features_that_are_not_finite_are_no_statistics() -> None:

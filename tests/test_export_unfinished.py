@@ -10,17 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pipelines import PROMPTS
+from pipelines import PROMPTS, tiny_protocol
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file
 
 from fastgen import checkpoint, cli, report, run
 from fastgen.config import Recipe, validate
-from fastgen.evaluation.results import Row
 from fastgen.generator import load_student, read_manifest
 from fastgen.plan import plan
-from fastgen.run import products
 
 STEPS = 4  # two a phase
 TWO_PHASES = {"name": "phased_dmd", "critic_updates": 1, "phases": [{"start": 1.0, "end": 0.75}, {"start": 0.75, "end": 0.0}]}
@@ -146,9 +144,8 @@ def test_a_run_without_a_step_has_no_student(single: dict[int, Path], tmp_path: 
 def test_results_and_report_say_that_a_student_is_unfinished(single: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = Path(shutil.copytree(single[1], tmp_path / "run"))
     run.export(run_dir, run_dir / "student")
-    monkeypatch.setattr(products, "measure", lambda *_: [Row(name="fd_digits", model="student", steps=4, guidance=1.0, value=1.0, n=2)])
-    monkeypatch.setattr(products.runner, "cached", lambda *_: [])
-    results = run.evaluate(run_dir / "student", output=run_dir / "results.json", teacher=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    results = run.evaluate(run_dir / "student", protocol=tiny_protocol(tmp_path), output=run_dir / "results.json", teacher=False)
     assert results["provenance"]["unfinished"] == {"student": {"step": 1, "of": STEPS}}
     assert json.loads((run_dir / "results.json").read_text())["provenance"] == results["provenance"]
     assert f"`student` had trained 1 of its {STEPS} steps" in report.write_report(run_dir).read_text()

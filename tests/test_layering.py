@@ -43,7 +43,7 @@ LAYERS = [
     {"foresight", "plan", "inputs", "licensing", "memory", "outlook"},
     {"run"},
     {"caching"},
-    {"terminal", "cli", "__main__"},
+    {"terminal", "cli", "cli_evaluate", "__main__"},
 ]
 # A script that trains the bundled teacher with the whole package; nothing imports it.
 SCRIPTS = {"assets.build": len(LAYERS) - 1}

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
-from pipelines import edit_json
+from pipelines import edit_json, tiny_protocol
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 
@@ -217,11 +216,8 @@ def test_lpips_compares_no_vectors(tmp_path: Path, recipe: Callable[..., Recipe]
 
 
 def test_prompts_of_the_protocol_that_the_pipeline_cannot_read(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    sets = {"odd": {"prompts": "texts.txt"}}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"name": "small", "size": [16, 16], "sets": sets, "metrics": {"teacher_error": None}}))
-    given = recipe(evaluate={"protocol": str(tmp_path / "small.yaml"), "data_dir": str(tmp_path)})
-    (tmp_path / "texts.txt").write_text("a red cat\n")
+    given = recipe(evaluate={"protocol": tiny_protocol(tmp_path)})
     plan(given)
-    (tmp_path / "texts.txt").write_text("a red cat\n日本\n")
+    tiny_protocol(tmp_path, ["a red cat", "日本"])
     with pytest.raises(UserError, match=r"^recipe key evaluate\.protocol: "):
         plan(given)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pipelines import PROMPTS, edit_json, verifying_here
+from pipelines import PROMPTS, edit_json, tiny_protocol, verifying_here
 from pipelines import sd3_folder as sd3_folder
 
 from fastgen import cli, evaluate, load_student, load_teacher_of
@@ -53,14 +53,6 @@ def test_paths_of_a_record_keep_their_last_part() -> None:
     }
 
 
-def tiny(folder: Path) -> str:
-    """A protocol of two pictures of the small pipeline."""
-    (folder / "texts.txt").write_text("a red cat\ntwo boats at sea\n")
-    sets = {"open": {"prompts": str(folder / "texts.txt"), "first_seed": 0}}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "tiny", "size": [16, 16], "sets": sets, "metrics": {"teacher_error": None}}))
-    return str(folder / "tiny.yaml")
-
-
 @pytest.fixture(autouse=True)
 def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where features are kept
@@ -90,7 +82,7 @@ def made(request: pytest.FixtureRequest, sd3_folder: Path, tmp_path_factory: pyt
         "data": {"prompts": str(root / "prompts.txt")},
         "optimizer": {"student": {"lr": 0.01}, "fake_score": {"lr": 0.01}},
         "train": {"steps": 2, "batch_size": 2, "ema": 0.0, "checkpoint_every": 0, "sample_every": 2},
-        "evaluate": {"protocol": tiny(root)},
+        "evaluate": {"protocol": tiny_protocol(root)},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with verifying_here(), pytest.MonkeyPatch.context() as patch:
@@ -98,7 +90,7 @@ def made(request: pytest.FixtureRequest, sd3_folder: Path, tmp_path_factory: pyt
         assert cli.main(["train", str(root / "recipe.yaml"), "--output", str(root / "run")]) == 0
         if tune != "full":
             assert cli.main(["export", str(root / "run"), "--output", str(root / "run/adapters"), "--lora"]) == 0
-            assert cli.main(["evaluate", str(root / "run/adapters"), "--protocol", tiny(root)]) == 0
+            assert cli.main(["evaluate", str(root / "run/adapters"), "--protocol", tiny_protocol(root)]) == 0
     return root
 
 
@@ -135,7 +127,7 @@ def test_a_teacher_is_found_through_the_run_or_where_it_is_said_to_be(
     made.rename(away := made.with_name("away"))
     try:
         student, teacher = tmp_path / "other" / folder, str(away / "teacher")
-        needing = [["evaluate", str(student), "--protocol", tiny(tmp_path)]]
+        needing = [["evaluate", str(student), "--protocol", tiny_protocol(tmp_path)]]
         needing += [["sample", str(student), "--prompt", "a red cat", "--output", picture, "--first-step-from-teacher", "2"]]
         needing += [["verify", str(student)], ["sample", str(student), "--prompt", "a red cat", "--output", picture]] * (folder == "adapters")
         with verifying_here():
@@ -147,7 +139,7 @@ def test_a_teacher_is_found_through_the_run_or_where_it_is_said_to_be(
             assert verify(student, teacher_dir=teacher).passed
         assert (load_student(student, teacher_dir=teacher)(PROMPTS[:1], [0]) - before).abs().max() <= 1e-5
         assert load_teacher_of(student, teacher_dir=teacher).steps == 28
-        results = evaluate(student, protocol=tiny(tmp_path), teacher_dir=teacher)
+        results = evaluate(student, protocol=tiny_protocol(tmp_path), teacher_dir=teacher)
         assert [row["model"] for row in results["metrics"] if row["name"] == "seconds_per_1000_images"] == ["student", "teacher"]
         # The run's own recipe, as somebody mends it who moves the teacher for good, is enough.
         recipe = yaml.safe_load((tmp_path / "other/recipe.yaml").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from fastgen.data.pair_folder import open_folder
 from fastgen.errors import UserError
 from fastgen.evaluation.subjects.generated import GeneratorSubject, bundled_subject
 from fastgen.export import export_lora, export_student, verify
+from fastgen.families import source_hash
 from fastgen.families.sd3 import SD3
 from fastgen.generator import load_student, load_teacher, load_teacher_of, read_manifest
 from fastgen.outlook import dry_run
 from fastgen.plan import _origin, plan
-from fastgen.run import products
 from fastgen.timesteps import down_to
 
 TOKENS, SHIFT = 16, 2.0
@@ -150,7 +149,9 @@ def test_a_student_without_a_stated_shift_follows_its_teachers_scheduler(sd3_fol
 def test_features_of_a_teacher_are_told_apart_by_its_grid() -> None:
     """The same weights in the same number of steps."""
     subjects = [bundled_subject("fastgen:digits", steps=4)] + [
-        GeneratorSubject(load_teacher("fastgen:digits", shift=shift), "teacher", content=source_hash("fastgen:digits"), source="fastgen:digits", steps=4)
+        GeneratorSubject(
+            load_teacher("fastgen:digits", shift=shift), "teacher", content=source_hash("fastgen:digits"), source="fastgen:digits", steps=4
+        )
         for shift in (None, 2.0, 3.0)
     ]
     bundled, plain, *shifted = [subject.identity for subject in subjects]

@@ -1,7 +1,7 @@
 """Two results files beside each other: refused where they do not measure the same, with an interval of what differs.
 
 Where both files' features are still in their stores, both models are measured again on the same resampled ids (`resampling`). Where they are not,
-the interval comes from what the two rows say of themselves, as of independent pictures, and is wider.
+the interval comes from what the two rows say of themselves, as of independent pictures.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import UserError
-from fastgen.evaluation.extraction import stored_name
+from fastgen.evaluation.extraction import Extractors, stored_name
 from fastgen.evaluation.extractors.base import Feature, Resources
 from fastgen.evaluation.headings import COSTS, ordered
 from fastgen.evaluation.intervals import NORMAL
 from fastgen.evaluation.likeness import joined, other_circumstances, other_counts, unlike
 from fastgen.evaluation.metrics.base import Measured, Metric, Reference
 from fastgen.evaluation.protocol import Protocol, load_protocol
+from fastgen.evaluation.references import load_reference
 from fastgen.evaluation.resampling import Difference, differences
 from fastgen.evaluation.results import Row, model_key, read_results
-from fastgen.evaluation.runner import Evaluation, Settings
+from fastgen.evaluation.runner import Settings
 from fastgen.evaluation.store import Store
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
@@ -75,7 +76,12 @@ class Sources:
     def reference(self) -> Reference | None:
         """The protocol's, opened when something asks for it."""
         assert self.protocol is not None
-        return Evaluation(self.protocol, self.resources, self.settings, dry=True).reference
+        spec = self.protocol.spec
+        options: dict[str, Any] = {"where": self.protocol.where, "allow_pickle": self.settings.allow_pickle}
+        if spec.reference is None:
+            return None
+        options |= {"data_dir": self.resources.data_dir, "prepare": spec.prepare, "chunk": spec.chunk}
+        return load_reference(spec.reference, Extractors(self.resources), self.settings.root, **options)
 
 
 def compare_files(
@@ -84,14 +90,17 @@ def compare_files(
     *,
     settings: Settings,
     resources: Resources,
-    protocol: Callable[[], Protocol] | None = None,
+    protocol: Protocol | None = None,
     output: Path | None = None,
     resamples: int = 100,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`compare`, written to `output` as JSON. protocol: loads the files' protocol, by default the one of the name that they say."""
+    """`compare`, written to `output` as JSON. protocol: the files', by default the one of the name that they say, where there is one."""
     named = read_results(first)["protocol"]
-    sources = Sources.of(protocol or (lambda: load_protocol(named, data_dir=resources.data_dir, key="--protocol")), settings, resources)
+    if protocol is not None:
+        sources = Sources(protocol, settings, resources)
+    else:
+        sources = Sources.of(lambda: load_protocol(named, data_dir=resources.data_dir, key="--protocol"), settings, resources)
     comparison = compare(first, second, sources, resamples=resamples, progress=progress)
     if output is not None:
         write_atomically(output, json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -159,7 +168,7 @@ def _compared(a: Side, b: Side, sources: Sources, resamples: int, progress: Prog
     for name in names:
         one, other = a.rows[name], b.rows[name]
         found = paired.get(name) or unpaired(one, other)
-        line: dict[str, Any] = {"name": name, "a": one["value"], "b": other["value"], "difference": found.value, "n": one["n"]}
+        line: dict[str, Any] = {"name": name, "a": one["value"], "b": other["value"], "difference": found.value, "n": one.get("n", 1)}
         if found.interval is not None:
             line |= {"interval": list(found.interval), "interval_over": found.over}
         lines.append(line)

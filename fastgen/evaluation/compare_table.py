@@ -13,7 +13,7 @@ _METHODS = {
     "bootstrap": "the same pictures' ids drawn again for both, {resamples} times",
     "jackknife": "* the same pictures left out of both, a tenth at a time",
     "subsets": "‡ the same random subsets of both",
-    "unpaired": "† from what each file says of itself, as of independent pictures: wider than a paired one",
+    "unpaired": "† from what each file says of itself, as of independent pictures",
 }
 
 

@@ -104,15 +104,15 @@ def stored_name(each: Feature, sha256: str) -> str:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. check: refuses the shape (3, H, W) of drawn
-    pictures. dumps: where every 8-bit picture goes before it is prepared."""
+    """How the pictures of a set become 8-bit pictures. batch_size: drawn at once, within a chunk. dumps: where every 8-bit picture goes before
+    it is prepared. check: refuses the shape (3, H, W) of drawn pictures."""
 
     draw: Draw
     batch_size: int
     quantisation: str = "edm"
     prepare: PrepareBlock = AS_IS
-    check: Callable[[tuple[int, ...]], None] | None = None
     dumps: Sequence[Dump] = ()
+    check: Callable[[tuple[int, ...]], None] | None = None
 
 
 def lacking(store: Store, names: Sequence[str], dumps: Sequence[Dump] = (), part: Part = WHOLE) -> list[int]:

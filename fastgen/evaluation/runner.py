@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastgen.errors import NotFinite, UserError
+from fastgen.errors import UserError, shown
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
 from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Part, by_set, drawn, fill, lacking, shared
 from fastgen.evaluation.extractors.base import Feature, Pictures, Resources
@@ -25,6 +25,7 @@ from fastgen.evaluation.results import Missing, Row, cached
 from fastgen.evaluation.store import Store, total
 from fastgen.evaluation.subjects import Subject
 from fastgen.evaluation.weights import Unavailable
+from fastgen.files import check_writable
 from fastgen.fingerprints import digest
 from fastgen.progress import Progress
 
@@ -121,7 +122,7 @@ class Evaluation:
         return metrics, needed
 
     def _gather(self) -> None:
-        """The reference's features; where its pictures cannot be read, what needs them is missing."""
+        """The reference's features; where its pictures or an extractor's weights cannot be read, what needs them is missing."""
         features = shared(need.reference for need in self.needs.values())
         if self.reference is None or not features:
             return
@@ -131,6 +132,12 @@ class Evaluation:
             self.reference.gather(features, part=self.settings.part, progress=self.progress)
         except Unavailable as error:
             self._give_up([name for name, need in self.needs.items() if need.reference], error)
+        except UserError:  # of one extractor, and it does not say of which
+            for name, need in [each for each in self.needs.items() if each[1].reference]:
+                try:
+                    self.reference.gather(need.reference, part=self.settings.part, progress=self.progress)
+                except UserError as error:
+                    self._give_up([name], error)
 
     def _give_up(self, names: Iterable[str], error: UserError) -> None:
         for name in names:
@@ -198,7 +205,7 @@ class Evaluation:
     def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]]) -> None:
         spec, done = self.protocol.spec, 0
         batch_size = self.settings.batch_size or spec.batch_size
-        drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, self._size_check())
+        drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, check=self._size_check())
         self._warm_up(subject, drawing)
         todo = {name: lacking(store, self._names(name), dumps[name], self.settings.part) for name, store in stores.items()}
         total = sum(len(stores[where].ids(chunk)) for where, chunks in todo.items() for chunk in chunks)
@@ -228,8 +235,6 @@ class Evaluation:
                 for where, features in need.generated.items():
                     times, prompts = self.sets[where].per_prompt, self.sets[where].prompts
                     self.extractors(Pictures(shown.repeat(times, 1, 1, 1), prompts[:times], times, [pixels[0]] * times), features)
-            except NotFinite:
-                raise
             except UserError as error:
                 self._give_up([name], error)
         self._require_some()
@@ -395,9 +400,22 @@ def _temporary() -> Iterator[Path]:
 def part_of(text: str) -> Part:
     """The part that `i/n` names, from 1/1. UserError for anything else."""
     index, _, of = text.partition("/")
-    if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of) <= 10**6):
-        raise UserError(f"--part: {text!r} is not i/n, such as 1/4 to 4/4")
+    if not (index.isdecimal() and of.isdecimal() and max(len(index), len(of)) <= 7 and 1 <= int(index) <= int(of) <= 10**6):
+        raise UserError(f"--part: {shown(text, 40)} is not i/n, such as 1/4 to 4/4")
     return Part(int(index) - 1, int(of))
+
+
+@contextlib.contextmanager
+def default_stores(progress: Progress) -> Iterator[Path]:
+    """Where features are kept unless somebody says where; for this evaluation only where that is no place to write to."""
+    try:
+        check_writable(root := stores_folder(), "")
+    except UserError as error:
+        progress.warn(f"features are not kept: {str(error).removeprefix('--store: ')}")
+        with _temporary() as root:
+            yield root
+    else:
+        yield root
 
 
 def stores_folder(given: Path | None = None) -> Path:

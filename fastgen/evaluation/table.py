@@ -125,7 +125,7 @@ def _block(groups: Groups, keys: Sequence[Key]) -> list[str]:
 
 def _counts(name: str, rows: Sequence[Row | None]) -> str:
     """The number of images, several where models differ; costs have none that matters."""
-    counts = dict.fromkeys(f"{row['n']:,}" for row in rows if row is not None)
+    counts = dict.fromkeys(f"{row.get('n', 1):,}" for row in rows if row is not None)
     return "" if name in COSTS else " / ".join(counts)
 
 

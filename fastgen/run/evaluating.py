@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fastgen.evaluation import results
 from fastgen.evaluation.dumps import DumpFolder
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.protocol import Protocol, load_protocol
-from fastgen.evaluation.runner import Drawn, Evaluation, Settings, stores_folder
+from fastgen.evaluation.runner import Drawn, Evaluation, Settings, default_stores
 from fastgen.evaluation.subjects.base import Subject
 from fastgen.evaluation.subjects.found import Asked, subject_of
 from fastgen.evaluation.subjects.generated import teacher_subject
@@ -58,32 +59,32 @@ def evaluate(
     """
     progress, place = progress or Progress(), choose_device(device, "--device")
     resources = replace(resources or Resources(), device=place)
-    settings = settings or Settings(stores_folder())
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol, data_dir=resources.data_dir, key="--protocol")
     asked = asked or Asked()
     beside = _teacher(str(model), asked, teacher_dir, place) if teacher else None  # refuses before anything is measured
     target = results_file(str(model)) if output is None else Path(output)
-    evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress)
-    progress.stage(f"measuring {model} with protocol {protocol.name}")
-    for each in _subjects(lambda: subject_of(str(model), asked, device=place, teacher_dir=teacher_dir), steps):
-        evaluation.draw(each)
-    if beside is not None:
-        for each in _subjects(beside, teacher_steps):
-            evaluation.draw(each)
-    if evaluation.left:
-        raise PartDone(evaluation.left)
-    rows = [*evaluation.rows(), *evaluation.floors()]
-    origin = results.provenance(
-        protocol,
-        device=place,
-        model_hash=evaluation.drawn[0].content,
-        extractors=evaluation.extractor_hashes,
-        reference=None if evaluation.reference is None else evaluation.reference.record,
-        models=_records(evaluation.drawn),
-    )
-    if "unfinished" in (record := evaluation.drawn[0].record):
-        origin["unfinished"] = record["unfinished"]
-    return results.write_results(target, protocol.name, rows, origin, missing=evaluation.missing, stop_after=settings.stop_after)
+    models = _subjects(subject_of(str(model), asked, device=place, teacher_dir=teacher_dir), steps)  # and this before a reference is read
+    with contextlib.ExitStack() as stack:
+        settings = settings or Settings(stack.enter_context(default_stores(progress)))
+        evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress)
+        progress.stage(f"measuring {model} with protocol {protocol.name}")
+        _draw(evaluation, models)
+        if beside is not None:
+            _draw(evaluation, _subjects(beside(), teacher_steps))
+        if evaluation.left:
+            raise PartDone(evaluation.left)
+        rows = [*evaluation.rows(), *evaluation.floors()]
+        origin = results.provenance(
+            protocol,
+            device=place,
+            model_hash=evaluation.drawn[0].content,
+            extractors=evaluation.extractor_hashes,
+            reference=None if evaluation.reference is None else evaluation.reference.record,
+            models=_records(evaluation.drawn),
+        )
+        if "unfinished" in (record := evaluation.drawn[0].record):
+            origin["unfinished"] = record["unfinished"]
+        return results.write_results(target, protocol.name, rows, origin, missing=evaluation.missing, stop_after=settings.stop_after)
 
 
 def is_student(model: str) -> bool:
@@ -103,13 +104,15 @@ def results_file(model: str) -> Path:
     return expanded(model) / "results.json" if is_student(model) else Path(f"{source_name(model)}.results.json".replace("/", "_"))
 
 
-def _subjects(load: Callable[[], Subject], steps: Sequence[int] | None) -> Iterator[Subject]:
-    """A model at each number of steps; at the end it leaves memory."""
-    first = load()
-    subjects = [first] if steps is None else [first.at(count) for count in steps]  # refuses before anything is drawn
-    del first
+def _subjects(model: Subject, steps: Sequence[int] | None) -> list[Subject]:
+    """A model at each number of steps. UserError for one that it cannot take."""
+    return [model] if steps is None else [model.at(count) for count in steps]
+
+
+def _draw(evaluation: Evaluation, subjects: list[Subject]) -> None:
+    """Draw each, after which it leaves memory: the next model may be large too."""
     while subjects:
-        yield subjects.pop(0)
+        evaluation.draw(subjects.pop(0))
     gc.collect()
 
 

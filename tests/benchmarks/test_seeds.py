@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastgen.config import Recipe
-from fastgen.evaluation import runner
+from fastgen.evaluation import results
 from fastgen.evaluation.table import markdown_table
 
 ROOT = Path(__file__).parents[2]
@@ -74,13 +74,13 @@ def test_a_finished_run_gives_its_rows_again(tmp_path: Path, monkeypatch: pytest
     student: Any = {"name": "fd_digits", "model": "student", "steps": 1, "guidance": 1.0, "value": 4.25, "n": 1797}
     others: list[Any] = [student, {**student, "model": "teacher"}]
     origin = {"threads": torch.get_num_threads(), "model_hash": "student 3"}
-    runner.write_results(folder / "results.json", "digits", others, origin)
+    results.write_results(folder / "results.json", "digits", others, origin)
     monkeypatch.setattr(quality.run, "train", lambda recipe, folder, **options: trained.append((recipe.train.seed, folder.name)))
     rows = quality.train_and_measure(RECIPE, 3, tmp_path, None)
     shared = {"model": RECIPE, "steps": 1, "guidance": 1.0, "seed": 3, "provenance": origin}
     assert rows == [{"name": "fd_digits", "value": 4.25, "n": 1797, **shared}, {"name": "training_seconds", "value": 11.5, "n": 1, **shared}]
     assert trained == []
-    runner.write_results(folder / "results.json", "digits", [student], {"threads": torch.get_num_threads() + 1})
+    results.write_results(folder / "results.json", "digits", [student], {"threads": torch.get_num_threads() + 1})
     quality.train_and_measure(RECIPE, 3, tmp_path, None)
     assert trained == [(3, folder.name)]
 

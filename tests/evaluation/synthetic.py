@@ -188,7 +188,7 @@ class Kept:
     def __init__(self) -> None:
         self.pictures: dict[int, Tensor] = {}
 
-    def of(self, samples: SampleSet, subject: Subject, model: str) -> Any:
+    def of(self, samples: SampleSet, name: str, steps: int | None, model: str) -> Any:
         def write(rows: range, pixels: Tensor) -> None:
             self.pictures.update(zip([samples.first + row for row in rows], pixels, strict=True))
 

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+from fastgen import cli
 from fastgen.errors import UserError
 from fastgen.evaluation import protocol as protocols
 from fastgen.evaluation.compare import Sources, compare, unpaired
@@ -58,7 +60,22 @@ class NeedsReference(Metric):
         return [Value("distance", float(measured.tables["main", FEATURE].read().mean() - measured.real().statistics(FEATURE).mean), COUNT)]
 
 
-KINDS = {"brightness": Brightness, "distance": NeedsReference}
+class ToTeacher(Metric):
+    shows: ClassVar = {"gap": Heading("gap", "↓", 3)}
+
+    def needs(self) -> Needs:
+        return Needs({"main": (FEATURE,)}, teacher=True)
+
+    def measure(self, measured: Measured) -> list[Value]:
+        return [Value("gap", float(self.scores(measured)["gap"].mean()), COUNT)]
+
+    def scores(self, measured: Measured) -> dict[str, Tensor]:
+        assert measured.teacher is not None
+        mine, theirs = (each.tables["main", FEATURE].read().double().flatten() for each in (measured, measured.teacher))
+        return {"gap": (mine - theirs).abs()}
+
+
+KINDS = {"brightness": Brightness, "distance": NeedsReference, "gap": ToTeacher}
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +85,13 @@ def _(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def protocol(**changed: Any) -> Protocol:
     sets = {"main": {"prompts": None, "count": COUNT, **changed.pop("set", {})}}
-    return protocol_from({"name": "mine", "sets": sets, "metrics": {"brightness": None, "distance": None}, "chunk": 16, **changed})
+    return protocol_from(content(sets=sets, **changed))
+
+
+def content(**changed: Any) -> dict[str, Any]:
+    """Of a protocol file."""
+    sets = {"main": {"prompts": None, "count": COUNT}}
+    return {"name": "mine", "sets": sets, "metrics": {"brightness": None, "distance": None}, "chunk": 16, **changed}
 
 
 def scores(shift: float, seed: int) -> Tensor:
@@ -77,13 +100,18 @@ def scores(shift: float, seed: int) -> Tensor:
     return shift + math.sqrt(0.9) * shared + math.sqrt(0.1) * own
 
 
-def written(folder: Path, rows: Tensor, of: Protocol | None = None, *, distance: float = 3.0, steps: int = 4, **changed: Any) -> Path:
-    """A results file of pictures with these features, and the store of them."""
-    of = of or protocol()
-    store = Store(folder.parent / f"store-{folder.name}", len(rows), of.sets["main"].chunk)
+def stored(folder: Path, rows: Tensor, of: Protocol) -> Store:
+    store = Store(folder, len(rows), of.sets["main"].chunk)
     for chunk in store.chunks:
         ids = store.ids(chunk)
         store.write(chunk, {stored_name(FEATURE, HASH): rows[ids.start : ids.stop]}, {})
+    return store
+
+
+def written(folder: Path, rows: Tensor, of: Protocol | None = None, *, distance: float = 3.0, steps: int = 4, **changed: Any) -> Path:
+    """A results file of pictures with these features, and the store of them."""
+    of = of or protocol()
+    store = stored(folder.parent / f"store-{folder.name}", rows, of)
     mean = mean_interval(rows.flatten())
     assert mean.std is not None and mean.interval is not None
     about = {"model": "student", "steps": steps, "n": len(rows)}
@@ -163,9 +191,9 @@ def test_without_sound_stores_the_rows_own_intervals_serve(pair: tuple[Path, Pat
         array.write_bytes(array.read_bytes()[:-4])
         said = "lacks 4 of 4 chunks"
     elif damage == "flipped":
-        content = bytearray(array.read_bytes())
-        content[-1] ^= 1
-        array.write_bytes(content)
+        damaged = bytearray(array.read_bytes())
+        damaged[-1] ^= 1
+        array.write_bytes(damaged)
         said = "lacks 1 of 4 chunks"
     elif damage == "protocol":
 
@@ -174,14 +202,14 @@ def test_without_sound_stores_the_rows_own_intervals_serve(pair: tuple[Path, Pat
 
         sources, said = Sources.of(unreadable, Settings(store.parent), Resources()), "nothing is paired: no file 'mine.yaml'"
     elif damage == "unsaid":
-        content = json.loads(pair[1].read_text())
-        content["provenance"]["models"] = {}
-        pair[1].write_text(json.dumps(content))
+        record = json.loads(pair[1].read_text())
+        record["provenance"]["models"] = {}
+        pair[1].write_text(json.dumps(record))
         said = f"'{pair[1]}' does not say where the features of its pictures are"
     else:
-        content = json.loads(pair[1].read_text())
-        content["provenance"]["models"]["student"]["stores"]["main"] = "store-a"
-        pair[1].write_text(json.dumps(content))
+        record = json.loads(pair[1].read_text())
+        record["provenance"]["models"]["student"]["stores"]["main"] = "store-a"
+        pair[1].write_text(json.dumps(record))
         said = "gives brightness other values than the files"
     comparison = compare(*pair, sources)
     line = lines(comparison)["brightness"]
@@ -245,6 +273,71 @@ def test_two_quick_looks_of_the_same_pictures_are_paired(tmp_path: Path) -> None
     assert lines(compared(paths[0], paths[1]))["brightness"]["interval_over"] == "bootstrap"
 
 
+def test_each_step_count_has_a_store_of_its_own(tmp_path: Path) -> None:
+    """Shifted by 0.1 at 1 step, and by 0.5 at 4."""
+    paths: list[Path] = []
+    for name, shifts in (("a", (0.0, 0.0)), ("b", (0.1, 0.5))):
+        files = [written(tmp_path / f"{name}{steps}", scores(shift, 1), steps=steps) for steps, shift in zip((1, 4), shifts, strict=True)]
+        one, four = (json.loads(path.read_text()) for path in files)
+        one["metrics"] += four["metrics"]
+        one["provenance"]["models"] = {f"student, {steps} steps": {"stores": {"main": f"store-{name}{steps}"}} for steps in (1, 4)}
+        files[0].write_text(json.dumps(one))
+        paths.append(files[0])
+    for pair, shift in zip(compared(*paths)["pairs"], (0.1, 0.5), strict=True):
+        line = next(line for line in pair["differences"] if line["name"] == "brightness")
+        assert line["interval_over"] == "bootstrap" and line["difference"] == pytest.approx(shift, abs=1e-6)
+        assert line["interval"] == pytest.approx([shift, shift], abs=1e-6)  # the same scores but for the shift
+
+
+def test_a_metric_of_the_teacher_reads_each_files_teacher(tmp_path: Path) -> None:
+    of, paths = protocol(metrics={"gap": None}), []
+    teacher = stored(tmp_path / "store-t", scores(0.0, 3), of).folder.name
+    for name, seed in (("a", 1), ("b", 2)):
+        path = written(tmp_path / name, scores(1.0, seed), of)
+        record = json.loads(path.read_text())
+        value = float((scores(1.0, seed) - scores(0.0, 3)).double().abs().mean())
+        record["metrics"] = [{"name": "gap", "model": "student", "steps": 4, "n": COUNT, "value": value}]
+        paths.append(path)
+        path.write_text(json.dumps(record))
+        assert compared(path, path, of=of)["pairs"][0]["notes"] == [f"gap: not paired: '{path}' records no teacher"]
+        record["provenance"]["models"]["teacher, 25 steps"] = {"stores": {"main": teacher}}
+        path.write_text(json.dumps(record))
+    line = lines(compared(*paths, of=of, resamples=300))["gap"]
+    first, second = ((scores(1.0, seed) - scores(0.0, 3)).double().abs().flatten() for seed in (1, 2))
+    assert half(line) == pytest.approx(1.96 * float((second - first).std()) / 8, rel=0.12)
+
+
+def test_the_command_prints_the_table_and_writes_json(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root = pair[0].parent.parent
+    (root / "mine.yaml").write_text(yaml.safe_dump(content()))
+    words = ["evaluate", "--compare", *map(str, pair), "--store", str(root), "--resamples", "20"]
+    assert cli.main([*words, "--protocol", str(root / "mine.yaml"), "--output", str(root / "c.json")]) == 0
+    out = capsys.readouterr().out
+    comparison = compared(*pair, resamples=20)
+    assert json.loads((root / "c.json").read_text()) == comparison
+    assert out == f"{comparison_table(comparison)}\ncomparison: {root / 'c.json'}\n"
+    assert cli.main(words) == 0
+    assert "nothing is paired: unknown protocol 'mine' (--protocol)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--compare", "A", "missing.json"], "cannot read 'missing.json'"),
+        (["--compare", "A", "B", "--protocol", "unheard"], "unknown protocol 'unheard' (--protocol)"),
+        (["student", "--compare", "A", "B"], "--compare takes two results files and no model, got 'student' as well"),
+        (["--compare", "A"], "requires 2 arguments"),
+        (["--compare", "A", "B", "--resamples", "1"], "resamples"),
+        ([], "MODEL: missing: name what to measure, or two results files with --compare"),
+    ],
+)
+def test_mistakes_are_one_line(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    files = {"A": str(pair[0]), "B": str(pair[1])}
+    assert cli.main(["evaluate", *(files.get(word, word) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
 class Heard(Progress):
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -286,10 +379,10 @@ def test_step_counts_are_matched(tmp_path: Path) -> None:
 def test_teachers_and_real_pictures_are_beside_the_point(tmp_path: Path) -> None:
     a, b = written(tmp_path / "a", scores(0, 1)), written(tmp_path / "b", scores(0, 2))
     for path, value in ((a, 1.0), (b, 2.0)):
-        content = json.loads(path.read_text())
-        content["metrics"] += [{"name": "contrast", "model": "teacher", "steps": 50, "value": value, "n": COUNT}]
-        content["metrics"] += [{"name": "contrast", "model": "real", "value": value, "n": COUNT, "floor": "half"}]
-        path.write_text(json.dumps(content))
+        record = json.loads(path.read_text())
+        record["metrics"] += [{"name": "contrast", "model": "teacher", "steps": 50, "value": value, "n": COUNT}]
+        record["metrics"] += [{"name": "contrast", "model": "real", "value": value, "n": COUNT, "floor": "half"}]
+        path.write_text(json.dumps(record))
     comparison = compared(a, b)
     assert len(comparison["pairs"]) == 1 and comparison["pairs"][0]["a"]["model"] == "student"
 
@@ -303,6 +396,9 @@ def test_old_files_are_compared_by_what_they_record(tmp_path: Path) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, value in zip(paths, (7.0, 6.5), strict=True):
         path.write_text(json.dumps({"protocol": "digits", "metrics": [{**rows[0], "value": value}, rows[1]], "provenance": origin}))
+    without_count = json.loads(paths[1].read_text())
+    del without_count["metrics"][1]["n"]
+    paths[1].write_text(json.dumps(without_count))
     comparison = compare(paths[0], paths[1], Sources(None, Settings(tmp_path), reason="not asked for"))
     assert lines(comparison)["fd_digits"] == {"name": "fd_digits", "a": 7.0, "b": 6.5, "difference": -0.5, "n": 1797}
     assert comparison_table(comparison).splitlines() == [
@@ -325,26 +421,26 @@ def test_damaged_files_are_named(pair: tuple[Path, Path], content: str) -> None:
 
 @pytest.mark.parametrize("damaged", [[], "text", {"student": 3}, {"student": {"stores": {"main": ["x"]}}}])
 def test_a_damaged_record_of_stores_is_no_store(pair: tuple[Path, Path], damaged: Any) -> None:
-    content = json.loads(pair[0].read_text())
-    content["provenance"]["models"] = damaged
-    pair[0].write_text(json.dumps(content))
+    record = json.loads(pair[0].read_text())
+    record["provenance"]["models"] = damaged
+    pair[0].write_text(json.dumps(record))
     comparison = compared(*pair)
     assert lines(comparison)["brightness"]["interval_over"] == "unpaired"
     assert "does not say where" in comparison["pairs"][0]["notes"][0]
 
 
 def test_files_with_nothing_in_common_are_refused(pair: tuple[Path, Path]) -> None:
-    content = json.loads(pair[0].read_text())
-    pair[0].write_text(json.dumps(content | {"metrics": []}))
+    record = json.loads(pair[0].read_text())
+    pair[0].write_text(json.dumps(record | {"metrics": []}))
     with pytest.raises(UserError, match="no model of the one file goes with one of the other"):
         compared(*pair)
 
 
 def test_the_table_says_what_each_interval_rests_on(pair: tuple[Path, Path]) -> None:
-    content = json.loads(pair[1].read_text())
-    content["metrics"] = [row for row in content["metrics"] if row["name"] != "contrast"]
-    content["missing"] = [{"name": "contrast", "model": "student", "reason": "needs more"}]
-    pair[1].write_text(json.dumps(content))
+    record = json.loads(pair[1].read_text())
+    record["metrics"] = [row for row in record["metrics"] if row["name"] != "contrast"]
+    record["missing"] = [{"name": "contrast", "model": "student", "reason": "needs more"}]
+    pair[1].write_text(json.dumps(record))
     text = comparison_table(compared(*pair)).splitlines()
     assert text[:2] == [f"a  {pair[0]}: student, 4 steps", f"b  {pair[1]}: student, 4 steps"]
     assert text[2].split() == ["metric", "a", "b", "b", "-", "a", "95", "%", "of", "b", "-", "a", "images"]

@@ -167,7 +167,7 @@ def test_an_evaluation_in_parts_keeps_what_it_measures(tmp_path: Path) -> None:
     prepare = PrepareBlock(crop="centre", resize=4)
     for part in (Part(1, 2), Part(0, 2)):
         dump, store = PngFolder(tmp_path / "pictures", SET, "m"), Store(tmp_path / "store", len(SET), SET.chunk)
-        drawing = Drawing(lambda prompts, seeds, ids: floats[[number - SET.first for number in ids]], 1, "truncate", prepare, [dump])
+        drawing = Drawing(lambda prompts, seeds, ids: floats[[number - SET.first for number in ids]], 1, "truncate", prepare, dumps=[dump])
         fill(store, SET, lacking(store, [extractors.name(of)], [dump], part), drawing, extractors, [of])
         assert not lacking(store, [extractors.name(of)], [dump], part)
     kept = torch.stack(PictureFolder(tmp_path / "pictures", "--images").read(range(5)))

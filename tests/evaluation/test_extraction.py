@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import COSTS, Colours, Kept, Painter, evaluation, install, levels, numbers, paint, small
+from PIL import Image
+from synthetic import COSTS, METRICS, Colours, Kept, Painter, evaluation, install, levels, numbers, paint, small
 from torch import Tensor
 
 from fastgen.errors import NotFinite, UserError
@@ -42,7 +44,8 @@ def test_every_picture_is_drawn_once_in_chunks_aligned_to_ids(tmp_path: Path):
     sizes = [[3, 3, 2, 3, 3, 2, 3, 1], [3, 3, 2, 3]]
     assert [len(call) for call in painter.calls] == [3, *sizes[0], *sizes[1]]
     assert painter.calls[0] == [0, 1, 2] and painter.ids == list(range(31))
-    assert Colours.calls == [(8, ("mean",)), (8, ("mean",)), (4, ("mean",)), (8, ("levels",)), (3, ("levels",))]
+    tried = [(1, ("mean",)), (1, ("levels",))]  # of each metric on the first picture, before anything is kept
+    assert Colours.calls == [*tried, (8, ("mean",)), (8, ("mean",)), (4, ("mean",)), (8, ("levels",)), (3, ("levels",))]
 
 
 def test_rows_are_those_of_the_8_bit_pictures(tmp_path: Path):
@@ -74,7 +77,7 @@ def test_a_set_that_nothing_is_measured_on_is_not_drawn(tmp_path: Path):
 def test_layers_of_one_extractor_are_asked_for_together_and_other_options_apart(tmp_path: Path):
     measured = evaluation(small({"level": None, "darkest": None, "level_again": {"scale": 2.0}}), tmp_path)
     measured.draw(Painter())
-    assert Colours.calls == [call for size in (8, 8, 4) for call in ((size, ("mean", "levels")), (size, ("mean",)))]
+    assert Colours.calls[3:] == [call for size in (8, 8, 4) for call in ((size, ("mean", "levels")), (size, ("mean",)))]
     level, _, twice = numbers(measured.rows())
     assert twice["value"] == pytest.approx(2 * level["value"])
 
@@ -94,7 +97,7 @@ def test_pictures_of_one_prompt_are_extracted_together(tmp_path: Path, monkeypat
     evaluation(small(sets=sets), tmp_path / "whole").draw(painter)
     assert painter.ids == list(range(12))
     evaluation(small(sets=sets), tmp_path / "quick", stop_after=8).draw(painter)
-    assert seen == [("000111222", 3), ("333", 3), ("000111", 3)]
+    assert seen == [("000", 3), ("000111222", 3), ("333", 3), ("000", 3), ("000111", 3)]
 
 
 @pytest.mark.parametrize(("asked", "drawn"), [(1, (1, 1)), (10, (10, 10)), (12, (12, 11)), (500, (20, 11))])
@@ -146,22 +149,60 @@ def test_a_picture_that_is_none_stops_and_what_was_drawn_stays(tmp_path: Path):
     assert painter.ids == list(range(8, 20))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_stop_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float):
+def failing(calls: Collection[int], value: float | None) -> type[Colours]:
+    """An extractor of which some calls give features that are not finite or, where value is None, cannot read their weights; of scale 1
+    alone."""
+
     class Damaged(Colours):
         def __call__(self, pictures: Pictures, layers: Collection[str]) -> dict[str, Tensor]:
             made = super().__call__(pictures, layers)
-            if len(self.calls) == 2:
-                made["mean"][[1, 4], 2] = value
+            if self.config.scale == 1 and len(self.calls) in calls:
+                if value is None:
+                    raise UserError("cannot read 'colours.safetensors': it is damaged")
+                made["mean"][[0, -1], 2] = value
             return made
 
-    install(monkeypatch, Damaged)
+    return Damaged
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_stop_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float):
+    install(monkeypatch, failing([3], value))  # of the second chunk
     with pytest.raises(NotFinite, match=r"^features colours-\w{12}-mean of 2 of 8 pictures are not finite") as caught:
         evaluation(small(), tmp_path).draw(Painter())
     assert "\n" not in str(caught.value)
     painter = Painter()
     assert evaluation(small(), tmp_path).draw(painter)
     assert painter.ids == list(range(8, 20))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(float("nan"), "features colours-.*-mean of 1 of 1 pictures are not finite: .*"), (None, r"cannot read 'colours\.safetensors': it is damaged")],
+)
+def test_damaged_weights_cost_their_own_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float | None, reason: str):
+    install(monkeypatch, failing(range(100), value))
+    measured = evaluation(small({"level": None, "level_again": {"scale": 2.0}}), tmp_path)
+    measured.draw(Painter())
+    assert [row["value"] for row in numbers(measured.rows())] == [pytest.approx(2 * float(levels(small().sets["a"]).double().mean()), rel=1e-6)]
+    ((name, model, said),) = [each.values() for each in measured.missing]
+    assert (name, model) == ("level", "") and re.fullmatch(reason, str(said))
+    with pytest.raises(UserError, match=f"^protocol small: nothing can be measured: level {reason}$"):
+        evaluation(small(), tmp_path).draw(Painter())
+
+
+def test_weights_that_fail_on_the_reference_cost_their_own_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    install(monkeypatch, failing(range(100), float("nan")))
+    monkeypatch.setitem(METRICS, "to_real_again", METRICS["to_real"])
+    (tmp_path / "real").mkdir()
+    for index in range(3):
+        Image.new("RGB", (8, 8), (60 * index,) * 3).save(tmp_path / "real" / f"{index}.png")
+    protocol = small({"to_real": None, "to_real_again": {"scale": 2.0}}, reference={"images": str(tmp_path / "real")})
+    measured = evaluation(protocol, tmp_path / "stores")
+    measured.draw(Painter())
+    (row,) = numbers(measured.rows())
+    assert row["value"] == pytest.approx(2 * (0 + 60 + 120) / 3, rel=1e-6)
+    assert [each["name"] for each in measured.missing] == ["to_real"]
 
 
 def test_a_wrong_size_is_refused_after_one_batch(tmp_path: Path):

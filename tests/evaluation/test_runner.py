@@ -17,7 +17,7 @@ from fastgen.evaluation import extraction
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.extractors.digits_classifier import DigitsClassifier
 from fastgen.evaluation.protocol import Protocol
-from fastgen.evaluation.runner import missing_at_start, run_protocol, what_is_real
+from fastgen.evaluation.runner import missing_at_start, part_of, run_protocol, what_is_real
 from fastgen.progress import Progress
 
 Generate = Callable[[list[str], list[int], int], Tensor]
@@ -133,3 +133,10 @@ def test_mistakes_are_refused_before_the_whole_set_is_generated(protocol: Protoc
     assert calls == [(256, 1)]
     with pytest.raises(ValueError, match="255 images for 256 prompts"):
         run_protocol(protocol, lambda p, s, n: real[: len(p) - 1], model="m", steps=[1], guidance=1)
+
+
+def test_parts_are_counted_from_one():
+    assert [tuple(part_of(text)) for text in ("1/1", "1/2", "2/2", "1000000/1000000")] == [(0, 1), (0, 2), (1, 2), (999_999, 10**6)]
+    for text in ("", "1", "/", "0/2", "3/2", "-1/2", "1/2/3", "a/b", "1.0/2", "1/" + "9" * 5000):
+        with pytest.raises(UserError, match=r"^--part: .* is not i/n, such as 1/4 to 4/4$"):
+            part_of(text)

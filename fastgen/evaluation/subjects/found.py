@@ -94,8 +94,8 @@ def _pictures(folder: Path, asked: Asked, steps: int | None) -> Subject:
     from fastgen.evaluation.subjects.pictures import PicturesSubject
 
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "is not there"
-        raise UserError(f"MODEL: {str(folder)!r} {what}; needed is {FORMS}")
+        what = f"{str(folder)!r} is a file" if folder.exists() else f"no folder {str(folder)!r}"
+        raise UserError(f"MODEL: {what}; needed is {FORMS}")
     if (folder / "recipe.yaml").is_file():
         raise UserError(f"MODEL: {str(folder)!r} is a run; its student is {str(folder / 'student')!r}")
     if not any(path.suffix.lower() in picture_suffixes() for path in folder.rglob("*")):
