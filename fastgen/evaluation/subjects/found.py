@@ -68,7 +68,6 @@ def subject_of(
     """The student, pipeline or pictures at `model`, which can be a path, a hub id or `fastgen:NAME`. steps: by default its own. teacher_dir: where an
     adapter's teacher is. name: what its rows are called, by default what it is. UserError for what is none of these, and for what does not apply."""
     folder, model = expanded(model), str(model)
-    subject: Subject
     kind = kind_of(model, asked, steps=steps)
     if kind == "pictures":
         from fastgen.evaluation.subjects.pictures import PicturesSubject
@@ -85,6 +84,10 @@ def subject_of(
             subject = bundled_subject(model, steps=steps, guidance=asked.guidance, device=device)
         else:
             subject = student_subject(folder, steps=steps, dtype=asked.dtype or "fp32", device=device, teacher_dir=teacher_dir)
+    return _called(subject, name)
+
+
+def _called(subject: Subject, name: Literal["teacher", "pipeline"] | None) -> Subject:
     if name is not None:
         subject.name = name
     return subject

@@ -69,7 +69,7 @@ def test_what_is_nothing_of_that(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "pytorch_lora_weights.safetensors").touch()
     cases = {
-        "nowhere": r"^MODEL: '.*nowhere' is not there; needed is an exported student, .*a hub id 'owner/name'$",
+        "nowhere": r"^MODEL: no folder '.*nowhere'; needed is an exported student, .*a hub id 'owner/name'$",
         "run/recipe.yaml": r"^MODEL: '.*' is a file; needed is",
         "run": r"^MODEL: '.*run' is a run; its student is '.*run/student'$",
         "other": r"^MODEL: '.*other' is not an exported student, .*: it holds pytorch_lora_weights\.safetensors$",
