@@ -25,7 +25,7 @@ from benchmarks.table import between
 from fastgen import families, fingerprints, generator, pictures, run
 from fastgen.config import Recipe
 from fastgen.data import digits
-from fastgen.evaluation import results, runner
+from fastgen.evaluation import results, unkept
 from fastgen.evaluation.protocol import load_protocol
 from fastgen.evaluation.table import markdown_table
 from fastgen.plan import plan
@@ -90,7 +90,7 @@ def teacher_rows(bars: run.Progress) -> list[dict[str, Any]]:
     """The teacher at several step counts."""
     teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
     protocol = load_protocol("digits")
-    rows = runner.run_protocol(protocol, teacher, model="teacher", steps=TEACHER_STEPS, guidance=TEACHER_GUIDANCE, progress=bars)
+    rows = unkept.run_protocol(protocol, teacher, model="teacher", steps=TEACHER_STEPS, guidance=TEACHER_GUIDANCE, progress=bars)
     return [{**row} for row in rows]
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     bars, output = progress(), RESULTS / "quality_digits.jsonl"
     protocol = load_protocol("digits")
-    real = runner.what_is_real(protocol)
+    real = unkept.what_is_real(protocol)
     model_hash = fingerprints.folder_hash(families.resolve_source(TEACHER))
     origin = {
         "seeds": arguments.seeds,

@@ -23,7 +23,7 @@ import torch
 
 from fastgen import families, fingerprints, run
 from fastgen.config import Recipe
-from fastgen.evaluation import results, runner
+from fastgen.evaluation import results, unkept
 from fastgen.evaluation.protocol import load_protocol
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     protocol, model_hash = load_protocol("digits"), fingerprints.folder_hash(families.resolve_source("fastgen:digits"))
-    origin = results.provenance(protocol, model_hash=model_hash, extractors=runner.what_is_real(protocol).extractors)
+    origin = results.provenance(protocol, model_hash=model_hash, extractors=unkept.what_is_real(protocol).extractors)
     lines: list[dict[str, Any]] = []
     for method in ("scm", "tbcm"):
         rows = rows_of(method, {seed: measure(method, seed, arguments.steps, arguments.work) for seed in arguments.seeds})

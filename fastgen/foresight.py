@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgen.config import EvaluateBlock, Recipe
 from fastgen.data.images import CaptionedImages
 from fastgen.errors import UserError
-from fastgen.evaluation import runner
+from fastgen.evaluation import unkept
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.protocol import load_protocol
 from fastgen.evaluation.weights import Weights
@@ -75,7 +75,7 @@ def check_measuring(recipe: Recipe, family: Family, *, at_the_end: bool) -> list
     protocol.check_image(family.picture_shape, "recipe key evaluate.protocol")
     texts = dict.fromkeys(text for each in protocol.sets.values() for text in each.prompts)
     family.legibility(list(texts)).check("recipe key evaluate.protocol")
-    missing = runner.missing_at_start(protocol, resources_of(recipe.evaluate))
+    missing = unkept.missing_at_start(protocol, resources_of(recipe.evaluate))
     return [f"evaluate.protocol: {each['name']} will not be measured: {each['reason']}" for each in missing]
 
 

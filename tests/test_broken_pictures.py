@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fastgen import cli
 from fastgen.errors import NotFinite
-from fastgen.evaluation import diversity, frechet, runner
+from fastgen.evaluation import diversity, frechet, unkept
 from fastgen.evaluation.protocol import load_protocol
 from fastgen.export import export_student
 from fastgen.families.sd3 import SD3
@@ -127,7 +127,7 @@ def test_a_measurement_of_any_generator_says_how_many_images_are_none(tmp_path: 
         return images
 
     with pytest.raises(NotFinite, match=r"^1 of 3 images that the generator returned are not finite"):
-        runner.run_protocol(load_protocol(tiny_protocol(tmp_path)), generate, model="student", steps=[1], guidance=1.0)
+        unkept.run_protocol(load_protocol(tiny_protocol(tmp_path)), generate, model="student", steps=[1], guidance=1.0)
 
 
 def test_features_that_are_not_finite_are_no_statistics() -> None:

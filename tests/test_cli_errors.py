@@ -354,7 +354,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "student of another shape": (sample("student_misshapen"), ("student_misshapen/transformer", "cannot read")),
     "LoRA folder without adapter": (sample("student_lora_without_file"), ("pytorch_lora_weights.safetensors", "cannot read")),
     # evaluation and reports
-    "evaluate nothing": (("evaluate", "nowhere"), ("MODEL: 'nowhere' is not there",)),
+    "evaluate nothing": (("evaluate", "nowhere"), ("MODEL: no folder 'nowhere'",)),
     "evaluate with an unknown protocol": (("evaluate", "student", "--protocol", "fid50k"), ("'fid50k'", "digits")),
     "evaluate in 0 steps": (("evaluate", "student", "--steps", "0"), ("--steps: '0'", "such as 1,2,4")),
     "evaluate in steps that are no numbers": (("evaluate", "student", "--steps", "a,b"), ("--steps: 'a,b'", "such as 1,2,4")),

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from fastgen.errors import UserError
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
@@ -19,7 +17,7 @@ from fastgen.evaluation.preparation import prepared
 from fastgen.evaluation.protocol import Protocol, SampleSet
 from fastgen.evaluation.references import OpenReference, load_reference
 from fastgen.evaluation.results import Missing, Row, cached, model_key, reasons
-from fastgen.evaluation.settings import Settings, temporary
+from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.store import Store, total
 from fastgen.evaluation.subjects import Subject
 from fastgen.evaluation.weights import Unavailable
@@ -317,68 +315,3 @@ def _costs(each: Drawn) -> list[Value]:
         return []
     seconds = 1000 * total(costs, "seconds") / pictures
     return [Value("seconds_per_1000_images", seconds, pictures), Value("peak_memory_bytes", max(cost["peak"] for cost in costs), pictures)]
-
-
-class _Function(Subject):
-    """A function (prompts, seeds, steps) -> pictures, such as an ImageGenerator; nothing of it is known that would outlive the process."""
-
-    def __init__(self, generate: Callable[[list[str], list[int], int], Tensor], model: Any, steps: int, guidance: float) -> None:
-        self.generate, self.name, self.steps, self.guidance = generate, model, steps, guidance
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    @property
-    def content(self) -> str:
-        return ""
-
-    def draw(self, prompts: list[str], seeds: list[int], ids: Sequence[int]) -> Tensor:
-        assert self.steps is not None
-        return self.generate(prompts, seeds, self.steps)
-
-
-def run_protocol(
-    protocol: Protocol,
-    generate: Callable[[list[str], list[int], int], Tensor],
-    *,
-    model: str,
-    steps: Sequence[int],
-    guidance: float,
-    batch_size: int | None = None,
-    resources: Resources | None = None,
-    progress: Progress | None = None,
-) -> list[Row]:
-    """One row for each metric and step count, with seconds_per_1000_images and peak_memory_bytes; nothing is kept.
-
-    generate: prompts, seeds, steps -> pictures (B, 3, H, W), float in [0, 1]. `model` and `guidance` are only recorded: `generate` applies
-    its own guidance. Raises UserError for step counts or batch sizes below 1 and for images of a shape that the protocol does not measure,
-    NotFinite for images that are none, ValueError when `generate` returns another number of images than asked for.
-    """
-    if not steps or min(steps) < 1 or (batch_size is not None and batch_size < 1):
-        raise UserError(f"step counts and the batch size must be at least 1, got steps {list(steps)} and batch size {batch_size}")
-    with temporary() as root:
-        evaluation = Evaluation(protocol, resources or Resources(), Settings(root, batch_size=batch_size), progress=progress, teacher=False)
-        for count in steps:
-            evaluation.draw(_Function(generate, model, count, guidance))
-        return evaluation.rows()
-
-
-class Real(NamedTuple):
-    """What real images score, and the SHA-256 of each extractor that says so."""
-
-    floors: list[Row]
-    extractors: dict[str, str]
-
-
-def what_is_real(protocol: Protocol, resources: Resources | None = None) -> Real:
-    """The floors of a protocol, without a model."""
-    with temporary() as root:
-        evaluation = Evaluation(protocol, resources or Resources(), Settings(root), dry=True)
-        return Real(evaluation.floors(), evaluation.extractor_hashes)
-
-
-def missing_at_start(protocol: Protocol, resources: Resources, *, teacher: bool = True) -> list[Missing]:
-    """What of a protocol cannot be measured here, with a teacher or without one, before anything is drawn. UserError where nothing can."""
-    with temporary() as root:
-        return Evaluation(protocol, resources, Settings(root), teacher=teacher, dry=True).missing

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,10 +9,9 @@ from pathlib import Path
 
 from fastgen.errors import UserError, shown
 from fastgen.evaluation.extraction import WHOLE, Part
+from fastgen.evaluation.places import stores_folder, temporary
 from fastgen.files import check_writable
 from fastgen.progress import Progress
-
-STORES = Path(".cache/fastgen/evaluations")  # below the home folder
 
 
 @dataclass(frozen=True)
@@ -58,20 +55,3 @@ def with_root(settings: Settings, progress: Progress) -> Iterator[Settings]:
             yield replace(settings, root=root)
     else:
         yield replace(settings, root=root)
-
-
-def stores_folder() -> Path:
-    """~/.cache/fastgen/evaluations. UserError where there is no home."""
-    try:
-        return Path.home() / STORES
-    except RuntimeError as error:
-        raise UserError(f"--store: needed, for there is no home folder ({error})") from error
-
-
-@contextmanager
-def temporary() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="fastgen-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

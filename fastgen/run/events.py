@@ -12,7 +12,7 @@ import torch
 
 from fastgen import checkpoint, diagnostics, pictures
 from fastgen.errors import NotFinite, TrainingFailed
-from fastgen.evaluation import runner
+from fastgen.evaluation import unkept
 from fastgen.evaluation.protocol import load_protocol
 from fastgen.foresight import resources_of
 from fastgen.generator import ImageGenerator, generate_pictures
@@ -150,7 +150,7 @@ def _evaluations(run: Run) -> Callable[[], Metrics]:
     def measure() -> Metrics:
         run.trainer.check_weights()
         with run.trainer.ema.applied():
-            rows = runner.run_protocol(protocol, student, model="student", steps=[student.steps], guidance=student.guidance, resources=resources)
+            rows = unkept.run_protocol(protocol, student, model="student", steps=[student.steps], guidance=student.guidance, resources=resources)
         return {f"eval/{row['name']}": row["value"] for row in rows}
 
     return measure

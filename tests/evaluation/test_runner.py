@@ -17,8 +17,8 @@ from fastgen.evaluation import extraction
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.extractors.digits_classifier import DigitsClassifier
 from fastgen.evaluation.protocol import Protocol
-from fastgen.evaluation.runner import missing_at_start, run_protocol, what_is_real
 from fastgen.evaluation.settings import part_of
+from fastgen.evaluation.unkept import missing_at_start, run_protocol, what_is_real
 from fastgen.progress import Progress
 
 Generate = Callable[[list[str], list[int], int], Tensor]

@@ -29,6 +29,7 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SOURCE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 _BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, OSError, SafetensorError)
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+_AT_ONCE = 16  # pictures on a CPU, where larger batches leave its caches: 64 at once are a sixth slower
 
 
 class Inception(Extractor):
@@ -77,14 +78,30 @@ class Inception(Extractor):
         pixels = pictures.pixels if self.config.crop is None else [patch(each) for each in raw]
         found = {"cropped": torch.tensor([[int(self.config.crop is not None and min(each.shape[1:]) >= SIDE)] for each in raw], dtype=torch.uint8)}
         if set(layers) != {"cropped"}:
-            inputs = _same_sizes(pixels, lambda batch: network_input(batch, self.config.resize, self.resources.device, _DTYPES[self.config.dtype]))
-            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-                found |= {name: rows.float().cpu() for name, rows in _features(self._network, inputs).items()}
+            size = _AT_ONCE if self._is_on_cpu else len(pixels)
+            parts = [self._seen(pixels[start : start + size]) for start in range(0, len(pixels), size)]
+            found |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {name: found[name] for name in layers}
+
+    def _seen(self, pixels: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
+        """The network's layers in fp32, of some pictures at once."""
+        inputs = _same_sizes(pixels, lambda batch: network_input(batch, self.config.resize, self.resources.device, _DTYPES[self.config.dtype]))
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return {name: rows.float().cpu() for name, rows in _features(self._network, inputs.to(memory_format=self._order)).items()}
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self.resources.device.type == "cpu"
+
+    @property
+    def _order(self) -> torch.memory_format:
+        """Channels last in memory let a CPU's convolutions take two thirds of the time; features differ by rounding, 1e-6 of the largest."""
+        return torch.channels_last if self._is_on_cpu else torch.contiguous_format
 
     @cached_property
     def _network(self) -> nn.Module:
-        return load_network(self._path, self.config.dtype).to(self.resources.device)
+        network: Any = load_network(self._path, self.config.dtype)
+        return network.to(self.resources.device, memory_format=self._order)
 
 
 def _known_file(resources: Resources) -> Path:

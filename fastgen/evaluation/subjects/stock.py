@@ -104,13 +104,11 @@ class StockPipeline(Subject):
 
     @property
     def record(self) -> dict[str, Any]:
-        scheduler = self.pipeline.scheduler
-        settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
         return {
             "source": source_name(self.source),
             **({} if self.revision is None else {"revision": self.revision}),
             "pipeline": self._of_class.__name__,
-            "scheduler": {"class": type(scheduler).__name__, **_plain(settings)},
+            **{name: _described(part) for name, part in self.pipeline.components.items() if name.endswith("scheduler")},
             "call": _plain(self.call.record),
             "dtype": self.dtype,
             "device": self.device.type,
@@ -235,6 +233,10 @@ def _check_scheduler(folder: Path) -> None:
             raise UserError(
                 f"its scheduler is a {library}.{name}, which diffusers {diffusers.__version__} has not; fastgen runs no code of a pipeline's own"
             )
+
+
+def _described(scheduler: Any) -> dict[str, Any]:
+    return {"class": type(scheduler).__name__, **_plain({key: value for key, value in scheduler.config.items() if not key.startswith("_")})}
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:

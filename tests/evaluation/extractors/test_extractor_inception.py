@@ -84,6 +84,17 @@ def test_formats_and_neighbours_do_not_matter(folder: Path, sha256: str) -> None
     assert safe.hash != sha256
 
 
+def test_a_cpu_sees_a_few_pictures_at_once(folder: Path, sha256: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By size, and of several sizes: rows are those of each few alone."""
+    own = extractor(folder, weights="random.pth", sha256=sha256, crop=299)
+    pixels, raw = pictures(3, 8, 8), [*pictures(2, 40, 30, seed=1), *pictures(1, 20, 50, seed=2)]
+    parts = [own(batch(pixels[rows], raw[rows]), LAYERS) for rows in (slice(0, 2), slice(2, 3))]
+    monkeypatch.setattr(inception, "_AT_ONCE", 2)
+    found = own(batch(pixels, raw), LAYERS)
+    for name in LAYERS:
+        assert torch.equal(found[name], torch.cat([part[name] for part in parts]))
+
+
 def test_tf1_is_bilinear_without_half_pixels() -> None:
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
