@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgen.errors import UserError
-from fastgen.files import check_writable
-from fastgen.progress import Progress
 
 STORES = Path(".cache/fastgen/evaluations")  # below the home folder
 
@@ -25,23 +23,8 @@ def temporary() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def default_stores(progress: Progress) -> Iterator[Path]:
-    """Where features are kept unless somebody says where; for this evaluation only where that is no place to write to."""
-    try:
-        check_writable(root := stores_folder(), "")
-    except UserError as error:
-        progress.warn(f"features are not kept: {str(error).removeprefix('--store: ')}")
-        with temporary() as root:
-            yield root
-    else:
-        yield root
-
-
-def stores_folder(given: Path | None = None) -> Path:
-    """Where features are kept: the given folder, or ~/.cache/fastgen/evaluations. UserError where there is no home."""
-    if given is not None:
-        return given
+def stores_folder() -> Path:
+    """~/.cache/fastgen/evaluations, where features are kept unless somebody says where. UserError where there is no home."""
     try:
         return Path.home() / STORES
     except RuntimeError as error:
