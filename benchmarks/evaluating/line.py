@@ -27,7 +27,7 @@ def measure(count: int, size: Size = AS_INCEPTION, metrics: Mapping[str, Mapping
     """One evaluation of `count` pictures against a folder of as many JPEGs, stage by stage; values: of the stand-in's features, and so no FID.
     disk_bytes: of the features."""
     network = StandIn(size)
-    with tempfile.TemporaryDirectory(prefix="fastgen-evaluation-") as name, mock.patch.object(inception, "load_network", lambda *_: network):
+    with tempfile.TemporaryDirectory(prefix="fastgen-evaluation-") as name, mock.patch.object(inception, "load_network", return_value=network):
         scratch = Path(name)
         save_file(network.state_dict(), scratch / "stand_in.safetensors")
         return _measured(scratch, _protocol(scratch, count, metrics), metrics)
