@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from fastgen.errors import UserError
-from fastgen.files import check_writable_file
+from fastgen.files import check_folder, check_writable_file
 
 MOST_STEPS = 1000  # as student.steps of a recipe
 # Headings of the help.
@@ -114,19 +114,20 @@ def evaluate(
     from fastgen.evaluation.external import externals
     from fastgen.evaluation.extractors.base import Resources
     from fastgen.evaluation.own import protocol_of
-    from fastgen.evaluation.places import stores_folder
-    from fastgen.evaluation.runner import Settings, part_of
+    from fastgen.evaluation.settings import Settings, part_of
     from fastgen.evaluation.subjects.found import Asked
     from fastgen.evaluation.weights import Weights
 
     progress = terminal.progress()
+    check_folder(data_dir, "--data-dir")
+    check_folder(weights_dir, "--weights-dir")
     resources = Resources(Weights(weights_dir), data_dir=data_dir, external=externals(external or [], external_timeout))
     if compare is not None:
         if model is not None:
             raise UserError(f"--compare takes two results files and no model, got {model!r} as well")
         named = any(each is not None for each in (protocol, prompts, images, count))
         of = protocol_of(protocol, prompts=prompts, images=images, count=count, data_dir=data_dir) if named else None
-        _compare(compare, output, of, Settings(stores_folder(store), allow_pickle=allow_pickle), resources, resamples, progress)
+        _compare(compare, output, of, Settings(store, allow_pickle=allow_pickle), resources, resamples, progress)
         return
     if model is None:
         raise UserError("MODEL: missing: name what to measure, or two results files with --compare")
@@ -146,7 +147,7 @@ def evaluate(
             device=device,
             resources=resources,
             asked=asked,
-            settings=Settings(stores_folder(store), part_of(part), stop_after, batch_size, allow_pickle),
+            settings=Settings(store, part_of(part), stop_after, batch_size, allow_pickle),
             dump=None if dump is None else DumpFolder(dump, dump_form),
             progress=progress,
         )
@@ -201,4 +202,7 @@ def _counts(option: str, text: str | None) -> list[int] | None:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= MOST_STEPS for part in parts):
         raise UserError(f"{option}: {text!r} is not a list of step counts from 1 to {MOST_STEPS}, such as 1,2,4")
-    return [int(part) for part in parts]
+    counts = [int(part) for part in parts]
+    if twice := [count for count in counts if counts.count(count) > 1]:
+        raise UserError(f"{option}: {twice[0]} is given twice")
+    return counts

@@ -136,6 +136,12 @@ def check_writable_file(path: Path, key: str) -> None:
         check_writable(folder, key)
 
 
+def check_folder(path: Path | None, key: str) -> None:
+    """UserError unless there is a folder, where one is named at all; key: the option or recipe key that names it."""
+    if path is not None and not path.is_dir():
+        raise UserError(f"{key}: {str(path)!r} is a file, a folder is needed" if path.exists() else f"{key}: no folder {str(path)!r}")
+
+
 def share(folder: Path) -> None:
     """Give the files below a folder that we have made the permissions which the umask gives new ones: safetensors makes them private."""
     allowed = folder.stat().st_mode & 0o666

@@ -187,9 +187,9 @@ def quiet() -> None:
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    """The short table of an evaluation, and what has to be said beside it."""
+    """The short table of an evaluation, and what has to be said beside it, which its progress has not said."""
     echo(summary_table(results["metrics"]))
-    for remark in remarks(results):
+    for remark in remarks(results, told=True):
         note(remark)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgen import evaluate, load_student, load_teacher_of
 from fastgen.errors import UserError
 from fastgen.evaluation.extraction import Part
-from fastgen.evaluation.runner import Settings
+from fastgen.evaluation.settings import Settings
 from fastgen.export import export_student
 from fastgen.families.sd3 import SD3
 from fastgen.generator import ImageGenerator
@@ -103,9 +103,11 @@ def test_a_quick_look_is_marked_and_kept_apart(student: Path, tmp_path: Path, dr
 
 
 def test_without_a_teacher_what_needs_it_is_missing(student: Path, tmp_path: Path, drawn: list[int]):
-    results = measure(student, tmp_path, teacher=False)
-    assert numbers(results) == [] and drawn == [3, 3]
-    assert [(each["name"], each["model"]) for each in results["missing"]] == [("teacher_error", "student")]
+    with pytest.raises(UserError, match=r"^--teacher-steps: there is no teacher to measure$"):
+        measure(student, tmp_path, teacher=False)
+    with pytest.raises(UserError, match=r"nothing can be measured: teacher_error: needs the teacher's pictures, and no teacher is measured here$"):
+        measure(student, tmp_path, teacher=False, teacher_steps=None)
+    assert drawn == []
 
 
 def test_several_numbers_of_steps_are_measured_each(student: Path, tmp_path: Path):

@@ -24,7 +24,7 @@ from fastgen.evaluation.protocol import Protocol, load_protocol
 from fastgen.evaluation.references import load_reference
 from fastgen.evaluation.resampling import Difference, differences
 from fastgen.evaluation.results import Row, model_key, read_results
-from fastgen.evaluation.runner import Settings
+from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.store import Store
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
@@ -81,7 +81,7 @@ class Sources:
         if spec.reference is None:
             return None
         options |= {"data_dir": self.resources.data_dir, "prepare": spec.prepare, "chunk": spec.chunk}
-        return load_reference(spec.reference, Extractors(self.resources), self.settings.root, **options)
+        return load_reference(spec.reference, Extractors(self.resources), self.settings.stores, **options)
 
 
 def compare_files(
@@ -293,7 +293,7 @@ class Opened:
         sha256 = _entry(provenance, "extractors", each.source)
         if not isinstance(folder, str) or not isinstance(sha256, str):
             raise Unavailable(f"{str(self.side.path)!r} does not say where the features of its pictures are")
-        place = self._sources.settings.root / Path(folder).name
+        place = self._sources.settings.stores / Path(folder).name
         if not place.is_dir():
             raise Unavailable(f"the features of {str(self.side.path)!r} are not in {str(place)!r} (--store)")
         store = self._stores.setdefault((key, name), Store(place, len(samples), samples.chunk))

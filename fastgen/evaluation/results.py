@@ -196,13 +196,26 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return records.read(Path(path), Results)
 
 
-def remarks(results: Mapping[str, Any]) -> list[str]:
-    """What has to be said beside the numbers: that they are of a quick look, what they cannot be used for, and what could not be measured."""
+def reasons(missing: Iterable[Missing], between: str = "") -> list[str]:
+    """A line for each reason why metrics could not be measured, which many may share; between: the metrics' names and the reason, by default
+    words."""
+    names: dict[str, list[str]] = {}
+    for each in missing:
+        names.setdefault(each["reason"], []).append(each["name"] + (f" of the {each['model']}" if each["model"] else ""))
+    verb = {True: " is not measured: ", False: " are not measured: "}
+    return [", ".join(some) + (between or verb[len(some) == 1]) + reason for reason, some in names.items()]
+
+
+def remarks(results: Mapping[str, Any], *, told: bool = False) -> list[str]:
+    """What has to be said beside the numbers: that they are of a quick look, what they cannot be used for, and what could not be measured.
+    told: why it could not has been said before."""
     partial = results.get("partial")
     quick = [f"a quick look: only the first {partial['stop_after']:,} pictures of each set"] if partial else []
-    lacking = [(each["name"] + (f" of the {each['model']}" if each["model"] else ""), each["reason"]) for each in results.get("missing") or []]
+    missing = results.get("missing") or []
+    names = ", ".join(dict.fromkeys(each["name"] for each in missing))
+    lacking = [f"not measured, for the reasons above: {names}"] if told and missing else [f"not measured: {each}" for each in reasons(missing, ": ")]
     about = [f"{row['name']} of the {model_key(row['model'], row.get('steps'))}: {row['remark']}" for row in results["metrics"] if row.get("remark")]
-    return [*quick, *about, *(f"not measured: {what}: {reason}" for what, reason in lacking)]
+    return [*quick, *about, *lacking]
 
 
 def cached(key: str, compute: Callable[[], list[Row]], *, folder: Path | None = None) -> list[Row]:

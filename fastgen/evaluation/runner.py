@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastgen.errors import UserError, shown
+from fastgen.errors import UserError
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
-from fastgen.evaluation.extraction import WHOLE, Drawing, Extractors, Part, by_set, drawn, fill, lacking, shared
+from fastgen.evaluation.extraction import Drawing, Extractors, by_set, drawn, fill, lacking, shared
 from fastgen.evaluation.extractors.base import Feature, Pictures, Resources
 from fastgen.evaluation.metrics.base import NO_REFERENCE, Measured, Metric, Needs, Value
 from fastgen.evaluation.metrics.external_process import further_metrics
 from fastgen.evaluation.preparation import prepared
 from fastgen.evaluation.protocol import Protocol, SampleSet
 from fastgen.evaluation.references import OpenReference, load_reference
-from fastgen.evaluation.results import Missing, Row, cached
+from fastgen.evaluation.results import Missing, Row, cached, model_key, reasons
+from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.store import Store, total
 from fastgen.evaluation.subjects import Subject
 from fastgen.evaluation.weights import Unavailable
 from fastgen.fingerprints import digest
 from fastgen.progress import Progress
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an evaluation is done. root: the folder of stores. part: draws only these chunks. stop_after: only the first pictures of each set,
-    for a quick look. batch_size: pictures drawn at once, None for the protocol's own; it changes rounding alone. allow_pickle: read a
-    reference that is a pickle, of numbers alone."""
-
-    root: Path
-    part: Part = WHOLE
-    stop_after: int | None = None
-    batch_size: int | None = None
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,19 +52,22 @@ class Evaluation:
         *,
         dump: DumpFolder | None = None,
         progress: Progress | None = None,
+        teacher: bool = True,
         dry: bool = False,
     ) -> None:
-        """dump: where pictures are kept too. dry: only to find out what can be measured."""
+        """dump: where pictures are kept too. teacher: whether one will be drawn too. dry: only to find out what can be measured."""
         self.protocol, self.resources, self.settings, self.dump, self.progress = protocol, resources, settings, dump, progress or Progress()
         count = settings.stop_after
         self.sets = {name: each if count is None else each.head(count) for name, each in protocol.sets.items()}
         self.extractors = Extractors(resources)
         self.reference = self._reference()
         self.missing: list[Missing] = []
-        self.metrics, self.needs = self._possible()
+        self.metrics, self.needs = self._possible(teacher=teacher)
+        self._require_some()
+        for line in reasons(self.missing):
+            self.progress.warn(f"warning: {line}")
         if not dry:
             self._gather()
-        self._require_some()
         self.drawn: list[Drawn] = []
         self.left = 0  # chunks that other parts have still to draw
 
@@ -87,7 +78,7 @@ class Evaluation:
         return load_reference(
             spec.reference,
             self.extractors,
-            self.settings.root,
+            self.settings.stores,
             data_dir=self.resources.data_dir,
             prepare=spec.prepare,
             chunk=spec.chunk,
@@ -95,20 +86,22 @@ class Evaluation:
             allow_pickle=self.settings.allow_pickle,
         )
 
-    def _possible(self) -> tuple[dict[str, Metric], dict[str, Needs]]:
+    def _possible(self, *, teacher: bool) -> tuple[dict[str, Metric], dict[str, Needs]]:
         """The metrics for which everything is here, and what they need; the others are `missing`."""
         metrics, needed = {}, {}
         asked = {**self.protocol.metrics(self.resources), **further_metrics(list(self.sets), self.resources)}
         for name, metric in asked.items():
             try:
                 needs = metric.needs()
+                if needs.teacher and not teacher:
+                    raise Unavailable("needs the teacher's pictures, and no teacher is measured here")
                 self.extractors.require([*(each for features in needs.generated.values() for each in features), *needs.reference])
                 if needs.reference and self.reference is None:
                     raise Unavailable(NO_REFERENCE)
                 if needs.reference and self.reference is not None:
                     self.reference.check(needs.reference)
             except Unavailable as error:
-                self._lacks(name, None, error)
+                self.missing.append(Missing(name=name, model="", reason=str(error)))
             else:
                 metrics[name], needed[name] = metric, needs
         return metrics, needed
@@ -131,19 +124,24 @@ class Evaluation:
                 except UserError as error:
                     self._give_up([name], error)
 
-    def _give_up(self, names: Iterable[str], error: UserError) -> None:
+    def _give_up(self, names: Sequence[str], error: UserError) -> None:
+        """Metrics that turn out not to be possible: said once that something is left, for a refusal says it all."""
+        found = [Missing(name=name, model="", reason=str(error)) for name in names]
+        self.missing += found
         for name in names:
-            self._lacks(name, None, error)
             del self.metrics[name], self.needs[name]
+        self._require_some()
+        for line in reasons(found):
+            self.progress.warn(f"warning: {line}")
 
     def _require_some(self) -> None:
         if not self.metrics:
-            reasons = "; ".join(f"{each['name']} {each['reason']}" for each in self.missing)
-            raise UserError(f"protocol {self.protocol.name}: nothing can be measured: {reasons}")
+            raise UserError(f"protocol {self.protocol.name}: nothing can be measured: {'; '.join(reasons(self.missing, ': '))}")
 
-    def _lacks(self, name: str, model: str | None, error: UserError) -> None:
-        self.missing.append(Missing(name=name, model=model or "", reason=str(error)))
-        self.progress.warn(f"{name}{f' of the {model}' if model else ''} is not measured: {error}")
+    def _lacks(self, name: str, model: str, error: UserError) -> None:
+        found = Missing(name=name, model=model, reason=str(error))
+        self.missing.append(found)
+        self.progress.warn(f"warning: {reasons([found])[0]}")
 
     def draw(self, subject: Subject) -> bool:
         """Draw what is not in the subject's stores yet, or this part of it; whether everything is there now.
@@ -184,7 +182,7 @@ class Evaluation:
     def _store(self, subject: Subject, samples: SampleSet) -> Store:
         spec = self.protocol.spec
         key = digest([subject.identity, samples.hash, spec.quantisation, spec.prepare.model_dump()])
-        return Store(self.settings.root / key[:32], len(samples), samples.chunk)
+        return Store(self.settings.stores / key[:32], len(samples), samples.chunk)
 
     def _dumps(self, subject: Subject, where: str, store: Store) -> list[Dump]:
         """Where the pictures of a set go: as the user wants, and as external metrics do."""
@@ -195,14 +193,15 @@ class Evaluation:
         return found
 
     def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]]) -> None:
-        spec, done = self.protocol.spec, 0
+        spec = self.protocol.spec
         batch_size = self.settings.batch_size or spec.batch_size
         drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, check=self._size_check())
         self._warm_up(subject, drawing)
         todo = {name: lacking(store, self._names(name), dumps[name], self.settings.part) for name, store in stores.items()}
-        total = sum(len(stores[where].ids(chunk)) for where, chunks in todo.items() for chunk in chunks)
-        steps = "" if subject.steps is None else f", {subject.steps} step{'s' * (subject.steps != 1)}"
-        self.progress.start(f"pictures of the {subject.name}{steps}", total)
+        part = self.settings.part
+        total = sum(len(store.ids(chunk)) for store in stores.values() for chunk in store.chunks if chunk % part.of == part.index)
+        done = total - sum(len(stores[where].ids(chunk)) for where, chunks in todo.items() for chunk in chunks)
+        self.progress.start(_pictures_of(subject), total, done)
 
         def tick(count: int) -> None:
             nonlocal done
@@ -229,7 +228,6 @@ class Evaluation:
                     self.extractors(Pictures(shown.repeat(times, 1, 1, 1), prompts[:times], times, [pixels[0]] * times), features)
             except UserError as error:
                 self._give_up([name], error)
-        self._require_some()
 
     def _size_check(self) -> Callable[[tuple[int, ...]], None]:
         """Refuses shapes of pictures that the protocol does not measure, or that are not those of the first, unless they are resized."""
@@ -249,7 +247,7 @@ class Evaluation:
         teacher = next((self.measured(each) for each in self.drawn if each.name == "teacher"), None)
         rows: list[Row] = []
         for each in self.drawn:
-            self.progress.start(f"metrics of the {each.name}", len(self.metrics))
+            self.progress.start(f"metrics of the {model_key(each.name, each.steps)}", len(self.metrics))
             try:
                 values = self._values(each.name, self.measured(each, None if each.name == "teacher" else teacher))
             finally:
@@ -289,6 +287,10 @@ class Evaluation:
         return self.extractors.hashes
 
 
+def _pictures_of(subject: Subject) -> str:
+    return "the pictures" if subject.name == "pictures" else f"pictures of the {model_key(subject.name, subject.steps)}"
+
+
 def _row(value: Value, each: Drawn) -> Row:
     row = Row(name=value.name, model=each.name, value=value.value, n=value.n)
     if each.steps is not None:
@@ -313,11 +315,3 @@ def _costs(each: Drawn) -> list[Value]:
         return []
     seconds = 1000 * total(costs, "seconds") / pictures
     return [Value("seconds_per_1000_images", seconds, pictures), Value("peak_memory_bytes", max(cost["peak"] for cost in costs), pictures)]
-
-
-def part_of(text: str) -> Part:
-    """The part that `i/n` names, from 1/1. UserError for anything else."""
-    index, _, of = text.partition("/")
-    if not (index.isdecimal() and of.isdecimal() and max(len(index), len(of)) <= 7 and 1 <= int(index) <= int(of) <= 10**6):
-        raise UserError(f"--part: {shown(text, 40)} is not i/n, such as 1/4 to 4/4")
-    return Part(int(index) - 1, int(of))

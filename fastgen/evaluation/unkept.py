@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.evaluation.extractors.base import Resources
-from fastgen.evaluation.places import temporary
 from fastgen.evaluation.protocol import Protocol
 from fastgen.evaluation.results import Missing, Row
-from fastgen.evaluation.runner import Evaluation, Settings
+from fastgen.evaluation.runner import Evaluation
+from fastgen.evaluation.settings import Settings, temporary
 from fastgen.evaluation.subjects import Subject
 from fastgen.progress import Progress
 
@@ -56,7 +56,7 @@ def run_protocol(
     if not steps or min(steps) < 1 or (batch_size is not None and batch_size < 1):
         raise UserError(f"step counts and the batch size must be at least 1, got steps {list(steps)} and batch size {batch_size}")
     with temporary() as root:
-        evaluation = Evaluation(protocol, resources or Resources(), Settings(root, batch_size=batch_size), progress=progress or Progress())
+        evaluation = Evaluation(protocol, resources or Resources(), Settings(root, batch_size=batch_size), progress=progress, teacher=False)
         for count in steps:
             evaluation.draw(_Function(generate, model, count, guidance))
         return evaluation.rows()
@@ -76,7 +76,7 @@ def what_is_real(protocol: Protocol, resources: Resources | None = None) -> Real
         return Real(evaluation.floors(), evaluation.extractor_hashes)
 
 
-def missing_at_start(protocol: Protocol, resources: Resources) -> list[Missing]:
-    """What of a protocol cannot be measured here, before anything is drawn. UserError where nothing can."""
+def missing_at_start(protocol: Protocol, resources: Resources, *, teacher: bool = True) -> list[Missing]:
+    """What of a protocol cannot be measured here, with a teacher or without one, before anything is drawn. UserError where nothing can."""
     with temporary() as root:
-        return Evaluation(protocol, resources, Settings(root), dry=True).missing
+        return Evaluation(protocol, resources, Settings(root), teacher=teacher, dry=True).missing

@@ -136,11 +136,13 @@ def _bundled(name: str) -> Path:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
+    import huggingface_hub.constants
     from diffusers import DiffusionPipeline
 
     try:
         return Path(DiffusionPipeline.download(hub_id, revision=revision))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        offline = "HF_HUB_OFFLINE is set, and its cache lacks it" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+        reason = offline or str(error).strip().splitlines()[0]
         key, what = ("pretrained", "") if revision is None else ("revision", f" at {revision!r}")
-        raise UserError(f"recipe key teacher.{key}: cannot get {hub_id!r}{what} from the hub ({reason})") from error
+        raise UserError(f"recipe key teacher.{key}: cannot get {hub_id!r}{what} from the hub ({reason}), and no folder is called so") from error

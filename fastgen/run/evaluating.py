@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from fastgen.errors import UserError
 from fastgen.evaluation import results
 from fastgen.evaluation.dumps import DumpFolder
 from fastgen.evaluation.extractors.base import Resources
-from fastgen.evaluation.places import default_stores
 from fastgen.evaluation.protocol import Protocol, load_protocol
-from fastgen.evaluation.runner import Drawn, Evaluation, Settings
+from fastgen.evaluation.runner import Drawn, Evaluation
+from fastgen.evaluation.settings import Settings, with_root
 from fastgen.evaluation.subjects.base import Subject
-from fastgen.evaluation.subjects.found import Asked, subject_of
+from fastgen.evaluation.subjects.found import Asked, kind_of, subject_of
 from fastgen.evaluation.subjects.generated import teacher_subject
-from fastgen.files import expanded
+from fastgen.files import check_writable, expanded
 from fastgen.generator import read_manifest, teacher_source
 from fastgen.parallel import choose_device
 from fastgen.portable import source_name
@@ -62,47 +63,68 @@ def evaluate(
     resources = replace(resources or Resources(), device=place)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol, data_dir=resources.data_dir, key="--protocol")
     asked = asked or Asked()
-    beside = _teacher(str(model), asked, teacher_dir, place) if teacher else None  # refuses before anything is measured
+    # What nothing can come of is refused before anything is loaded, and that before a reference is read.
+    kind_of(str(model), asked, key="MODEL")
+    beside = _teacher(str(model), asked, teacher_dir, teacher_steps, place) if teacher else None
+    if beside is None and teacher_steps is not None:
+        raise UserError("--teacher-steps: there is no teacher to measure")
+    if dump is not None:
+        check_writable(dump.folder, "--dump")
     target = results_file(str(model)) if output is None else Path(output)
-    models = _subjects(subject_of(str(model), asked, device=place, teacher_dir=teacher_dir), steps)  # and this before a reference is read
-    with contextlib.ExitStack() as stack:
-        settings = settings or Settings(stack.enter_context(default_stores(progress)))
-        evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress)
+    models = _subjects(subject_of(str(model), asked, device=place, teacher_dir=teacher_dir, name=_name(str(model), beside)), steps)
+    with with_root(settings or Settings(), progress) as settings:
+        evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress, teacher=beside is not None)
         progress.stage(f"measuring {model} with protocol {protocol.name}")
         _draw(evaluation, models)
         if beside is not None:
             _draw(evaluation, _subjects(beside(), teacher_steps))
         if evaluation.left:
             raise PartDone(evaluation.left)
-        rows = [*evaluation.rows(), *evaluation.floors()]
-        origin = results.provenance(
-            protocol,
-            device=place,
-            model_hash=evaluation.drawn[0].content,
-            extractors=evaluation.extractor_hashes,
-            reference=None if evaluation.reference is None else evaluation.reference.record,
-            models=_records(evaluation.drawn),
-        )
-        if "unfinished" in (record := evaluation.drawn[0].record):
-            origin["unfinished"] = record["unfinished"]
-        return results.write_results(target, protocol.name, rows, origin, missing=evaluation.missing, stop_after=settings.stop_after)
+        return _written(evaluation, target, place)
+
+
+def _written(evaluation: Evaluation, target: Path, device: torch.device) -> dict[str, Any]:
+    rows = [*evaluation.rows(), *evaluation.floors()]
+    origin = results.provenance(
+        evaluation.protocol,
+        device=device,
+        model_hash=evaluation.drawn[0].content,
+        extractors=evaluation.extractor_hashes,
+        reference=None if evaluation.reference is None else evaluation.reference.record,
+        models=_records(evaluation.drawn),
+    )
+    if "unfinished" in (record := evaluation.drawn[0].record):
+        origin["unfinished"] = record["unfinished"]
+    name, stop_after = evaluation.protocol.name, evaluation.settings.stop_after
+    return results.write_results(target, name, rows, origin, missing=evaluation.missing, stop_after=stop_after)
 
 
 def is_student(model: str) -> bool:
     return (expanded(model) / "fastgen.json").is_file()
 
 
-def _teacher(model: str, asked: Asked, teacher_dir: str | Path | None, device: torch.device) -> Callable[[], Subject] | None:
-    """What loads the model's teacher; None where there is none. UserError where a student's teacher is not found."""
+def _name(model: str, beside: object) -> Literal["pipeline"] | None:
+    """What a bundled teacher is called that is compared with another."""
+    return "pipeline" if beside is not None and model.startswith("fastgen:") else None
+
+
+def _teacher(
+    model: str, asked: Asked, teacher_dir: str | Path | None, steps: Sequence[int] | None, device: torch.device
+) -> Callable[[], Subject] | None:
+    """What loads the model's teacher; None where there is none. UserError where a student's teacher is not found, or it is no model."""
     if is_student(model):
         teacher_source(expanded(model), read_manifest(expanded(model))["teacher"], teacher_dir)
         return lambda: teacher_subject(expanded(model), device=device, teacher_dir=teacher_dir)
-    return None if teacher_dir is None else lambda: subject_of(str(teacher_dir), asked.of_teacher(), device=device, name="teacher")
+    if teacher_dir is None:
+        return None
+    if kind_of(str(teacher_dir), asked.of_teacher(), key="--teacher") == "pictures" and steps is not None:
+        raise UserError("--teacher-steps: does not apply to a folder of pictures")
+    return lambda: subject_of(str(teacher_dir), asked.of_teacher(), device=device, name="teacher")
 
 
 def results_file(model: str) -> Path:
     """Where results go: beside a student, and otherwise into the current folder."""
-    return expanded(model) / "results.json" if is_student(model) else Path(f"{source_name(model)}.results.json".replace("/", "_"))
+    return expanded(model) / "results.json" if is_student(model) else Path(re.sub("[/:]", "_", f"{source_name(model)}.results.json"))
 
 
 def _subjects(model: Subject, steps: Sequence[int] | None) -> list[Subject]:

@@ -16,7 +16,8 @@ from fastgen.evaluation.extractors.base import Extractor, Options, Pictures, Res
 from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Value
 from fastgen.evaluation.protocol import Protocol, SampleSet, protocol_from
 from fastgen.evaluation.results import Row
-from fastgen.evaluation.runner import Evaluation, Settings
+from fastgen.evaluation.runner import Evaluation
+from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.subjects import Subject
 from fastgen.evaluation.weights import Unavailable
 from fastgen.progress import Progress

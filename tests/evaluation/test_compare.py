@@ -24,7 +24,7 @@ from fastgen.evaluation.intervals import mean_interval
 from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Value, feature
 from fastgen.evaluation.protocol import Protocol, protocol_from
 from fastgen.evaluation.results import Row, provenance, write_results
-from fastgen.evaluation.runner import Settings
+from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.store import Store
 from fastgen.progress import Progress
 

@@ -187,7 +187,7 @@ def test_damaged_weights_cost_their_own_metrics_alone(tmp_path: Path, monkeypatc
     assert [row["value"] for row in numbers(measured.rows())] == [pytest.approx(2 * float(levels(small().sets["a"]).double().mean()), rel=1e-6)]
     ((name, model, said),) = [each.values() for each in measured.missing]
     assert (name, model) == ("level", "") and re.fullmatch(reason, str(said))
-    with pytest.raises(UserError, match=f"^protocol small: nothing can be measured: level {reason}$"):
+    with pytest.raises(UserError, match=f"^protocol small: nothing can be measured: level: {reason}$"):
         evaluation(small(), tmp_path).draw(Painter())
 
 
@@ -239,14 +239,16 @@ def test_what_cannot_be_measured_leaves_the_others(tmp_path: Path):
         "to_real": "needs reference pictures or statistics: give the protocol a reference, or --images",
     }
     assert measured.missing == [{"name": name, "model": "", "reason": reason} for name, reason in reasons.items()]
-    assert said.said == [f"{name} is not measured: {reason}" for name, reason in reasons.items()]
+    assert said.said == [f"warning: {name} is not measured: {reason}" for name, reason in reasons.items()]
     measured.draw(Painter())
     assert [row["name"] for row in numbers(measured.rows())] == ["darkest"]
     assert len(measured.missing) == 2
 
 
 def test_nothing_that_can_be_measured_is_refused_before_anything_is_drawn(tmp_path: Path):
-    with pytest.raises(UserError, match=r"^protocol small: nothing can be measured: level needs colours\.safetensors.*; to_real needs ref") as caught:
+    with pytest.raises(
+        UserError, match=r"^protocol small: nothing can be measured: level: needs colours\.safetensors.*; to_real: needs ref"
+    ) as caught:
         evaluation(small({"level": {"weights": "absent"}, "to_real": None}), tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -323,7 +325,7 @@ def test_a_reference_that_has_not_what_is_asked_leaves_the_other_metrics(tmp_pat
     measured.draw(Painter())
     assert [row["name"] for row in numbers(measured.rows())] == ["level"]
     assert measured.missing == [{"name": "to_real", "model": "", "reason": "is of another extractor"}]
-    with pytest.raises(UserError, match="nothing can be measured: to_real is of another extractor"):
+    with pytest.raises(UserError, match="nothing can be measured: to_real: is of another extractor"):
         evaluation(with_reference(monkeypatch, real, {"to_real": None}), tmp_path)
 
 

@@ -17,7 +17,7 @@ from fastgen.evaluation import extraction
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.extractors.digits_classifier import DigitsClassifier
 from fastgen.evaluation.protocol import Protocol
-from fastgen.evaluation.runner import part_of
+from fastgen.evaluation.settings import part_of
 from fastgen.evaluation.unkept import missing_at_start, run_protocol, what_is_real
 from fastgen.progress import Progress
 
@@ -99,7 +99,7 @@ def test_progress_counts_every_image_once(protocol: Protocol, real: Tensor):
     run_protocol(protocol, real_generator(real, []), model="student", steps=[1, 2], guidance=1, batch_size=512, progress=watched)
     pictures = [512, 1024, 1536, 1797, 2309, 2821, 3333, 3594]
     drawn = [(f"pictures of the student, {steps}", 3594, pictures) for steps in ("1 step", "2 steps")]
-    assert watched.counted == [*drawn, *[("metrics of the student", 1, [1])] * 2]
+    assert watched.counted == [*drawn, *[(f"metrics of the student, {steps}", 1, [1]) for steps in ("1 step", "2 steps")]]
     assert watched.open == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from fastgen.errors import UserError, nearest
 from fastgen.evaluation.subjects.base import Subject
 from fastgen.evaluation.subjects.stock_call import CallSettings
 from fastgen.export import DTYPES
-from fastgen.families import is_hub_id
+from fastgen.families import is_hub_id, resolve_source
 from fastgen.files import expanded
 
+Kind = Literal["bundled", "student", "pipeline", "pictures"]
 FORMS = "an exported student, a diffusers folder, a folder of pictures, or a hub id 'owner/name'"
 
 
@@ -37,6 +39,8 @@ class Asked:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"--dtype: {self.dtype!r} is no precision; {nearest(self.dtype, DTYPES)}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UserError(f"--guidance: {self.guidance:g} is no number to guide by")
 
     def of_teacher(self) -> Asked:
         """Of the pipeline that a model is compared with: what pictures must have in common."""
@@ -59,48 +63,78 @@ def subject_of(
     steps: int | None = None,
     device: torch.device | str = "cpu",
     teacher_dir: str | Path | None = None,
-    name: Literal["teacher"] | None = None,
+    name: Literal["teacher", "pipeline"] | None = None,
 ) -> Subject:
     """The student, pipeline or pictures at `model`, which can be a path, a hub id or `fastgen:NAME`. steps: by default its own. teacher_dir: where an
     adapter's teacher is. name: what its rows are called, by default what it is. UserError for what is none of these, and for what does not apply."""
-    subject = _found(str(model), asked, steps, device, teacher_dir)
+    folder, model = expanded(model), str(model)
+    kind = kind_of(model, asked, steps=steps)
+    if kind == "pictures":
+        from fastgen.evaluation.subjects.pictures import PicturesSubject
+
+        subject = PicturesSubject(folder, asked.captions)
+    elif kind == "pipeline":
+        from fastgen.evaluation.subjects.stock import StockPipeline
+
+        subject = StockPipeline(model, _call(asked, steps), revision=asked.revision, dtype=asked.dtype or "fp32", device=device)
+    else:
+        from fastgen.evaluation.subjects.generated import bundled_subject, student_subject
+
+        if kind == "bundled":
+            subject = bundled_subject(model, steps=steps, guidance=asked.guidance, device=device)
+        else:
+            subject = student_subject(folder, steps=steps, dtype=asked.dtype or "fp32", device=device, teacher_dir=teacher_dir)
+    return _called(subject, name)
+
+
+def _called(subject: Subject, name: Literal["teacher", "pipeline"] | None) -> Subject:
     if name is not None:
         subject.name = name
     return subject
 
 
-def _found(model: str, asked: Asked, steps: int | None, device: torch.device | str, teacher_dir: str | Path | None) -> Subject:
+def kind_of(model: str, asked: Asked = Asked(), *, steps: int | None = None, key: str = "MODEL") -> Kind:
+    """Which of them it is. UserError, which begins with `key`, before anything is loaded: for what is none of them, for what does not apply to
+    its kind, and for a hub id that cannot be had, which is downloaded here."""
     folder = expanded(model)
     if model.startswith("fastgen:"):
-        from fastgen.evaluation.subjects.generated import bundled_subject
-
         asked.refuse("a bundled teacher", "guidance")
-        return bundled_subject(model, steps=steps, guidance=asked.guidance, device=device)
+        _resolved(model, key)
+        if asked.guidance is not None and asked.guidance < 1:
+            raise UserError(f"--guidance: {asked.guidance:g}; a bundled teacher takes 1 (none) and more, as in diffusers")
+        return "bundled"
     if (folder / "fastgen.json").is_file():
-        from fastgen.evaluation.subjects.generated import student_subject
-
         asked.refuse("an exported student, whose fastgen.json says how it is called", "dtype")
-        return student_subject(folder, steps=steps, dtype=asked.dtype or "fp32", device=device, teacher_dir=teacher_dir)
+        return "student"
     if (folder / "model_index.json").is_file() or is_hub_id(model):
-        from fastgen.evaluation.subjects.stock import StockPipeline
+        from fastgen.evaluation.subjects.stock import check_pipeline
 
         asked.refuse("a pipeline", "guidance", "size", "max_sequence_length", "call", "revision", "dtype")
-        call = CallSettings(steps, asked.guidance, asked.size, asked.max_sequence_length, asked.call)
-        return StockPipeline(model, call, revision=asked.revision, dtype=asked.dtype or "fp32", device=device)
-    return _pictures(folder, asked, steps)
-
-
-def _pictures(folder: Path, asked: Asked, steps: int | None) -> Subject:
-    from fastgen.evaluation.subjects.pictures import PicturesSubject
-
-    if not folder.is_dir():
-        what = f"{str(folder)!r} is a file" if folder.exists() else f"no folder {str(folder)!r}"
-        raise UserError(f"MODEL: {what}; needed is {FORMS}")
-    if (folder / "recipe.yaml").is_file():
-        raise UserError(f"MODEL: {str(folder)!r} is a run; its student is {str(folder / 'student')!r}")
-    if not any(path.suffix.lower() in picture_suffixes() for path in folder.rglob("*")):
-        raise UserError(f"MODEL: {str(folder)!r} is not {FORMS}: {contents(folder)}")
+        check_pipeline(model, _call(asked, steps), asked.revision)
+        return "pipeline"
+    _check_pictures(folder, key)
     asked.refuse("a folder of pictures", "captions")
     if steps is not None:
         raise UserError("--steps: does not apply to a folder of pictures")
-    return PicturesSubject(folder, asked.captions)
+    return "pictures"
+
+
+def _call(asked: Asked, steps: int | None) -> CallSettings:
+    return CallSettings(steps, asked.guidance, asked.size, asked.max_sequence_length, asked.call)
+
+
+def _resolved(model: str, key: str) -> Path:
+    try:
+        return resolve_source(model)
+    except UserError as error:  # of a teacher, as those messages have it
+        raise UserError(str(error).replace("recipe key teacher.pretrained: ", f"{key}: ")) from error
+
+
+def _check_pictures(folder: Path, key: str) -> None:
+    if not folder.is_dir():
+        what = f"{str(folder)!r} is a file" if folder.exists() else f"no folder {str(folder)!r}"
+        raise UserError(f"{key}: {what}; needed is {FORMS}")
+    if (folder / "recipe.yaml").is_file():
+        raise UserError(f"{key}: {str(folder)!r} is a run; its student is {str(folder / 'student')!r}")
+    if not any(path.suffix.lower() in picture_suffixes() for path in folder.rglob("*")):
+        raise UserError(f"{key}: {str(folder)!r} is not {FORMS}: {contents(folder)}")

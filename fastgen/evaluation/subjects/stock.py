@@ -182,6 +182,11 @@ class StockPipeline(Subject):
         return pixels
 
 
+def check_pipeline(source: str, asked: CallSettings, revision: str | None = None) -> None:
+    """UserError, before any weight is read, for what is no pipeline that a StockPipeline runs, and for what its call does not take."""
+    StockCall(_pipeline_class(_opened(source, revision)), asked)
+
+
 def _opened(source: str, revision: str | None) -> Path:
     """A pipeline's folder that can be loaded and holds no code and no pickles that would be."""
     try:
