@@ -56,7 +56,7 @@ def one_line(arguments: list[str], capfd: pytest.CaptureFixture[str], status: in
     ],
 )
 def test_a_damaged_student_is_named_by_every_command(
-    component: str, said: str, student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    component: str, said: str, student: Path, sd3_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = Path(shutil.copytree(student, tmp_path / "student"))
     spoil(broken, component)
@@ -66,7 +66,7 @@ def test_a_damaged_student_is_named_by_every_command(
         for arguments, count in (
             (["sample", str(broken), *prompts, "--output", str(tmp_path / "a.png")], 2),
             (["verify", str(broken)], 4),
-            (["evaluate", str(broken), "--no-teacher", "--protocol", tiny_protocol(tmp_path)], 3),
+            (["evaluate", str(broken), "--teacher", str(sd3_folder), "--protocol", tiny_protocol(tmp_path)], 3),
         ):
             assert one_line(arguments, capfd) == f"error: {count} of {count} pictures of student '{broken}' {said}"
     assert not (tmp_path / "a.png").exists() and not (broken / "results.json").exists()
@@ -120,14 +120,14 @@ def test_latents_that_a_decoder_would_clamp_are_found(sd3_folder: Path, tmp_path
         load_teacher(teacher, steps=1, guidance=1.0)(PROMPTS, [0, 1, 2])
 
 
-def test_a_measurement_of_any_generator_says_how_many_images_are_none(tmp_path: Path) -> None:
+def test_a_measurement_of_any_generator_says_how_many_images_are_none() -> None:
     def generate(prompts: list[str], seeds: list[int], steps: int) -> torch.Tensor:
-        images = torch.zeros(len(prompts), 3, 16, 16)
+        images = torch.zeros(len(prompts), 3, 8, 8)
         images[1] = NAN
         return images
 
-    with pytest.raises(NotFinite, match=r"^1 of 3 images that the generator returned are not finite"):
-        unkept.run_protocol(load_protocol(tiny_protocol(tmp_path)), generate, model="student", steps=[1], guidance=1.0)
+    with pytest.raises(NotFinite, match=r"^1 of 256 images that the generator returned are not finite"):
+        unkept.run_protocol(load_protocol("digits"), generate, model="student", steps=[1], guidance=1.0)
 
 
 def test_features_that_are_not_finite_are_no_statistics() -> None:

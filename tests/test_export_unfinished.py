@@ -145,7 +145,7 @@ def test_results_and_report_say_that_a_student_is_unfinished(single: dict[int, P
     run_dir = Path(shutil.copytree(single[1], tmp_path / "run"))
     run.export(run_dir, run_dir / "student")
     monkeypatch.setenv("HOME", str(tmp_path))
-    results = run.evaluate(run_dir / "student", protocol=tiny_protocol(tmp_path), output=run_dir / "results.json", teacher=False)
+    results = run.evaluate(run_dir / "student", protocol=tiny_protocol(tmp_path), output=run_dir / "results.json", teacher_steps=[1])
     assert results["provenance"]["unfinished"] == {"student": {"step": 1, "of": STEPS}}
     assert json.loads((run_dir / "results.json").read_text())["provenance"] == results["provenance"]
     assert f"`student` had trained 1 of its {STEPS} steps" in report.write_report(run_dir).read_text()

@@ -20,7 +20,8 @@ from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.frechet import frechet_distance, table_statistics
 from fastgen.evaluation.metrics.precision_recall import share_within
 from fastgen.evaluation.protocol import Protocol, protocol_from
-from fastgen.evaluation.runner import Evaluation, Settings
+from fastgen.evaluation.runner import Evaluation
+from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Weights
 

@@ -16,7 +16,8 @@ from benchmarks.measuring.case import Row
 from fastgen.evaluation.extractors import inception
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.protocol import Protocol, protocol_from
-from fastgen.evaluation.runner import Evaluation, Settings
+from fastgen.evaluation.runner import Evaluation
+from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.weights import Weights
 from fastgen.fingerprints import file_hash
 

@@ -124,7 +124,8 @@ def test_a_child_that_is_left_behind_neither_holds_the_answer_up_nor_stays(tmp_p
 
 
 def test_an_interruption_stops_it(tmp_path: Path) -> None:
-    code = f"import os, signal, sys, time; print(os.getpid(), file=sys.stderr, flush=True); os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
+    said = "print(os.getpid(), file=sys.stderr, flush=True); time.sleep(0.5)"  # until the log has it
+    code = f"import os, signal, sys, time; {said}; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
         ask(program(code), tmp_path, 1, tmp_path / "log")
     assert gone(int((tmp_path / "log").read_text()))
