@@ -145,7 +145,7 @@ class Store:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """While no other process is in here with this folder, on file systems that have locks."""
-    with (folder / ".lock").open("a") as lock:
+    with (folder / ".lock").open("ab") as lock:
         with suppress(OSError):
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
