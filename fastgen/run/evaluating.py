@@ -79,6 +79,7 @@ def evaluate(
         _draw(evaluation, models)
         if beside is not None:
             _draw_teacher(evaluation, beside, teacher_steps)
+            gc.collect()
         if evaluation.left:
             raise PartDone(evaluation.left)
         return _written(evaluation, target, place)

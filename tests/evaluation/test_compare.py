@@ -18,13 +18,15 @@ from torch import Tensor
 from fastgen import cli
 from fastgen.errors import UserError
 from fastgen.evaluation import protocol as protocols
-from fastgen.evaluation.compare import Sources, compare, unpaired
+from fastgen.evaluation import versions
+from fastgen.evaluation.compare import Side, Sources, compare, unpaired
 from fastgen.evaluation.compare_table import comparison_table
-from fastgen.evaluation.extraction import stored_name
+from fastgen.evaluation.extraction import Extractors, stored_name
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.intervals import mean_interval
 from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Value, feature
 from fastgen.evaluation.protocol import Protocol, protocol_from
+from fastgen.evaluation.references import load_reference
 from fastgen.evaluation.results import Row, model_key, provenance, write_results
 from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.store import Store
@@ -310,6 +312,23 @@ def test_a_metric_of_the_teacher_reads_each_files_teacher(tmp_path: Path) -> Non
     line = lines(compared(*paths, of=of, resamples=300))["gap"]
     first, second = ((scores(1.0, seed) - scores(0.0, 3)).double().abs().flatten() for seed in (1, 2))
     assert half(line) == pytest.approx(1.96 * float((second - first).std()) / 8, rel=0.12)
+
+
+def test_features_of_a_reference_are_read_where_the_evaluation_left_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by another version, or on another kind of device, than the evaluation's."""
+    (tmp_path / "real").mkdir()
+    for index in range(2):
+        Image.new("RGB", (8, 8), (90 * index,) * 3).save(tmp_path / f"real/{index}.png")
+    of, settings = protocol(reference={"images": str(tmp_path / "real")}), Settings(tmp_path)
+    block = of.spec.reference
+    assert block is not None
+    reference = load_reference(block, Extractors(Resources()), tmp_path, chunk=of.spec.chunk)
+    expected = reference.table(FEATURE).read()
+    side = Side(tmp_path / "a.json", {"provenance": {"reference": reference.record}}, "student", 4, {})
+    monkeypatch.setattr(versions, "FORMAT", 0)
+    monkeypatch.setattr(Extractors, "__call__", lambda *_: pytest.fail("extracted again"))
+    found = Sources(of, settings).reference(side)
+    assert found is not None and torch.equal(found.table(FEATURE).read(), expected)
 
 
 TEACHER = {"sha256": "a" * 64, "steps": 25, "guidance": 1.5, "scheduler": {"shift": 3.0}, "source": "sd35", "device": "cuda", "stores": {}}
