@@ -12,6 +12,10 @@ class UserError(ValueError):
     """A mistake in what the user gave: the message says what was given, what is allowed, and which recipe key (exit status 2)."""
 
 
+class CannotWrite(UserError):
+    """A place that takes nothing, or no more: the message says which, why, and the way on."""
+
+
 class NotFinite(UserError):
     """A model that the user gave, or trained, draws what is no picture: the message says which, and how many of how many."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastgen.errors import UserError
+from fastgen.errors import CannotWrite, UserError
 
 PARTIAL = ".partial_"  # begins the names of files and folders that are not whole yet, or not any more
 OLD = ".old_"  # begins the name of what `publish` is about to replace
@@ -58,7 +58,7 @@ def _replace(target: Path, data: bytes) -> None:
 
 @contextmanager
 def writing(path: Path | str, key: str = "") -> Iterator[None]:
-    """Around whatever writes to `path` or below it: what the system or safetensors refuse is a UserError of one line, which ends in the way on;
+    """Around whatever writes to `path` or below it: what the system or safetensors refuse is CannotWrite, of one line, which ends in the way on;
     key: the option or recipe key that named the path, to begin with."""
     from safetensors import SafetensorError
 
@@ -69,7 +69,7 @@ def writing(path: Path | str, key: str = "") -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (OSError, SafetensorError)) and _number(error) is None:
             raise
-        raise UserError(f"{key and f'{key}: '}cannot write {str(path)!r}: {_why(error, Path(path))}") from error
+        raise CannotWrite(f"{key and f'{key}: '}cannot write {str(path)!r}: {_why(error, Path(path))}") from error
 
 
 def _why(error: Exception, path: Path) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from fastgen.families import is_hub_id
 
-_TEXTS = ("negative_prompt",)  # keys of a recipe whose value may look like a path and is none
+_TEXTS = ("negative_prompt",)  # beginnings of keys whose value may look like a path and is none
+_QUOTED = re.compile(r"""(['"])((?:~|\.{1,2})?/.*?)\1""")
+_UNQUOTED = re.compile(r"""(?<![\w/.~-])~?(?:/[^\s/'"]*\w[^\s/'"]*){2,}/?""")  # an address's // follows its scheme
 _ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")  # where diffusers, transformers and peft note what they loaded
 
 
@@ -29,10 +32,17 @@ def is_local(name: str) -> bool:
 def portable(record: Any) -> Any:
     """JSON data with every path in it reduced to its last part; texts that users write are left alone."""
     if isinstance(record, Mapping):
-        return {key: value if key in _TEXTS else portable(value) for key, value in record.items()}
+        return {key: value if str(key).startswith(_TEXTS) else portable(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
         return [portable(value) for value in record]
     return _last_part(record) if isinstance(record, str) else record
+
+
+def portable_text(text: str) -> str:
+    """A message with every path in it reduced to its last part: those in quotes, and of others those of two parts or more. Addresses of the web
+    stay."""
+    text = _QUOTED.sub(lambda found: f"{found[1]}{_last_part(found[2])}{found[1]}", text)
+    return _UNQUOTED.sub(lambda found: PurePath(found[0]).name, text)
 
 
 def forget_origins(folder: Path) -> None:

@@ -18,6 +18,7 @@ from fastgen.errors import UserError
 from fastgen.evaluation.extraction import Part
 from fastgen.evaluation.settings import Settings
 from fastgen.export import export_student
+from fastgen.families import source_hash
 from fastgen.families.sd3 import SD3
 from fastgen.generator import ImageGenerator
 from fastgen.progress import Progress
@@ -60,7 +61,7 @@ def numbers(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in results["metrics"] if row["name"] not in COSTS]
 
 
-def test_a_student_is_measured_against_what_its_teacher_draws(student: Path, tmp_path: Path):
+def test_a_student_is_measured_against_what_its_teacher_draws(student: Path, sd3_folder: Path, tmp_path: Path):
     results = measure(student, tmp_path)
     assert results == json.loads((tmp_path / "results.json").read_text())
     seeds = list(range(len(PROMPTS)))
@@ -71,7 +72,11 @@ def test_a_student_is_measured_against_what_its_teacher_draws(student: Path, tmp
     models = [(each["model"], each["steps"], each["name"]) for each in results["metrics"] if each["name"] in COSTS]
     assert models == [(model, steps, name) for model, steps in (("student", row["steps"]), ("teacher", 2)) for name in COSTS]
     assert "missing" not in results or results["missing"] == []
-    assert list(results["provenance"]["models"]) == ["student", "teacher"]
+    models = results["provenance"]["models"]
+    assert list(models) == [f"student, {row['steps']} steps", row["against"]] and row["against"] == "teacher, 2 steps"
+    assert models[row["against"]]["sha256"] == source_hash(str(sd3_folder))
+    assert (models[row["against"]]["steps"], models[row["against"]]["guidance"]) == (2, load_teacher_of(student).guidance)
+    assert str(tmp_path.parent) not in (tmp_path / "results.json").read_text()
 
 
 def test_what_is_drawn_once_is_measured_again_without_drawing(student: Path, tmp_path: Path, drawn: list[int]):
@@ -115,7 +120,15 @@ def test_several_numbers_of_steps_are_measured_each(student: Path, tmp_path: Pat
     results = measure(student, tmp_path, steps=[own, own + 1])
     assert [row["steps"] for row in numbers(results)] == [own, own + 1]
     assert numbers(results)[0] == numbers(measure(student, tmp_path))[0]
-    assert list(results["provenance"]["models"]) == [f"student, {own} steps", f"student, {own + 1} steps", "teacher"]
+    assert list(results["provenance"]["models"]) == [f"student, {own} steps", f"student, {own + 1} steps", "teacher, 2 steps"]
+
+
+def test_several_teachers_are_compared_with_by_the_one_of_the_most_steps(student: Path, tmp_path: Path):
+    """In whichever order they are named."""
+    results = measure(student, tmp_path, teacher_steps=[1, 3, 2])
+    assert list(results["provenance"]["models"])[1:] == ["teacher, 1 step", "teacher, 3 steps", "teacher, 2 steps"]
+    assert numbers(results)[0]["against"] == "teacher, 3 steps"
+    assert numbers(results) == numbers(measure(student, tmp_path, teacher_steps=[3]))
 
 
 @pytest.mark.filterwarnings("ignore:results could not be cached")

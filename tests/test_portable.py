@@ -19,7 +19,7 @@ from fastgen.errors import UserError
 from fastgen.export import verify
 from fastgen.families import source_hash
 from fastgen.generator import read_manifest
-from fastgen.portable import is_local, portable, source_name
+from fastgen.portable import is_local, portable, portable_text, source_name
 
 USER, HOME = "someuser_7f3a", Path.home()
 
@@ -51,6 +51,21 @@ def test_paths_of_a_record_keep_their_last_part() -> None:
         "distiller": {"reward": {"name": "rewards.py:mine"}, "files": ["c", "d"]},
         "teacher": {"pretrained": "owner/name", "negative_prompt": "/imagine a/b"},
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("needs X, which is not in '/home/me/weights': get it from https://example.org/a/b", "needs X, which is not in 'weights': get it from https://example.org/a/b"),
+        ('\'/home/me/my p.yaml\' and "/home/o\'brien/b"', "'my p.yaml' and \"b\""),
+        ("'~/weights/a b', '../b/c.npz' and './d'", "'a b', 'c.npz' and 'd'"),
+        ("it wrote last 'FileNotFoundError: /home/me/x.pt: gone', PATH=/usr/bin/x", "it wrote last 'FileNotFoundError: x.pt: gone', PATH=x"),
+        ("(/home/me/a/) or ~/b/c.", "(a) or c."),
+        ("width / height, 1/2, and/or, fastgen:digits/open, '/', 'a/b', /one", "width / height, 1/2, and/or, fastgen:digits/open, '/', 'a/b', /one"),
+    ],
+)  # fmt: skip
+def test_paths_of_a_message_keep_their_last_part(text: str, wanted: str) -> None:
+    assert portable_text(text) == wanted
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from fastgen.evaluation.extraction import Extractors, stored_name
 from fastgen.evaluation.extractors.base import Feature, Resources
 from fastgen.evaluation.headings import COSTS, ordered
 from fastgen.evaluation.intervals import NORMAL
-from fastgen.evaluation.likeness import joined, other_circumstances, other_counts, unlike
+from fastgen.evaluation.likeness import joined, other_circumstances, other_counts, other_teachers, unlike
 from fastgen.evaluation.metrics.base import Measured, Metric, Reference
 from fastgen.evaluation.protocol import Protocol, load_protocol
-from fastgen.evaluation.references import load_reference
+from fastgen.evaluation.references import OpenReference, load_reference
 from fastgen.evaluation.resampling import Difference, differences
 from fastgen.evaluation.results import Row, model_key, read_results
 from fastgen.evaluation.settings import Settings
@@ -29,6 +28,7 @@ from fastgen.evaluation.store import Store
 from fastgen.evaluation.tables import Table
 from fastgen.evaluation.weights import Unavailable
 from fastgen.files import write_atomically
+from fastgen.portable import portable_text
 from fastgen.progress import Progress
 
 UNPAIRED = "unpaired"
@@ -51,6 +51,11 @@ class Side:
         return model_key(self.model, self.steps)
 
     @property
+    def teacher(self) -> str | None:
+        """The teacher that some of its rows are measured against, as `provenance.models` calls it."""
+        return next((row["against"] for row in self.rows.values() if "against" in row), None)
+
+    @property
     def record(self) -> dict[str, Any]:
         return {"file": str(self.path), "model": self.model, **({} if self.steps is None else {"steps": self.steps})}
 
@@ -63,6 +68,7 @@ class Sources:
     settings: Settings
     resources: Resources = field(default_factory=Resources)
     reason: str = ""
+    _references: dict[str | None, OpenReference | None] = field(default_factory=dict)  # by the folder of their features
 
     @classmethod
     def of(cls, load: Callable[[], Protocol], settings: Settings, resources: Resources) -> Sources:
@@ -72,14 +78,26 @@ class Sources:
         except UserError as error:
             return cls(None, settings, resources, str(error))
 
-    @cached_property
-    def reference(self) -> Reference | None:
-        """The protocol's, opened when something asks for it."""
+    def reference(self, side: Side) -> Reference | None:
+        """The protocol's, opened when something asks for it, with the features that an evaluation has left of it. Unavailable where a side was
+        measured with another."""
+        recorded = side.results["provenance"].get("reference")
+        store, sha256 = _entry(recorded, "store"), _entry(recorded, "sha256")
+        store = Path(store).name if isinstance(store, str) else None
+        if store not in self._references:
+            self._references[store] = self._opened(store)
+        reference = self._references[store]
+        found = None if reference is None else reference.record.get("sha256")
+        if sha256 is not None and found is not None and sha256 != found:
+            raise Unavailable(f"the protocol's reference is not the one that {str(side.path)!r} was measured with: its SHA-256 differs")
+        return reference
+
+    def _opened(self, kept: str | None) -> OpenReference | None:
         assert self.protocol is not None
         spec = self.protocol.spec
-        options: dict[str, Any] = {"where": self.protocol.where, "allow_pickle": self.settings.allow_pickle}
         if spec.reference is None:
             return None
+        options: dict[str, Any] = {"where": self.protocol.where, "allow_pickle": self.settings.allow_pickle, "kept": kept}
         options |= {"data_dir": self.resources.data_dir, "prepare": spec.prepare, "chunk": spec.chunk}
         return load_reference(spec.reference, Extractors(self.resources), self.settings.stores, **options)
 
@@ -111,7 +129,9 @@ def compare(first: Path, second: Path, sources: Sources, *, resamples: int = 100
     """The comparison as plain JSON: `pairs`, one for each step count that both files have, each with `differences` (name, a, b, difference =
     b - a, n, and, where there is one, a 95 % interval and interval_over: bootstrap, jackknife, subsets or unpaired), `notes` and `warnings`.
 
-    UserError where a file cannot be read, where the two do not measure the same, and where they have no model in common to compare.
+    Rows that are measured against teachers' pictures are left out, with a note, where the files' teachers differ: they say nothing of the models,
+    and the other rows do. UserError where a file cannot be read, where the two do not measure the same, be it because nothing but such rows is
+    left, and where they have no model in common to compare.
     """
     progress = progress or Progress()
     files = {path: read_results(path) for path in (first, second)}
@@ -121,6 +141,8 @@ def compare(first: Path, second: Path, sources: Sources, *, resamples: int = 100
     pairs = _pairs(first, a, second, b)
     if differing := dict.fromkeys(each for one, other in pairs for each in other_counts(_quality(one), _quality(other))):
         raise UserError(f"{str(first)!r} and {str(second)!r} do not measure the same: {joined(list(differing))}")
+    if differing := next((apart for pair in pairs if (apart := _teachers_apart(*pair)) and not _comparable(*pair, by_teacher=False)), None):
+        raise UserError(f"{str(first)!r} and {str(second)!r} do not measure the same: {joined(differing)}")
     warnings = other_circumstances(a, b)
     for each in warnings:
         progress.warn(f"the two were measured with another {each}")
@@ -161,9 +183,24 @@ def _quality(side: Side) -> dict[str, Row]:
     return {name: row for name, row in side.rows.items() if name not in COSTS}
 
 
+def _teachers_apart(a: Side, b: Side) -> list[str]:
+    """In what the teachers differ that rows of both sides are measured against."""
+    records = [_entry(side.results["provenance"], "models", side.teacher) for side in (a, b) if side.teacher is not None]
+    return other_teachers(*records) if len(records) == 2 and all(isinstance(each, dict) for each in records) else []
+
+
+def _comparable(a: Side, b: Side, *, by_teacher: bool) -> list[str]:
+    """Rows of quality that both sides have, those measured against teachers' pictures or the others."""
+    ours, theirs = _quality(a), _quality(b)
+    return [name for name in ours if name in theirs and ("against" in ours[name] and "against" in theirs[name]) == by_teacher]
+
+
 def _compared(a: Side, b: Side, sources: Sources, resamples: int, progress: Progress) -> dict[str, Any]:
-    names = [name for name in ordered([*a.rows, *b.rows]) if name in a.rows and name in b.rows]
+    apart = _teachers_apart(a, b)
+    left_out = _comparable(a, b, by_teacher=True) if apart else []
+    names = [name for name in ordered([*a.rows, *b.rows]) if name in a.rows and name in b.rows and name not in left_out]
     paired, notes = _paired(a, b, names, sources, resamples, progress)
+    notes += [f"{', '.join(left_out)}: not compared, for the teachers differ: {joined(apart)}"] if left_out else []
     lines = []
     for name in names:
         one, other = a.rows[name], b.rows[name]
@@ -261,7 +298,7 @@ class Opened:
         """UserError for what is not there any more."""
         needs = metric.needs()
         teacher = self._measured(metric, self._teacher()) if needs.teacher else None
-        reference = self._sources.reference if needs.reference else None
+        reference = self._sources.reference(self.side) if needs.reference else None
         return self._measured(metric, self._recorded(self.side.model, self.side.steps), reference, teacher)
 
     def _measured(self, metric: Metric, key: str, reference: Reference | None = None, teacher: Measured | None = None) -> Measured:
@@ -275,22 +312,21 @@ class Opened:
         return self.side.results["provenance"].get("models")
 
     def _recorded(self, model: str, steps: int | None) -> str:
-        """What the file's record of models calls one: its name, with its steps where there are several of that name."""
-        with_steps = f"{model}, {steps} steps"
-        return with_steps if isinstance(self._models, dict) and with_steps in self._models else model
+        """What the file's record of models calls one; older files leave out its steps where there is one of that name."""
+        key = model_key(model, steps)
+        return key if isinstance(self._models, dict) and key in self._models else model
 
     def _teacher(self) -> str:
-        """The first one, as where it was measured."""
-        found = [key for key in self._models or {} if key.partition(",")[0] == "teacher"] if isinstance(self._models, dict) else []
-        if not found:
+        """The one that it was measured against."""
+        if self.side.teacher is None:
             raise Unavailable(f"{str(self.side.path)!r} records no teacher")
-        return found[0]
+        return self.side.teacher
 
     def _table(self, key: str, name: str, each: Feature) -> Table:
         """A feature of one set of a model's pictures."""
         provenance, samples = self.side.results["provenance"], self._sets[name]
         folder = _entry(provenance, "models", key, "stores", name)
-        sha256 = _entry(provenance, "extractors", each.source)
+        sha256 = _entry(provenance, "extractors", portable_text(each.source))
         if not isinstance(folder, str) or not isinstance(sha256, str):
             raise Unavailable(f"{str(self.side.path)!r} does not say where the features of its pictures are")
         place = self._sources.settings.stores / Path(folder).name

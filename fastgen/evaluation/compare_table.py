@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastgen.evaluation.headings import COSTS, heading, number, written
+from fastgen.evaluation.results import model_key
 from fastgen.evaluation.table import aligned
 
 _MARKS = {"bootstrap": "", "jackknife": "*", "subsets": "‡", "unpaired": "†"}
@@ -28,8 +29,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def _model(record: Mapping[str, Any]) -> str:
-    steps = record.get("steps")
-    return f"{record['file']}: {record['model']}" + ("" if steps is None else f", {steps} step{'s' * (steps != 1)}")
+    return f"{record['file']}: {model_key(record['model'], record.get('steps'))}"
 
 
 def _block(lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -77,7 +77,7 @@ class Dump(ABC):
         write_atomically(path, json.dumps(manifest, indent=2) + "\n")
 
 
-_DIFFERENCES = {"form": "another form", "set": "other prompts or seeds", "model": "another model, or of this one with other settings"}
+_DIFFERENCES = {"form": "another form", "set": "other prompts or seeds", "model": "another model, or of this one with other settings or versions"}
 
 
 def _content(folder: Path, key: str) -> list[Path]:

@@ -9,12 +9,14 @@ from fastgen.errors import shown
 
 _MOST = 6  # differences on one line
 _HASH = 8  # characters of a hash that tell it from another
+_OF_NO_PICTURE = dict.fromkeys(("source", "revision", "stores", "device"))  # of a model's record: what it is called, and where it was drawn
 
 
 def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What two files' measurements differ in, each as `what: of a / of b`: protocol, prompts, conventions, extractors, reference, a quick look.
 
-    What one of them does not record, as files of before there were protocol files do not, is not compared, but for the protocol's hash.
+    What one of them does not record, as files of before there were protocol files do not, is not compared, but for the protocol's hash. Teachers
+    are another matter (`other_teachers`): most rows do not depend on them.
     """
     first, second = a["provenance"], b["provenance"]
     found = [("protocol", a["protocol"], b["protocol"]), ("protocol hash", _hash(first), _hash(second))]
@@ -33,11 +35,18 @@ def other_counts(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str
     return [f"pictures of {name}: {one:,} / {other:,}" for name, (one, other) in counts.items() if one != other]
 
 
+def other_teachers(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """In what two teachers' records in `provenance.models` differ: content, steps, guidance and all else that their pictures depend on, but for
+    the device."""
+    return _differing((f"teacher's {path}", *values) for path, values in _common(*({**each, **_OF_NO_PICTURE} for each in (a, b))))
+
+
 def other_circumstances(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Versions and devices in which two files differ, which change rounding, and seconds and bytes most of all."""
+    """Versions, devices and batch sizes in which two files differ, which change rounding, and seconds and bytes most of all."""
     first, second = a["provenance"], b["provenance"]
     versions = [(name, *values) for name, values in _common(first.get("versions"), second.get("versions"))]
-    return _differing([*versions, *_both("device", first.get("device"), second.get("device"))])
+    others = [_both(name.replace("_", " "), first.get(name), second.get(name)) for name in ("device", "batch_size")]
+    return _differing([*versions, *(each for both in others for each in both)])
 
 
 def joined(differences: list[str]) -> str:

@@ -23,7 +23,6 @@ from fastgen.yaml_files import read_yaml
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_.-]*$")]  # also of files and folders
-_SAID = {"sha256", "source"}  # of a reference
 SHIPPED = Path(__file__).parent / "protocols"
 
 
@@ -155,8 +154,9 @@ class Protocol:
 
     def hash(self) -> str:
         """SHA-256 over everything that numbers depend on, as far as the file decides it: the prompts themselves, and the metrics' options with
-        their defaults. Not over what it only says: descriptions, where files are to be had, and which hashes they have."""
-        spec = self.spec.model_dump(exclude={"description": True, "batch_size": True, "sets": True, "metrics": True, "reference": _SAID})
+        their defaults. Not over what it only says: descriptions, where files are to be had, and which hashes they have; nor over the reference,
+        which lies elsewhere with everybody: results.json has its content's own hash, and without one what needs it is missing."""
+        spec = self.spec.model_dump(exclude={"description", "batch_size", "sets", "metrics", "reference"})
         metrics = {name: {**metric.config.model_dump(mode="json"), "set": metric.set} for name, metric in self.metrics(self.resources).items()}
         content = {"spec": spec, "metrics": metrics, "sets": {name: each.hash for name, each in self.sets.items()}}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

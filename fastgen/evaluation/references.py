@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import PIL
 import torch
 
 from fastgen.data.texts import missing
@@ -24,6 +23,7 @@ from fastgen.evaluation.protocol import PrepareBlock, ReferenceBlock
 from fastgen.evaluation.statistics_file import StatisticsFile, write_statistics
 from fastgen.evaluation.store import Store
 from fastgen.evaluation.tables import Table
+from fastgen.evaluation.versions import made_by
 from fastgen.evaluation.weights import Unavailable
 from fastgen.files import expanded
 from fastgen.fingerprints import digest, known_hash
@@ -145,24 +145,27 @@ class KnownStatistics(OpenReference):
 
 class KnownPictures(OpenReference):
     """Pictures whose features are extracted once, `chunk` at a time, and kept in a folder below `root` by what the pictures are, wherever
-    they lie."""
+    they lie, and by what they were extracted by."""
 
-    def __init__(self, source: PictureSource, how: PrepareBlock, extractors: Extractors, root: Path, chunk: int) -> None:
-        """UserError where the pictures are not of one size once they are prepared."""
+    def __init__(self, source: PictureSource, how: PrepareBlock, extractors: Extractors, root: Path, chunk: int, kept: str | None = None) -> None:
+        """kept: the folder below root that an evaluation has recorded, which is read where it is there. UserError where the pictures are not of
+        one size once they are prepared."""
         source.check_sizes(how)
         self.source, self._how, self._extractors, self._root, self._chunk = source, how, extractors, root, chunk
+        self._kept = kept if kept and (root / kept).is_dir() else None
         self.warnings = source.warnings
         self._statistics: dict[Feature, Gaussian] = {}
 
     @cached_property
     def _store(self) -> Store:
-        """Opened at first use, for all pictures are hashed for it. Pillow decodes and resizes, so features depend on its version too."""
-        key = digest(["reference", self.source.content, self._how.model_dump(), self._chunk, PIL.__version__])
-        return Store(self._root / key[:32], len(self.source), self._chunk)
+        """Opened at first use, for all pictures are hashed for it."""
+        by = made_by(self._extractors.resources.device)
+        key = digest(["reference", self.source.content, self._how.model_dump(), self._chunk, by])
+        return Store(self._root / (self._kept or key[:32]), len(self.source), self._chunk)
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"kind": "pictures", "sha256": self.source.content, "n": len(self.source)}
+        return {"kind": "pictures", "sha256": self.source.content, "n": len(self.source), "store": self._store.folder.name}
 
     def check(self, features: Sequence[Feature]) -> None:
         self._extractors.require(features)
@@ -213,7 +216,8 @@ class StatisticsAndPictures(OpenReference):
 
     @property
     def record(self) -> dict[str, Any]:
-        return {**self._known.record, "kind": "statistics and pictures", "n": self._pictures.record["n"]}
+        pictures = self._pictures.record
+        return {**self._known.record, "kind": "statistics and pictures", "n": pictures["n"], "store": pictures["store"]}
 
     def check(self, features: Sequence[Feature]) -> None:
         for each in features:
@@ -267,32 +271,35 @@ def load_reference(
     chunk: int = 64,
     where: str = "",
     allow_pickle: bool = False,
+    kept: str | None = None,
 ) -> OpenReference:
     """The reference of a protocol; one that is missing, damaged or another than the recorded one is Absent. root: the folder of stores. where:
-    what to begin messages with, such as `protocol NAME: `."""
+    what to begin messages with, such as `protocol NAME: `. kept: as of `KnownPictures`."""
     key = f"{where}reference.{'file' if block.file is not None else 'images'}"
     try:
         path = _found(block, data_dir, key)
         if block.file is not None:
             _check_hash(block, known_hash(path), f"{key}: {str(path)!r}")
-            return _of_file(path, key, prepare, extractors, root, chunk, allow_pickle=allow_pickle)
+            return _of_file(path, key, prepare, extractors, root, chunk, allow_pickle=allow_pickle, kept=kept)
         source = PictureFolder(path, key)
         _check_hash(block, source.content if block.sha256 else "", f"{key}: {str(path)!r}")
-        return KnownPictures(source, prepare, extractors, root, chunk)
+        return KnownPictures(source, prepare, extractors, root, chunk, kept)
     except UserError as error:
         return Absent(str(error))
 
 
-def _of_file(path: Path, key: str, how: PrepareBlock, extractors: Extractors, root: Path, chunk: int, *, allow_pickle: bool) -> OpenReference:
+def _of_file(
+    path: Path, key: str, how: PrepareBlock, extractors: Extractors, root: Path, chunk: int, *, allow_pickle: bool, kept: str | None
+) -> OpenReference:
     is_archive = path.suffix.lower() == ".npz"
     members = Archive(path).members if is_archive else {}
     holds_pictures = path.suffix.lower() == ".npy" or (is_archive and has_pictures(Archive(path)))
     if holds_pictures and not {"mu", "sigma", "mu_s", "sigma_s"} & members.keys():
-        return KnownPictures(PictureArray(path, key), how, extractors, root, chunk)
+        return KnownPictures(PictureArray(path, key), how, extractors, root, chunk, kept)
     known = KnownStatistics(StatisticsFile(path, key, allow_pickle=allow_pickle), how, extractors)
     if not holds_pictures:
         return known
-    return StatisticsAndPictures(known, KnownPictures(PictureArray(path, key), how, extractors, root, chunk))
+    return StatisticsAndPictures(known, KnownPictures(PictureArray(path, key), how, extractors, root, chunk, kept))
 
 
 def _found(block: ReferenceBlock, data_dir: Path | None, key: str) -> Path:

@@ -8,7 +8,6 @@ import platform
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
@@ -19,8 +18,10 @@ from pydantic import Field
 from fastgen import records
 from fastgen.errors import UserError
 from fastgen.evaluation.extractors import find_extractor
+from fastgen.evaluation.versions import installed
 from fastgen.files import write_atomically
 from fastgen.fingerprints import sealed, unsealed
+from fastgen.portable import portable, portable_text
 
 if TYPE_CHECKING:
     from fastgen.evaluation.metrics.base import Metric
@@ -28,16 +29,12 @@ if TYPE_CHECKING:
 
 CACHE = Path(".cache/fastgen/results")  # below the home folder
 QUANTISATIONS = {"edm": "edm: floor(255 y + 0.5)", "truncate": "truncate: floor(255 y)"}  # of y in [0, 1]
-# Packages that decide about pictures, features or their arithmetic.
-_PACKAGES = {"fastgen": "fastgen-distill", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"} | {
-    name: name for name in ("numpy", "pillow", "torch-fidelity", "open_clip_torch", "lpips")
-}
 
 
 class Row(TypedDict):
     """One measurement: an entry of `metrics` in results.json. `n` counts images; rows of real data have no steps and no guidance.
-    interval: 95 %, by the method that interval_over names. seed: of the training that one of several rows is of, whose mean has a row of its
-    own, without it."""
+    interval: 95 %, by the method that interval_over names. against: the `model_key` of the teacher whose pictures it is measured against. seed:
+    of the training that one of several rows is of, whose mean has a row of its own, without it."""
 
     name: str
     model: str
@@ -50,6 +47,7 @@ class Row(TypedDict):
     interval: NotRequired[list[float]]
     interval_over: NotRequired[str]
     remark: NotRequired[str]
+    against: NotRequired[str]
     floor: NotRequired[str]
     seed: NotRequired[int]
 
@@ -70,28 +68,30 @@ def provenance(
     extractors: Mapping[str, str] = MappingProxyType({}),
     reference: Mapping[str, Any] | None = None,
     models: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """What a measurement depends on besides the model's name: versions, machine, date (UTC), every convention, and SHA-256 hashes.
+    """What a measurement depends on besides the model's name: versions, machine, date (UTC), every convention, and SHA-256 hashes; no folder of
+    this machine.
 
     device: where the pictures were drawn. model_hash: `fingerprints.folder_hash` of the model. extractors: SHA-256 of each, by what features
-    call their `source`. reference: name and hash of the real pictures or statistics. models: by `model_key`, what is known of each model in the
-    rows: the configuration of its `scheduler`, its `hash`, and its `stores`, the folders of its features by set. A package that is not
-    installed is left out.
+    call their `source`. reference: kind and hash of the real pictures or statistics. models: by `model_key`, what is known of each model in the
+    rows: its `sha256`, the configuration of its `scheduler`, and its `stores`, the folders of its features by set. batch_size: pictures drawn at
+    once, None for the protocol's own. A package that is not installed is left out.
     """
-    versions = {key: version for key, package in _PACKAGES.items() if (version := _version(package))}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **installed()},
         "device": _device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "protocol_hash": protocol.hash(),
         "model_hash": model_hash,
-        "conventions": _conventions(protocol, extractors),
-        "extractors": dict(extractors),
+        "conventions": portable(_conventions(protocol, extractors)),
+        "extractors": {portable_text(source): sha256 for source, sha256 in extractors.items()},
         "prompt_sets": {name: {"hash": each.hash, "images": len(each), "per_prompt": each.per_prompt} for name, each in protocol.sets.items()},
-        "reference": None if reference is None else dict(reference),
-        "models": {name: dict(known) for name, known in models.items()},
+        "reference": portable(reference),
+        "models": portable(models),
+        "batch_size": batch_size or protocol.spec.batch_size,
     }
 
 
@@ -110,7 +110,7 @@ def _conventions(protocol: Protocol, extractors: Iterable[str]) -> dict[str, Any
         "seeds": {name: _seeds_rule(block) for name, block in protocol.spec.sets.items()},
         "subset_seed": protocol.spec.seed,
         "metrics": {name: _convention(metric) for name, metric in metrics.items()},
-        "extractors": {source: find_extractor(source.partition("(")[0]).convention for source in extractors},
+        "extractors": {portable_text(source): find_extractor(source.partition("(")[0]).convention for source in extractors},
     }
 
 
@@ -137,11 +137,13 @@ def write_results(
     stop_after: int | None = None,
 ) -> dict[str, Any]:
     """Write results.json in one step (readers see the old file or the whole new one), and return its content: the keys protocol, metrics,
-    missing and provenance, and partial where only the first `stop_after` pictures of each set were drawn.
+    missing and provenance, and partial where only the first `stop_after` pictures of each set were drawn. Why something is missing is written
+    without the folders of this machine.
 
     Raises ValueError for a NaN or infinite value, which JSON cannot hold.
     """
-    content: dict[str, Any] = {"protocol": protocol_name, "metrics": list(rows), "missing": list(missing), "provenance": dict(provenance)}
+    lacking = [Missing(name=each["name"], model=each["model"], reason=portable_text(each["reason"])) for each in missing]
+    content: dict[str, Any] = {"protocol": protocol_name, "metrics": list(rows), "missing": lacking, "provenance": dict(provenance)}
     if stop_after is not None:
         content["partial"] = {"stop_after": stop_after}
     _write_json(Path(path), content)
@@ -162,6 +164,7 @@ class Measurement(records.Schema):
     interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     interval_over: str | None = None
     remark: str | None = None
+    against: str | None = None
     floor: str | None = None
     seed: int | None = None
 
@@ -251,13 +254,6 @@ def _read_entry(path: Path, key: str) -> list[Row]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _device_name(device: torch.device) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastgen.errors import UserError
+from fastgen.errors import UserError, one_line
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
 from fastgen.evaluation.extraction import Drawing, Extractors, by_set, drawn, fill, lacking, shared
 from fastgen.evaluation.extractors.base import Feature, Pictures, Resources
@@ -20,6 +20,7 @@ from fastgen.evaluation.results import Missing, Row, cached, model_key, reasons
 from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.store import Store, total
 from fastgen.evaluation.subjects import Subject
+from fastgen.evaluation.versions import made_by
 from fastgen.evaluation.weights import Unavailable
 from fastgen.fingerprints import digest
 from fastgen.progress import Progress
@@ -69,6 +70,7 @@ class Evaluation:
         if not dry:
             self._gather()
         self.drawn: list[Drawn] = []
+        self._lost: dict[int | None, str] = {}  # teachers that could not be drawn, by their steps: why
         self.left = 0  # chunks that other parts have still to draw
 
     def _reference(self) -> OpenReference | None:
@@ -138,10 +140,18 @@ class Evaluation:
         if not self.metrics:
             raise UserError(f"protocol {self.protocol.name}: nothing can be measured: {'; '.join(reasons(self.missing, ': '))}")
 
-    def _lacks(self, name: str, model: str, error: UserError) -> None:
-        found = Missing(name=name, model=model, reason=str(error))
-        self.missing.append(found)
-        self.progress.warn(f"warning: {reasons([found])[0]}")
+    def _lack(self, names: Sequence[str], model: str, reason: str) -> None:
+        """Metrics of one model that could not be measured: said once, at however many step counts."""
+        found = [each for name in names if (each := Missing(name=name, model=model, reason=reason)) not in self.missing]
+        self.missing += found
+        for line in reasons(found):
+            self.progress.warn(f"warning: {line}")
+
+    def lose_teacher(self, steps: int | None, error: Exception) -> None:
+        """The teacher could not be drawn at so many steps: its own rows are missing, and so is what is measured against the teacher, unless
+        that is one of more steps. All else is measured."""
+        self._lost[steps] = f"drawing by the {model_key('teacher', steps)}: {one_line(str(error))}"
+        self._lack([name for name, need in self.needs.items() if not need.teacher], "teacher", self._lost[steps])
 
     def draw(self, subject: Subject) -> bool:
         """Draw what is not in the subject's stores yet, or this part of it; whether everything is there now.
@@ -181,12 +191,12 @@ class Evaluation:
 
     def _store(self, subject: Subject, samples: SampleSet) -> Store:
         spec = self.protocol.spec
-        key = digest([subject.identity, samples.hash, spec.quantisation, spec.prepare.model_dump()])
+        key = digest([subject.identity, samples.hash, spec.quantisation, spec.prepare.model_dump(), made_by(self.resources.device)])
         return Store(self.settings.stores / key[:32], len(samples), samples.chunk)
 
     def _dumps(self, subject: Subject, where: str, store: Store) -> list[Dump]:
         """Where the pictures of a set go: as the user wants, and as external metrics do."""
-        samples, model = self.sets[where], digest([subject.identity, self.protocol.spec.quantisation])
+        samples, model = self.sets[where], digest([subject.identity, self.protocol.spec.quantisation, made_by(self.resources.device)])
         found = [] if self.dump is None else [self.dump.of(samples, subject.name, subject.steps, model)]
         if where in self._with_pictures and not any(isinstance(each, PngFolder) for each in found):
             found.append(PngFolder(store.folder / "pictures", samples, model))
@@ -194,8 +204,7 @@ class Evaluation:
 
     def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]]) -> None:
         spec = self.protocol.spec
-        batch_size = self.settings.batch_size or spec.batch_size
-        drawing = Drawing(subject.draw, batch_size, spec.quantisation, spec.prepare, check=self._size_check())
+        drawing = Drawing(subject.draw, self.batch_size, spec.quantisation, spec.prepare, check=self._size_check())
         self._warm_up(subject, drawing)
         todo = {name: lacking(store, self._names(name), dumps[name], self.settings.part) for name, store in stores.items()}
         part = self.settings.part
@@ -242,32 +251,49 @@ class Evaluation:
 
         return check
 
+    @property
+    def batch_size(self) -> int:
+        """Pictures drawn at once."""
+        return self.settings.batch_size or self.protocol.spec.batch_size
+
     def rows(self) -> list[Row]:
-        """Every metric of every subject that has been drawn, in that order, with what drawing cost."""
-        teacher = next((self.measured(each) for each in self.drawn if each.name == "teacher"), None)
+        """Every metric of every subject that has been drawn, in that order, with what drawing cost. Where there are several teachers, what
+        compares with the teacher's pictures compares with those of the most steps."""
+        teacher = self._teacher()
         rows: list[Row] = []
         for each in self.drawn:
             self.progress.start(f"metrics of the {model_key(each.name, each.steps)}", len(self.metrics))
             try:
-                values = self._values(each.name, self.measured(each, None if each.name == "teacher" else teacher))
+                values = self._values(each, None if each.name == "teacher" else teacher)
             finally:
                 self.progress.finish()
             rows += [_row(value, each) for value in [*values, *_costs(each)]]
         return rows
 
-    def _values(self, model: str, measured: Measured) -> list[Value]:
+    def _teacher(self) -> Drawn | None:
+        """The one of the most steps; None where it could not be drawn."""
+        found = max((each for each in self.drawn if each.name == "teacher"), key=lambda each: each.steps or 0, default=None)
+        return None if found is not None and any((steps or 0) > (found.steps or 0) for steps in self._lost) else found
+
+    def _values(self, each: Drawn, teacher: Drawn | None) -> list[Value]:
         values: list[Value] = []
+        measured = self.measured(each, None if teacher is None else self.measured(teacher))
         for index, (name, metric) in enumerate(self.metrics.items(), 1):
             by_teacher = self.needs[name].teacher
             try:
-                if by_teacher and model != "teacher" and measured.teacher is None:
-                    raise Unavailable("needs the teacher's pictures, which are not measured here")
-                if not (by_teacher and model == "teacher"):
-                    values += metric.measure(measured)
+                if by_teacher and each.name != "teacher" and teacher is None:
+                    raise Unavailable(self._why_no_teacher())
+                if not (by_teacher and each.name == "teacher"):
+                    against = model_key(teacher.name, teacher.steps) if by_teacher and teacher is not None else None
+                    values += [value._replace(against=against) for value in metric.measure(measured)]
             except Unavailable as error:
-                self._lacks(name, model, error)
+                self._lack([name], each.name, str(error))
             self.progress.update(index, {})
         return values
+
+    def _why_no_teacher(self) -> str:
+        most = max(self._lost, key=lambda steps: steps or 0, default=None)
+        return self._lost.get(most, "needs the teacher's pictures, which are not measured here")
 
     def measured(self, each: Drawn, teacher: Measured | None = None) -> Measured:
         """What metrics see of a subject's pictures."""
@@ -277,9 +303,9 @@ class Evaluation:
         return Measured(self.sets, tables, self.reference, teacher, each.pictures, self.resources, self.protocol.spec.seed)
 
     def floors(self) -> list[Row]:
-        """What real images score, by each metric that says so; computed once for each protocol and set of weights."""
+        """What real images score, by each metric that says so; computed once for each protocol, set of weights and what it is computed by."""
         hashes, shown = sorted(self.extractors.hashes.items()), sorted(name for metric in self.metrics.values() for name in metric.shows)
-        key = f"floors/{self.protocol.hash()}/{hashes}/{shown}"
+        key = f"floors/{self.protocol.hash()}/{hashes}/{shown}/{made_by(self.resources.device)}"
         return cached(key, lambda: [row for metric in self.metrics.values() for row in metric.floors()])
 
     @property
@@ -303,6 +329,8 @@ def _row(value: Value, each: Drawn) -> Row:
         row["interval"], row["interval_over"] = list(value.interval), value.interval_over
     if value.remark is not None:
         row["remark"] = value.remark
+    if value.against is not None:
+        row["against"] = value.against
     return row
 
 

@@ -65,9 +65,10 @@ class Store:
             array = np.ascontiguousarray(rows.numpy())
             self._put(name, ids.start, array)
             digests[name] = hashlib.sha256(array.tobytes()).hexdigest()
-        before = self._record(chunk)
-        record = {"sha256": {**before["sha256"], **digests}, "costs": {**before["costs"], **costs}}
-        write_atomically(self._place(chunk), json.dumps(sealed(record)) + "\n")
+        with writing(self._place(chunk)), _alone(self.folder):  # another process may be adding other features to the same record
+            before = self._record(chunk)
+            record = {"sha256": {**before["sha256"], **digests}, "costs": {**before["costs"], **costs}}
+            write_atomically(self._place(chunk), json.dumps(sealed(record)) + "\n")
         self._sound |= {(chunk, name) for name in features}
 
     def table(self, name: str) -> Table:
@@ -132,7 +133,6 @@ class Store:
 
     def _allocate(self, path: Path, like: np.ndarray) -> None:
         """A sparse array for all rows in place of what is there, unless another process has been faster: it may have written to its own."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
             if self._fitting(path, like) is None:
                 for leftover in path.parent.glob(f"{PARTIAL}{glob.escape(path.name)}.*"):  # of a kill
@@ -144,7 +144,8 @@ class Store:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While no other process is in here with this folder, on file systems that have locks."""
+    """While no other process is in here with this folder, which is made, on file systems that have locks."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("ab") as lock:
         with suppress(OSError):
             if fcntl is not None:

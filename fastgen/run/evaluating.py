@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastgen.errors import UserError
+from fastgen.errors import CannotWrite, UserError
 from fastgen.evaluation import results
 from fastgen.evaluation.dumps import DumpFolder
 from fastgen.evaluation.extractors.base import Resources
@@ -52,7 +52,8 @@ def evaluate(
     dump: DumpFolder | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a model and, unless `teacher=False`, its teacher, one after the other, and write results.json; returns its content.
+    """Measure a model and, unless `teacher=False`, its teacher, one after the other, and write results.json; returns its content. A teacher that
+    fails once the model is drawn costs what needs it: that is listed as missing, and the model's own rows are written.
 
     model: an exported student, any diffusers folder or hub id, or a folder of pictures. steps: of the model (default: its own);
     teacher_steps: of the teacher (default: its own); teacher_dir: where a student's teacher is, unless its fastgen.json or the run that it
@@ -77,7 +78,8 @@ def evaluate(
         progress.stage(f"measuring {model} with protocol {protocol.name}")
         _draw(evaluation, models)
         if beside is not None:
-            _draw(evaluation, _subjects(beside(), teacher_steps))
+            _draw_teacher(evaluation, beside, teacher_steps)
+            gc.collect()
         if evaluation.left:
             raise PartDone(evaluation.left)
         return _written(evaluation, target, place)
@@ -92,6 +94,7 @@ def _written(evaluation: Evaluation, target: Path, device: torch.device) -> dict
         extractors=evaluation.extractor_hashes,
         reference=None if evaluation.reference is None else evaluation.reference.record,
         models=_records(evaluation.drawn),
+        batch_size=evaluation.batch_size,
     )
     if "unfinished" in (record := evaluation.drawn[0].record):
         origin["unfinished"] = record["unfinished"]
@@ -139,12 +142,29 @@ def _draw(evaluation: Evaluation, subjects: list[Subject]) -> None:
     gc.collect()
 
 
+def _draw_teacher(evaluation: Evaluation, load: Callable[[], Subject], steps: Sequence[int] | None) -> None:
+    """Draw the teacher at each number of steps. The model has been drawn, perhaps for hours, so what goes wrong with its teacher is lost alone."""
+    try:
+        teacher = load()
+    except (UserError, torch.OutOfMemoryError) as error:
+        evaluation.lose_teacher(None, error)
+        return
+    for count in steps or [None]:
+        try:
+            evaluation.draw(teacher if count is None else teacher.at(count))
+        except CannotWrite:
+            raise
+        except (UserError, torch.OutOfMemoryError) as error:
+            evaluation.lose_teacher(count, error)
+
+
 def _records(drawn: Sequence[Drawn]) -> dict[str, dict[str, Any]]:
-    """What is known of each model in the rows, by its name and, where it has several, its number of steps; and what its stores are called,
-    for comparisons."""
-    names = [each.name for each in drawn]
+    """What is known of each model in the rows, and what its stores are called, for comparisons."""
     return {
-        each.name if names.count(each.name) == 1 else f"{each.name}, {each.steps} steps": {
+        results.model_key(each.name, each.steps): {
+            "sha256": each.content,
+            **({} if each.steps is None else {"steps": each.steps}),
+            **({} if each.guidance is None else {"guidance": each.guidance}),
             **each.record,
             "stores": {where: store.folder.name for where, store in each.stores.items()},
         }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen.evaluation import extraction, extractors, metrics, protocol
+from fastgen.evaluation import extraction, extractors, metrics, protocol, results
 from fastgen.evaluation.extractors.base import Extractor, Options, Pictures, Resources, feature
 from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Value
 from fastgen.evaluation.protocol import Protocol, SampleSet, protocol_from
@@ -121,7 +121,8 @@ METRICS = {"level": Level, "level_again": Level, "darkest": Darkest, "to_teacher
 def install(monkeypatch: pytest.MonkeyPatch, extractor: type[Extractor] = Colours) -> None:
     """Protocols know METRICS, and features of `colours` come from `extractor`."""
     find_extractor, find_metric = extractors.find_extractor, metrics.find_metric
-    monkeypatch.setattr(extraction, "find_extractor", lambda name: extractor if name == "colours" else find_extractor(name))
+    for module in (extraction, results):
+        monkeypatch.setattr(module, "find_extractor", lambda name: extractor if name == "colours" else find_extractor(name))
     monkeypatch.setattr(protocol, "find_metric", lambda name, where="": METRICS.get(name) or find_metric(name, where))
     monkeypatch.setattr(Colours, "calls", [])
 

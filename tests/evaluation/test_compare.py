@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,19 +12,22 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from fastgen import cli
 from fastgen.errors import UserError
 from fastgen.evaluation import protocol as protocols
-from fastgen.evaluation.compare import Sources, compare, unpaired
+from fastgen.evaluation import versions
+from fastgen.evaluation.compare import Side, Sources, compare, unpaired
 from fastgen.evaluation.compare_table import comparison_table
-from fastgen.evaluation.extraction import stored_name
+from fastgen.evaluation.extraction import Extractors, stored_name
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.intervals import mean_interval
 from fastgen.evaluation.metrics.base import Heading, Measured, Metric, Needs, Value, feature
 from fastgen.evaluation.protocol import Protocol, protocol_from
-from fastgen.evaluation.results import Row, provenance, write_results
+from fastgen.evaluation.references import load_reference
+from fastgen.evaluation.results import Row, model_key, provenance, write_results
 from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.store import Store
 from fastgen.progress import Progress
@@ -280,7 +284,7 @@ def test_each_step_count_has_a_store_of_its_own(tmp_path: Path) -> None:
         files = [written(tmp_path / f"{name}{steps}", scores(shift, 1), steps=steps) for steps, shift in zip((1, 4), shifts, strict=True)]
         one, four = (json.loads(path.read_text()) for path in files)
         one["metrics"] += four["metrics"]
-        one["provenance"]["models"] = {f"student, {steps} steps": {"stores": {"main": f"store-{name}{steps}"}} for steps in (1, 4)}
+        one["provenance"]["models"] = {model_key("student", steps): {"stores": {"main": f"store-{name}{steps}"}} for steps in (1, 4)}
         files[0].write_text(json.dumps(one))
         paths.append(files[0])
     for pair, shift in zip(compared(*paths)["pairs"], (0.1, 0.5), strict=True):
@@ -296,15 +300,89 @@ def test_a_metric_of_the_teacher_reads_each_files_teacher(tmp_path: Path) -> Non
         path = written(tmp_path / name, scores(1.0, seed), of)
         record = json.loads(path.read_text())
         value = float((scores(1.0, seed) - scores(0.0, 3)).double().abs().mean())
-        record["metrics"] = [{"name": "gap", "model": "student", "steps": 4, "n": COUNT, "value": value}]
+        row = {"name": "gap", "model": "student", "steps": 4, "n": COUNT, "value": value}
+        record["metrics"] = [row]
         paths.append(path)
         path.write_text(json.dumps(record))
         assert compared(path, path, of=of)["pairs"][0]["notes"] == [f"gap: not paired: '{path}' records no teacher"]
+        row["against"] = "teacher, 25 steps"
         record["provenance"]["models"]["teacher, 25 steps"] = {"stores": {"main": teacher}}
+        record["provenance"]["models"]["teacher, 4 steps"] = {"stores": {"main": "another"}}
         path.write_text(json.dumps(record))
     line = lines(compared(*paths, of=of, resamples=300))["gap"]
     first, second = ((scores(1.0, seed) - scores(0.0, 3)).double().abs().flatten() for seed in (1, 2))
     assert half(line) == pytest.approx(1.96 * float((second - first).std()) / 8, rel=0.12)
+
+
+def test_features_of_a_reference_are_read_where_the_evaluation_left_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by another version, or on another kind of device, than the evaluation's."""
+    (tmp_path / "real").mkdir()
+    for index in range(2):
+        Image.new("RGB", (8, 8), (90 * index,) * 3).save(tmp_path / f"real/{index}.png")
+    of, settings = protocol(reference={"images": str(tmp_path / "real")}), Settings(tmp_path)
+    block = of.spec.reference
+    assert block is not None
+    reference = load_reference(block, Extractors(Resources()), tmp_path, chunk=of.spec.chunk)
+    expected = reference.table(FEATURE).read()
+    side = Side(tmp_path / "a.json", {"provenance": {"reference": reference.record}}, "student", 4, {})
+    monkeypatch.setattr(versions, "FORMAT", 0)
+    monkeypatch.setattr(Extractors, "__call__", lambda *_: pytest.fail("extracted again"))
+    found = Sources(of, settings).reference(side)
+    assert found is not None and torch.equal(found.table(FEATURE).read(), expected)
+
+
+TEACHER = {"sha256": "a" * 64, "steps": 25, "guidance": 1.5, "scheduler": {"shift": 3.0}, "source": "sd35", "device": "cuda", "stores": {}}
+
+
+def beside(path: Path, teacher: Mapping[str, Any], *, alone: bool = False) -> Path:
+    """The results file with a row that is measured against this teacher, or with no other."""
+    record = json.loads(path.read_text())
+    key = model_key("teacher", teacher.get("steps"))
+    row = {"name": "gap", "model": "student", "steps": 4, "n": COUNT, "value": 0.5, "against": key}
+    record["metrics"] = [row, *(each for each in record["metrics"] if not alone or each["name"] == "seconds_per_1000_images")]
+    record["provenance"]["models"][key] = teacher
+    path.write_text(json.dumps(record))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sha256": "b" * 64}, "teacher's sha256: aaaaaaaa / bbbbbbbb"),
+        ({"steps": 50}, "teacher's steps: 25 / 50"),
+        ({"guidance": 1.0}, "teacher's guidance: 1.5 / 1.0"),
+        ({"scheduler": {"shift": 1.0}}, "teacher's scheduler.shift: 3.0 / 1.0"),
+    ],
+)
+def test_rows_against_different_teachers_are_left_out_and_the_others_compared(pair: tuple[Path, Path], change: dict[str, Any], told: str) -> None:
+    paths = beside(pair[0], TEACHER), beside(pair[1], {**TEACHER, **change})
+    comparison = compared(*paths)
+    assert {"brightness", "contrast", "distance"} <= lines(comparison).keys() and "gap" not in lines(comparison)
+    assert f"gap: not compared, for the teachers differ: {told}" in comparison["pairs"][0]["notes"]
+    alone = beside(pair[0], TEACHER, alone=True), beside(pair[1], {**TEACHER, **change}, alone=True)
+    with pytest.raises(UserError, match=rf"do not measure the same: {re.escape(told)}$"):
+        compared(*alone)
+
+
+@pytest.mark.parametrize("change", [{}, {"source": "mine"}, {"device": "cpu"}, {"stores": {"main": "x"}}, {"revision": "main"}])
+def test_the_same_teacher_is_the_same_wherever_it_lies(pair: tuple[Path, Path], change: dict[str, Any]) -> None:
+    assert "gap" in lines(compared(beside(pair[0], TEACHER), beside(pair[1], {**TEACHER, **change})))
+
+
+def test_another_teacher_is_no_matter_where_one_file_alone_is_measured_against_it(pair: tuple[Path, Path]) -> None:
+    comparison = compared(beside(pair[0], TEACHER), pair[1])
+    assert "b has no gap" in comparison["pairs"][0]["notes"] and "brightness" in lines(comparison)
+
+
+def test_a_reference_at_hand_must_be_the_files(tmp_path: Path) -> None:
+    """Files of one reference may be compared with a protocol that names another: the hash of protocols does not say which."""
+    (tmp_path / "real").mkdir()
+    for index in range(2):
+        Image.new("RGB", (8, 8), (90 * index,) * 3).save(tmp_path / f"real/{index}.png")
+    of = protocol(reference={"images": str(tmp_path / "real")})
+    paths = [written(tmp_path / name, scores(0, seed), of, origin={"reference": {"sha256": "0" * 64}}) for name, seed in (("a", 1), ("b", 2))]
+    (note,) = compared(*paths, of=of)["pairs"][0]["notes"]
+    assert note == f"distance: not paired: the protocol's reference is not the one that '{paths[0]}' was measured with: its SHA-256 differs"
 
 
 def test_the_command_prints_the_table_and_writes_json(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,10 +433,10 @@ class Heard(Progress):
 def test_other_versions_are_a_warning_and_resampling_shows_progress(tmp_path: Path) -> None:
     a = written(tmp_path / "a", scores(0, 1))
     torch_version = json.loads(a.read_text())["provenance"]["versions"]["torch"]
-    b = written(tmp_path / "b", scores(0, 2), origin={"versions": {"torch": "1.0"}, "device": "TPU"})
+    b = written(tmp_path / "b", scores(0, 2), origin={"versions": {"torch": "1.0"}, "device": "TPU", "batch_size": 3})
     heard = Heard()
     comparison = compared(a, b, resamples=12, progress=heard)
-    assert comparison["warnings"] == [f"torch: {torch_version} / 1.0", comparison["warnings"][1]]
+    assert comparison["warnings"] == [f"torch: {torch_version} / 1.0", comparison["warnings"][1], "batch size: 16 / 3"]
     assert comparison["warnings"][1].endswith(" / TPU")
     assert heard.lines == [*(f"the two were measured with another {each}" for each in comparison["warnings"]), "resampling brightness: 12", "over"]
 

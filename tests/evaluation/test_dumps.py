@@ -114,7 +114,7 @@ def test_another_evaluations_folder_is_refused(tmp_path: Path) -> None:
     PngFolder(tmp_path, SET, "m")
     PngFolder(tmp_path, SET, "m")  # a resumed run
     ends = r"; remove it, or choose another$"
-    with pytest.raises(UserError, match=rf"^--dump: '.*' holds pictures of another model, or of this one with other settings{ends}"):
+    with pytest.raises(UserError, match=rf"^--dump: '.*' holds pictures of another model, or of this one with other settings or versions{ends}"):
         PngFolder(tmp_path, SET, "other")
     with pytest.raises(UserError, match=rf"holds pictures of other prompts or seeds{ends}"):
         PngFolder(tmp_path, replace(SET, seeds=(1, 2, 3, 4, 5)), "m")

@@ -274,6 +274,42 @@ def test_the_teachers_pictures_are_those_of_the_same_ids(tmp_path: Path):
     assert measured.missing == []
 
 
+def half(images: Tensor, ids: Sequence[int]) -> Tensor:
+    return images / 2
+
+
+@pytest.mark.parametrize("counts", [(4, 25, 1), (25, 1, 4)])
+def test_of_several_teachers_the_one_of_the_most_steps_is_compared_with(tmp_path: Path, counts: tuple[int, ...]):
+    measured = evaluation(small({"to_teacher": None}), tmp_path)
+    for steps in (1, 2):
+        measured.draw(Painter(steps=steps))
+    for steps in counts:
+        measured.draw(Painter("teacher", steps=steps, of="e", spoil=half if steps < 25 else None))
+    rows = numbers(measured.rows())
+    assert [(row.get("steps"), row.get("against"), row["value"]) for row in rows] == [(steps, "teacher, 25 steps", 0.0) for steps in (1, 2)]
+
+
+@pytest.mark.parametrize("lost", [1, 25, None])
+def test_what_is_compared_with_a_teacher_that_failed_is_missing(tmp_path: Path, lost: int | None):
+    """Even where one of fewer steps has been drawn; without one of fewer steps it can be measured."""
+    said = Warnings()
+    measured = evaluation(small({"level": None, "darkest": None, "to_teacher": None}), tmp_path, progress=said)
+    for steps in (1, 2):
+        measured.draw(Painter(steps=steps))
+    if lost is not None:
+        measured.draw(Painter("teacher", steps=4, of="e"))
+    measured.lose_teacher(lost, UserError("broken"))
+    names = [(row["name"], row["model"], row.get("steps")) for row in numbers(measured.rows())]
+    own = [(name, "teacher", 4) for name in ("level", "darkest") if lost is not None]
+    to_teacher = ["to_teacher"] if lost == 1 else []
+    assert names == [*[(name, "student", steps) for steps in (1, 2) for name in ("level", "darkest", *to_teacher)], *own]
+    reason = f"drawing by the teacher{ {1: ', 1 step', 25: ', 25 steps', None: ''}[lost] }: broken"
+    lacking = [("level", "teacher"), ("darkest", "teacher"), *(("to_teacher", "student") for _ in range(lost != 1))]
+    assert measured.missing == [{"name": name, "model": model, "reason": reason} for name, model in lacking]
+    assert said.said[0] == f"warning: level of the teacher, darkest of the teacher are not measured: {reason}"
+    assert said.said[1:] == [f"warning: to_teacher of the student is not measured: {reason}" for _ in range(lost != 1)]
+
+
 def test_without_the_teacher_what_needs_it_is_missing(tmp_path: Path):
     measured = evaluation(small({"level": None, "to_teacher": None}), tmp_path)
     measured.draw(Painter())

@@ -269,8 +269,6 @@ def base(folder: Path, **more: Any) -> Protocol:
         {"quantisation": "truncate"},
         {"prepare": {"crop": "centre"}},
         {"prepare": {"resize": 8}},
-        {"reference": {"images": "others"}},
-        {"reference": None},
         {"seed": 1},
         {"chunk": 32},
         {"metrics": {"fid": None}},
@@ -301,8 +299,10 @@ def test_the_hash_follows_the_prompts_themselves(folder: Path):
         {"metrics": {"fd_dinov2": {"set": "named"}, "fid": None}},
         {"metrics": {"fid": {}, "fd_dinov2": {"set": "named", "resize": "torch"}}},
         {"metrics": {"fid": {"set": "open"}, "fd_dinov2": {"set": "named"}}},
-        {"reference": {"images": "photographs", "source": "https://example.org"}},
-        {"reference": {"images": "photographs", "sha256": "0" * 64}},
+        {"reference": {"images": "photographs", "source": "https://example.org", "sha256": "0" * 64}},
+        {"reference": {"images": "/elsewhere/photographs"}},
+        {"reference": {"file": "statistics.npz"}},
+        {"reference": None},
         {"block": {"source": "https://example.org"}},
         {"block": {"prompts": "texts.jsonl"}},
         {"block": {"cycle": True}},
@@ -310,5 +310,6 @@ def test_the_hash_follows_the_prompts_themselves(folder: Path):
     ],
 )
 def test_the_hash_leaves_aside_what_changes_no_number(folder: Path, change: dict[str, Any]):
-    """Recording where a file is to be had, or its hash, changes nothing that is measured; nor does saying what would be so anyway."""
+    """Recording where a file is to be had, or its hash, changes nothing that is measured; nor does saying what would be so anyway. Which reference
+    it is, wherever it lies, is told by the hash of its content in results.json."""
     assert base(folder, **change).hash() == base(folder).hash()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgen.evaluation import versions
 from fastgen.evaluation.extraction import Extractors, Part
 from fastgen.evaluation.extractors.base import Extractor, Feature, Options, Pictures, Resources, feature
 from fastgen.evaluation.protocol import PrepareBlock, ReferenceBlock
@@ -85,7 +86,9 @@ def direct(pictures: list[np.ndarray]) -> Tensor:
     return five(torch.from_numpy(np.stack(ready)).permute(0, 3, 1, 2))
 
 
-def opened(tmp_path: Path, extractors: Extractors, how: PrepareBlock = HOW, *, allow_pickle: bool = False, **block: Any) -> OpenReference:
+def opened(
+    tmp_path: Path, extractors: Extractors, how: PrepareBlock = HOW, *, allow_pickle: bool = False, kept: str | None = None, **block: Any
+) -> OpenReference:
     return load_reference(
         ReferenceBlock(**block),
         extractors,
@@ -95,6 +98,7 @@ def opened(tmp_path: Path, extractors: Extractors, how: PrepareBlock = HOW, *, a
         chunk=3,
         where="protocol p: ",
         allow_pickle=allow_pickle,
+        kept=kept,
     )
 
 
@@ -107,7 +111,8 @@ def test_features_of_a_folder_are_those_of_a_direct_computation(tmp_path: Path) 
     assert found.n == 7
     np.testing.assert_allclose(found.mean.numpy(), expected.double().numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.cov.numpy(), np.cov(expected.double().numpy(), rowvar=False), rtol=1e-10)
-    assert reference.record == {"kind": "pictures", "sha256": reference.source.content, "n": 7}
+    (store,) = (tmp_path / "stores").iterdir()
+    assert reference.record == {"kind": "pictures", "sha256": reference.source.content, "n": 7, "store": store.name}
 
 
 def test_features_are_extracted_once_wherever_the_pictures_lie(tmp_path: Path) -> None:
@@ -127,6 +132,18 @@ def test_features_are_extracted_once_wherever_the_pictures_lie(tmp_path: Path) -
     fourth = Fives()
     opened(tmp_path, fourth, images="elsewhere").table(POOL)
     assert fourth.of(POOL).seen == 7
+
+
+def test_features_that_an_evaluation_has_recorded_are_read_wherever_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as on a laptop that has the stores of a server."""
+    folder(tmp_path / "real")
+    there = opened(tmp_path, Fives(), images="real")
+    expected = there.table(POOL).read()
+    monkeypatch.setattr(versions, "FORMAT", 0)
+    for kept, seen in ((there.record["store"], 0), ("0" * 32, 7), (None, 0)):
+        here = Fives()
+        assert torch.equal(opened(tmp_path, here, images="real", kept=kept).table(POOL).read(), expected)
+        assert here.of(POOL).seen == seen
 
 
 def test_all_features_are_extracted_in_one_pass_and_its_progress_is_told(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ class Plain(Metric):
     class Config(Options):
         set: str | None = None
         scale: float = 100.0
+        file: str = ""
 
     shows: ClassVar = {"plain": Heading("plain")}
 
@@ -62,8 +63,8 @@ def protocol(monkeypatch: pytest.MonkeyPatch) -> Protocol:
 
 
 def test_provenance_holds_every_convention_and_hash(protocol: Protocol) -> None:
-    models = {"student": {"hash": "b" * 64, "scheduler": {"_class_name": "EulerDiscreteScheduler", "shift": 3.0}, "store": "/tmp/store"}}
-    reference = {"name": "photographs", "hash": "c" * 64}
+    models = {"student": {"sha256": "b" * 64, "scheduler": {"_class_name": "EulerDiscreteScheduler", "shift": 3.0}, "stores": {"open": "0123"}}}
+    reference = {"kind": "pictures", "sha256": "c" * 64}
     origin = provenance(protocol, model_hash="abc", extractors={"grey": "0" * 64}, reference=reference, models=models)
     assert origin["conventions"] == {
         "quantisation": "truncate: floor(255 y)",
@@ -71,7 +72,7 @@ def test_provenance_holds_every_convention_and_hash(protocol: Protocol) -> None:
         "chunk": 64,
         "seeds": {"open": "derived from ('evaluation', 3, id)", "named": "100 + place in the set"},
         "subset_seed": 0,
-        "metrics": {"plain": {"set": "named", "scale": 100.0}},
+        "metrics": {"plain": {"set": "named", "scale": 100.0, "file": ""}},
         "extractors": {"grey": "the mean of 8-bit levels"},
     }
     assert origin["prompt_sets"] == {
@@ -82,7 +83,24 @@ def test_provenance_holds_every_convention_and_hash(protocol: Protocol) -> None:
     assert (origin["protocol_hash"], origin["model_hash"], origin["threads"]) == (protocol.hash(), "abc", torch.get_num_threads())
     assert torch.__version__.startswith(origin["versions"]["torch"]) and origin["versions"]["pillow"]
     assert origin["device"] and origin["platform"] and origin["date"].endswith("+00:00")
+    assert (origin["batch_size"], provenance(protocol, batch_size=3)["batch_size"]) == (protocol.spec.batch_size, 3)
     assert json.loads(json.dumps(origin)) == origin
+
+
+def test_no_folder_of_this_machine_is_written(protocol: Protocol, tmp_path: Path) -> None:
+    """Not with what a user has said, nor with why something is missing."""
+    place = tmp_path / "some user"
+    protocol.spec.metrics["plain"] = {"set": "named", "file": str(place / "weights.pth")}
+    models = {"student": {"call": {"file": str(place / "a.json"), "negative_prompt_2": "/imagine a"}}}
+    reference = {"stated": {"pictures": str(place / "real")}}
+    origin = provenance(protocol, extractors={f"grey(weights={tmp_path}/grey.pth)": "0" * 64}, reference=reference, models=models)
+    reason = f"'{place}/mine.yaml': reference.file: no file '{place}/a.npz': get it from https://example.org/a/b.npz"
+    written = write_results(tmp_path / "results.json", "mine", ROWS, origin, missing=[Missing(name="fid", model="", reason=reason)])
+    assert str(tmp_path) not in (tmp_path / "results.json").read_text()
+    assert written["missing"][0]["reason"] == "'mine.yaml': reference.file: no file 'a.npz': get it from https://example.org/a/b.npz"
+    assert written["provenance"]["models"]["student"]["call"] == {"file": "a.json", "negative_prompt_2": "/imagine a"}
+    assert written["provenance"]["conventions"]["metrics"]["plain"]["file"] == "weights.pth"
+    assert list(written["provenance"]["extractors"]) == ["grey(weights=grey.pth)"]
 
 
 def test_seeds_follow_the_rule_that_is_written(protocol: Protocol) -> None:

@@ -276,6 +276,32 @@ def test_two_processes_fill_one_store(tmp_path: Path):
     assert len(list((store.folder / "chunks").iterdir())) == len(store.chunks)
 
 
+def test_two_processes_that_write_different_features_of_the_same_chunks_lose_none(tmp_path: Path):
+    """Each adds to the record what the other may be adding just now."""
+
+    def work(name: str) -> None:
+        store = Store(tmp_path / "store", 6 * COUNT, CHUNK)
+        for chunk in store.chunks:
+            together.wait()
+            fill(store, [name], [chunk])
+
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(2)
+    processes = [context.Process(target=work, args=(name,)) for name in ("one", "bytes")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert Store(tmp_path / "store", 6 * COUNT, CHUNK).missing(["one", "bytes"]) == []
+
+
+def test_costs_alone_are_kept_too(store: Store):
+    """Of pictures that no feature is extracted of."""
+    store.write(0, {}, {"pictures": 8.0})
+    assert again(store).costs() == [{"pictures": 8.0}]
+
+
 def test_records_are_sealed_json(store: Store):
     fill(store, chunks=[2])
     record = json.loads((store.folder / "chunks" / "000002.json").read_text())

@@ -51,7 +51,8 @@ class Heading(NamedTuple):
 
 class Value(NamedTuple):
     """One number. n: images it is computed from. std: over what `std_over` names. interval: 95 %, by the method `interval_over` names. remark:
-    what stands beside the number, such as that it is of too few images to be compared with published ones."""
+    what stands beside the number, such as that it is of too few images to be compared with published ones. against: the teacher whose pictures it
+    is measured against, which the evaluation says."""
 
     name: str
     value: float
@@ -61,6 +62,7 @@ class Value(NamedTuple):
     interval: tuple[float, float] | None = None
     interval_over: str | None = None  # images, prompts, bootstrap, jackknife
     remark: str | None = None
+    against: str | None = None  # a `results.model_key`
 
 
 class Subsets(NamedTuple):
