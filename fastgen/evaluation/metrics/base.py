@@ -117,7 +117,7 @@ class Metric(ABC):
 
     shows: ClassVar[Mapping[str, Heading]]
     convention: ClassVar[str] = ""  # a sentence for results.json: what is computed, beyond what the options say
-    # How comparisons of two models resample pictures (whole groups of a prompt) where there are no `scores`: bootstrap, unless values suffer
+    # How comparisons of two models resample pictures (all of a prompt together) where there are no `scores`: bootstrap, unless values suffer
     # from pictures that are drawn twice, as those of pairs and of nearest neighbours do.
     resampling: ClassVar[Literal["bootstrap", "jackknife"]] = "bootstrap"
 

@@ -75,7 +75,7 @@ def test_one_network_makes_the_features_of_both() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_diversity_of_pairs(size: int) -> None:
-    made, samples = rows(4 * size, 6, 0) + 0.5, sample_set(["p"] * (4 * size), size)
+    made, samples = rows(4 * size, 6, 0) + 0.5, sample_set([prompt for prompt in "pqrs" for _ in range(size)], size)
     pairs = [combinations(range(start, start + size), 2) for start in range(0, 4 * size, size)]
     means = torch.tensor(
         [torch.stack([1 - cosine_similarity(made[a].double(), made[b].double(), dim=0) for a, b in group]).mean() for group in pairs]
@@ -89,11 +89,21 @@ def test_diversity_of_pairs(size: int) -> None:
     assert float(metric.scores(seen)["dino_diversity"].mean()) == pytest.approx(value.value, rel=1e-12)
 
 
+def test_a_prompt_that_comes_again_has_another_group_and_is_one_draw() -> None:
+    """Pairs are those that lie side by side; the interval is over the two prompts."""
+    made, samples = rows(8, 6, 0), sample_set(list("ppqqppqq"), 2)
+    (value,) = DinoDiversity(DinoDiversity.Config(), ["all"]).measure(by_hand({CLS: made}, samples))
+    pairs = 1 - cosine_similarity(made[0::2].double(), made[1::2].double())
+    expected = mean_interval(torch.stack([pairs[[0, 2]].mean(), pairs[[1, 3]].mean()]))
+    assert (value.value, value.std_over) == (pytest.approx(float(pairs.mean()), rel=1e-6), "prompts")
+    assert value.interval == pytest.approx(expected.interval, rel=1e-5)
+
+
 def test_diversity_of_equal_and_of_opposite_pictures() -> None:
     metric = DinoDiversity(DinoDiversity.Config(), ["all"])
     for other, expected in ((2.0, 0.0), (-1.0, 2.0)):
         one = rows(3, 6, 0)
-        (value,) = metric.measure(by_hand({CLS: torch.stack([one, other * one], 1).flatten(0, 1)}, sample_set(["p"] * 6, 2)))
+        (value,) = metric.measure(by_hand({CLS: torch.stack([one, other * one], 1).flatten(0, 1)}, sample_set(list("ppqqrr"), 2)))
         assert value.value == pytest.approx(expected, abs=1e-7)
 
 
