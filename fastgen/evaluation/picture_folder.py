@@ -6,10 +6,11 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from fastgen.evaluation.picture_source import PictureSource, ready
 from fastgen.evaluation.protocol import PrepareBlock
 from fastgen.fingerprints import digest, known_hash, leads_back
 
+T = TypeVar("T")
 _THREADS = 4  # decoding and hashing leave Python's lock
 _GREY = ("1", "L", "La", "LA", "I", "F")  # and I;16 with its variants
 _PALETTE, _ON_WHITE = "with a palette", "with transparency (laid on white)"
@@ -49,11 +51,13 @@ class PictureFolder(PictureSource):
         return len(self.names)
 
     def read(self, ids: Sequence[int]) -> list[Tensor]:
-        """Pictures (3, H, W) uint8, each of its own size: sRGB, upright, on white. UserError for those that cannot be decoded."""
-        with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:  # what threads do to the filters meanwhile ends with this block
-            found = list(pool.map(self._decoded, ids))
-        if broken := [(index, each) for index, each in zip(ids, found, strict=True) if isinstance(each, Unreadable)]:
-            raise self._refusal([(self.names[index], str(error)) for index, error in broken], len(found))
+        """Pictures (3, H, W) uint8, each of its own size: sRGB, upright, on white. UserError where one cannot be decoded, the same whichever it
+        is: with the first of all pictures that cannot, and their number."""
+        found = self._each(self._decoded, ids)
+        if any(isinstance(each, Unreadable) for each in found):
+            reasons = self._each(self._unreadable, range(len(self)))
+            broken = [(name, reason) for name, reason in zip(self.names, reasons, strict=True) if reason is not None]
+            raise self._refusal(broken, len(self))
         return [each for each in found if isinstance(each, Tensor)]
 
     @cached_property
@@ -71,6 +75,15 @@ class PictureFolder(PictureSource):
         for index, header in enumerate(self._headers):
             if _comparable(header.size, how) != _comparable(first, how):
                 ready(self, [0, index], how)  # which says so, unless EXIF, which headers do not tell, turns one of them
+
+    def _each(self, function: Callable[[int], T], ids: Iterable[int]) -> list[T]:
+        with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:  # what threads do to the filters meanwhile ends with this block
+            return list(pool.map(function, ids))
+
+    def _unreadable(self, index: int) -> str | None:
+        """Why a picture cannot be decoded."""
+        found = self._decoded(index)
+        return str(found) if isinstance(found, Unreadable) else None
 
     def _decoded(self, index: int) -> Tensor | Unreadable:
         try:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from fastgen.config import Block, Pixels, validate
 from fastgen.errors import UserError, nearest
-from fastgen.evaluation.metrics import find_metric
+from fastgen.evaluation.metrics import find_metric, refuse_shared_rows
 from fastgen.evaluation.metrics.base import Metric, Resources
 from fastgen.evaluation.prompts import BUNDLED, read_prompts
 from fastgen.files import expanded
@@ -147,7 +147,8 @@ class Protocol:
         self.metrics(self.resources)  # refuses what is wrong in them
 
     def metrics(self, resources: Resources) -> dict[str, Metric]:
-        """The metrics by name, built; UserError for an unknown one, for options that it does not have, and for a set that is none."""
+        """The metrics by name, built; UserError for an unknown one, for options that it does not have, for a set that is none, and for two with
+        a row of one name."""
         built: dict[str, Metric] = {}
         for name, options in self.spec.metrics.items():
             kind = find_metric(name, f"{self.where}metrics.{name}: ")
@@ -158,6 +159,7 @@ class Protocol:
                 built[name] = kind(config, list(self.sets), resources)
             except UserError as error:
                 raise UserError(f"{self.where}{error}") from error
+        refuse_shared_rows(built, self.where)
         return built
 
     def check_image(self, shape: Sequence[int], key: str = "") -> None:

@@ -343,3 +343,9 @@ def test_the_hash_follows_the_prompts_themselves(folder: Path):
 def test_the_hash_leaves_aside_what_changes_no_number(folder: Path, change: dict[str, Any]):
     """Recording where a file is to be had, or its hash, changes nothing that is measured; nor does saying what would be so anyway."""
     assert base(folder, **change).hash() == base(folder).hash()
+
+
+def test_two_metrics_with_a_row_of_one_name_are_refused_with_both():
+    sets = {name: {"prompts": f"fastgen:digits/{name}"} for name in ("named", "open")}
+    with pytest.raises(UserError, match=r"^protocol p: metrics\.digits and metrics\.vendi both have a row vendi: leave one of them out$"):
+        protocol_from({"name": "p", "sets": sets, "metrics": {"digits": None, "vendi": {"extractor": "digits_classifier"}}})

@@ -126,6 +126,11 @@ class Metric(ABC):
         self.config, self.resources = config, resources
         self.set = config.set or sets[0]
 
+    @property
+    def rows(self) -> Sequence[str]:
+        """What the rows are called that `measure` returns."""
+        return tuple(self.shows)
+
     @abstractmethod
     def needs(self) -> Needs:
         """What `measure` will read."""
