@@ -8,7 +8,7 @@ from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError
 from fastgen.evaluation.metrics.base import Metric
 
-_SHARED = ("base", "external_process", "inception_features", "picture_scores")
+_SHARED = ("base", "external_process", "frechet_metric", "inception_features", "picture_scores")
 
 
 def metric_names() -> list[str]:

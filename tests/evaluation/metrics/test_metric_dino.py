@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from fastgen.evaluation.extractors.base import feature
-from fastgen.evaluation.frechet import FeatureStatistics, frechet_distance
+from fastgen.evaluation.frechet import FeatureStatistics, distance_with_interval, frechet_distance
 from fastgen.evaluation.intervals import mean_interval
 from fastgen.evaluation.metrics.base import Unavailable
 from fastgen.evaluation.metrics.dino_diversity import CLS, DinoDiversity
@@ -50,6 +50,18 @@ def test_fd_of_a_shift_and_a_scale() -> None:
     expected = (shift + 0.5 * centre).square().sum() + 0.25 * torch.cov(real.T).trace()
     assert distance(made, real) == pytest.approx(float(expected), rel=1e-10)
     assert distance(real, real, resize="pil") == pytest.approx(0, abs=1e-9)
+
+
+def test_fd_has_the_interval_and_the_remark_of_fid() -> None:
+    made, real, metric = rows(143, 6, 0), rows(200, 6, 1).double(), FdDinov2(FdDinov2.Config(), ["all"])
+    seen = by_hand({CLS: made}, sample_set([""] * 143), reference=Real(real), seed=5)
+    (value,) = metric.measure(seen)
+    assert (value.value, value.interval) == distance_with_interval(Table(made), FeatureStatistics.from_features(real), seed=5)
+    assert value.interval is not None and value.interval_over == "jackknife"
+    assert value.remark == "biased upwards by fewer than 10000 images: compare equal counts only"
+    assert metric.values(seen) == {"fd_dinov2": pytest.approx(value.value, rel=1e-12)}
+    (few,) = metric.measure(by_hand({CLS: made[:19]}, sample_set([""] * 19), reference=Real(real)))
+    assert few.interval is None and few.interval_over is None
 
 
 def test_statistics_of_blocks_are_those_of_all() -> None:
