@@ -18,7 +18,8 @@ from torch import Tensor
 from fastgen.data.captions import contents
 from fastgen.data.pixels import Header, Unreadable, check_header, picture_suffixes, read_rgb
 from fastgen.data.texts import missing
-from fastgen.errors import UserError
+from fastgen.errors import UserError, one_line
+from fastgen.evaluation.dumps import MANIFEST
 from fastgen.evaluation.picture_source import PictureSource, ready
 from fastgen.evaluation.protocol import PrepareBlock
 from fastgen.fingerprints import digest, known_hash, leads_back
@@ -33,8 +34,8 @@ _NAMES = {"P": _PALETTE, "PA": _PALETTE, "RGBA": _ON_WHITE, "RGBa": _ON_WHITE}
 class PictureFolder(PictureSource):
     """The pictures of a folder, by id in the order of `names`: those directly in it, or below it where there are none directly.
 
-    Every header is read at once: UserError that begins with `key`, what named the folder, for one without pictures, and for pictures that
-    cannot be read. warnings: a line about what has been left aside, and one about pictures that are not RGB.
+    Every header is read at once: UserError that begins with `key`, what named the folder, for one without pictures, for several that were
+    dumped apart, and for pictures that cannot be read. warnings: a line about what has been left aside, and one about pictures that are not RGB.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -43,6 +44,8 @@ class PictureFolder(PictureSource):
         self.names = _ordered(names)
         if not names:
             raise UserError(f"{key}: {str(folder)!r} is not a folder of pictures: {contents(folder)}")
+        if len(dumps := _dumps(folder, names)) > 1:
+            raise UserError(f"{key}: {str(folder)!r} holds pictures of several sets or models: name one of {one_line(', '.join(dumps), 300)}")
         self._headers = self._checked_headers()
         left = f"{key}: {aside} further pictures, in folders below {str(folder)!r}, are not read" if aside else None
         self.warnings = tuple(line for line in (left, self._conversions()) if line)
@@ -139,6 +142,11 @@ def _listed(folder: Path, key: str) -> tuple[list[str], int]:
     names = [name for name in _below(folder, key) if Path(name).suffix.lower() in picture_suffixes()]
     direct = [name for name in names if "/" not in name]
     return (direct, len(names) - len(direct)) if direct else (names, 0)
+
+
+def _dumps(folder: Path, names: Iterable[str]) -> list[str]:
+    """Folders below that each hold what an evaluation dumped of one set, as `--dump` leaves them below its own."""
+    return sorted(str(folder / below) for below in {str(Path(name).parent) for name in names} - {"."} if (folder / below / MANIFEST).is_file())
 
 
 def _below(folder: Path, key: str) -> Iterator[str]:
