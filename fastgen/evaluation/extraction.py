@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgen.config import validate
-from fastgen.errors import NotFinite, UserError
+from fastgen.errors import NotFinite, UserError, one_line
 from fastgen.evaluation.dumps import Dump
 from fastgen.evaluation.extractors import find_extractor
 from fastgen.evaluation.extractors.base import Extractor, Feature, Pictures, Resources
@@ -25,6 +25,7 @@ from fastgen.evaluation.speed import peak_memory_bytes, reset_peak_memory, synch
 from fastgen.evaluation.store import Store
 from fastgen.evaluation.weights import Unavailable
 from fastgen.fingerprints import digest
+from fastgen.tf32 import no_tf32
 
 # prompts, seeds, ids -> (B, 3, H, W), floats in [0, 1] or uint8; or pictures (3, h, w) uint8, each of its own size
 Draw = Callable[[list[str], list[int], Sequence[int]], Tensor | list[Tensor]]
@@ -43,12 +44,22 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
+class ExtractorFailed(Unavailable):
+    """An extractor is here and does not give `features` of some pictures: out of memory, damaged, or of a size that it does not take."""
+
+    def __init__(self, message: str, features: Iterable[Feature]) -> None:
+        super().__init__(message)
+        self.features = frozenset(features)
+
+
 class Extractors:
-    """The extractors that some features come from, each built once. `failed` says why those are not here that are not."""
+    """The extractors that some features come from, each built once. `failed` says why those are not here that are not. `hashes`: SHA-256 of
+    each, by what features call it, as it was when it was built: a file that changes meanwhile does not rename features."""
 
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
         self.failed: dict[str, Unavailable] = {}
+        self.hashes: dict[str, str] = {}
         self._built: dict[str, Extractor] = {}
 
     def require(self, features: Iterable[Feature]) -> None:
@@ -65,36 +76,51 @@ class Extractors:
             config = validate(kind.Config, dict(each.options), of=f"extractor {each.extractor}")
             try:
                 built = kind(config, self.resources)
-                _ = built.hash  # read now: where weights are missing this says so
+                self.hashes[key] = built.hash  # where weights are missing this says so
             except Unavailable as error:
                 self.failed[key] = error
                 raise
             self._built[key] = built
         return self._built[key]
 
+    def hash(self, each: Feature) -> str:
+        """That of a feature's extractor."""
+        self.of(each)
+        return self.hashes[each.source]
+
     def name(self, each: Feature) -> str:
         """What a store calls a feature: whose extractor, with which options and weights, and which layer."""
-        return stored_name(each, self.of(each).hash)
+        return stored_name(each, self.hash(each))
 
     def __call__(self, pictures: Pictures, features: Iterable[Feature]) -> dict[str, Tensor]:
-        """Features of pictures by their names in a store. NotFinite where one is none."""
-        layers: dict[str, list[Feature]] = {}
+        """Features of pictures by their names in a store. ExtractorFailed where one cannot be had, or is not finite."""
+        groups: dict[str, list[Feature]] = {}
         for each in features:
-            layers.setdefault(each.source, []).append(each)
+            groups.setdefault(each.source, []).append(each)
         found: dict[str, Tensor] = {}
-        for group in layers.values():
-            made = self.of(group[0])(pictures, [each.layer for each in group])
-            found |= {self.name(each): made[each.layer].cpu() for each in group}
-        for name, rows in found.items():
-            if rows.is_floating_point() and not bool(rows.isfinite().all()):
-                broken = int((~rows.isfinite().flatten(1).all(1)).sum())
-                raise NotFinite(f"features {name} of {broken} of {len(rows)} pictures are not finite: the extractor's weights are damaged")
+        for group in groups.values():
+            made = self._layers(pictures, group)
+            found |= {self.name(each): _finite(made[each.layer].cpu(), self.name(each), each) for each in group}
         return found
 
-    @property
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of each that was built, by what features call it."""
-        return {source: each.hash for source, each in self._built.items()}
+    def _layers(self, pictures: Pictures, group: Sequence[Feature]) -> dict[str, Tensor]:
+        """What one extractor gives."""
+        extractor = self.of(group[0])
+        try:
+            with no_tf32():
+                return extractor(pictures, [each.layer for each in group])
+        except (RuntimeError, MemoryError, torch.jit.Error) as error:
+            said = one_line(str(error), 300)
+            raise ExtractorFailed(f"extractor {group[0].source} fails: {type(error).__name__}{said and f': {said}'}", group) from error
+        except UserError as error:  # of its weights, which it reads at its first call
+            raise ExtractorFailed(str(error), group) from error
+
+
+def _finite(rows: Tensor, name: str, of: Feature) -> Tensor:
+    if rows.is_floating_point() and not bool(rows.isfinite().all()):
+        broken = int((~rows.isfinite().flatten(1).all(1)).sum())
+        raise ExtractorFailed(f"features {name} of {broken} of {len(rows)} pictures are not finite: the extractor's weights are damaged", [of])
+    return rows
 
 
 def stored_name(each: Feature, sha256: str) -> str:
@@ -130,8 +156,10 @@ def fill(
     features: Sequence[Feature],
     *,
     tick: Callable[[int], None] | None = None,
+    lost: Callable[[ExtractorFailed], None] | None = None,
 ) -> None:
-    """Draw some chunks of a set and put their features into the store. tick: told how many pictures more are done.
+    """Draw some chunks of a set and put their features into the store. tick: told how many pictures more are done. lost: told, unless it
+    raises, of features that are left out from now on, by default ExtractorFailed is raised.
 
     Costs of a chunk: `seconds` that drawing took (transfer to the CPU included), its `pictures`, and `peak` memory as in
     `speed.peak_memory_bytes`.
@@ -142,7 +170,22 @@ def fill(
         for dump in drawing.dumps:
             dump.write(ids, pixels)
         batch = Pictures(_prepared(pixels, drawing.prepare), samples.prompts[ids.start : ids.stop], samples.per_prompt, pixels)
-        store.write(chunk, extractors(batch, features), costs)
+        made, features = _extracted(batch, features, extractors, lost)
+        store.write(chunk, made, costs)
+
+
+def _extracted(
+    batch: Pictures, features: Sequence[Feature], extractors: Extractors, lost: Callable[[ExtractorFailed], None] | None
+) -> tuple[dict[str, Tensor], Sequence[Feature]]:
+    """Features by their names, and which could be had."""
+    while True:
+        try:
+            return extractors(batch, features), features
+        except ExtractorFailed as error:
+            if lost is None:
+                raise
+            lost(error)
+            features = [each for each in features if each not in error.features]
 
 
 @torch.no_grad()

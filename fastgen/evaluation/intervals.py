@@ -15,8 +15,8 @@ NORMAL = 1.959963984540054  # LEVEL of a normal distribution lies within so many
 
 
 class Mean(NamedTuple):
-    """std: between single scores (of groups, where there are some), divided by n - 1. interval: where 95 % of such means lie. Both None for
-    a single score, which says nothing about others."""
+    """std: between single scores (of groups' means, where there are some), divided by n - 1. interval: where 95 % of such means lie. Both None
+    for a single score or group, which says nothing about others."""
 
     value: float
     std: float | None
@@ -26,8 +26,10 @@ class Mean(NamedTuple):
 def mean_interval(scores: Tensor, groups: Sequence[Hashable] | None = None) -> Mean:
     """Mean of scores (N,), computed in fp64, with its interval by Student's t: mean ± t(n - 1) std / sqrt n.
 
-    groups: N labels, of pictures that are no independent draws because they share a prompt: then the mean is that over groups of each group's
-    mean, and n counts groups. Unavailable without any score, and where one is not finite.
+    groups: N labels, of pictures that are no independent draws because they share a prompt. The mean m stays that of all scores, a ratio of
+    two sums over n = G groups, y_g of scores and N_g of pictures; its linearised variance is G / (G - 1) · sum (y_g - m N_g)² / N² (Cochran
+    1977, Sampling Techniques, ch. 6: that of a ratio estimate). It is Student's of the groups' means where all are of one size, and otherwise
+    of m + (y_g - m N_g) G / N in their place. Unavailable without any score, and where one is not finite.
     """
     if scores.ndim != 1 or (groups is not None and len(groups) != len(scores)):
         raise ValueError(f"one group per score (N,): got shape {tuple(scores.shape)} and {len(groups or ())} groups")
@@ -36,21 +38,25 @@ def mean_interval(scores: Tensor, groups: Sequence[Hashable] | None = None) -> M
         raise Unavailable("there are no scores to take the mean of")
     if broken := int((~wide.isfinite()).sum()):
         raise Unavailable(f"{broken} of {len(wide)} scores are not finite")
-    units = wide if groups is None else group_means(wide, groups)
-    mean = float(units.mean())
+    mean = float(wide.mean())
+    units = wide if groups is None else _linearised(mean, *group_sums(wide, groups))
     if len(units) < 2:
         return Mean(mean, None, None)
-    std = float(units.std())
+    std = float((units - mean).square().sum() / (len(units) - 1)) ** 0.5
     half = _student(len(units) - 1) * std / len(units) ** 0.5
     return Mean(mean, std, (mean - half, mean + half))
 
 
-def group_means(scores: Tensor, groups: Sequence[Hashable]) -> Tensor:
-    """(G,) fp64: the mean of each group's scores, groups in the order in which they first appear."""
+def _linearised(mean: float, sums: Tensor, counts: Tensor) -> Tensor:
+    return mean + (sums - mean * counts) * (len(counts) / counts.sum())
+
+
+def group_sums(scores: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, Tensor]:
+    """(G,) fp64: the sum of each group's scores, and how many they are, groups in the order in which they first appear."""
     numbers: dict[Hashable, int] = {}
     rows = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups])
     sums = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, rows, scores.double())
-    return sums / torch.bincount(rows, minlength=len(numbers))
+    return sums, torch.bincount(rows, minlength=len(numbers)).double()
 
 
 def jackknife_interval(value: float, left_out: Sequence[float]) -> tuple[float, float]:

@@ -6,10 +6,11 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from torch import Tensor
 from fastgen.data.captions import contents
 from fastgen.data.pixels import Header, Unreadable, check_header, picture_suffixes, read_rgb
 from fastgen.data.texts import missing
-from fastgen.errors import UserError
+from fastgen.errors import UserError, one_line
+from fastgen.evaluation.dumps import MANIFEST
 from fastgen.evaluation.picture_source import PictureSource, ready
 from fastgen.evaluation.protocol import PrepareBlock
 from fastgen.fingerprints import digest, known_hash, leads_back
 
+T = TypeVar("T")
 _THREADS = 4  # decoding and hashing leave Python's lock
 _GREY = ("1", "L", "La", "LA", "I", "F")  # and I;16 with its variants
 _PALETTE, _ON_WHITE = "with a palette", "with transparency (laid on white)"
@@ -31,8 +34,8 @@ _NAMES = {"P": _PALETTE, "PA": _PALETTE, "RGBA": _ON_WHITE, "RGBa": _ON_WHITE}
 class PictureFolder(PictureSource):
     """The pictures of a folder, by id in the order of `names`: those directly in it, or below it where there are none directly.
 
-    Every header is read at once: UserError that begins with `key`, what named the folder, for one without pictures, and for pictures that
-    cannot be read. warnings: a line about what has been left aside, and one about pictures that are not RGB.
+    Every header is read at once: UserError that begins with `key`, what named the folder, for one without pictures, for several that were
+    dumped apart, and for pictures that cannot be read. warnings: a line about what has been left aside, and one about pictures that are not RGB.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -41,6 +44,8 @@ class PictureFolder(PictureSource):
         self.names = _ordered(names)
         if not names:
             raise UserError(f"{key}: {str(folder)!r} is not a folder of pictures: {contents(folder)}")
+        if len(dumps := _dumps(folder, names)) > 1:
+            raise UserError(f"{key}: {str(folder)!r} holds pictures of several sets or models: name one of {one_line(', '.join(dumps), 300)}")
         self._headers = self._checked_headers()
         left = f"{key}: {aside} further pictures, in folders below {str(folder)!r}, are not read" if aside else None
         self.warnings = tuple(line for line in (left, self._conversions()) if line)
@@ -49,11 +54,13 @@ class PictureFolder(PictureSource):
         return len(self.names)
 
     def read(self, ids: Sequence[int]) -> list[Tensor]:
-        """Pictures (3, H, W) uint8, each of its own size: sRGB, upright, on white. UserError for those that cannot be decoded."""
-        with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:  # what threads do to the filters meanwhile ends with this block
-            found = list(pool.map(self._decoded, ids))
-        if broken := [(index, each) for index, each in zip(ids, found, strict=True) if isinstance(each, Unreadable)]:
-            raise self._refusal([(self.names[index], str(error)) for index, error in broken], len(found))
+        """Pictures (3, H, W) uint8, each of its own size: sRGB, upright, on white. UserError where one cannot be decoded, the same whichever it
+        is: with the first of all pictures that cannot, and their number."""
+        found = self._each(self._decoded, ids)
+        if any(isinstance(each, Unreadable) for each in found):
+            reasons = self._each(self._unreadable, range(len(self)))
+            broken = [(name, reason) for name, reason in zip(self.names, reasons, strict=True) if reason is not None]
+            raise self._refusal(broken, len(self))
         return [each for each in found if isinstance(each, Tensor)]
 
     @cached_property
@@ -71,6 +78,15 @@ class PictureFolder(PictureSource):
         for index, header in enumerate(self._headers):
             if _comparable(header.size, how) != _comparable(first, how):
                 ready(self, [0, index], how)  # which says so, unless EXIF, which headers do not tell, turns one of them
+
+    def _each(self, function: Callable[[int], T], ids: Iterable[int]) -> list[T]:
+        with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:  # what threads do to the filters meanwhile ends with this block
+            return list(pool.map(function, ids))
+
+    def _unreadable(self, index: int) -> str | None:
+        """Why a picture cannot be decoded."""
+        found = self._decoded(index)
+        return str(found) if isinstance(found, Unreadable) else None
 
     def _decoded(self, index: int) -> Tensor | Unreadable:
         try:
@@ -126,6 +142,11 @@ def _listed(folder: Path, key: str) -> tuple[list[str], int]:
     names = [name for name in _below(folder, key) if Path(name).suffix.lower() in picture_suffixes()]
     direct = [name for name in names if "/" not in name]
     return (direct, len(names) - len(direct)) if direct else (names, 0)
+
+
+def _dumps(folder: Path, names: Iterable[str]) -> list[str]:
+    """Folders below that each hold what an evaluation dumped of one set, as `--dump` leaves them below its own."""
+    return sorted(str(folder / below) for below in {str(Path(name).parent) for name in names} - {"."} if (folder / below / MANIFEST).is_file())
 
 
 def _below(folder: Path, key: str) -> Iterator[str]:

@@ -14,9 +14,9 @@ from pydantic import Field, model_validator
 
 from fastgen.config import Block, Pixels, validate
 from fastgen.errors import UserError, nearest
-from fastgen.evaluation.metrics import find_metric
+from fastgen.evaluation.metrics import find_metric, refuse_shared_rows
 from fastgen.evaluation.metrics.base import Metric, Resources
-from fastgen.evaluation.prompts import read_prompts
+from fastgen.evaluation.prompts import BUNDLED, read_prompts
 from fastgen.files import expanded
 from fastgen.rng import derive_seed
 from fastgen.yaml_files import read_yaml
@@ -31,7 +31,8 @@ class SampleSet:
     """Prompts and, one for each, the seed of that picture's noise: a picture does not depend on the others that are drawn with it.
 
     first: the id of the first picture; ids go on from set to set. Pictures of one prompt lie side by side, `per_prompt` of them, and
-    features are extracted `chunk` pictures at a time, counted from the set's first, in whole groups of a prompt.
+    features are extracted `chunk` pictures at a time, counted from the set's first, in whole groups of a prompt. complete: the prompts are
+    all that there are, such as classes, and not some of many.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SampleSet:
     first: int = 0
     per_prompt: int = 1
     chunk: int = 64
+    complete: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -49,10 +51,22 @@ class SampleSet:
         count = max(1, count // self.per_prompt) * self.per_prompt
         return self if count >= len(self) else replace(self, prompts=self.prompts[:count], seeds=self.seeds[:count])
 
-    @property
+    @cached_property
     def groups(self) -> list[int]:
-        """For each picture, the number of its prompt's group."""
-        return [index // self.per_prompt for index in range(len(self))]
+        """For each picture, the number of the draw that it is part of: one a prompt's text, wherever its pictures lie.
+
+        Without prompts, and where they are complete, nobody has drawn prompts: each picture is a draw, or each `per_prompt` that lie side by
+        side (Abadie et al. 2023, "When should you adjust standard errors for clustering?").
+        """
+        if self.complete or not any(self.prompts):
+            return [index // self.per_prompt for index in range(len(self))]
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(prompt, len(numbers)) for prompt in self.prompts]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a draw has several pictures."""
+        return len(set(self.groups)) < len(self)
 
     @cached_property
     def hash(self) -> str:
@@ -132,7 +146,8 @@ class Protocol:
         self.metrics(self.resources)  # refuses what is wrong in them
 
     def metrics(self, resources: Resources) -> dict[str, Metric]:
-        """The metrics by name, built; UserError for an unknown one, for options that it does not have, and for a set that is none."""
+        """The metrics by name, built; UserError for an unknown one, for options that it does not have, for a set that is none, and for two with
+        a row of one name."""
         built: dict[str, Metric] = {}
         for name, options in self.spec.metrics.items():
             kind = find_metric(name, f"{self.where}metrics.{name}: ")
@@ -143,6 +158,7 @@ class Protocol:
                 built[name] = kind(config, list(self.sets), resources)
             except UserError as error:
                 raise UserError(f"{self.where}{error}") from error
+        refuse_shared_rows(built, self.where)
         return built
 
     def check_image(self, shape: Sequence[int], key: str = "") -> None:
@@ -175,7 +191,8 @@ def _sample_set(name: str, block: SetBlock, first: int, chunk: int, data_dir: Pa
         seeds = tuple(range(block.first_seed, block.first_seed + count))
     else:
         seeds = tuple(derive_seed("evaluation", block.seed, first + index) for index in range(count))
-    return SampleSet(name, prompts, seeds, first, block.per_prompt, -(-chunk // block.per_prompt) * block.per_prompt)
+    complete = block.prompts is not None and block.prompts.startswith(BUNDLED)
+    return SampleSet(name, prompts, seeds, first, block.per_prompt, -(-chunk // block.per_prompt) * block.per_prompt, complete)
 
 
 def shipped_protocols() -> dict[str, Path]:

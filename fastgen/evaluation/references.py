@@ -48,7 +48,8 @@ class OpenReference(ABC):
 
     @abstractmethod
     def gather(self, features: Sequence[Feature], *, part: Part = WHOLE, progress: Progress | None = None) -> bool:
-        """Extract what is not there yet, or this part of it; whether everything is there now. Unavailable for pictures that cannot be read."""
+        """Extract what is not there yet, or this part of it; whether everything is there now. Unavailable for pictures that cannot be read,
+        ExtractorFailed for features that cannot be had of them."""
 
     @abstractmethod
     def statistics(self, of: Feature) -> Gaussian: ...
@@ -243,7 +244,7 @@ def conventions(of: Feature, how: PrepareBlock, extractors: Extractors) -> dict[
         "extractor": of.extractor,
         "layer": of.layer,
         "options": extractor.config.model_dump(mode="json"),
-        "hash": extractor.hash,
+        "hash": extractors.hash(of),
         "prepare": how.model_dump(mode="json"),
     }
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.evaluation.intervals import NORMAL, group_means, jackknife_interval
+from fastgen.evaluation.intervals import NORMAL, group_sums, jackknife_interval
 from fastgen.evaluation.metrics.base import Measured, Metric
+from fastgen.evaluation.protocol import SampleSet
 from fastgen.evaluation.weights import Unavailable
 from fastgen.rng import derive_seed
 
@@ -65,16 +66,16 @@ def _bootstrap_means(metric: Metric, a: Measured, b: Measured, resamples: int) -
     first, second = metric.scores(a), metric.scores(b)
     spread: dict[str, Around] = {}
     for name in first.keys() & second.keys():
-        units = group_means(second[name].double() - first[name].double(), a.sets[metric.set].groups)
-        draws = [_with_repetitions(len(units), a.seed, metric.set, index) for index in range(resamples)]
-        spread[name] = _normal(torch.stack([units[rows].mean() for rows in draws])) if len(units) > 1 else _nothing
+        sums, counts = group_sums(second[name].double() - first[name].double(), a.sets[metric.set].groups)
+        draws = [_with_repetitions(len(sums), a.seed, metric.set, index) for index in range(resamples)]
+        spread[name] = _normal(torch.stack([sums[rows].sum() / counts[rows].sum() for rows in draws])) if len(sums) > 1 else _nothing
     return spread
 
 
 def _subset_spreads(metric: Metric, a: Measured, b: Measured) -> dict[str, Around]:
     """Of subsets of m of N pictures, whose differences have the variance s²: that of all pictures' is s² m / N, as of any U-statistic of first
     order; that S random subsets are not all adds s² (1 - m / N) / S. None where pictures share prompts, which subsets tear apart."""
-    if a.sets[metric.set].per_prompt > 1:
+    if a.sets[metric.set].repeats:
         return {}
     first, second = metric.subsets(a), metric.subsets(b)
     spread: dict[str, Around] = {}
@@ -118,13 +119,13 @@ def _measure_again(metric: Metric, a: Measured, b: Measured, units: Mapping[str,
 
 
 def selected(measured: Measured, units: Mapping[str, Tensor]) -> Measured:
-    """What metrics see of some groups of each set alone, in that order and with repetitions. units: (M,) int64, by set: of pictures where
-    there is one of each prompt, else of prompts."""
+    """What metrics see of some draws of each set alone, in that order and with repetitions. units: (M,) int64, by set: numbers of
+    `SampleSet.groups`, of which a picture is one where no prompt has several."""
     sets, rows = {}, {}
     for name, samples in measured.sets.items():
-        size = samples.per_prompt
-        rows[name] = (units[name][:, None] * size + torch.arange(size)).flatten()
-        chosen = rows[name].tolist()
+        members = _members(samples)
+        chosen = [row for unit in units[name].tolist() for row in members[unit]]
+        rows[name] = torch.tensor(chosen)
         prompts, seeds = tuple(samples.prompts[row] for row in chosen), tuple(samples.seeds[row] for row in chosen)
         sets[name] = replace(samples, prompts=prompts, seeds=seeds)
     tables = {(name, of): table.select(rows[name]) for (name, of), table in measured.tables.items()}
@@ -132,8 +133,20 @@ def selected(measured: Measured, units: Mapping[str, Tensor]) -> Measured:
     return replace(measured, sets=sets, tables=tables, teacher=teacher, pictures=None)
 
 
+def _members(samples: SampleSet) -> list[list[int]]:
+    """The pictures of each draw, in their order: those of a prompt that lie side by side stay so."""
+    members: list[list[int]] = [[] for _ in range(_num_draws(samples))]
+    for row, group in enumerate(samples.groups):
+        members[group].append(row)
+    return members
+
+
+def _num_draws(samples: SampleSet) -> int:
+    return max(samples.groups) + 1
+
+
 def _num_units(measured: Measured) -> dict[str, int]:
-    return {name: len(samples) // samples.per_prompt for name, samples in measured.sets.items()}
+    return {name: _num_draws(samples) for name, samples in measured.sets.items()}
 
 
 def _num_groups(measured: Measured) -> int:

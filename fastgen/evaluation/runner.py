@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastgen.errors import UserError, one_line
 from fastgen.evaluation.dumps import Dump, DumpFolder, PngFolder
-from fastgen.evaluation.extraction import Drawing, Extractors, by_set, drawn, fill, lacking, shared
+from fastgen.evaluation.extraction import WHOLE, Drawing, ExtractorFailed, Extractors, Part, by_set, drawn, fill, lacking, shared
 from fastgen.evaluation.extractors.base import Feature, Pictures, Resources
+from fastgen.evaluation.metrics import refuse_shared_rows
 from fastgen.evaluation.metrics.base import NO_REFERENCE, Measured, Metric, Needs, Value
 from fastgen.evaluation.metrics.external_process import further_metrics
 from fastgen.evaluation.preparation import prepared
@@ -28,7 +30,7 @@ from fastgen.progress import Progress
 
 @dataclass(frozen=True)
 class Drawn:
-    """A subject whose pictures are in its stores, by set; it may have left memory. dumps: folders of its pictures, by set."""
+    """A subject whose pictures are in its stores, by set; it may have left memory. pictures: folders of them for external metrics, by set."""
 
     name: str
     steps: int | None
@@ -64,11 +66,16 @@ class Evaluation:
         self.reference = self._reference()
         self.missing: list[Missing] = []
         self.metrics, self.needs = self._possible(teacher=teacher)
+        # What is extracted stays the same where the reference costs a metric: another part may not know of it.
+        self._extracted = dict(self.needs)
         self._require_some()
         for line in reasons(self.missing):
             self.progress.warn(f"warning: {line}")
         if not dry:
-            self._gather()
+            if self.reference is not None and any(need.reference for need in self.needs.values()):
+                for warning in self.reference.warnings:
+                    self.progress.warn(f"warning: {warning}")
+            self._gather(settings.part)
         self.drawn: list[Drawn] = []
         self._lost: dict[int | None, str] = {}  # teachers that could not be drawn, by their steps: why
         self.left = 0  # chunks that other parts have still to draw
@@ -92,6 +99,7 @@ class Evaluation:
         """The metrics for which everything is here, and what they need; the others are `missing`."""
         metrics, needed = {}, {}
         asked = {**self.protocol.metrics(self.resources), **further_metrics(list(self.sets), self.resources)}
+        refuse_shared_rows(asked, self.protocol.where)
         for name, metric in asked.items():
             try:
                 needs = metric.needs()
@@ -108,23 +116,16 @@ class Evaluation:
                 metrics[name], needed[name] = metric, needs
         return metrics, needed
 
-    def _gather(self) -> None:
-        """The reference's features; where its pictures or an extractor's weights cannot be read, what needs them is missing."""
-        features = shared(need.reference for need in self.needs.values())
-        if self.reference is None or not features:
-            return
-        for warning in self.reference.warnings:
-            self.progress.warn(f"warning: {warning}")
-        try:
-            self.reference.gather(features, part=self.settings.part, progress=self.progress)
-        except Unavailable as error:
-            self._give_up([name for name, need in self.needs.items() if need.reference], error)
-        except UserError:  # of one extractor, and it does not say of which
-            for name, need in [each for each in self.needs.items() if each[1].reference]:
-                try:
-                    self.reference.gather(need.reference, part=self.settings.part, progress=self.progress)
-                except UserError as error:
-                    self._give_up([name], error)
+    def _gather(self, part: Part) -> None:
+        """A part of the reference's features; where its pictures cannot be read or an extractor fails, what needs them is missing."""
+        while self.reference is not None and (features := shared(need.reference for need in self.needs.values())):
+            try:
+                self.reference.gather(features, part=part, progress=self.progress)
+                return
+            except ExtractorFailed as error:
+                self._give_up([name for name, need in self.needs.items() if error.features.intersection(need.reference)], error)
+            except Unavailable as error:
+                self._give_up([name for name, need in self.needs.items() if need.reference], error)
 
     def _give_up(self, names: Sequence[str], error: UserError) -> None:
         """Metrics that turn out not to be possible: said once that something is left, for a refusal says it all."""
@@ -135,6 +136,13 @@ class Evaluation:
         self._require_some()
         for line in reasons(found):
             self.progress.warn(f"warning: {line}")
+
+    def _lose(self, where: str, error: ExtractorFailed) -> None:
+        """Features of a set that cannot be extracted, and the metrics that read them."""
+        lost = [name for name, need in self._extracted.items() if error.features.intersection(need.generated.get(where, ()))]
+        for name in lost:
+            del self._extracted[name]
+        self._give_up([name for name in lost if name in self.metrics], error)
 
     def _require_some(self) -> None:
         if not self.metrics:
@@ -162,14 +170,16 @@ class Evaluation:
         for warning in subject.check(self.sets, whole=self.settings.stop_after is None):
             self.progress.warn(f"warning: {warning}")
         stores = {name: self._store(subject, each) for name, each in self._used().items()}
-        dumps = {name: self._dumps(subject, name, store) for name, store in stores.items()}
+        folders = {name: self._folders(subject, name, store) for name, store in stores.items()}
+        dumps = {name: [*found, *self._dumps(subject, name)] for name, found in folders.items()}
         if any(lacking(store, self._names(name), dumps[name], self.settings.part) for name, store in stores.items()):
             self._draw(subject, stores, dumps)
-        left = sum(len(lacking(store, self._names(name), dumps[name])) for name, store in stores.items())
+        # What the user dumps is this part's alone: the other parts' may lie on other machines.
+        left = sum(len(lacking(store, self._names(name), folders[name])) for name, store in stores.items())
         self.left += left
         if not left:
-            folders = {name: each.folder for name, found in dumps.items() for each in found if isinstance(each, PngFolder)}
-            self.drawn.append(Drawn(subject.name, subject.steps, subject.guidance, subject.content, subject.record, stores, folders))
+            pictures = {name: each.folder for name, found in folders.items() for each in found}
+            self.drawn.append(Drawn(subject.name, subject.steps, subject.guidance, subject.content, subject.record, stores, pictures))
         return not left
 
     def _used(self) -> dict[str, SampleSet]:
@@ -179,12 +189,12 @@ class Evaluation:
     @property
     def _features(self) -> dict[str, list[Feature]]:
         """What is extracted from each set."""
-        return by_set(need.generated for need in self.needs.values())
+        return by_set(need.generated for need in self._extracted.values())
 
     @property
     def _with_pictures(self) -> set[str]:
         """Sets whose pictures must lie in a folder."""
-        return {name for need in self.needs.values() for name in need.pictures}
+        return {name for need in self._extracted.values() for name in need.pictures}
 
     def _names(self, where: str) -> list[str]:
         return [self.extractors.name(each) for each in self._features.get(where, ())]
@@ -194,13 +204,19 @@ class Evaluation:
         key = digest([subject.identity, samples.hash, spec.quantisation, spec.prepare.model_dump(), made_by(self.resources.device)])
         return Store(self.settings.stores / key[:32], len(samples), samples.chunk)
 
-    def _dumps(self, subject: Subject, where: str, store: Store) -> list[Dump]:
-        """Where the pictures of a set go: as the user wants, and as external metrics do."""
-        samples, model = self.sets[where], digest([subject.identity, self.protocol.spec.quantisation, made_by(self.resources.device)])
-        found = [] if self.dump is None else [self.dump.of(samples, subject.name, subject.steps, model)]
-        if where in self._with_pictures and not any(isinstance(each, PngFolder) for each in found):
-            found.append(PngFolder(store.folder / "pictures", samples, model))
-        return found
+    def _folders(self, subject: Subject, where: str, store: Store) -> list[Dump]:
+        """Where the pictures of a set go for external metrics: to the store, which parts share and nobody else writes to."""
+        if where not in self._with_pictures:
+            return []
+        return [PngFolder(store.folder / "pictures", self.sets[where], self._drawn_as(subject), "--store")]
+
+    def _dumps(self, subject: Subject, where: str) -> list[Dump]:
+        """Where the user wants them."""
+        return [] if self.dump is None else [self.dump.of(self.sets[where], subject.name, subject.steps, self._drawn_as(subject))]
+
+    def _drawn_as(self, subject: Subject) -> str:
+        """A digest of what 8-bit pictures depend on beside their set."""
+        return digest([subject.identity, self.protocol.spec.quantisation, made_by(self.resources.device)])
 
     def _draw(self, subject: Subject, stores: Mapping[str, Store], dumps: Mapping[str, Sequence[Dump]]) -> None:
         spec = self.protocol.spec
@@ -219,24 +235,26 @@ class Evaluation:
 
         try:
             for where, store in stores.items():
-                features = self._features.get(where, [])
-                fill(store, self.sets[where], todo[where], replace(drawing, dumps=dumps[where]), self.extractors, features, tick=tick)
+                features, lost = self._features.get(where, []), partial(self._lose, where)
+                if features or dumps[where]:
+                    to = replace(drawing, dumps=dumps[where])
+                    fill(store, self.sets[where], todo[where], to, self.extractors, features, tick=tick, lost=lost)
         finally:  # a bar left running hides the terminal's cursor
             self.progress.finish()
 
     def _warm_up(self, subject: Subject, drawing: Drawing) -> None:
         """One batch, so that the clock sees no compilation, and a wrong image size is refused before thousands are drawn; and its first
-        picture through every extractor, so that damaged weights cost their own metrics alone."""
+        picture through every extractor, so that an extractor that fails costs its own metrics alone."""
         samples = next(iter(self._used().values()))
         pixels, _ = drawn(samples, range(1 if subject.steps is None else min(drawing.batch_size, len(samples))), drawing)
         shown = prepared(pixels[0][None], drawing.prepare)
-        for name, need in list(self.needs.items()):
-            try:
-                for where, features in need.generated.items():
-                    times, prompts = self.sets[where].per_prompt, self.sets[where].prompts
+        for name, need in list(self._extracted.items()):
+            for where, features in need.generated.items() if name in self._extracted else ():
+                times, prompts = self.sets[where].per_prompt, self.sets[where].prompts
+                try:
                     self.extractors(Pictures(shown.repeat(times, 1, 1, 1), prompts[:times], times, [pixels[0]] * times), features)
-            except UserError as error:
-                self._give_up([name], error)
+                except ExtractorFailed as error:
+                    self._lose(where, error)
 
     def _size_check(self) -> Callable[[tuple[int, ...]], None]:
         """Refuses shapes of pictures that the protocol does not measure, or that are not those of the first, unless they are resized."""
@@ -257,8 +275,10 @@ class Evaluation:
         return self.settings.batch_size or self.protocol.spec.batch_size
 
     def rows(self) -> list[Row]:
-        """Every metric of every subject that has been drawn, in that order, with what drawing cost. Where there are several teachers, what
-        compares with the teacher's pictures compares with those of the most steps."""
+        """Every metric of every subject that has been drawn, in that order, with what drawing cost. What other parts have not gathered of the
+        reference is gathered first. Where there are several teachers, what compares with the teacher's pictures compares with those of the most
+        steps."""
+        self._gather(WHOLE)
         teacher = self._teacher()
         rows: list[Row] = []
         for each in self.drawn:

@@ -17,7 +17,7 @@ class Unavailable(UserError):
 
 @dataclass(frozen=True)
 class Weights:
-    """Where weights lie; folder: `--weights-dir`, None where none was given."""
+    """Where weights lie; folder: `--weights-dir`, None where none was given. UserError for a name that leads out of it."""
 
     folder: Path | None = None
 
@@ -41,6 +41,8 @@ class Weights:
         return path
 
     def _place(self, name: str, source: str) -> Path:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"weights {name!r}: they are looked up below --weights-dir; give their name there, without .. and not from the root")
         if self.folder is None:
             raise Unavailable(f"needs {name} from {source}: put it into a folder and name that with --weights-dir")
         return self.folder / name

@@ -12,11 +12,12 @@ from torch.autograd import forward_ad
 
 from fastgen.errors import UserError
 from fastgen.jvp.attention import AttentionCalls
-from fastgen.jvp.differences import Network, Tangents, central, difference_step, no_tf32
+from fastgen.jvp.differences import Network, Tangents, central, difference_step
 from fastgen.jvp.exact import checked, exact
 from fastgen.jvp.lost import ADVICE
 from fastgen.jvp.trace import RESOLUTION, Trace, relative
 from fastgen.jvp.unsupported import refuse_unsupported
+from fastgen.tf32 import no_tf32
 
 
 class TangentCheck(NamedTuple):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from fastgen.tf32 import no_tf32
 
 Network = Callable[..., Tensor]
 Tangents = Sequence[Tensor | None]  # None: a constant input
@@ -34,20 +34,6 @@ def _unit(x: Tensor) -> float:
 
 def moved(primals: Sequence[Tensor], tangents: Tangents, step: float) -> list[Tensor]:
     return [x if dx is None else x + step * dx for x, dx in zip(primals, tangents, strict=True)]
-
-
-@contextmanager
-def no_tf32() -> Iterator[None]:
-    """Differences need all of fp32's bits; CUDA's convolutions take TF32 unless told not to."""
-    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [flag.allow_tf32 for flag in flags]
-    try:
-        for flag in flags:
-            flag.allow_tf32 = False
-        yield
-    finally:
-        for flag, allowed in zip(flags, before, strict=True):
-            flag.allow_tf32 = allowed
 
 
 @torch.no_grad()

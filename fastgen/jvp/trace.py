@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.jvp.differences import Network, Tangents, moved, no_tf32
+from fastgen.jvp.differences import Network, Tangents, moved
 from fastgen.jvp.lost import describe, float_tensors
+from fastgen.tf32 import no_tf32
 
 # Derivatives below this share of value / step are not resolved by fp32 differences; a derivative of zero is never larger.
 RESOLUTION = 1e-5

@@ -71,10 +71,14 @@ class Level(Metric):
         table = measured.tables[self.set, self.feature]
         if len(table) < self.config.least:
             raise Unavailable(f"needs {self.config.least} pictures, {len(table)} were drawn")
-        return [Value("level", float(table.read().double().mean()), len(table))]
+        return [Value(next(iter(self.shows)), float(table.read().double().mean()), len(table))]
 
     def floors(self) -> list[Row]:
         return [Row(name="level", model="real", value=127.5, n=1)]
+
+
+class LevelAgain(Level):
+    shows: ClassVar = {"level_again": Heading("level again")}
 
 
 class Darkest(Metric):
@@ -112,10 +116,21 @@ class ToReal(Level):
         return super().needs()._replace(reference=[self.feature])
 
     def measure(self, measured: Measured) -> list[Value]:
-        return [Value("to_real", float(measured.real().statistics(self.feature).mean.mean()), 1)]
+        return [Value(next(iter(self.shows)), float(measured.real().statistics(self.feature).mean.mean()), 1)]
 
 
-METRICS = {"level": Level, "level_again": Level, "darkest": Darkest, "to_teacher": ToTeacher, "to_real": ToReal}
+class ToRealAgain(ToReal):
+    shows: ClassVar = {"to_real_again": Heading("to real pictures again")}
+
+
+METRICS = {
+    "level": Level,
+    "level_again": LevelAgain,
+    "darkest": Darkest,
+    "to_teacher": ToTeacher,
+    "to_real": ToReal,
+    "to_real_again": ToRealAgain,
+}
 
 
 def install(monkeypatch: pytest.MonkeyPatch, extractor: type[Extractor] = Colours) -> None:

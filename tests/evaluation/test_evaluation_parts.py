@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from synthetic import Kept, Painter, arrays, evaluation, install, numbers, small
+import torch
+from PIL import Image
+from synthetic import Colours, Kept, Painter, arrays, evaluation, install, numbers, small
 from torch import Tensor
 
 import fastgen
 from fastgen.evaluation import store as stores
-from fastgen.evaluation.extraction import Part
+from fastgen.evaluation.dumps import DumpFolder
+from fastgen.evaluation.external import External
+from fastgen.evaluation.extraction import WHOLE, Part
+from fastgen.evaluation.extractors.base import Pictures, Resources
 from fastgen.evaluation.protocol import Protocol, protocol_from
 from fastgen.evaluation.results import Row
+from fastgen.evaluation.runner import Evaluation
+from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.store import Store
 from fastgen.evaluation.subjects.generated import GeneratorSubject
 from fastgen.generator import ImageGenerator
+from fastgen.progress import Progress
 
 COUNT, CHUNK = 90, 64  # of each of two sets: chunks of 64 and 26
 
@@ -197,3 +207,108 @@ def test_a_killed_process_leaves_what_another_goes_on_from(
     assert numbers(resumed.rows()) == numbers(whole.rows())
     assert arrays(tmp_path / "killed") == arrays(tmp_path / "whole")
     assert list((tmp_path / "killed").rglob("*.npy.*")) == []
+
+
+def real_pictures(folder: Path, *, marked: int | None = None, cut: Collection[int] = ()) -> Path:
+    """20 pictures of noise, in chunks of 0 to 7, 8 to 15 and 16 to 19: one may be of white alone, some may end early."""
+    folder.mkdir()
+    for index in range(20):
+        noise = np.random.default_rng(index).integers(0, 250, (64, 64, 3), dtype=np.uint8)
+        path = folder / f"{index}.png"
+        Image.fromarray(np.full_like(noise, 255) if index == marked else noise).save(path)
+        if index in cut:
+            path.write_bytes(path.read_bytes()[:3000])
+    return folder
+
+
+class OutOfMemory(Colours):
+    """Of scale 3, which no white picture fits."""
+
+    def __call__(self, pictures: Pictures, layers: Collection[str]) -> dict[str, Tensor]:
+        if self.config.scale == 3 and bool((pictures.pixels == 255).flatten(1).all(1).any()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(pictures, layers)
+
+
+class Told(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
+WITH_REAL = {"level": None, "to_real": {"scale": 3.0}, "to_real_again": {"scale": 2.0}}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("marked", [2, 13])  # in a chunk of part 1/2, and of 2/2
+def test_an_extractor_that_fails_on_a_parts_reference_costs_what_it_costs_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marked: int, order: tuple[int, int]
+):
+    install(monkeypatch, OutOfMemory)
+    protocol = small(WITH_REAL, reference={"images": str(real_pictures(tmp_path / "real", marked=marked))})
+    whole, told = evaluation(protocol, tmp_path / "whole", progress=(one := Told())), Told()
+    whole.draw(Painter())
+    wanted = numbers(whole.rows())
+    assert [row["name"] for row in wanted] == ["level", "to_real_again"] and [each["name"] for each in whole.missing] == ["to_real"]
+    parts = []
+    for index in order:
+        parts.append(evaluation(protocol, tmp_path / "parts", part=Part(index, 2), progress=told))
+        assert parts[-1].draw(Painter()) == (len(parts) == 2)
+    assert numbers(parts[1].rows()) == wanted
+    assert parts[1].missing == whole.missing and set(told.said) == set(one.said)
+    drawn = [arrays(each.drawn[0].stores["a"].folder) for each in (whole, parts[1])]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 3  # what the reference cost is extracted all the same
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("cut", [(3,), (12,), (3, 12)])
+def test_a_reference_of_which_pictures_are_damaged_costs_the_same_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: tuple[int, ...], order: tuple[int, int]
+):
+    install(monkeypatch)
+    protocol = small(WITH_REAL, reference={"images": str(real_pictures(tmp_path / "real", cut=cut))})
+    whole = evaluation(protocol, tmp_path / "whole")
+    whole.draw(Painter())
+    wanted = numbers(whole.rows())
+    assert [row["name"] for row in wanted] == ["level"] and [each["name"] for each in whole.missing] == ["to_real", "to_real_again"]
+    first = f"{str(tmp_path / 'real' / f'{cut[0]}.png')!r} is not a picture that can be read"
+    assert (f"2 of 20 pictures cannot be read, the first: {first}" if len(cut) > 1 else f"reference.images: {first}") in whole.missing[0]["reason"]
+    parts = [evaluation(protocol, tmp_path / "parts", part=Part(index, 2)) for index in order]
+    assert [part.draw(Painter()) for part in parts] == [False, True]
+    assert numbers(parts[1].rows()) == wanted
+    assert parts[1].missing == whole.missing
+
+
+def test_a_part_counts_its_own_pictures_of_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The other's may lie on another machine."""
+    install(monkeypatch)
+    parts = [evaluation(small(), tmp_path / "store", part=Part(index, 2), kept=DumpFolder(tmp_path / f"machine{index}")) for index in (0, 1)]
+    assert [part.draw(Painter()) for part in parts] == [False, True]
+    assert parts[1].left == 0
+    names = [sorted(path.name for path in (tmp_path / f"machine{index}/student_1step/a").glob("*.png")) for index in (0, 1)]
+    assert names == [[f"{row:06d}.png" for row in (*range(8), *range(16, 20))], [f"{row:06d}.png" for row in range(8, 16)]]
+    painter = Painter()
+    assert evaluation(small(), tmp_path / "store", part=Part(1, 2), kept=DumpFolder(tmp_path / "machine2")).draw(painter)
+    assert painter.ids == list(range(8, 16))  # for the dump alone
+
+
+COUNTED = "import json, pathlib, sys; print(json.dumps({'value': len([*pathlib.Path(sys.argv[-1]).glob('*.png')]), 'n': 20}))"
+
+
+def test_programs_see_pictures_of_the_store_whatever_becomes_of_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    install(monkeypatch)
+    resources = Resources(external={"image_reward": External((sys.executable, "-S", "-c", COUNTED))})
+
+    def measured(part: Part, dump: DumpFolder | None) -> Evaluation:
+        return Evaluation(small({"image_reward": None}), resources, Settings(tmp_path / "store", part=part), dump=dump)
+
+    parts = [measured(Part(index, 2), DumpFolder(tmp_path / f"machine{index}")) for index in (0, 1)]
+    assert [part.draw(Painter()) for part in parts] == [False, True]
+    shutil.rmtree(tmp_path / "machine0")
+    (folder,) = parts[1].drawn[0].pictures.values()
+    assert folder.is_relative_to(tmp_path / "store") and len([*folder.glob("*.png")]) == 20
+    assert [row["value"] for row in numbers(parts[1].rows())] == [20.0]
+    again, painter = measured(WHOLE, None), Painter()
+    assert again.draw(painter) and painter.calls == []

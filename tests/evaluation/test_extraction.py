@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastgen.errors import NotFinite, UserError
 from fastgen.evaluation import runner
-from fastgen.evaluation.extraction import Extractors
+from fastgen.evaluation.extraction import Extractors, stored_name
 from fastgen.evaluation.extractors.base import Feature, Pictures, Resources, feature
+from fastgen.evaluation.metrics.base import Heading, Needs
 from fastgen.evaluation.protocol import Protocol
 from fastgen.evaluation.weights import Unavailable
 from fastgen.progress import Progress
@@ -149,8 +150,8 @@ def test_a_picture_that_is_none_stops_and_what_was_drawn_stays(tmp_path: Path):
     assert painter.ids == list(range(8, 20))
 
 
-def failing(calls: Collection[int], value: float | None) -> type[Colours]:
-    """An extractor of which some calls give features that are not finite or, where value is None, cannot read their weights; of scale 1
+def failing(calls: Collection[int], value: float | Exception | None) -> type[Colours]:
+    """An extractor of which some calls give features that are not finite, raise or, where value is None, cannot read their weights; of scale 1
     alone."""
 
     class Damaged(Colours):
@@ -159,28 +160,113 @@ def failing(calls: Collection[int], value: float | None) -> type[Colours]:
             if self.config.scale == 1 and len(self.calls) in calls:
                 if value is None:
                     raise UserError("cannot read 'colours.safetensors': it is damaged")
+                if isinstance(value, Exception):
+                    raise value
                 made["mean"][[0, -1], 2] = value
             return made
 
     return Damaged
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_stop_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float):
+BROKEN = [
+    (float("nan"), "features colours-\\w{12}-mean of 2 of 8 pictures are not finite: the extractor's weights are damaged"),
+    (float("inf"), "features colours-\\w{12}-mean of 2 of 8 pictures are not finite: the extractor's weights are damaged"),
+    (None, "cannot read 'colours.safetensors': it is damaged"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    (torch.jit.Error("The following operation failed"), "Error: The following operation failed"),
+    (MemoryError(), "MemoryError"),
+]
+FAILS = r"extractor colours\(scale=1.0, weights=here\) fails: "
+
+
+@pytest.mark.parametrize(("value", "reason"), BROKEN)
+def test_an_extractor_that_fails_later_costs_its_own_metrics_alone_and_what_is_drawn_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float | Exception | None, reason: str
+):
+    install(monkeypatch, failing([5], value))  # of level, in the second chunk: after two warm-ups and a chunk of both
+    if isinstance(value, Exception):
+        reason = FAILS + reason
+    said, painter = Warnings(), Painter()
+    measured = evaluation(small({"level": None, "level_again": {"scale": 2.0}}), tmp_path, progress=said)
+    assert measured.draw(painter) and painter.ids == list(range(20))
+    (row,) = numbers(measured.rows())
+    assert (row["name"], row["value"]) == ("level_again", pytest.approx(2 * float(levels(small().sets["a"]).double().mean()), rel=1e-6))
+    ((name, model, because),) = [each.values() for each in measured.missing]
+    assert (name, model) == ("level", "") and re.fullmatch(reason, str(because))
+    assert said.said == [f"warning: level is not measured: {because}"]
+    install(monkeypatch)
+    again, painter = evaluation(small({"level": None, "level_again": {"scale": 2.0}}), tmp_path), Painter()
+    assert again.draw(painter) and painter.ids == list(range(8, 20))  # the chunks without features of level
+    assert [row["name"] for row in numbers(again.rows())] == ["level", "level_again"]
+
+
+@pytest.mark.parametrize(("value", "reason"), BROKEN)
+def test_an_extractor_that_fails_alone_stops_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float | Exception | None, reason: str
+):
     install(monkeypatch, failing([3], value))  # of the second chunk
-    with pytest.raises(NotFinite, match=r"^features colours-\w{12}-mean of 2 of 8 pictures are not finite") as caught:
+    reason = FAILS + reason if isinstance(value, Exception) else reason
+    with pytest.raises(UserError, match=f"^protocol small: nothing can be measured: level: {reason}$") as caught:
         evaluation(small(), tmp_path).draw(Painter())
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, NotFinite)
     painter = Painter()
     assert evaluation(small(), tmp_path).draw(painter)
     assert painter.ids == list(range(8, 20))
 
 
+def test_a_set_of_which_nothing_is_left_to_extract_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    install(monkeypatch, failing([6], None))  # of both, in the second chunk of a
+
+    class Both(METRICS["level"]):
+        shows: ClassVar = {"both": Heading("both")}
+
+        def needs(self) -> Needs:
+            return Needs({"a": [self.feature], "b": [self.feature]})
+
+    monkeypatch.setitem(METRICS, "both", Both)
+    painter = Painter()
+    measured = evaluation(small({"both": None, "level_again": {"scale": 2.0}}), tmp_path)
+    assert measured.draw(painter) and painter.ids == list(range(20))
+    assert [each["name"] for each in measured.missing] == ["both"]
+
+
+def test_no_extractor_takes_tf32_and_the_flags_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    seen: list[bool] = []
+
+    class Looking(Colours):
+        def __call__(self, pictures: Pictures, layers: Collection[str]) -> dict[str, Tensor]:
+            seen.extend(flag.allow_tf32 for flag in flags)
+            if len(seen) > 4:
+                raise RuntimeError("out of memory")
+            return super().__call__(pictures, layers)
+
+    install(monkeypatch, Looking)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        with pytest.raises(UserError, match="out of memory"):
+            evaluation(small(), tmp_path).draw(Painter())
+        after = [flag.allow_tf32 for flag in flags]
+    finally:
+        for flag, allowed in zip(flags, before, strict=True):
+            flag.allow_tf32 = allowed
+    assert seen == [False] * 6 and after == [True, True]
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(float("nan"), "features colours-.*-mean of 1 of 1 pictures are not finite: .*"), (None, r"cannot read 'colours\.safetensors': it is damaged")],
+    [
+        (float("nan"), "features colours-.*-mean of 1 of 1 pictures are not finite: .*"),
+        (None, r"cannot read 'colours\.safetensors': it is damaged"),
+        (RuntimeError("wrong shape"), f"{FAILS}RuntimeError: wrong shape"),
+    ],
 )
-def test_damaged_weights_cost_their_own_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float | None, reason: str):
+def test_an_extractor_that_fails_costs_its_own_metrics_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float | Exception | None, reason: str
+):
     install(monkeypatch, failing(range(100), value))
     measured = evaluation(small({"level": None, "level_again": {"scale": 2.0}}), tmp_path)
     measured.draw(Painter())
@@ -191,9 +277,11 @@ def test_damaged_weights_cost_their_own_metrics_alone(tmp_path: Path, monkeypatc
         evaluation(small(), tmp_path).draw(Painter())
 
 
-def test_weights_that_fail_on_the_reference_cost_their_own_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    install(monkeypatch, failing(range(100), float("nan")))
-    monkeypatch.setitem(METRICS, "to_real_again", METRICS["to_real"])
+@pytest.mark.parametrize("value", [float("nan"), RuntimeError("out of memory")])
+def test_an_extractor_that_fails_on_the_reference_costs_its_own_metrics_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float | Exception
+):
+    install(monkeypatch, failing(range(100), value))
     (tmp_path / "real").mkdir()
     for index in range(3):
         Image.new("RGB", (8, 8), (60 * index,) * 3).save(tmp_path / "real" / f"{index}.png")
@@ -425,6 +513,21 @@ def test_an_extractor_is_built_once_and_named_after_options_and_weights(monkeypa
         names += [known.name(each) for each in features]
         assert known.name(features[0]).rpartition("-")[0] == known.name(features[1]).rpartition("-")[0]
     assert len(built) == 4 and len(set(names)) == 6
+
+
+def test_a_file_that_changes_meanwhile_renames_no_feature(monkeypatch: pytest.MonkeyPatch):
+    weights = iter("01")
+
+    class Replaced(Colours):
+        @property
+        def hash(self) -> str:
+            return next(weights) * 64
+
+    install(monkeypatch, Replaced)
+    known, mean = Extractors(Resources()), feature("colours", "mean")
+    names = [known.name(mean), known.name(mean)]
+    (made,) = known(Pictures(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ("",)), [mean])
+    assert {*names, made} == {stored_name(mean, "0" * 64)} and known.hashes == {"colours": "0" * 64}
 
 
 def test_an_option_that_an_extractor_does_not_have_is_refused():

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastgen.evaluation.intervals import group_means, mean_interval
+from fastgen.evaluation.intervals import group_sums, mean_interval
 from fastgen.evaluation.weights import Unavailable
 
 
@@ -36,11 +37,57 @@ def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:
 
 
 def test_pictures_of_one_prompt_count_as_one_draw() -> None:
-    scores, groups = torch.tensor([0.0, 2.0, 5.0, 7.0, 9.0, 1.0]), ["a", "a", "b", "b", "b", "c"]
-    assert torch.equal(group_means(scores, groups), torch.tensor([1.0, 7.0, 1.0], dtype=torch.float64))
-    assert mean_interval(scores, groups) == mean_interval(torch.tensor([1.0, 7.0, 1.0]))
-    repeated = torch.tensor([1.0, 2.0, 4.0]).repeat_interleave(100)
-    assert mean_interval(repeated, [row // 100 for row in range(300)]) == mean_interval(torch.tensor([1.0, 2.0, 4.0]))
+    """With as many of each, wherever they lie, it is Student's of the prompts' means."""
+    for groups in ([row // 100 for row in range(300)], [row % 3 for row in range(300)]):
+        scores = torch.tensor([1.0, 2.0, 4.0])[torch.tensor(groups)] + torch.linspace(-1, 1, 300, dtype=torch.float64)
+        sums, counts = group_sums(scores, groups)
+        assert counts.tolist() == [100, 100, 100]
+        value, std, interval = mean_interval(scores, groups)
+        wanted = mean_interval(sums / counts)
+        assert wanted.std is not None and wanted.interval is not None
+        assert (value, std) == pytest.approx((wanted.value, wanted.std), rel=1e-12)
+        assert interval == pytest.approx(wanted.interval, rel=1e-12)
+
+
+def test_the_value_is_the_mean_over_pictures_whatever_the_groups() -> None:
+    """Sums 2, 21, 1 of 2, 3, 1 pictures: mean 4, residuals y - 4 n = -6, 9, -3, and the variance 3/2 · (36 + 81 + 9) / 36."""
+    scores, groups = torch.tensor([0.0, 5.0, 2.0, 7.0, 1.0, 9.0]), ["a", "b", "a", "b", "c", "b"]
+    value, std, interval = mean_interval(scores, groups)
+    assert interval is not None
+    assert (value, std) == pytest.approx((4.0, math.sqrt(3 * 5.25)), rel=1e-12)
+    half = 4.30265273 * math.sqrt(5.25)  # t(2, 97.5 %) from tables
+    assert interval == pytest.approx((4 - half, 4 + half), rel=1e-9)
+
+
+def clustered(prompts: int, seed: int) -> tuple[Tensor, list[int]]:
+    """Scores whose true mean is 1 of 1 to 4 pictures a prompt, in any order: half of their variance is the prompt's."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(prompts).repeat_interleave(torch.randint(1, 5, (prompts,), generator=generator))
+    groups = groups[torch.randperm(len(groups), generator=generator)]
+    scores = 1 + torch.randn(prompts, generator=generator)[groups] + torch.randn(len(groups), generator=generator)
+    return scores.double(), groups.tolist()
+
+
+def test_groups_of_unequal_sizes_have_the_spread_of_a_bootstrap_of_groups() -> None:
+    scores, groups = clustered(400, seed=0)
+    sums, counts = group_sums(scores, groups)
+    rows = torch.randint(400, (4000, 400), generator=torch.Generator().manual_seed(1))
+    spread = float((sums[rows].sum(1) / counts[rows].sum(1)).std())
+    value, std, interval = mean_interval(scores, groups)
+    assert std is not None and interval is not None
+    assert value == pytest.approx(float(scores.mean()), rel=1e-12)
+    assert std / 20 == pytest.approx(spread, rel=0.05)  # the bootstrap's own error is 1 %, and it lacks G / (G - 1)
+    assert spread > 1.2 * float(scores.std()) / math.sqrt(len(scores))  # what independent draws would have
+
+
+def test_groups_of_unequal_sizes_hold_the_true_mean_as_often_as_they_say() -> None:
+    hits, naive = 0, 0
+    for seed in range(1000):
+        scores, groups = clustered(30, seed)
+        intervals = [mean_interval(scores, each).interval for each in (groups, None)]
+        hits, naive = (count + (each is not None and each[0] < 1 < each[1]) for count, each in zip((hits, naive), intervals, strict=True))
+    assert hits / 1000 == pytest.approx(0.95, abs=0.028)  # four standard deviations
+    assert naive / 1000 < 0.9
 
 
 def test_a_single_score_has_no_interval() -> None:

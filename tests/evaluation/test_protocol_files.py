@@ -71,6 +71,37 @@ def test_sets_count_repeat_and_seed_as_they_say(folder: Path):
     assert [each.chunk for each in (pairs, round_, few, none)] == [4, 3, 3, 5]  # whole groups of a prompt
 
 
+def test_pictures_of_one_text_are_one_draw_wherever_they_lie(folder: Path):
+    (folder / "twice.txt").write_text("a cat\na dog\na cat\n")
+    sets = {
+        "round": {"prompts": "texts.txt", "count": 6, "cycle": True},
+        "pairs": {"prompts": "texts.txt", "count": 10, "cycle": True, "per_prompt": 2},
+        "twice": {"prompts": "twice.txt"},
+        "once": {"prompts": "texts.txt"},
+        "none": {"prompts": None, "count": 3},
+        "pairs_of_none": {"prompts": None, "count": 4, "per_prompt": 2},
+    }
+    found = {name: (each.groups, each.repeats) for name, each in protocol_from(content(sets=sets), data_dir=folder).sets.items()}
+    assert found == {
+        "round": ([0, 1, 2, 3, 0, 1], True),
+        "pairs": ([0, 0, 1, 1, 2, 2, 3, 3, 0, 0], True),
+        "twice": ([0, 1, 0], True),
+        "once": ([0, 1, 2, 3], False),
+        "none": ([0, 1, 2], False),
+        "pairs_of_none": ([0, 0, 1, 1], True),  # what is measured of a pair is one draw
+    }
+
+
+def test_prompts_that_are_all_there_are_have_not_been_drawn():
+    """Classes are strata: leaving one out would measure another distribution."""
+    sets = {"classes": {"prompts": "fastgen:classes/3", "count": 7, "cycle": True}, "open": {"prompts": "fastgen:digits/open"}}
+    classes, open_ = protocol_from(content(sets=sets)).sets.values()
+    assert classes.groups == list(range(7)) and not classes.repeats
+    assert open_.groups == list(range(1797)) and len(set(open_.prompts)) == 7
+    pairs = protocol_from(content(sets={"a": {"prompts": "fastgen:classes/3", "per_prompt": 2}})).sets["a"]
+    assert pairs.groups == [0, 0, 1, 1, 2, 2] and pairs.repeats
+
+
 def test_a_quick_look_takes_whole_groups(folder: Path):
     (pairs,) = protocol_from(content(sets={"a": {"prompts": "texts.txt", "per_prompt": 2, "seed": 3}}), data_dir=folder).sets.values()
     for count, length in ((1, 2), (2, 2), (5, 4), (8, 8), (100, 8)):
@@ -313,3 +344,9 @@ def test_the_hash_leaves_aside_what_changes_no_number(folder: Path, change: dict
     """Recording where a file is to be had, or its hash, changes nothing that is measured; nor does saying what would be so anyway. Which reference
     it is, wherever it lies, is told by the hash of its content in results.json."""
     assert base(folder, **change).hash() == base(folder).hash()
+
+
+def test_two_metrics_with_a_row_of_one_name_are_refused_with_both():
+    sets = {name: {"prompts": f"fastgen:digits/{name}"} for name in ("named", "open")}
+    with pytest.raises(UserError, match=r"^protocol p: metrics\.digits and metrics\.vendi both have a row vendi: leave one of them out$"):
+        protocol_from({"name": "p", "sets": sets, "metrics": {"digits": None, "vendi": {"extractor": "digits_classifier"}}})

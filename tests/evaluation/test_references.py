@@ -67,6 +67,9 @@ class Fives(Extractors):
             self.one[key] = Five(Five.Config(**dict(each.options)), self.resources)
         return self.one[key]
 
+    def hash(self, each: Feature) -> str:
+        return self.of(each).hash
+
 
 def folder(path: Path, count: int = 7) -> list[np.ndarray]:
     path.mkdir(parents=True)

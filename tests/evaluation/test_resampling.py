@@ -166,7 +166,7 @@ def test_groups_of_a_prompt_stay_together_with_their_prompts_seeds_and_teacher()
     assert part.tables["main", FEATURE].read().flatten().tolist() == [6, 7, 0, 1, 6, 7]
     assert part.sets["main"].prompts == ("prompt 3", "prompt 3", "prompt 0", "prompt 0", "prompt 3", "prompt 3")
     assert part.sets["main"].seeds == (6, 7, 0, 1, 6, 7)
-    assert part.sets["main"].groups == [0, 0, 1, 1, 2, 2]
+    assert part.sets["main"].groups == [0, 0, 1, 1, 0, 0]
     assert part.teacher is not None and part.teacher.tables["main", FEATURE].read().flatten().tolist() == [106, 107, 100, 101, 106, 107]
 
 
@@ -178,6 +178,30 @@ def test_pictures_of_one_prompt_count_as_one() -> None:
     for kind in (Scored, Remeasured):
         found = differences(kind(mean), *four, resamples=400)["number"]
         assert half(found.interval) == pytest.approx(half(once.interval), rel=1e-9)
+
+
+def cycled(rows: Tensor, prompts: int) -> Measured:
+    """Rows (N, ...) as the features of N pictures of prompts that begin again where they end."""
+    whole = pictures(rows)
+    samples = replace(whole.sets["main"], prompts=tuple(f"prompt {i % prompts}" for i in range(len(rows))))
+    return replace(whole, sets={"main": samples})
+
+
+def test_prompts_that_begin_again_are_resampled_whole() -> None:
+    """The same pictures in another order are the same draws, and the last prompts have one picture less."""
+    a, b = correlated(202, 0.0, 0.0, seed=5)
+    shared = torch.randn(41, generator=torch.Generator().manual_seed(6), dtype=torch.float64)[torch.arange(202) % 41][:, None]
+    sides = [cycled(rows, 41) for rows in (a, b + 2 * shared)]
+    part = selected(sides[0], {"main": torch.tensor([40, 0, 40])})
+    assert part.sets["main"].prompts == ("prompt 40",) * 4 + ("prompt 0",) * 5 + ("prompt 40",) * 4
+    assert part.tables["main", FEATURE].read().flatten().tolist() == a[[40, 81, 122, 163, 0, 41, 82, 123, 164, 40, 81, 122, 163], 0].tolist()
+    wanted = mean_interval((b + 2 * shared - a).flatten(), [i % 41 for i in range(202)])
+    for kind, rel in ((Scored, 0.1), (Remeasured, 0.1), (LeftOut, 0.6)):
+        found = differences(kind(mean), *sides, resamples=400)["number"]
+        assert found.value == pytest.approx(wanted.value, rel=1e-12)
+        assert half(found.interval) == pytest.approx(half(wanted.interval), rel=rel)
+        assert half(found.interval) > 1.3 * half(mean_interval((b + 2 * shared - a).flatten()).interval)
+    assert differences(Subsetted(mean), *sides, resamples=10)["number"].over == "bootstrap"
 
 
 @pytest.mark.parametrize("kind", [Scored, Remeasured, LeftOut])

@@ -3,6 +3,7 @@ directly: by Pillow, open_clip's plain model and its tokenizer, without anything
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,17 @@ def measured(metric: Metric, pixels: Tensor, samples: SampleSet, **known: Any) -
 
 def by_hand(features: dict[Feature, Tensor], samples: SampleSet, **known: Any) -> Measured:
     return Measured({"all": samples}, {("all", one): Table(rows) for one, rows in features.items()}, **known)
+
+
+def with_code(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> list[str]:
+    """Let a folder of a model hub bring code, which its JSON files name. changes: their further keys, by stem. What is filled if that code runs,
+    or somebody is asked whether it may."""
+    seen: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": seen.append(text) or "y")
+    monkeypatch.setattr("builtins.code_that_ran", seen, raising=False)
+    (folder / "code.py").write_text('import builtins\nbuiltins.code_that_ran.append("code")\nclass Own: pass\n')
+    for stem in ("config", "preprocessor_config", "tokenizer_config"):
+        if (path := folder / f"{stem}.json").is_file():
+            classes = {"AutoConfig": "code.Own", "AutoModel": "code.Own", "AutoImageProcessor": "code.Own", "AutoTokenizer": ["code.Own", "code.Own"]}
+            path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": classes, **changes.get(stem, {})}))
+    return seen

@@ -64,11 +64,11 @@ class PickScore(Extractor):
         from transformers import AutoImageProcessor
 
         with loading(self._folder):
-            return AutoImageProcessor.from_pretrained(self._folder, backend="pil", local_files_only=True)
+            return AutoImageProcessor.from_pretrained(self._folder, backend="pil", local_files_only=True, trust_remote_code=False)
 
     @cached_property
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         with loading(self._folder):
-            return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)

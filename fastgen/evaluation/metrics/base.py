@@ -119,7 +119,7 @@ class Metric(ABC):
 
     shows: ClassVar[Mapping[str, Heading]]
     convention: ClassVar[str] = ""  # a sentence for results.json: what is computed, beyond what the options say
-    # How comparisons of two models resample pictures (whole groups of a prompt) where there are no `scores`: bootstrap, unless values suffer
+    # How comparisons of two models resample pictures (all of a prompt together) where there are no `scores`: bootstrap, unless values suffer
     # from pictures that are drawn twice, as those of pairs and of nearest neighbours do.
     resampling: ClassVar[Literal["bootstrap", "jackknife"]] = "bootstrap"
 
@@ -127,6 +127,11 @@ class Metric(ABC):
         """config: of this class's Config. sets: names of the protocol's sets."""
         self.config, self.resources = config, resources
         self.set = config.set or sets[0]
+
+    @property
+    def rows(self) -> Sequence[str]:
+        """What the rows are called that `measure` returns."""
+        return tuple(self.shows)
 
     @abstractmethod
     def needs(self) -> Needs:

@@ -63,13 +63,16 @@ class ExternalMetric(Metric):
 def further_metrics(sets: Sequence[str], resources: Resources) -> dict[str, Metric]:
     """A metric for each program that has no metric of ours: a user's own, measured on the protocol's first set beside what the protocol asks
     for. UserError for a program whose name is that of a metric that fastgen measures itself, or of a row of one."""
+    from fastgen.evaluation.headings import COSTS
+
     found: dict[str, Metric] = {}
     for name in resources.external:
-        if (kind := _kinds().get(name)) is None:
+        kind = _kinds().get(name)
+        if name in COSTS or (kind is not None and not issubclass(kind, ExternalMetric)):
+            raise UserError(f"{OPTION} {name}: fastgen measures that itself; give the program another name")
+        if kind is None:
             kind = named(name)
             found[name] = kind(kind.Config(), sets, resources)
-        elif not issubclass(kind, ExternalMetric):
-            raise UserError(f"{OPTION} {name}: fastgen measures that itself; give the program another name")
     return found
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastgen.evaluation.frechet import FeatureStatistics, frechet_distance
-from fastgen.evaluation.metrics.base import Feature, Heading, Measured, Metric, Needs, Options, Unavailable, Value, feature
+from fastgen.evaluation.frechet import Gaussian
+from fastgen.evaluation.metrics.base import Feature, Heading, Measured, Needs, Options, Table, Unavailable, feature
+from fastgen.evaluation.metrics.frechet_metric import CONVENTION, FrechetMetric
 
 
-class FdDinov2(Metric):
+class FdDinov2(FrechetMetric):
     """Fréchet distance to the reference of the class token of dinov2-large (1024)."""
 
     class Config(Options):
@@ -18,7 +19,7 @@ class FdDinov2(Metric):
         resize: Literal["torch", "pil"] = "torch"
 
     shows = {"fd_dinov2": Heading("FD-DINOv2", "↓")}  # noqa: RUF012
-    convention = "squared Frechet distance of Gaussian fits (covariance over N - 1, fp64) of DINOv2 ViT-L/14 class tokens at 224x224"
+    convention = f"squared Frechet distance of Gaussian fits of DINOv2 ViT-L/14 class tokens at 224x224, {CONVENTION}"
 
     def needs(self) -> Needs:
         return Needs({self.set: (self._cls,)}, reference=(self._cls,))
@@ -27,10 +28,10 @@ class FdDinov2(Metric):
     def _cls(self) -> Feature:
         return feature("dinov2", "cls", resize=self.config.resize)
 
-    def measure(self, measured: Measured) -> list[Value]:
+    def sides(self, measured: Measured) -> tuple[Table, Gaussian]:
         table, real = measured.tables[self.set, self._cls], measured.real().statistics(self._cls)
         if min(len(table), 2 if real.n is None else real.n) < 2:
             raise Unavailable(f"needs two generated and two reference pictures or more, there are {len(table)} and {real.n}")
         if len(real.mean) != table.width:
             raise Unavailable(f"the reference has {len(real.mean)} features a picture, DINOv2's have {table.width}: it is of another extractor")
-        return [Value("fd_dinov2", frechet_distance(FeatureStatistics.from_blocks(table.blocks()), real), len(table))]
+        return table, real

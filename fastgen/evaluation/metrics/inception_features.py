@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -49,6 +49,10 @@ class InceptionMetric(Metric):
 
     def called(self, name: str) -> str:
         return name if self.config.sha256 is None else f"{self.others[name]}_{self.config.sha256[:8]}"
+
+    @property
+    def rows(self) -> Sequence[str]:
+        return tuple(map(self.called, self.shows))
 
     def needs(self) -> Needs:
         return Needs({self.set: (self.feature,)}, reference=(self.feature,))

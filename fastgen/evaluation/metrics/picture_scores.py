@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class PictureScores(Metric):
     """`shows` has one row, whose value is the mean of `picture_scores`; its interval is over pictures, or over prompts where a prompt has
-    several pictures, which are no independent draws."""
+    several pictures, wherever they lie, which are no independent draws."""
 
     @abstractmethod
     def picture_scores(self, measured: Measured) -> Tensor:
@@ -38,9 +38,9 @@ class PictureScores(Metric):
 
 
 def mean_value(name: str, scores: Tensor, samples: SampleSet) -> Value:
-    """The mean of scores (N,) of a set's pictures."""
-    over = "images" if samples.per_prompt == 1 else "prompts"
-    mean = mean_interval(scores, None if over == "images" else samples.groups)
+    """The mean of scores (N,) of a set's pictures; its interval is over the set's draws."""
+    over = "prompts" if samples.repeats else "images"
+    mean = mean_interval(scores, samples.groups if samples.repeats else None)
     known = None if mean.std is None else over
     return Value(name, mean.value, len(scores), mean.std, known, mean.interval, known)
 

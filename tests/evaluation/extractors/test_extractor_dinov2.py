@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_clips import pictures, resources
+from tiny_clips import pictures, resources, with_code
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import normalize
@@ -136,3 +136,10 @@ def test_weights_that_are_not_all_there_are_refused(weights: Path, tmp_path: Pat
     assert extractor.hash != build(weights).hash
     with pytest.raises(UserError, match=r"^cannot read '.*model.safetensors': 1 of the model's weights are not in it, such as layernorm.weight$"):
         features(extractor, pictures(1))
+
+
+def test_no_code_of_the_folder_runs_and_nobody_is_asked(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(weights / FOLDER, tmp_path / FOLDER)
+    seen = with_code(tmp_path / FOLDER, monkeypatch)
+    assert torch.equal(features(build(tmp_path), pictures(2)), features(build(weights), pictures(2)))
+    assert seen == []

@@ -54,7 +54,7 @@ def test_the_metric_is_their_mean(folder: Path, monkeypatch: pytest.MonkeyPatch,
     call(monkeypatch, MODEL)
     metric, pixels = Metric(Metric.Config(scale=scale), ["all"], resources(folder)), pictures(4, 41, 96)
     (value,) = metric.measure(measured(metric, pixels, sample_set(PROMPTS)))
-    assert (value.name, value.n, value.interval_over) == ("hps_v21", 4, "images")
+    assert (value.name, value.n, value.interval_over) == ("hps_v21", 4, "prompts")  # one of them twice
     assert value.value == pytest.approx(scale * float(direct(pixels).mean()), abs=decimals)
 
 

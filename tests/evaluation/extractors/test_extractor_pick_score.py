@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_clips import MEAN, SIZE, STD, cropped, inputs_of, measured, pictures, resources, sample_set
+from tiny_clips import MEAN, SIZE, STD, cropped, inputs_of, measured, pictures, resources, sample_set, with_code
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from fastgen.errors import UserError
 from fastgen.evaluation.extractors.base import Pictures
 from fastgen.evaluation.extractors.pick_score import FOLDER, PickScore
 from fastgen.evaluation.metrics.pick_score import PickScore as Metric
@@ -78,7 +79,7 @@ def test_scores(weights: Path) -> None:
 def test_the_metric_is_their_mean(weights: Path) -> None:
     metric, pixels = Metric(Metric.Config(), ["all"], resources(weights)), pictures(5, 41, 60)
     (value,) = metric.measure(measured(metric, pixels, sample_set(PROMPTS)))
-    assert (value.name, value.n, value.interval_over) == ("pick_score", 5, "images")
+    assert (value.name, value.n, value.interval_over) == ("pick_score", 5, "prompts")  # one of them twice
     assert value.value == pytest.approx(float(direct(weights, pixels).mean()), abs=1e-4)
 
 
@@ -92,6 +93,26 @@ def test_the_folders_own_processor_is_used_in_either_form(weights: Path, tmp_pat
     torch.testing.assert_close(found["old"][1], found["new"][1], rtol=0, atol=1e-5)
     assert (found["other"][1] - found["new"][1]).abs().max() > 1e-3
     assert len({digest for digest, _ in found.values()}) == 3
+
+
+def test_no_code_of_the_folder_runs_and_nobody_is_asked(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known classes are taken in its place; without them the folder cannot be read."""
+    shutil.copytree(weights / FOLDER, tmp_path / FOLDER)
+    seen = [with_code(tmp_path / FOLDER, monkeypatch)]
+    given = Pictures(pictures(2, 41, 60), PROMPTS[:2])
+    found, expected = (PickScore(PickScore.Config(), resources(folder))(given, ["score"])["score"] for folder in (tmp_path, weights))
+    assert torch.equal(found, expected)
+    unknown = {
+        "processor": {"preprocessor_config": {"image_processor_type": "Own", "feature_extractor_type": None}},
+        "tokenizer": {"config": {"model_type": "own"}, "tokenizer_config": {"tokenizer_class": "Own"}},
+    }
+    for name, changes in unknown.items():
+        shutil.copytree(weights / FOLDER, tmp_path / name / FOLDER)
+        seen.append(with_code(tmp_path / name / FOLDER, monkeypatch, **changes))
+        with pytest.raises(UserError, match=rf"^cannot read '{tmp_path / name / FOLDER}': .* contains custom code") as caught:
+            PickScore(PickScore.Config(), resources(tmp_path / name))(given, ["score"])
+        assert "\n" not in str(caught.value)
+    assert seen == [[], [], []]
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -108,11 +108,20 @@ def test_scale_and_clamp(scale: float, clamp: str, expected: float) -> None:
 def test_the_interval_is_over_pictures_or_over_prompts() -> None:
     metric = score(model="m", pretrained="p")
     for per_prompt, over, units in ((1, "images", COSINES), (2, "prompts", COSINES.view(3, 2).mean(1)), (3, "prompts", COSINES.view(2, 3).mean(1))):
-        (value,) = metric.measure(seen(per_prompt))
+        (value,) = metric.measure(seen(per_prompt, tuple(text for text in PROMPTS[: 6 // per_prompt] for _ in range(per_prompt))))
         assert (value.n, value.std_over, value.interval_over) == (6, over, over)
         expected = stats.t.interval(0.95, len(units) - 1, float(units.mean()), float(units.std()) / len(units) ** 0.5)
         assert value.interval == pytest.approx(expected, rel=1e-5)
         assert value.std == pytest.approx(float(units.std()), rel=1e-5)
+
+
+def test_a_prompt_that_comes_again_is_no_new_draw() -> None:
+    metric = score(model="m", pretrained="p")
+    (value,) = metric.measure(seen(1, PROMPTS[:3] * 2))
+    units = COSINES.view(2, 3).mean(0)
+    expected = stats.t.interval(0.95, 2, float(units.mean()), float(units.std()) / 3**0.5)
+    assert (value.n, value.std_over, value.interval_over) == (6, "prompts", "prompts")
+    assert (value.value, value.interval) == (pytest.approx(float(COSINES.mean()), rel=1e-6), pytest.approx(expected, rel=1e-5))
 
 
 def test_scores_are_those_of_single_pictures() -> None:

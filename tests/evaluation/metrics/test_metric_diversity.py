@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastgen.errors import UserError
 from fastgen.evaluation.diversity import vendi_score
 from fastgen.evaluation.extractors.base import Feature, feature
+from fastgen.evaluation.intervals import mean_interval
 from fastgen.evaluation.metrics.base import Measured, Metric
 from fastgen.evaluation.metrics.lpips_diversity import LpipsDiversity
 from fastgen.evaluation.metrics.vendi import Vendi
@@ -85,6 +87,20 @@ def test_vendi_of_another_extractors_features() -> None:
     content = {"name": "mine", "sets": {"main": {"prompts": "fastgen:classes/4"}}, "metrics": {"vendi": {"extractor": "thumbnails"}}}
     with pytest.raises(UserError, match=r"metrics\.vendi\.extractor"):
         protocol_from(content)
+
+
+@pytest.mark.parametrize("metric", [LpipsDiversity(LpipsDiversity.Config(), ["main"]), Vendi(Vendi.Config(), ["main"])])
+def test_a_prompt_that_comes_again_has_another_group_and_is_one_draw(metric: Metric) -> None:
+    """Groups are those that lie side by side; the interval is over the two prompts, whose pictures lie apart."""
+    rows = torch.rand(8, 2, generator=torch.Generator().manual_seed(0))
+    once = measured({only_feature(metric): rows}, 2)
+    cycled = Measured({"main": replace(once.sets["main"], prompts=tuple("ppqqppqq"))}, once.tables)
+    (value,), (four,) = metric.measure(cycled), metric.measure(once)
+    scores = next(iter(metric.scores(once).values()))
+    assert torch.equal(next(iter(metric.scores(cycled).values())), scores)
+    expected = mean_interval(scores.view(2, 2, 2).mean((0, 2)))
+    assert (value.value, value.std_over) == (four.value, "prompts")
+    assert value.interval == pytest.approx(expected.interval, rel=1e-9) and value.interval != four.interval
 
 
 @pytest.mark.parametrize("metric", [LpipsDiversity(LpipsDiversity.Config(), ["main"]), Vendi(Vendi.Config(), ["main"])])

@@ -97,7 +97,7 @@ def test_a_users_own_program_is_a_metric_of_its_name(measured: Measured) -> None
     assert found["my_score"].shows["my_score"].text == "my score"
 
 
-@pytest.mark.parametrize("name", ["digits", "clip_score", "cmmd", "fd_digits"])
+@pytest.mark.parametrize("name", ["digits", "clip_score", "cmmd", "fd_digits", "peak_memory_bytes"])
 def test_no_program_takes_the_name_of_what_is_measured_here(name: str) -> None:
     with pytest.raises(UserError, match=rf"^--external {name}: fastgen measures that itself; give the program another name$"):
         further_metrics(["main"], resources(name, ""))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgen.errors import UserError
 from fastgen.evaluation.dumps import PngFolder
 from fastgen.evaluation.extraction import Drawing, drawn
+from fastgen.evaluation.picture_folder import PictureFolder
 from fastgen.evaluation.protocol import PrepareBlock, SampleSet
 from fastgen.evaluation.subjects.pictures import PicturesSubject
 
@@ -41,6 +42,20 @@ def test_pictures_come_by_id(tmp_path: Path) -> None:
     assert torch.equal(torch.stack(subject.draw(["a tree", "a cat"], [3, 1], [2, 0])), pixels()[[2, 0]])
     assert (subject.name, subject.steps, subject.guidance) == ("pictures", None, None)
     assert subject.record == {"source": "drawn", "pictures": 4, "captions": True}
+
+
+def test_what_was_dumped_of_several_sets_or_models_is_refused_with_their_folders(tmp_path: Path) -> None:
+    one, other = tmp_path / "dump/student_4steps/named", tmp_path / "dump/student_4steps/open"
+    for folder, samples in zip((one, other), SETS.values(), strict=True):
+        PngFolder(folder, samples, "model").write(range(2), pixels(2))
+    assert PicturesSubject(one).check({"named": SETS["named"]}, whole=True) == []
+    for folder in (tmp_path / "dump", one.parent):
+        with pytest.raises(UserError, match=rf"^MODEL: '{folder}' holds pictures of several sets or models: name one of {one}, {other}$"):
+            PicturesSubject(folder)
+    with pytest.raises(UserError, match=r"^protocol p: reference\.images: '.*' holds pictures of several sets or models"):
+        PictureFolder(tmp_path / "dump", "protocol p: reference.images")
+    shutil.rmtree(other)
+    assert len(PicturesSubject(tmp_path / "dump").pictures) == 2
 
 
 def test_what_another_evaluation_dumped_is_measured_as_it_is(tmp_path: Path) -> None:
