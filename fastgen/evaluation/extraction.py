@@ -77,7 +77,7 @@ class Extractors:
         return stored_name(each, self.of(each).hash)
 
     def __call__(self, pictures: Pictures, features: Iterable[Feature]) -> dict[str, Tensor]:
-        """Features of pictures by their names in a store. NotFinite where one is none."""
+        """Features of pictures by their names in a store. UserError where one is not finite."""
         layers: dict[str, list[Feature]] = {}
         for each in features:
             layers.setdefault(each.source, []).append(each)
@@ -88,7 +88,7 @@ class Extractors:
         for name, rows in found.items():
             if rows.is_floating_point() and not bool(rows.isfinite().all()):
                 broken = int((~rows.isfinite().flatten(1).all(1)).sum())
-                raise NotFinite(f"features {name} of {broken} of {len(rows)} pictures are not finite: the extractor's weights are damaged")
+                raise UserError(f"features {name} of {broken} of {len(rows)} pictures are not finite: the extractor's weights are damaged")
         return found
 
     @property

@@ -42,5 +42,5 @@ class Weights:
 
     def _place(self, name: str, source: str) -> Path:
         if self.folder is None:
-            raise Unavailable(f"needs {name} from {source}: put it into a folder and name that with --weights-dir")
+            raise Unavailable(f"needs {name} from {source}: put it into a folder and name that with --weights-dir (recipe key evaluate.weights_dir)")
         return self.folder / name
