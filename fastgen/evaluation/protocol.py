@@ -16,7 +16,7 @@ from fastgen.config import Block, Pixels, validate
 from fastgen.errors import UserError, nearest
 from fastgen.evaluation.metrics import find_metric
 from fastgen.evaluation.metrics.base import Metric, Resources
-from fastgen.evaluation.prompts import read_prompts
+from fastgen.evaluation.prompts import BUNDLED, read_prompts
 from fastgen.files import expanded
 from fastgen.rng import derive_seed
 from fastgen.yaml_files import read_yaml
@@ -131,6 +131,13 @@ class Protocol:
             first = sum(map(len, self.sets.values()))
             self.sets[name] = _sample_set(name, block, first, spec.chunk, data_dir, f"{self.where}sets.{name}")
         self.metrics(self.resources)  # refuses what is wrong in them
+
+    @property
+    def files(self) -> list[str]:
+        """What it reads from the data folder, by the names that it gives."""
+        reference = self.spec.reference or ReferenceBlock(file="")
+        named = [*(each.prompts for each in self.spec.sets.values()), reference.file, reference.images]
+        return [name for name in named if name and not name.startswith(BUNDLED)]
 
     def metrics(self, resources: Resources) -> dict[str, Metric]:
         """The metrics by name, built; UserError for an unknown one, for options that it does not have, and for a set that is none."""
