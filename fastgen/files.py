@@ -138,8 +138,8 @@ def check_writable_file(path: Path, key: str) -> None:
 
 def check_folder(path: Path | None, key: str) -> None:
     """UserError unless there is a folder, where one is named at all; key: the option or recipe key that names it."""
-    if path is not None and not path.is_dir():
-        raise UserError(f"{key}: {str(path)!r} is a file, a folder is needed" if path.exists() else f"{key}: no folder {str(path)!r}")
+    if path is not None and not os.path.isdir(path):  # Path.is_dir fails on names that are too long
+        raise UserError(f"{key}: {str(path)!r} is a file, a folder is needed" if os.path.exists(path) else f"{key}: no folder {str(path)!r}")
 
 
 def share(folder: Path) -> None:

@@ -7,15 +7,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastgen.config import EvaluateBlock, Recipe
+from fastgen.config import Recipe
 from fastgen.data.images import CaptionedImages
 from fastgen.errors import UserError
 from fastgen.evaluation import unkept
-from fastgen.evaluation.extractors.base import Resources
-from fastgen.evaluation.protocol import load_protocol
-from fastgen.evaluation.weights import Weights
+from fastgen.evaluation.block import PROTOCOL, naming_the_key, resources_of
+from fastgen.evaluation.protocol import Protocol
+from fastgen.evaluation.results import reasons
 from fastgen.families.base import Family
-from fastgen.files import expanded
 from fastgen.manifest import Sampler
 
 _TIMES = 1000  # diffusers tells steps apart by 1000 t, in fp32
@@ -65,21 +64,29 @@ def check_images(images: CaptionedImages | None, family: Family) -> None:
         images.check_size(*family.picture_shape[-2:])
 
 
-def check_measuring(recipe: Recipe, family: Family, *, at_the_end: bool) -> list[str]:
+def check_measuring(recipe: Recipe, family: Family, protocol: Protocol | None, *, at_the_end: bool, teacher: bool) -> list[str]:
     """UserError where evaluate.protocol cannot measure the student: its pictures have another shape, it has prompts of which the pipeline
-    reads nothing, or nothing that it measures can be measured here; warnings of what cannot. at_the_end: whether the student is measured
-    after training, rather than at evaluate.every alone."""
-    if recipe.evaluate.protocol is None or not (at_the_end or recipe.evaluate.every):
+    reads nothing, or nothing that it measures can be measured here; warnings of what cannot, a line for each reason. at_the_end: whether the
+    student is measured after training, rather than at evaluate.every alone; teacher: whether its teacher is too, which is at the end alone."""
+    block = recipe.evaluate
+    if protocol is None or not (at_the_end or block.every):
         return []
-    protocol = load_protocol(recipe.evaluate.protocol, data_dir=recipe.evaluate.data_dir)
-    protocol.check_image(family.picture_shape, "recipe key evaluate.protocol")
+    protocol.check_image(family.picture_shape, f"recipe key {PROTOCOL}")
     texts = dict.fromkeys(text for each in protocol.sets.values() for text in each.prompts)
-    family.legibility(list(texts)).check("recipe key evaluate.protocol")
-    missing = unkept.missing_at_start(protocol, resources_of(recipe.evaluate))
-    return [f"evaluate.protocol: {each['name']} will not be measured: {each['reason']}" for each in missing]
+    unread = family.legibility(list(texts)).check(f"recipe key {PROTOCOL}")
+    with naming_the_key():
+        missing = unkept.missing_at_start(protocol, resources_of(block), teacher=at_the_end and teacher)
+    lines = [*unread, *(f"{PROTOCOL}: {line}" for line in reasons(missing))]
+    return lines + (_check_every(recipe, protocol, {each["name"] for each in missing}) if block.every else [])
 
 
-def resources_of(block: EvaluateBlock) -> Resources:
-    """What a recipe's evaluation is built from."""
-    weights, data = (None if given is None else expanded(given) for given in (block.weights_dir, block.data_dir))
-    return Resources(weights=Weights(weights), data_dir=data)
+def _check_every(recipe: Recipe, protocol: Protocol, missing: set[str]) -> list[str]:
+    """UserError where nothing can be measured before the end; warnings of what cannot, and of a rhythm that training is too short for."""
+    every, steps = recipe.evaluate.every, recipe.train.steps
+    metrics = {name: metric for name, metric in protocol.metrics(resources_of(recipe.evaluate)).items() if name not in missing}
+    waiting = [name for name, metric in metrics.items() if metric.needs().teacher]
+    why = f"{', '.join(waiting)} {'needs' if len(waiting) == 1 else 'need'} the teacher's pictures, which are drawn at the end alone"
+    if len(waiting) == len(metrics):
+        raise UserError(f"recipe key evaluate.every: {why}, so nothing can be measured during training; set it to 0")
+    late = f"{every} is more than train.steps, {steps}, so the student is measured at the last step alone"
+    return [f"evaluate.every: {line}" for line, holds in ((why, bool(waiting)), (late, every > steps)) if holds]

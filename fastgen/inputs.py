@@ -16,6 +16,7 @@ from pydantic import Field
 from fastgen import checkpoint, records
 from fastgen.config import Recipe, flatten
 from fastgen.errors import UserError, nearest
+from fastgen.evaluation.block import PROTOCOL
 from fastgen.families import source_hash
 from fastgen.files import expanded, reading, write_atomically
 from fastgen.fingerprints import digest, sealed, unsealed
@@ -57,6 +58,8 @@ def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
     if planned.pairs is not None:
         pairs = planned.pairs.manifest.count if pairs is None else pairs
         hashes["data.pairs"] = planned.pairs.content(pairs)
+    if planned.protocol is not None:
+        hashes[PROTOCOL] = planned.protocol.hash()
     if init != "teacher" and not planned.started:  # all that it brings is in the checkpoint of a run that has begun
         hashes[INIT] = checkpoint.identity(expanded(init))
     return Inputs(hashes, pairs if planned.pairs is not None else None)
@@ -102,7 +105,8 @@ def began_as(run_dir: Path, state: Mapping[str, Any] | None) -> dict[str, Any] |
 
 
 def check_same(run_dir: Path, planned: Plan, state: Mapping[str, Any] | None, allowed: Collection[str] = ()) -> tuple[Inputs, dict[str, list[Any]]]:
-    """What the run in `run_dir` goes on with, and of the keys in `allowed` those that have changed, each with what was and what is.
+    """What the run in `run_dir` goes on with, and of the keys in `allowed` those that have changed, each with what was and what is; so is a
+    protocol with another content.
 
     UserError unless `planned` has the same numbers in its recipe and the same content behind its paths but for these. state: of the
     checkpoint to go on from, None where there is none.
@@ -120,7 +124,7 @@ def check_same(run_dir: Path, planned: Plan, state: Mapping[str, Any] | None, al
     changed = {key: [then.get(key), now.get(key)] for key in _by_name(then, now, by_content)} if then else {}
     renewed = {key for key in by_content if began.hashes[key] != compared[key]}
     for key in sorted(changed.keys() | renewed):
-        if _is_allowed(key, allowed):
+        if key.startswith(_RESUMABLE) or _is_allowed(key, allowed):
             continue
         way_on = "" if key.startswith(_FOR_GOOD) else f", or pass --allow-change {key}"
         if key in changed:

@@ -21,7 +21,8 @@ from fastgen.data.training import prompt_weights
 from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Setting
 from fastgen.errors import UserError, nearest
-from fastgen.evaluation.protocol import load_protocol, shipped_protocols
+from fastgen.evaluation.block import protocol_of
+from fastgen.evaluation.protocol import Protocol, shipped_protocols
 from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.families.complete import has_no_weights
@@ -46,6 +47,7 @@ class Plan:
     prompts: dict[str, float] | None
     images: CaptionedImages | None
     pairs: PairFolder | None = None  # None also where data.pairs is a number
+    protocol: Protocol | None = None
     started: bool = False
     warnings: tuple[str, ...] = ()  # what will not go as the recipe may mean it
 
@@ -112,6 +114,8 @@ class Plan:
         for key in ("prompts", "images", "pairs"):
             data["data"][key] = _absolute(data["data"][key])
         measuring = data["evaluate"]
+        if measuring["data_dir"] is None and self.protocol is not None and any(_is_here(name) for name in self.protocol.files):
+            measuring["data_dir"] = "."
         for key in ("data_dir", "weights_dir"):
             measuring[key] = _absolute(measuring[key])
         if measuring["protocol"] not in shipped_protocols():
@@ -121,16 +125,14 @@ class Plan:
         return data
 
 
-def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool = False, dry: bool = False) -> Plan:
-    """Check everything a recipe names. UserError for the first mistake. started: the run has checkpoints, which hold all that
-    `student.init` has brought, so that is not opened again. dry: nothing will be built, so a teacher's configurations will do, with a warning."""
+def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, started: bool = False, dry: bool = False) -> Plan:
+    """Check everything a recipe names, or what one stage alone needs. UserError for the first mistake. started: the run has checkpoints,
+    which hold all that `student.init` has brought, so that is not opened again. dry: nothing will be built, so a teacher's configurations
+    will do, with a warning."""
     launch(recipe.train.shard, recipe.train.device)
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
-    if recipe.evaluate.protocol is not None:
-        load_protocol(recipe.evaluate.protocol, data_dir=recipe.evaluate.data_dir)
-    elif recipe.evaluate.every:
-        raise UserError("recipe key evaluate.every: needs evaluate.protocol, which is null")
+    protocol = None if only == "export" else protocol_of(recipe.evaluate)
     recipe = pinned(recipe)
     teacher = recipe.teacher
     family = find_family(teacher.pretrained, teacher.family, planning=dry, **teacher.options)
@@ -149,10 +151,10 @@ def plan(recipe: Recipe, *, only: Literal["train"] | None = None, started: bool 
     if pairs is not None:
         by_content = {"sha256": _teacher_hash(recipe)} if "sha256" in pairs.manifest.teacher else {}
         pairs.check(resolved_teacher(recipe) | by_content, family.latent.shape)
-    planned = Plan(recipe, method, config, family, prompts, images, pairs, started)
+    planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
     foresight.check_grid(recipe, family)
     foresight.check_images(images, family)
-    unmeasured = foresight.check_measuring(recipe, family, at_the_end=only != "train")
+    unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
     _check_networks(planned)
     warnings = [*_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
@@ -230,6 +232,10 @@ def _absolute(source: Any) -> Any:
     """An existing file or folder by its absolute path; anything else, such as a number or a bundled name, as it is."""
     path = expanded(source) if isinstance(source, str) and source else None
     return str(path.resolve()) if path and path.exists() else source
+
+
+def _is_here(name: str) -> bool:
+    return not expanded(name).is_absolute() and expanded(name).exists()
 
 
 def _check_export(planned: Plan) -> None:

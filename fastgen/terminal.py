@@ -7,11 +7,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from fastgen import run
@@ -80,43 +81,57 @@ class Several(run.Progress):
             part.finish()
 
 
+@dataclass
+class _Counted:
+    """Work that `Lines` follows. began, said: when it began, and when something was last said of it."""
+
+    what: str
+    total: int
+    begin: int
+    done: int
+    began: float
+    said: float
+    numbers: str = ""
+    pause: float = _FIRST
+
+
 class Lines(run.Progress):
     """A line of progress every so often: step, rate, time left and the numbers that matter. The first comes after 5 seconds, then they
     grow rarer, down to one a minute. clock: seconds that never go back."""
 
     def __init__(self, log: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.log, self.clock = log, clock
-        self.what: str | None = None
+        self.works: list[_Counted] = []  # the innermost last
 
     def stage(self, message: str) -> None:
         put(message, self.log)
 
     def start(self, what: str, total: int, done: int = 0) -> None:
-        self.what, self.total, self.begin, self.done, self.numbers = what, total, done, done, ""
-        self.began = self.said = self.clock()
-        self.pause = _FIRST
+        now = self.clock()
+        self.works.append(_Counted(what, total, done, done, now, now))
         put(f"{what}: {done} of {total}", self.log)
 
     def update(self, done: int, numbers: Mapping[str, float]) -> None:
-        if self.what is None:
+        if not self.works:
             return
-        self.done, self.numbers, now = done, _numbers(numbers), self.clock()
-        if now - self.said >= self.pause and done < self.total:
-            rate = (done - self.begin) / (now - self.began)
-            left = f"{_duration((self.total - done) / rate)} left" if rate else ""
-            self._say(_rate(rate), left, self.numbers)
-            self.said, self.pause = now, min(2 * self.pause, _LONGEST)
+        work, now = self.works[-1], self.clock()
+        work.done, work.numbers = done, _numbers(numbers)
+        if now - work.said >= work.pause and done < work.total:
+            rate = (done - work.begin) / (now - work.began)
+            left = f"{_duration((work.total - done) / rate)} left" if rate else ""
+            self._say(work, _rate(rate), left, work.numbers)
+            work.said, work.pause = now, min(2 * work.pause, _LONGEST)
 
     def warn(self, message: str) -> None:
         put(message, sys.stderr)
 
     def finish(self) -> None:
-        if self.what is not None:
-            self._say(f"after {_duration(self.clock() - self.began)}", self.numbers)
-            self.what = None
+        if self.works:
+            work = self.works.pop()
+            self._say(work, f"after {_duration(self.clock() - work.began)}", work.numbers)
 
-    def _say(self, *parts: str) -> None:
-        put(", ".join([f"{self.what}: {self.done} of {self.total}", *filter(None, parts)]), self.log)
+    def _say(self, work: _Counted, *parts: str) -> None:
+        put(", ".join([f"{work.what}: {work.done} of {work.total}", *filter(None, parts)]), self.log)
 
 
 def _numbers(numbers: Mapping[str, float]) -> str:
@@ -144,30 +159,37 @@ class _Rate(ProgressColumn):
 
 
 class Bars(run.Progress):
-    """A rich progress bar with rate, time left and the numbers that matter."""
+    """A rich progress bar with rate, time left and the numbers that matter; below it one for the work that lies within."""
 
     def __init__(self) -> None:
         self.console = Console(file=cast(TextIO, Unfailing(sys.stderr)))
         self.bar: Progress | None = None
+        self.tasks: list[TaskID] = []  # the innermost last
 
     def stage(self, message: str) -> None:
         self._line(message, "dim")
 
     def start(self, what: str, total: int, done: int = 0) -> None:
-        counts = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        self.bar = Progress(*counts, TextColumn("{task.fields[numbers]}", markup=False), console=self.console)
-        self.task = self.bar.add_task(what, total=total, completed=done, numbers="")
-        self.bar.start()
+        if self.bar is None:
+            counts = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+            self.bar = Progress(*counts, TextColumn("{task.fields[numbers]}", markup=False), console=self.console)
+            self.bar.start()
+        self.tasks.append(self.bar.add_task(what, total=total, completed=done, numbers=""))
 
     def update(self, done: int, numbers: Mapping[str, float]) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, numbers=_numbers(numbers))
+            self.bar.update(self.tasks[-1], completed=done, numbers=_numbers(numbers))
 
     def warn(self, message: str) -> None:
         self._line(message, "yellow")
 
     def finish(self) -> None:
-        if self.bar is not None:
+        if self.bar is None:
+            return
+        task = self.tasks.pop()
+        if self.tasks:
+            self.bar.remove_task(task)
+        else:
             self.bar.stop()
             self.bar = None
 

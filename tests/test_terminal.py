@@ -111,6 +111,45 @@ def test_slow_work_says_how_long_a_piece_takes() -> None:
     assert log.getvalue().splitlines()[1:] == ["training: 2 of 1000, 12.5 s each, 3:27:55 h left", "training: 2 of 1000, after 25 s"]
 
 
+def test_work_within_work_is_said_too() -> None:
+    """An evaluation within training."""
+    log, clock = io.StringIO(), Clock()
+    lines = Lines(log, clock)
+    lines.start("training", 4)
+    lines.update(1, {})
+    lines.start("pictures", 10)
+    clock.now = 20.0
+    lines.update(5, {})
+    lines.finish()
+    lines.update(2, {"eval/level": 3.0})
+    lines.finish()
+    assert log.getvalue().splitlines() == [
+        "training: 0 of 4",
+        "pictures: 0 of 10",
+        "pictures: 5 of 10, 4.0 s each, 20 s left",
+        "pictures: 5 of 10, after 20 s",
+        "training: 2 of 4, 10.0 s each, 20 s left, eval/level 3",
+        "training: 2 of 4, after 20 s, eval/level 3",
+    ]
+
+
+def test_work_within_work_has_a_bar_of_its_own() -> None:
+    screen = io.StringIO()
+    bars = bars_on(screen, width=120)
+    bars.start("training", 4)
+    bars.update(1, {})
+    bars.start("pictures", 10)
+    bars.update(5, {})
+    assert bars.bar is not None
+    assert [(task.description, task.completed) for task in bars.bar.tasks] == [("training", 1), ("pictures", 5)]
+    bars.finish()
+    bars.update(2, {})
+    assert [(task.description, task.completed) for task in bars.bar.tasks] == [("training", 2)]
+    bars.finish()
+    bars.finish()
+    assert bars.bar is None and "2/4" in screen.getvalue()
+
+
 class Stream(io.StringIO):
     def __init__(self, *, terminal: bool) -> None:
         super().__init__()

@@ -145,6 +145,13 @@ class Protocol:
             self.sets[name] = _sample_set(name, block, first, spec.chunk, data_dir, f"{self.where}sets.{name}")
         self.metrics(self.resources)  # refuses what is wrong in them
 
+    @property
+    def files(self) -> list[str]:
+        """What it reads from the data folder, by the names that it gives."""
+        reference = self.spec.reference or ReferenceBlock(file="")
+        named = [*(each.prompts for each in self.spec.sets.values()), reference.file, reference.images]
+        return [name for name in named if name and not name.startswith(BUNDLED)]
+
     def metrics(self, resources: Resources) -> dict[str, Metric]:
         """The metrics by name, built; UserError for an unknown one, for options that it does not have, for a set that is none, and for two with
         a row of one name."""

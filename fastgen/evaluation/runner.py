@@ -87,7 +87,7 @@ class Evaluation:
         return load_reference(
             spec.reference,
             self.extractors,
-            self.settings.stores,
+            self.settings.reference_stores,
             data_dir=self.resources.data_dir,
             prepare=spec.prepare,
             chunk=spec.chunk,

@@ -18,18 +18,23 @@ from fastgen.progress import Progress
 class Settings:
     """root: the folder of stores, None for ~/.cache/fastgen/evaluations. part: draws only these chunks. stop_after: only the first pictures of
     each set, for a quick look. batch_size: pictures drawn at once, None for the protocol's own; it changes rounding alone. allow_pickle: read
-    a reference that is a pickle, of numbers alone."""
+    a reference that is a pickle, of numbers alone. references: the folder of real pictures' stores, None for the same one."""
 
     root: Path | None = None
     part: Part = WHOLE
     stop_after: int | None = None
     batch_size: int | None = None
     allow_pickle: bool = False
+    references: Path | None = None
 
     @property
     def stores(self) -> Path:
         """UserError where there is no home."""
         return stores_folder() if self.root is None else self.root
+
+    @property
+    def reference_stores(self) -> Path:
+        return self.stores if self.references is None else self.references
 
 
 def part_of(text: str) -> Part:

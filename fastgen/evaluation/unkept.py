@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -46,9 +47,11 @@ def run_protocol(
     guidance: float,
     batch_size: int | None = None,
     resources: Resources | None = None,
+    references: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """One row for each metric and step count, with seconds_per_1000_images and peak_memory_bytes; nothing is kept.
+    """One row for each metric and step count, with seconds_per_1000_images and peak_memory_bytes; nothing is kept but, in the folder
+    `references`, the features of real pictures.
 
     generate: prompts, seeds, steps -> pictures (B, 3, H, W), float in [0, 1]. `model` and `guidance` are only recorded: `generate` applies
     its own guidance. Raises UserError for step counts or batch sizes below 1 and for images of a shape that the protocol does not measure,
@@ -57,7 +60,8 @@ def run_protocol(
     if not steps or min(steps) < 1 or (batch_size is not None and batch_size < 1):
         raise UserError(f"step counts and the batch size must be at least 1, got steps {list(steps)} and batch size {batch_size}")
     with temporary() as root:
-        evaluation = Evaluation(protocol, resources or Resources(), Settings(root, batch_size=batch_size), progress=progress, teacher=False)
+        settings = Settings(root, batch_size=batch_size, references=references)
+        evaluation = Evaluation(protocol, resources or Resources(), settings, progress=progress, teacher=False)
         for count in steps:
             evaluation.draw(_Function(generate, model, count, guidance))
         return evaluation.rows()

@@ -44,5 +44,5 @@ class Weights:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"weights {name!r}: they are looked up below --weights-dir; give their name there, without .. and not from the root")
         if self.folder is None:
-            raise Unavailable(f"needs {name} from {source}: put it into a folder and name that with --weights-dir")
+            raise Unavailable(f"needs {name} from {source}: put it into a folder and name that with --weights-dir (recipe key evaluate.weights_dir)")
         return self.folder / name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,7 @@ from fastgen import checkpoint, inputs
 from fastgen.config import Recipe
 from fastgen.data import training
 from fastgen.errors import UserError
+from fastgen.evaluation.block import PROTOCOL
 from fastgen.files import check_writable, expanded, write_atomically
 from fastgen.outlook import describe
 from fastgen.plan import Plan, plan
@@ -69,7 +71,7 @@ def train(
         _begin(run, start, folder, progress)
         train_steps(run, folder.path, progress, None if start.state is None else start.state.get("metrics", {}))
         if only != "train":
-            finish(run, folder.path, progress)
+            finish(run, folder, progress)
     return folder.path
 
 
@@ -124,6 +126,9 @@ def _start(
     recipe = inputs.at_its_commit(recipe, inputs.began_as(folder.path, state))
     planned = plan(recipe, only=only, started=state is not None, dry=dry)
     began, changed = inputs.check_same(folder.path, planned, state, allow_change)
+    if PROTOCOL in changed:
+        said = f"{PROTOCOL}: {recipe.evaluate.protocol!r} is not what the run began with: numbers before and from here on do not compare"
+        planned = replace(planned, warnings=(*planned.warnings, said))
     return _Start(planned, chosen, state, began, changed)
 
 

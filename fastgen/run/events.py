@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from fastgen import checkpoint, diagnostics, pictures
-from fastgen.errors import NotFinite, TrainingFailed
+from fastgen.errors import NotFinite, TrainingFailed, UserError
 from fastgen.evaluation import unkept
-from fastgen.evaluation.protocol import load_protocol
-from fastgen.foresight import resources_of
+from fastgen.evaluation.block import PROTOCOL, resources_of
+from fastgen.evaluation.settings import Settings, with_root
 from fastgen.generator import ImageGenerator, generate_pictures
-from fastgen.progress import Progress
+from fastgen.progress import Once, Progress
 from fastgen.run.building import Run, spread
 from fastgen.run.diverged import with_way_on
 from fastgen.run.interrupted import Interrupted
@@ -34,11 +34,10 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
     settings, evaluate, trainer = run.plan.recipe.train, run.plan.recipe.evaluate, run.trainer
     resolved = run.plan.resolved()
     samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
-    evaluations = _evaluations(run)
-    run.plan.family.free_encoders()
     watch = diagnostics.Watch()
     is_due = lambda step, every: bool(every) and (step == settings.steps or step % every == 0)  # noqa: E731
-    with _signals() as caught, RunLog(run_dir) as log:
+    with _signals() as caught, RunLog(run_dir) as log, _evaluations(run, progress) as measured:
+        run.plan.family.free_encoders()
         for row in (rows := log.rows()):  # of the part that is resumed
             watch(row)
         saved = trainer.step if logged is not None else -1
@@ -54,10 +53,16 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
         def write_row(step: int, metrics: Metrics) -> None:
             if samples and is_due(step, settings.sample_every):
                 metrics = {**metrics, **samples.draw(step)}
+            failures: list[str] = []
             if is_due(step, evaluate.every):
-                metrics = {**metrics, **evaluations()}
+                try:
+                    metrics = {**metrics, **measured()}
+                except NotFinite:
+                    raise
+                except UserError as error:  # costs this row's numbers alone
+                    failures = [f"{PROTOCOL}: the student is not measured here: {error}"]
             row: dict[str, Any] = {"step": step, **{key: float(f"{value:.6g}") for key, value in metrics.items()}}
-            if warnings := watch(row):
+            if warnings := [*watch(row), *failures]:
                 row["warnings"] = warnings
             log.write(row, sync=step == settings.steps or is_due(step, settings.checkpoint_every))
             for warning in warnings:
@@ -140,17 +145,22 @@ class Samples:
         return generate_pictures(generator, self.prompts, self.seeds, batch=train.at_once)
 
 
-def _evaluations(run: Run) -> Callable[[], Metrics]:
-    """Measure the averaged student during training, as scalars `eval/<metric>`."""
-    block = run.plan.recipe.evaluate
-    if block.protocol is None or not block.every:
-        return dict
-    protocol, student, resources = load_protocol(block.protocol, data_dir=block.data_dir), run.generator("student"), resources_of(block)
+@contextmanager
+def _evaluations(run: Run, progress: Progress) -> Iterator[Callable[[], Metrics]]:
+    """What measures the averaged student during training, as scalars `eval/<metric>`. Features of real pictures are kept from one time to the
+    next, and what cannot be measured is said at the first."""
+    protocol, block = run.plan.protocol, run.plan.recipe.evaluate
+    if protocol is None or not block.every:
+        yield dict
+        return
+    student, resources, said = run.generator("student"), resources_of(block, run.parallel.device), Once(progress)
+    with with_root(Settings(), said) as kept:
 
-    def measure() -> Metrics:
-        run.trainer.check_weights()
-        with run.trainer.ema.applied():
-            rows = unkept.run_protocol(protocol, student, model="student", steps=[student.steps], guidance=student.guidance, resources=resources)
-        return {f"eval/{row['name']}": row["value"] for row in rows}
+        def measured() -> Metrics:
+            run.trainer.check_weights()
+            with run.trainer.ema.applied():
+                asked: Any = {"model": "student", "steps": [student.steps], "guidance": student.guidance}
+                rows = unkept.run_protocol(protocol, student, **asked, resources=resources, references=kept.stores, progress=said)
+            return {f"eval/{row['name']}": row["value"] for row in rows}
 
-    return measure
+        yield measured

@@ -152,11 +152,23 @@ class RunFolder:
 
     def mark(self, resumed: Mapping[str, Any] | None = None) -> None:
         """Make it a run's; resumed: what to record of a continuation."""
-        before = self._record() if resumed is not None else {}
-        record = {"format": 1, "fastgen": fastgen.__version__, "began": _now(), "resumed": [], **before}
-        if resumed is not None:
-            record["resumed"] = [*record["resumed"], {"date": _now(), **resumed}]
-        write_atomically(self.path / MARKER, json.dumps(record, indent=1) + "\n")
+        if resumed is None:
+            self._write({})
+        else:
+            before = self._record()
+            self._write({**before, "resumed": [*before.get("resumed", []), {"date": _now(), **resumed}]})
+
+    def note(self, **products: Any) -> None:
+        """Record what is known of a run's products; None: nothing any more."""
+        self._write({key: value for key, value in {**self._record(), **products}.items() if value is not None})
+
+    def noted(self, product: str) -> Any:
+        """What is recorded of a product; None for nothing."""
+        return self._record().get(product)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        whole = {"format": 1, "fastgen": fastgen.__version__, "began": _now(), "resumed": [], **record}
+        write_atomically(self.path / MARKER, json.dumps(whole, indent=1) + "\n")
 
     def _record(self) -> dict[str, Any]:
         """What the marker says; nothing where it is missing or broken, for what else the run needs stands elsewhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -9,34 +10,65 @@ from fastgen import checkpoint, inputs, report
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Distiller
 from fastgen.errors import UserError
+from fastgen.evaluation.block import PROTOCOL, resources_of
 from fastgen.export import Verification, export_lora, export_student, verify
-from fastgen.foresight import resources_of
+from fastgen.files import remove, writing
+from fastgen.fingerprints import digest, folder_hash
 from fastgen.plan import plan
 from fastgen.progress import Progress
 from fastgen.run.building import Run, build
 from fastgen.run.evaluating import evaluate
-from fastgen.run.folder import check_parents, plain
+from fastgen.run.folder import RunFolder, check_parents, plain
 
 
-def finish(run: Run, run_dir: Path, progress: Progress) -> None:
-    student_dir = run_dir / "student"
+def finish(run: Run, folder: RunFolder, progress: Progress) -> None:
+    """Everything that comes after training. UserError where the student cannot be measured: it lies there whole, with a report that says so,
+    and run.json says why under `unmeasured`."""
+    student_dir = folder.path / "student"
+    _make_student(run, folder, student_dir, progress)
+    folder.note(unmeasured=None if run.plan.protocol is None else "its measuring has not come to an end")
+    try:
+        _measure(run, folder.path, progress)
+    except UserError as error:
+        with suppress(UserError):  # of a disk that takes no results, say
+            folder.note(unmeasured=str(error))
+            report.write_report(folder.path)
+        raise UserError(
+            f"recipe key {PROTOCOL}: the student in {str(student_dir)!r} is whole, but could not be measured: {error}; the same command with "
+            "--resume goes on from there"
+        ) from error
+    folder.note(unmeasured=None)
+    progress.stage("writing the report")
+    report.write_report(folder.path)
+
+
+def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Progress) -> None:
+    """Export and verify, unless the student of this recipe and this checkpoint lies there, as it was verified."""
+    source = digest([checkpoint.identity(folder.path), run.plan.resolved()])
+    with suppress(UserError):  # there is none, or none that can be read
+        if folder.noted("student") == {"source": source, "sha256": folder_hash(student_dir)}:
+            progress.stage(f"{student_dir} is exported and verified already")
+            return
     progress.stage(f"exporting to {student_dir}")
     _write_student(run, student_dir, run.plan.recipe.export.weights)
+    with writing(folder.path):
+        remove(folder.path / "results.json")  # of another student
     progress.stage("verifying in plain diffusers")
     require_verified(verify(student_dir), student_dir)
-    block = run.plan.recipe.evaluate
-    if block.protocol is not None:
+    folder.note(student={"source": source, "sha256": folder_hash(student_dir)})
+
+
+def _measure(run: Run, run_dir: Path, progress: Progress) -> None:
+    if run.plan.protocol is not None:
         evaluate(
-            student_dir,
-            protocol=block.protocol,
+            run_dir / "student",
+            protocol=run.plan.protocol,
             output=run_dir / "results.json",
-            teacher="teacher" in run.roles,
+            teacher="teacher" in run.plan.roles,
             device=str(run.parallel.device),
-            resources=resources_of(block),
+            resources=resources_of(run.plan.recipe.evaluate),
             progress=progress,
         )
-    progress.stage("writing the report")
-    report.write_report(run_dir)
 
 
 def require_verified(result: Verification, folder: Path) -> None:
@@ -69,7 +101,7 @@ def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | No
         raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
     chosen, state = checkpoint.opened(run_dir)
     state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
-    planned = plan(validate(Recipe, state["recipe"]), started=True)
+    planned = plan(validate(Recipe, state["recipe"]), only="export", started=True)
     inputs.check_teacher(state["inputs"], planned)
     if weights == "lora":
         planned.check_lora("--lora")
