@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from fastgen.cli_evaluate import MOST_STEPS, evaluate
+from fastgen.cli_gallery import gallery
 from fastgen.errors import TrainingFailed, UserError, one_line
 from fastgen.files import check_writable_file
 from fastgen.printing import put
@@ -179,6 +180,7 @@ def sample(
 
 
 app.command()(evaluate)
+app.command()(gallery)
 
 
 @app.command()

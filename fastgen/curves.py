@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -122,6 +123,12 @@ def _ordered(panels: Mapping[str, dict[str, Line]]) -> dict[str, dict[str, Line]
 
 def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[tuple[str, str]]:
     """Inline SVG and caption of each panel."""
+    pictures = drawn({name: partial(_draw, name=name, lines=lines) for name, lines in groups.items()})
+    return [(picture, PANELS[name].caption if name in PANELS else "") for name, picture in zip(groups, pictures, strict=True)]
+
+
+def drawn(panels: Mapping[str, Callable[[Axes], None]]) -> list[str]:
+    """Inline SVG of each panel, given by its name for whoever cannot see it and what draws into its axes."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -133,19 +140,19 @@ def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[tuple[str, str]]:
     pictures = []
     with rc_context({**style, **spines, **fills, **inks}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text, with fonts of its own
-        for name, lines in groups.items():
+        for name, draw in panels.items():
             figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-            _draw(figure.add_subplot(), name, lines)
+            draw(figure.add_subplot())
             file = io.StringIO()
             FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-            pictures.append((_inline(file.getvalue(), name), PANELS[name].caption if name in PANELS else ""))
+            pictures.append(_inline(file.getvalue(), name))
     return pictures
 
 
 def _draw(axes: Axes, name: str, lines: Mapping[str, Line]) -> None:
     """One panel: each line as logged (faint) and smoothed; learning rates and short runs are not smoothed."""
     for i, (name_of_line, (steps, values)) in enumerate(lines.items()):
-        label = f" {name_of_line}" if name_of_line.startswith("_") else name_of_line  # a legend leaves out what begins with an underscore
+        label = in_legend(name_of_line)
         colour = COLOURS[i % len(COLOURS)]
         smooth = name.partition("/")[0] != "lr" and len(values) >= 30
         marker = "o" if len(values) == 1 else ""
@@ -159,7 +166,7 @@ def _draw(axes: Axes, name: str, lines: Mapping[str, Line]) -> None:
         )
         if smooth:
             axes.plot(*_thinned(steps, _smoothed(values)), color=colour, linewidth=1.5, label=label)
-    if _wide_range([value for _, values in lines.values() for value in values]):
+    if wide_range([value for _, values in lines.values() for value in values]):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
@@ -168,6 +175,12 @@ def _draw(axes: Axes, name: str, lines: Mapping[str, Line]) -> None:
     axes.grid(alpha=0.15, color=INK)
     if list(lines) != [name]:
         axes.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 6)
+
+
+def in_legend(name: str) -> str:
+    """What leaves room for the curves; a legend leaves out what begins with an underscore."""
+    short = name if len(name) <= 48 else f"{name[:38]}…{name[-8:]}"
+    return f" {short}" if short.startswith("_") else short
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
@@ -197,7 +210,7 @@ def _thinned(steps: Sequence[int], values: Sequence[float], most: int = 400) -> 
     return list(steps[::stride]), list(values[::stride])
 
 
-def _wide_range(values: Sequence[float]) -> bool:
+def wide_range(values: Sequence[float]) -> bool:
     """Whether values are better read on a logarithmic axis: all positive, the largest percentile 50 times the smallest."""
     finite = sorted(value for value in values if abs(value) < float("inf"))
     return bool(finite) and finite[0] > 0 and finite[len(finite) * 99 // 100] > 50 * finite[len(finite) // 100]

@@ -276,14 +276,9 @@ def open_student(
     teacher_dir: str | Path | None = None,
 ) -> ImageGenerator:
     """`load_student` for files that have been checked; dtype: of the networks."""
-    is_lora, options = manifest["weights"] == "lora", manifest["options"]
-    if is_lora:
-        source, revision = teacher_source(folder, manifest["teacher"], teacher_dir)
-        family = find_family(source, revision=revision, **options)
-    else:  # its own scheduler says the shift, and for a student on explicit times there is none
-        family = find_family(folder, **{key: value for key, value in options.items() if key != "shift"})
+    family = student_family(folder, manifest, teacher_dir)
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
-    load = _load_adapters if is_lora else _load_networks
+    load = _load_adapters if manifest["weights"] == "lora" else _load_networks
     denoisers = load(family, folder, [expert["where"] for expert in experts])
     predictors = [Predictor(denoiser.to(dtype).to(device), family) for denoiser in denoisers]
     return ImageGenerator(
@@ -298,6 +293,16 @@ def open_student(
         sampler=manifest["sampler"],
         name=f"student {str(folder)!r}",
     )
+
+
+def student_family(folder: Path, manifest: dict[str, Any], teacher_dir: str | Path | None = None) -> Family:
+    """A student's family as its pictures are drawn; no network is loaded."""
+    options = manifest["options"]
+    if manifest["weights"] == "lora":
+        source, revision = teacher_source(folder, manifest["teacher"], teacher_dir)
+        return find_family(source, revision=revision, **options)
+    # Its own scheduler says the shift, and for a student on explicit times there is none.
+    return find_family(folder, **{key: value for key, value in options.items() if key != "shift"})
 
 
 def _load_adapters(family: Family, folder: Path, places: Sequence[str]) -> list[Denoiser]:

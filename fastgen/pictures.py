@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from fastgen import records
 from fastgen.files import write_atomically
 from fastgen.printing import printable
 
@@ -21,6 +23,7 @@ MARGIN, GAP = 8, 2
 STRIP = 4  # frames that stand for a video
 INK = (52, 56, 64)
 
+_CELLS = "fastgen:cells"  # the text in a grid's PNG that says where its pictures are
 _LABEL_WIDTH = 200
 _ROTATED_LENGTH = 260
 _UPRIGHT_WIDTH = 112  # columns at least this wide always have upright captions
@@ -33,7 +36,7 @@ def picture_grid(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] | No
     and size may differ from row to row. Those whose longer side is below `cell`
     (default 48) are enlarged by a whole factor without smoothing, those above 256 (or `cell`, if larger) are reduced with antialiasing.
     The last column ends MARGIN pixels before the right edge, the last row MARGIN pixels above the lower edge, images are GAP apart.
-    Captions run upwards where columns are narrow. Text is drawn in Pillow's own font, which has Latin letters only.
+    Captions run upwards where columns are narrow. Text is drawn in Pillow's own font, which has Latin letters only. `cells` finds the images again.
     Raises ValueError for no rows, another shape, a value that is not finite, or another number of captions than columns.
     """
     rows, columns = [(_line(label), images) for label, images in rows], None if columns is None else [_line(text) for text in columns]
@@ -52,12 +55,49 @@ def picture_grid(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] | No
     canvas = Image.new("RGB", size, "white")
     for x, head in zip(range(left, size[0], width + GAP), heads, strict=False):
         canvas.paste(head, (x + (width - head.width) // 2, top - 2 * GAP - head.height))
-    for name, line, height in zip(names, pictures, heights, strict=True):
+    found = []
+    for (label, images), name, line, height in zip(rows, names, pictures, heights, strict=True):
         canvas.paste(name, (left - MARGIN - name.width, top + (height - name.height) // 2))
-        for x, picture in zip(range(left, size[0], width + GAP), line, strict=False):
-            canvas.paste(picture, (x + (width - picture.width) // 2, top))
+        places = [(x + (width - picture.width) // 2, top) for x, picture in zip(range(left, size[0], width + GAP), line, strict=False)]
+        for place, picture in zip(places, line, strict=True):
+            canvas.paste(picture, place)
+        if images.ndim == 4:
+            boxes = [[x, y, x + picture.width, y + picture.height] for (x, y), picture in zip(places, line, strict=True)]
+            found.append({"label": label, "size": list(images.shape[-2:]), "boxes": boxes})
         top += height + GAP
+    canvas.info[_CELLS] = json.dumps(found)
     return canvas
+
+
+class Cells(records.Schema):
+    """A row of a grid: boxes of its images, left, top, right and bottom, and their size [H, W] before they were enlarged or reduced."""
+
+    label: str
+    size: list[int]
+    boxes: list[list[int]]
+
+
+def cells(grid: Image.Image) -> dict[str, list[Image.Image]]:
+    """The images in a picture of `picture_grid`, by row; those that were enlarged at their own size, those that were reduced as they are
+    there. Empty for any other picture, and without rows of videos."""
+    try:
+        found = records.parse(grid.info.get(_CELLS, "[]"), list[Cells])
+    except ValueError:
+        return {}
+    rows = {}
+    for row in found:
+        if len(row["size"]) == 2 and all(_inside(box, grid.size) for box in row["boxes"]):
+            rows[row["label"]] = [_as_drawn(grid.crop(tuple(box)), *row["size"]) for box in row["boxes"]]
+    return rows
+
+
+def _inside(box: Sequence[int], size: tuple[int, int]) -> bool:
+    return len(box) == 4 and 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+
+
+def _as_drawn(image: Image.Image, height: int, width: int) -> Image.Image:
+    enlarged = 0 < height < image.height and 0 < width < image.width
+    return image.resize((width, height), Image.Resampling.NEAREST) if enlarged else image
 
 
 def picture_row(images: Tensor) -> Image.Image:
@@ -104,9 +144,16 @@ def _frames(images: Tensor) -> list[list[Image.Image]]:
 
 def save_png(image: Image.Image, path: str | Path) -> None:
     """Write a PNG in one step (readers see the old file or the whole new one), making its folder where there is none."""
-    content = io.BytesIO()
-    image.save(content, format="PNG")
-    write_atomically(Path(path), content.getvalue())
+    write_atomically(Path(path), png(image))
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the content of a PNG file; of a grid, with where its images are."""
+    content, texts = io.BytesIO(), PngImagePlugin.PngInfo()
+    if _CELLS in image.info:
+        texts.add_text(_CELLS, image.info[_CELLS])
+    image.save(content, format="PNG", pnginfo=texts)
+    return content.getvalue()
 
 
 def _line(text: str) -> str:

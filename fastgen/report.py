@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -14,14 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastgen import card, curves, records, report_table
+from fastgen import card, curves, records, report_nearest, report_quality, report_table
 from fastgen.errors import UserError
 from fastgen.evaluation.headings import ABSENT, COSTS, RATE, heading, ordered
+from fastgen.evaluation.likeness import joined, unlike
 from fastgen.evaluation.results import read_results, remarks
 from fastgen.files import reading, write_atomically
 from fastgen.manifest import Exported, upgraded
+from fastgen.pages import image_uri, rendered, short_names
 from fastgen.portable import portable
-from fastgen.printing import printable
 from fastgen.report_table import Row, formatted
 from fastgen.runlog import read_rows
 from fastgen.yaml_files import read_text, read_yaml
@@ -33,10 +34,11 @@ _WIDEST_LATEST, _WIDEST_EARLIER = 2400, 1600  # pixels; wider sample grids are r
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, with names in place of paths; `results` and `student` (its fastgen.json) are None and `samples` is empty where
-    there is none yet."""
+    """What a run folder holds, with names in place of paths but in `data`, the recipe's block; `results` and `student` (its fastgen.json) are
+    None and `samples` is empty where there is none yet."""
 
     folder: Path
+    data: dict[str, Any]
     recipe_text: str
     recipe: dict[str, Any]
     steps: list[dict[str, Any]]
@@ -82,6 +84,9 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         "results": report_table.table({"": _rows(run, floors=False)}, columns),
         "floors": report_table.table({"": _rows(run, floors=True)}, columns),
         "counts": _image_counts([run]),
+        "points": None,
+        **_plots({"": _measured([run])}),
+        "nearest": report_nearest.nearest_training(run.data, run.samples[-1][1] if run.samples else None),
         "differences": None,
         "curves": curves.panels(curves.by_group(run.steps)),
         "samples": _sample_pictures(run),
@@ -94,13 +99,15 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
 
 
 def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
-    """Write one page for several runs to `output`: one table, the recipe keys in which they differ, overlaid curves, latest samples.
+    """Write one page for several runs to `output`: one table, the same point by point, the recipe keys in which they differ, overlaid curves,
+    latest samples.
 
-    Raises UserError for no run, and as `write_report` does.
+    Raises UserError for no run, for runs whose results do not measure the same or are of other teachers, and as `write_report` does.
     """
-    runs = dict(zip(_names(run_dirs), map(read_run, run_dirs), strict=True))
+    runs = dict(zip(short_names(run_dirs, "run folder"), map(read_run, run_dirs), strict=True))
     if not runs:
         raise UserError("a report needs at least one run folder, got none")
+    _check_alike(runs)
     columns = ordered(row["name"] for row in _measured(runs.values()))
     page = {
         "title": f"Comparison of {_count(len(runs), 'run')}",
@@ -110,6 +117,9 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
         "results": report_table.table({name: _rows(run, floors=False) for name, run in runs.items()}, columns),
         "floors": report_table.table({name: _rows(run, floors=True) for name, run in runs.items()}, columns),
         "counts": _image_counts(runs.values()),
+        "points": report_quality.point_by_point({name: _measured([run]) for name, run in runs.items()}),
+        **_plots({name: _measured([run]) for name, run in runs.items()}),
+        "nearest": None,
         "differences": _differences(runs),
         "curves": curves.panels(curves.by_scalar({name: run.steps for name, run in runs.items()})),
         "samples": [picture for name, run in runs.items() for picture in _sample_pictures(run, prefix=f"{name}, ", num_earlier=0)],
@@ -130,12 +140,13 @@ def read_run(run_dir: Path) -> Run:
         if not (folder / name).is_file():
             raise UserError(f"{run_dir} is not a run folder with something to report: it has no {name}")
     recipe, text = read_yaml(folder / "recipe.yaml"), read_text(folder / "recipe.yaml")
+    data = block if isinstance(block := recipe.get("data"), dict) else {}
     if recipe != (named := portable(recipe)):
         recipe, text = named, yaml.safe_dump(named, sort_keys=False, width=120, allow_unicode=True)
     samples = sorted((int(found[1]), path) for path in folder.glob("samples/*.png") if (found := re.fullmatch(r"step_(\d+)", path.stem)))
     results = read_results(folder / "results.json") if os.path.lexists(folder / "results.json") else None
     student = portable(_read_student(folder / "student"))
-    return Run(folder.resolve(), text, recipe, _read_steps(folder / "metrics.jsonl"), samples, results, student)
+    return Run(folder.resolve(), data, text, recipe, _read_steps(folder / "metrics.jsonl"), samples, results, student)
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
@@ -152,6 +163,31 @@ def _read_student(folder: Path) -> dict[str, Any] | None:
     record = upgraded(records.read(path))
     with reading(path):
         return records.checked(record, Exported)
+
+
+def _plots(groups: report_quality.Groups) -> dict[str, list[str]]:
+    return {"quality": report_quality.against_steps(groups), "diversity": report_quality.diversity_beside_quality(groups)}
+
+
+def _check_alike(runs: Mapping[str, Run]) -> None:
+    """UserError unless all that were measured were so in the same way, beside the same teacher."""
+    measured = [(name, run, run.results) for name, run in runs.items() if run.results is not None]
+    for (first, one, results), (second, other, others) in itertools.combinations(measured, 2):
+        differing, teachers = unlike(results, others), (_teacher_hash(one), _teacher_hash(other))
+        if None not in teachers and teachers[0] != teachers[1]:
+            differing.append(f"teacher: {str(teachers[0])[:8]} / {str(teachers[1])[:8]}")
+        if differing:
+            raise UserError(f"runs {first!r} and {second!r} do not measure the same: {joined(differing)}; report each of them alone")
+
+
+def _teacher_hash(run: Run) -> str | None:
+    """SHA-256 of its files, as the results say, or the student that they are of."""
+    provenance = run.results["provenance"] if run.results else {}
+    models = provenance.get("models")
+    of_teacher = [known for key, known in models.items() if key.partition(",")[0] == "teacher"] if isinstance(models, dict) else []
+    recorded = [*of_teacher, (run.student or {}).get("teacher")]
+    found = (each.get(key) for each in recorded if isinstance(each, dict) for key in ("hash", "sha256"))
+    return next((value for value in found if isinstance(value, str)), None)
 
 
 def _notes(run: Run) -> list[str]:
@@ -261,7 +297,7 @@ def _image_uri(path: Path, widest: int) -> str:
                 content, kind = file.getvalue(), "jpeg"
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image") from error
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return image_uri(content, kind)
 
 
 def _usage(run: Run) -> dict[str, str] | None:
@@ -272,18 +308,6 @@ def _usage(run: Run) -> dict[str, str] | None:
     folder, prompts = f"{run.folder.name}/student", run.student.get("prompts") or ["a red fox in deep snow"]
     shell = f"fastgen sample {shlex.quote(folder)} --prompt {shlex.quote(prompts[0])} --output image.png"
     return {"python": card.call_snippet(run.student, folder), "shell": shell}
-
-
-def _names(run_dirs: Sequence[Path]) -> list[str]:
-    """Short names of run folders: the last part of each path, or as many parts as make them differ."""
-    parts = [Path(os.path.realpath(folder)).parts for folder in run_dirs]  # which takes links in a circle
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    if parts:
-        raise UserError(f"the same run folder is given twice: {', '.join(map(str, run_dirs))}")
-    return []
 
 
 def _count(number: Any, noun: str) -> str:
@@ -297,10 +321,4 @@ def _duration(seconds: float) -> str:
 
 
 def _write(path: Path, page: Mapping[str, Any]) -> Path:
-    """Render the template and write it in one step."""
-    import jinja2
-
-    loader = jinja2.PackageLoader("fastgen", "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = environment.get_template("report.html.j2").render(page)
-    return write_atomically(path, "\n".join(printable(line) for line in html.split("\n")))
+    return write_atomically(path, rendered("report.html.j2", page))

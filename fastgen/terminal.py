@@ -174,6 +174,8 @@ class Bars(run.Progress):
             counts = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
             self.bar = Progress(*counts, TextColumn("{task.fields[numbers]}", markup=False), console=self.console)
             self.bar.start()
+        else:
+            self.bar.update(self.tasks[-1], numbers="")  # the width is needed below
         self.tasks.append(self.bar.add_task(what, total=total, completed=done, numbers=""))
 
     def update(self, done: int, numbers: Mapping[str, float]) -> None:

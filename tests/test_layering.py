@@ -39,11 +39,12 @@ LAYERS = [
     {"roles", "ema", "parallel"},
     {"distillers"},
     {"divergence", "trainer", "checkpoint"},
-    {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"},
+    {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"}
+    | {"report_quality", "report_nearest", "pages", "gallery", "votes"},
     {"foresight", "plan", "inputs", "licensing", "memory", "outlook"},
     {"run"},
     {"caching"},
-    {"terminal", "cli", "cli_evaluate", "__main__"},
+    {"terminal", "cli", "cli_evaluate", "cli_gallery", "__main__"},
 ]
 # A script that trains the bundled teacher with the whole package; nothing imports it.
 SCRIPTS = {"assets.build": len(LAYERS) - 1}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastgen.data.digits import load_images
 from fastgen.errors import UserError
-from fastgen.pictures import GAP, MARGIN, picture_grid, picture_row, save_png, save_video
+from fastgen.pictures import GAP, MARGIN, cells, picture_grid, picture_row, save_png, save_video
 
 
 def pixels_of(image: torch.Tensor) -> np.ndarray:
@@ -98,6 +98,27 @@ def test_a_caption_of_any_length_keeps_the_grid_in_bounds() -> None:
 def test_mistakes_are_refused(rows: list[tuple[str, torch.Tensor]], columns: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         picture_grid(rows, columns)
+
+
+def test_the_images_of_a_saved_grid_are_found_again(tmp_path: Path) -> None:
+    small, large = torch.rand(3, 3, 5, 7), torch.rand(2, 3, 300, 600)
+    grid = picture_grid([("a", small), ("b", large), ("films", torch.rand(1, 3, 2, 8, 8))], ["x", "y", "z"])
+    save_png(grid, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as read:
+        found = cells(read)
+    assert list(found) == ["a", "b"] and [image.size for image in found["b"]] == [(256, 128)] * 2
+    expected = (small * 255 + 0.5).byte().permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in found["a"]]), expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "[1]", '[{"label": "a", "size": [8, 8], "boxes": [[0, 0, 99, 9]]}]', '[{"label": "a", "size": [], "boxes": []}]']
+)
+def test_a_grid_that_says_nothing_or_nonsense_has_no_cells(text: str) -> None:
+    image = Image.new("RGB", (8, 8))
+    assert cells(image) == {}
+    image.info["fastgen:cells"] = text
+    assert cells(image) == {}
 
 
 def test_save_png_makes_the_folder_and_leaves_nothing_else_behind(tmp_path: Path) -> None:

@@ -185,7 +185,9 @@ def test_title_usage_recipe_and_provenance(tmp_path: Path) -> None:
 
 def test_curves_have_a_panel_for_each_group_and_go_through_the_logged_values(tmp_path: Path) -> None:
     html = write_report(_write_run(tmp_path / "run")).read_text(encoding="utf-8")
-    assert re.findall(r'aria-label="([^"]*)"', html) == ["loss", "grad_norm", "lr", "custom"]
+    plots, curves = html.split("<h2>Training")
+    assert re.findall(r'aria-label="([^"]*)"', plots) == ["FD-digits against steps"]
+    assert re.findall(r'aria-label="([^"]*)"', curves) == ["loss", "grad_norm", "lr", "custom"]
     custom = html[html.index('aria-label="custom"') :]
     raw = next(path for path in re.findall(r'<path d="([^"]*)"[^>]*stroke-opacity: 0.3', custom))
     points = [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", raw)]
@@ -203,7 +205,7 @@ def test_groups_of_distribution_matching_have_panels_that_say_how_to_read_them(t
     names += ["discriminate/real", "discriminate/fake", "drift/mean", "drift/std", "drift/saturation", "drift/spread", "lr/student", "loss/match"]
     rows = [{"step": i, "samples_per_second": 9.0, "custom/kept": 1.0, **dict.fromkeys(names, 0.5)} for i in range(1, 6)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    html = write_report(run).read_text(encoding="utf-8")
+    html = write_report(run).read_text(encoding="utf-8").split("<h2>Training")[1]
     figures = re.findall(r'<figure><svg role="img" aria-label="(\w+)".*?</figure>', html, re.DOTALL)
     assert figures == ["loss", "drift", "drift_ratio", "match", "sample", "critic", "discriminate", "lr", "custom", "samples_per_second"]
     texts = {name: re.findall(r"<text[^>]*>([^<]*)</text>", html[html.index(f'aria-label="{name}"') :].split("</svg>")[0]) for name in figures}
@@ -253,7 +255,7 @@ def test_values_that_are_not_finite_or_not_numbers_do_not_break_the_curves(tmp_p
     run = _write_run(tmp_path / "run")
     lines = [json.dumps({"step": i, "loss/match": float("nan") if i % 3 else 1e-3 * 2.0**i, "note": "x", "ok": True}) for i in range(1, 40)]
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 40, "loss/match": Infinity}']))
-    assert re.findall(r'aria-label="([^"]*)"', write_report(run).read_text(encoding="utf-8")) == ["loss"]
+    assert re.findall(r'aria-label="([^"]*)"', write_report(run).read_text(encoding="utf-8").split("<h2>Training")[1]) == ["loss"]
 
 
 def test_of_a_step_logged_twice_the_later_counts(tmp_path: Path) -> None:
@@ -302,7 +304,8 @@ def test_comparison_has_one_table_the_differences_and_a_line_for_each_run(tmp_pa
     path = tmp_path / "comparison.html"
     write_comparison(runs, path)
     page, html = Page(path), path.read_text(encoding="utf-8")
-    results, floors, differences = page.tables
+    results, points, floors, differences = page.tables
+    assert points[:2] == [["metric", "steps", "a", "b", "c"], ["FD-digits ↓", "1", "7.12 ± 0.21", "5.68 ± 0.21", ABSENT]]
     assert [line[:5] for line in results[1:]] == [
         ["a", "student", "1", "1", "7.12 ± 0.21"],
         ["a", "teacher", "25", "1.5", "2.34"],
@@ -311,7 +314,13 @@ def test_comparison_has_one_table_the_differences_and_a_line_for_each_run(tmp_pa
     ]
     assert [line[:2] for line in floors[1:]] == [["a", "real"], ["a", "real, half"], ["b", "real"], ["b", "real, half"]]
     assert differences == [["recipe key", "a", "b", "c"], ["optimizer.student.lr", "0.0005", "0.001", "0.0005"]]
-    assert re.findall(r'aria-label="([^"]*)"', html) == ["loss/match", "loss/critic", "grad_norm/student", "lr/student", "custom/kept"]
+    assert re.findall(r'aria-label="([^"]*)"', html.split("<h2>Training")[1]) == [
+        "loss/match",
+        "loss/critic",
+        "grad_norm/student",
+        "lr/student",
+        "custom/kept",
+    ]
     assert "c: Interrupted or still running: training has reached step 9 of 40." in page.text
     assert len([reference for reference in page.references if reference.startswith("data:image")]) == 2 and "http" not in html
 
@@ -343,6 +352,6 @@ def test_names_are_shown_as_they_are_whatever_they_look_like(tmp_path: Path, rec
         assert shown in page.text
         assert "blink" not in page.tags and "\x1b" not in path.read_text(encoding="utf-8")
     overlaid = re.findall("<svg.*?</svg>", (tmp_path / "both.html").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(overlaid) == 6
+    assert len(overlaid) == 8
     assert all("_run [bold]$\\frac{x &lt;blink&gt; \\x1b" in panel for panel in overlaid)  # its lines stand in the legends
     assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []

@@ -135,12 +135,14 @@ def test_work_within_work_is_said_too() -> None:
 
 def test_work_within_work_has_a_bar_of_its_own() -> None:
     screen = io.StringIO()
-    bars = bars_on(screen, width=120)
+    bars = bars_on(screen, width=80)
     bars.start("training", 4)
-    bars.update(1, {})
+    bars.update(1, {f"eval/{name}": 0.5 for name in ("fd_digits", "fd_digits_named", "prompt_accuracy", "parity_accuracy")})
     bars.start("pictures", 10)
     bars.update(5, {})
     assert bars.bar is not None
+    bars.bar.refresh()
+    assert "1/4" in screen.getvalue().split("\n")[-2] and "5/10" in screen.getvalue().split("\n")[-1]
     assert [(task.description, task.completed) for task in bars.bar.tasks] == [("training", 1), ("pictures", 5)]
     bars.finish()
     bars.update(2, {})
