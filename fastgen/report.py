@@ -186,7 +186,7 @@ def _teacher_hash(run: Run) -> str | None:
     models = provenance.get("models")
     of_teacher = [known for key, known in models.items() if key.partition(",")[0] == "teacher"] if isinstance(models, dict) else []
     recorded = [*of_teacher, (run.student or {}).get("teacher")]
-    found = (each.get(key) for each in recorded if isinstance(each, dict) for key in ("hash", "sha256"))
+    found = (each.get("sha256") for each in recorded if isinstance(each, dict))
     return next((value for value in found if isinstance(value, str)), None)
 
 

@@ -112,7 +112,7 @@ def test_runs_are_set_beside_each_other_at_the_same_steps(tmp_path: Path) -> Non
         ({"extractors": {"x": "c" * 64}}, {"extractors": {"x": "d" * 64}}, "extractor x: cccccccc / dddddddd"),
         ({"reference": {"sha256": "c" * 64}}, {"reference": {"sha256": "d" * 64}}, "reference: cccccccc / dddddddd"),
         ({"teacher": "e" * 64}, {"teacher": "f" * 64}, "teacher: eeeeeeee / ffffffff"),
-        ({"models": {"teacher": {"hash": "e" * 64}}}, {"models": {"teacher": {"hash": "f" * 64}}}, "teacher: eeeeeeee / ffffffff"),
+        ({"models": {"teacher": {"sha256": "e" * 64}}}, {"models": {"teacher": {"sha256": "f" * 64}}}, "teacher: eeeeeeee / ffffffff"),
     ],
 )
 def test_what_does_not_measure_the_same_is_refused_with_both_values(tmp_path: Path, one: dict[str, Any], other: dict[str, Any], message: str) -> None:
