@@ -369,8 +369,8 @@ def load_teacher(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> ImageGenerator:
-    """A teacher: `fastgen:digits`, a hub id (at a `revision`), a diffusers folder or a live pipeline; steps and guidance default to its own.
-    options: as in the recipe's teacher block."""
+    """A teacher: `fastgen:digits` or `fastgen:scenes`, a hub id (at a `revision`), a diffusers folder or a live pipeline; steps and guidance
+    default to its own. options: as in the recipe's teacher block."""
     if isinstance(source, (str, Path)) and (reason := cannot_teach(expanded(source))):
         raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
     if guidance is not None and guidance < 1:

@@ -1,4 +1,4 @@
-"""What ships inside fastgen: the digits teacher (a stock diffusers folder), its digit classifier, and the scripts that made them."""
+"""What ships inside fastgen: teachers of digits and of scenes (stock diffusers folders), their classifiers, and the scripts that made them."""
 
 from __future__ import annotations
 
@@ -6,3 +6,6 @@ from pathlib import Path
 
 DIGITS_TEACHER = Path(__file__).parent / "digits"
 DIGITS_CLASSIFIER = Path(__file__).parent / "digits_classifier"
+SCENES_TEACHER = Path(__file__).parent / "scenes"
+SCENES_CLASSIFIER = Path(__file__).parent / "scenes_classifier"
+SCENES_STATISTICS = Path(__file__).parent / "scenes_statistics"

@@ -60,7 +60,7 @@ def read_captions(folder: Path, caption_key: str, faults: Faults) -> tuple[list[
             return list(_from_metadata(home, home / metadata[0], caption_key, faults)), ignored
         if texts := _texts(home, names):
             return list(_from_texts(home, names, texts, faults)), []
-    raise UserError(f"{KEY}: {str(folder)!r} is neither fastgen:digits nor a folder with {FORMS}: {contents(folder)}")
+    raise UserError(f"{KEY}: {str(folder)!r} is neither fastgen:digits, fastgen:scenes nor a folder with {FORMS}: {contents(folder)}")
 
 
 def _names(folder: Path) -> list[str]:

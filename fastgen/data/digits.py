@@ -23,6 +23,14 @@ def load_images() -> tuple[Tensor, Tensor]:
     return grey.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels).long()
 
 
+def split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row indices of a stratified split: `share` of each label, and the rest. The same writers are on both sides."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [rows[torch.randperm(len(rows), generator=generator)] for rows in (torch.where(labels == k)[0] for k in range(10))]
+    cuts = [round(share * len(rows)) for rows in parts]
+    return torch.cat([r[:c] for r, c in zip(parts, cuts, strict=True)]), torch.cat([r[c:] for r, c in zip(parts, cuts, strict=True)])
+
+
 def captions(label: int) -> dict[str, float]:
     """Every caption that is true of `label`, with its probability."""
     groups = {

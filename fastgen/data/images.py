@@ -1,4 +1,4 @@
-"""Images with captions: a folder of picture files, or the embedded digits."""
+"""Images with captions: a folder of picture files, or the embedded digits and scenes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import ImageColor
 from torch import Tensor
 
 from fastgen.config import DataBlock
-from fastgen.data import digits
+from fastgen.data import digits, scenes
 from fastgen.data.captions import KEY, Captions, Faults, read_captions
 from fastgen.data.pixels import Colour, Unreadable, check_header, read_rgb
 from fastgen.errors import UserError
 from fastgen.files import expanded
 from fastgen.fingerprints import digest, known_hash
 
-BUNDLED = "fastgen:digits"
+BUNDLED = ("fastgen:digits", "fastgen:scenes")
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,20 @@ def images_of(data: DataBlock) -> CaptionedImages | None:
     given = [key for key, value in options.items() if value != DataBlock.model_fields[key].default]
     if given and data.images is None:
         raise UserError(f"recipe key data.{given[0]}: needs data.images, which it is about; remove it")
-    if given and data.images == BUNDLED:
-        raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {BUNDLED} has none; remove it")
+    if given and data.images in BUNDLED:
+        raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {data.images} has none; remove it")
     return None if data.images is None else load_images(data.images, **options)
 
 
 def load_images(source: str, background: str = "white", caption_key: str = "text", *, skip_broken: bool = False) -> CaptionedImages:
-    """`fastgen:digits`, or a folder of pictures with captions, as `read_captions` finds them; the header of every file is read.
+    """`fastgen:digits`, `fastgen:scenes`, or a folder of pictures with captions, as `read_captions` finds them; the header of every file is read.
 
     background: the colour of transparent pixels, as Pillow's ImageColor names it. caption_key: of metadata, the key or column with the caption
     or a list of captions. UserError for a picture without caption, file or format that is read, which `skip_broken` leaves out.
     """
-    if source == BUNDLED:
+    if source == "fastgen:scenes":
+        return CaptionedImages(scenes.captions_of(scenes.training()), list(scenes.training().images))
+    if source == "fastgen:digits":
         images, labels = digits.load_images()
         return CaptionedImages([digits.captions(label) for label in labels.tolist()], list(images))
     faults = Faults(skip_broken)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastgen.data import digits, weighted
+from fastgen.data import digits, scenes, weighted
 from fastgen.data.texts import flaw, missing, parse_json, read_lines, short
 from fastgen.errors import UserError
 from fastgen.files import expanded
@@ -16,15 +16,15 @@ KEY = "recipe key data.prompts"
 
 
 def load_prompts(source: str) -> dict[str, float]:
-    """Prompts and probabilities (they sum to 1) from `fastgen:digits`, .txt (one a line), .jsonl or .parquet (`prompt`, and
-    optionally `weight`), in upper case too. Repeated prompts add up. UserError names the key, the file and the line."""
-    if source == "fastgen:digits":
-        return digits.prompts()
+    """Prompts and probabilities (they sum to 1) from `fastgen:digits`, `fastgen:scenes`, .txt (one a line), .jsonl or .parquet
+    (`prompt`, and optionally `weight`), in upper case too. Repeated prompts add up. UserError names the key, the file and the line."""
+    if source in (bundled := {"fastgen:digits": digits.prompts, "fastgen:scenes": scenes.prompts}):
+        return bundled[source]()
     path = expanded(source)
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     suffix = path.suffix.lower()
     if suffix not in readers:
-        raise UserError(f"{KEY}: {source!r} is none of fastgen:digits, *.txt, *.jsonl, *.parquet")
+        raise UserError(f"{KEY}: {source!r} is none of {', '.join(bundled)}, *.txt, *.jsonl, *.parquet")
     if problem := missing(path):
         raise UserError(f"{KEY}: {problem}")
     table: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Flow matching on data (Lipman et al. 2022; Liu et al. 2022): trains a teacher, the bundled digits one among them.
+"""Flow matching on data (Lipman et al. 2022; Liu et al. 2022): trains a teacher, the bundled ones among them.
 
 The trained network is sampled with classifier-free guidance, so a share of the prompts is replaced by the negative prompt.
 On other paths and prediction kinds it is ordinary denoising in the network's own kind.

@@ -13,7 +13,7 @@ from fastgen.families.pipelined import Pipelined
 
 
 class SD3(Pipelined):
-    """StableDiffusion3Pipeline: SD3-medium, SD3.5 medium and large, and the bundled digits teacher."""
+    """StableDiffusion3Pipeline: SD3-medium, SD3.5 medium and large, and the bundled teachers of digits and scenes."""
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
     network = "SD3Transformer2DModel"

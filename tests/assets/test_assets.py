@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastgen.assets import DIGITS_CLASSIFIER, DIGITS_TEACHER
-from fastgen.assets.classifier import DigitClassifier, accuracy, load_classifier, split
-from fastgen.assets.skeleton import TOKENS, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
+from fastgen.assets.classifier import DigitClassifier, accuracy, load_classifier
+from fastgen.assets.skeleton import DIGITS, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 from fastgen.data import digits
 
 CAPTIONS = sorted(digits.prompts())
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
+TOKENS = DIGITS.tokens
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -65,18 +66,18 @@ def encode(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 def test_the_split_is_stratified_and_disjoint(data: tuple[Tensor, Tensor]):
     labels = data[1]
-    train, held_out = split(labels, 0)
+    train, held_out = digits.split(labels, 0.8, 0)
     assert sorted(torch.cat([train, held_out]).tolist()) == list(range(len(labels)))
     share = torch.bincount(labels[held_out]).double() / torch.bincount(labels)
     assert (share - 0.2).abs().max() < 0.005
-    assert torch.equal(held_out, split(labels, 0)[1])
-    assert not torch.equal(held_out, split(labels, 1)[1])
+    assert torch.equal(held_out, digits.split(labels, 0.8, 0)[1])
+    assert not torch.equal(held_out, digits.split(labels, 0.8, 1)[1])
 
 
 def test_recorded_accuracy_is_true(classifier: DigitClassifier, data: tuple[Tensor, Tensor]):
     record = json.loads((DIGITS_CLASSIFIER / "config.json").read_text())
     images, labels = data
-    _, held_out = split(labels, record["seed"])
+    _, held_out = digits.split(labels, 0.8, record["seed"])
     assert len(held_out) == record["held_out"]
     # One image of the held-out set is 0.003: another machine's rounding may turn a tie, nothing more.
     assert accuracy(classifier, images[held_out], labels[held_out]) == pytest.approx(record["held_out_accuracy"], abs=0.003)
@@ -192,7 +193,7 @@ def test_a_saved_pipeline_draws_the_same_pictures(pipeline: Any, tmp_path: Path)
 
 
 def test_tokenizers_are_rebuilt_as_they_ship(pipeline: Any) -> None:
-    rebuilt = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer(), "tokenizer_3": t5_tokenizer()}
+    rebuilt = {"tokenizer": clip_tokenizer(DIGITS), "tokenizer_2": clip_tokenizer(DIGITS), "tokenizer_3": t5_tokenizer(DIGITS)}
     for name, tokenizer in rebuilt.items():
         assert tokenizer.get_vocab() == getattr(pipeline, name).get_vocab()
         assert tokenizer(CAPTIONS).input_ids == getattr(pipeline, name)(CAPTIONS).input_ids
@@ -200,8 +201,8 @@ def test_tokenizers_are_rebuilt_as_they_ship(pipeline: Any) -> None:
 
 def test_text_encoders_are_rebuilt_from_the_seed(pipeline: Any) -> None:
     torch.manual_seed(0)
-    rebuilt = {"text_encoder": clip_encoder(clip_tokenizer()), "text_encoder_2": clip_encoder(clip_tokenizer())}
-    rebuilt["text_encoder_3"] = t5_encoder(t5_tokenizer())
+    rebuilt = {"text_encoder": clip_encoder(clip_tokenizer(DIGITS)), "text_encoder_2": clip_encoder(clip_tokenizer(DIGITS))}
+    rebuilt["text_encoder_3"] = t5_encoder(t5_tokenizer(DIGITS))
     for name, encoder in rebuilt.items():
         shipped = getattr(pipeline, name).state_dict()
         for key, value in encoder.state_dict().items():  # torch's normal numbers are the same on every processor to rounding only

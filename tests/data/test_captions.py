@@ -117,7 +117,7 @@ def test_another_caption_key(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_captions_is_told_what_it_holds(tmp_path: Path) -> None:
-    forms = r"is neither fastgen:digits nor a folder with metadata\.jsonl, metadata\.csv, or \.txt files beside the pictures: "
+    forms = r"is neither fastgen:digits, fastgen:scenes nor a folder with metadata\.jsonl, metadata\.csv, or \.txt files beside the pictures: "
     pictures(tmp_path / "a", *(f"{i}.png" for i in range(12)), "x.JPG")
     (tmp_path / "a/captions.json").write_text("[]")
     (tmp_path / "a/val").mkdir()

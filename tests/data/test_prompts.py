@@ -104,7 +104,7 @@ def test_the_embedded_digits_are_a_prompt_set() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.csv", "a", r"is none of fastgen:digits, \*\.txt, \*\.jsonl, \*\.parquet"),
+        ("p.csv", "a", r"is none of fastgen:digits, fastgen:scenes, \*\.txt, \*\.jsonl, \*\.parquet"),
         ("p", "a", r"is none of fastgen:digits"),
         ("p.txt", "\n  \n", "holds no prompts with a positive weight"),
         ("p.txt", b"caf\xe9", "p.txt' is not UTF-8 text"),
