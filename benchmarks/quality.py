@@ -1,150 +1,129 @@
-"""How good are the students, and what do they cost? Makes README's results table and its sample grid.
+"""How good are the students, and what do they cost? Makes README's results tables and sample grids.
 
-    python benchmarks/quality.py                                   # trains every listed recipe with three seeds, measures, writes
-    python benchmarks/quality.py --readme                          # also puts table and grid into README.md
-    python benchmarks/quality.py --recipes digits_scm_2step        # only that one; the others' rows stay as they are
-    python benchmarks/quality.py --seeds 1 --threads 1             # one seed, on one core
+    python benchmarks/quality.py                          # world scenes: every recipe with three seeds, two at a time, 90 minutes on two cores
+    python benchmarks/quality.py --readme                 # also puts table and grid into README.md
+    python benchmarks/quality.py --world digits           # the small world of the demo
+    python benchmarks/quality.py --recipes scenes_scm_2step --seeds 0
 
-Each recipe is trained and exported as a user would; students and teacher are measured with protocol `digits`. Rows go to
-benchmarks/results/quality_digits.jsonl, one measurement a line, with provenance: the mean over seeds, and under `seed` what each of
-them gave, with the provenance of its own run. The table shows means.
+Each recipe is trained and exported as a user would, and measured with the world's protocol, in a process of its own with one thread. Rows go to
+benchmarks/results/quality_WORLD.jsonl as soon as a run has ended, one measurement a line, with provenance: the mean over seeds, and under `seed`
+what each of them gave. The same command goes on where it was stopped: what is there of the same recipe, teacher, protocol and threads is not
+made again. Tables show means.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.table import between
-from fastgen import families, fingerprints, generator, pictures, run
-from fastgen.config import Recipe
-from fastgen.data import digits
-from fastgen.evaluation import results, unkept
-from fastgen.evaluation.protocol import load_protocol
-from fastgen.evaluation.table import markdown_table
-from fastgen.plan import plan
-from fastgen.terminal import progress
-from fastgen.yaml_files import read_yaml
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.comparing import rows as kept  # noqa: E402
+from benchmarks.comparing.runs import Asked, side_by_side  # noqa: E402
+from benchmarks.comparing.worlds import WORLDS, World  # noqa: E402
+from benchmarks.table import between  # noqa: E402
+from fastgen import families, fingerprints, generator, pictures  # noqa: E402
+from fastgen.evaluation import results, unkept  # noqa: E402
+from fastgen.evaluation.protocol import load_protocol  # noqa: E402
+from fastgen.evaluation.table import markdown_table  # noqa: E402
+from fastgen.fingerprints import digest  # noqa: E402
+from fastgen.terminal import progress  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
-RECIPES = (
-    "digits_dmd2_1step",
-    "digits_dmd2_4step",
-    "digits_dmd2_gan_1step",
-    "digits_dmd2_gan_4step",
-    "digits_phased_dmd_4step",
-    "digits_f_distill_1step",
-    "digits_scm_2step",
-    "digits_rcm_2step",
-    "digits_tbcm_2step",
-    "digits_meanflow_2step",
-)
-TEACHER, TEACHER_GUIDANCE, TEACHER_STEPS = "fastgen:digits", 1.5, (25, 4, 2, 1)
+Rows = list[dict[str, Any]]
 
 
-def train_and_measure(recipe: str, seed: int, work: Path, bars: run.Progress) -> list[dict[str, Any]]:
-    """Rows of one student, under the recipe's name: the protocol's metrics and the training seconds. A finished run of the very same
-    recipe with as many threads is used again."""
-    folder, asked = work / f"{recipe}_seed{seed}", Recipe.load(recipe, [f"train.seed={seed}"])
-    if not is_finished(folder, plan(asked).resolved()):
-        run.train(asked, folder, overwrite=folder.exists(), progress=bars)
-    measured = results.read_results(folder / "results.json")
-    rows = [row for row in measured["metrics"] if row["model"] == "student"]
-    seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    rows.append({**rows[0], "name": "training_seconds", "value": seconds, "n": 1})
-    return [{**row, "model": recipe, "seed": seed, "provenance": measured["provenance"]} for row in rows]
+def known_rows(world: World, found: Rows, threads: int) -> Rows:
+    """Rows of the teacher and of real pictures: those that are there of the same weights, protocol and threads, or new ones."""
+    protocol = load_protocol(world.name)
+    teacher = fingerprints.folder_hash(families.resolve_source(world.teacher))
+    key = digest([world.teacher_steps, world.guidance, teacher, protocol.hash(), threads])
+    if same := [row for row in found if row.get("provenance", {}).get("run") == key]:
+        return same
+    real = unkept.what_is_real(protocol)
+    drawn = unkept.run_protocol(
+        protocol,
+        generator.load_teacher(world.teacher, guidance=world.guidance),
+        model="teacher",
+        steps=world.teacher_steps,
+        guidance=world.guidance,
+        progress=progress(),
+    )
+    origin = {"provenance": {**results.provenance(protocol, model_hash=teacher, extractors=real.extractors), "run": key}}
+    return [{**row, **origin} for row in (*drawn, *real.floors)]
 
 
-def is_finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether the folder holds a measured run of this resolved recipe, and of this number of threads."""
-    if not (folder / "results.json").is_file() or read_yaml(folder / "recipe.yaml") != recipe:
-        return False
-    return results.read_results(folder / "results.json")["provenance"].get("threads") == torch.get_num_threads()
-
-
-def over_seeds(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of each metric of one recipe, one list of rows a seed."""
-    rows = []
-    for same in zip(*runs, strict=True):
-        assert len({(row["name"], row["steps"], row["model"]) for row in same}) == 1
-        values = [row["value"] for row in same]
-        spread = {"std": statistics.stdev(values), "std_over": "seeds"} if len(values) > 1 else {}
-        shared = {key: value for key, value in same[0].items() if key not in ("seed", "provenance")}
-        rows.append({**shared, "value": statistics.mean(values), **spread})
-    return rows
-
-
-def student_rows(runs: Sequence[list[dict[str, Any]]], origin: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The means over seeds of one recipe, with their origin, then every seed's own rows."""
-    return [*({**row, **origin} for row in over_seeds(runs)), *(row for own in runs for row in own)]
-
-
-def teacher_rows(bars: run.Progress) -> list[dict[str, Any]]:
-    """The teacher at several step counts."""
-    teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
-    protocol = load_protocol("digits")
-    rows = unkept.run_protocol(protocol, teacher, model="teacher", steps=TEACHER_STEPS, guidance=TEACHER_GUIDANCE, progress=bars)
-    return [{**row} for row in rows]
-
-
-def sample_grid(students: Mapping[str, Path]) -> Any:
-    """Teacher at 25, 4, 2, 1 steps, then the students: the same noise down each column; named, generic and parity prompts."""
-    named = [digits.NAMED[i % 3].format(word) for i, word in enumerate(digits.WORDS)]
-    prompts = [*named, *digits.GENERIC * 2, *digits.PARITY[0] * 2, *digits.PARITY[1] * 2]
+def sample_grid(world: World, students: Mapping[str, Path]) -> Any:
+    """The teacher at its step counts, then the students: the same noise down each column."""
+    prompts = world.shown()
     seeds = list(range(100, 100 + len(prompts)))
-    teacher = generator.load_teacher(TEACHER, guidance=TEACHER_GUIDANCE)
-    rows = [(f"teacher, {count} step{'s' * (count > 1)}", teacher(prompts, seeds, count)) for count in TEACHER_STEPS]
-    rows += [(name, generator.load_student(folder)(prompts, seeds)) for name, folder in students.items()]
-    return pictures.picture_grid(rows, prompts)
+    teacher = generator.load_teacher(world.teacher, guidance=world.guidance)
+    shown = [(f"teacher, {count} step{'s' * (count > 1)}", teacher(prompts, seeds, count)) for count in world.teacher_steps]
+    shown += [(name, generator.load_student(folder)(prompts, seeds)) for name, folder in students.items()]
+    return pictures.picture_grid(shown, prompts)
 
 
-def kept_rows(recipes: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    """The rows of earlier measurements of other recipes, means and single seeds, provenance included."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [row for row in rows if row["model"] in RECIPES and row["model"] not in recipes]
+def measure(world: World, asked: Sequence[Asked], work: Path, output: Path, jobs: int, threads: int) -> tuple[Rows, list[str]]:
+    """All rows, those of before included, on disk after each run; and what failed, a line each."""
+    found = kept.read(output)
+    fixed, seeds = known_rows(world, found, threads), [row for row in found if "seed" in row]
+    there = {row["provenance"].get("run") for row in seeds}
+    todo = {each: key for each in asked if (key := each.key(threads)) not in there}
+    replaced = {(each.name, each.seed) for each in todo}
+    seeds = [row for row in seeds if (row["model"], row["seed"]) not in replaced]
+
+    def everything() -> Rows:
+        real = [row for row in fixed if row["model"] == "real"]
+        return [*(row for row in fixed if row["model"] != "real"), *kept.with_means(seeds, world.recipes), *real]
+
+    failed: list[str] = []
+    kept.write(output, everything())
+    for count, (each, rows) in enumerate(side_by_side(todo, work, jobs, threads), 1):
+        if isinstance(rows, Exception):
+            failed.append(f"{each.name}, seed {each.seed}: {rows}")
+            print(f"[{count}/{len(todo)}] failed: {failed[-1]}", flush=True)
+            continue
+        seeds += rows
+        kept.write(output, everything())
+        told = ", ".join(f"{row['name']} {row['value']:.4g}" for row in rows)
+        print(f"[{count}/{len(todo)}] {each.name}, seed {each.seed}: {told}", flush=True)
+    return everything(), failed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--world", choices=WORLDS, default="scenes")
+    parser.add_argument("--recipes", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="run folders; finished ones are used again")
-    parser.add_argument("--readme", action="store_true", help="put the table and the grid into README.md")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch; seconds and the last digits depend on it")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    bars, output = progress(), RESULTS / "quality_digits.jsonl"
-    protocol = load_protocol("digits")
-    real = unkept.what_is_real(protocol)
-    model_hash = fingerprints.folder_hash(families.resolve_source(TEACHER))
-    origin = {
-        "seeds": arguments.seeds,
-        "provenance": results.provenance(protocol, model_hash=model_hash, extractors=real.extractors),
-    }
-    students = [
-        row
-        for recipe in arguments.recipes
-        for row in student_rows([train_and_measure(recipe, seed, arguments.work, bars) for seed in arguments.seeds], origin)
-    ]
-    students += kept_rows(arguments.recipes, output)
-    students.sort(key=lambda row: RECIPES.index(row["model"]))
-    rows: list[Any] = [*({**row, **origin} for row in teacher_rows(bars)), *students, *({**row, **origin} for row in real.floors)]
-    RESULTS.mkdir(exist_ok=True)
-    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folders = {recipe.removeprefix("digits_"): arguments.work / f"{recipe}_seed{arguments.seeds[0]}" / "student" for recipe in RECIPES}
-    pictures.save_png(sample_grid({name: folder for name, folder in folders.items() if folder.is_dir()}), RESULTS / "digits_grid.png")
-    table = markdown_table(rows)
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md, where the grid is shown")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each run; seconds and the last digits depend on it")
+    chosen = parser.parse_args()
+    world = WORLDS[chosen.world]
+    if unknown := set(chosen.recipes or ()) - set(world.recipes):
+        parser.error(f"--recipes: {', '.join(sorted(unknown))}; world {world.name} has {', '.join(world.recipes)}")
+    torch.set_num_threads(chosen.threads)
+    asked = [Asked(recipe, seed) for seed in chosen.seeds for recipe in chosen.recipes or world.recipes]
+    rows, failed = measure(world, asked, chosen.work, RESULTS / f"quality_{world.name}.jsonl", chosen.jobs, chosen.threads)
+    folders = {recipe.removeprefix(f"{world.name}_"): Asked(recipe, chosen.seeds[0]).folder(chosen.work) / "student" for recipe in world.recipes}
+    students = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    if len(students) == len(folders):
+        pictures.save_png(sample_grid(world, students), RESULTS / f"{world.name}_grid.png")
+    told: Any = rows
+    table = markdown_table(told)
     print(table)
-    if arguments.readme:
+    if chosen.readme:
         readme = ROOT / "README.md"
-        readme.write_text(between(readme.read_text(encoding="utf-8"), "quality", table), encoding="utf-8")
+        readme.write_text(between(readme.read_text(encoding="utf-8"), f"quality_{world.name}", table), encoding="utf-8")
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""Rows of a comparison on disk: each seed's own, and the means over seeds that are made of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgen.files import write_atomically
+
+Rows = list[dict[str, Any]]
+
+
+def read(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def over_seeds(runs: Sequence[Rows]) -> Rows:
+    """Mean and standard deviation over seeds of each metric of one recipe, one list of rows a seed."""
+    rows = []
+    for same in zip(*runs, strict=True):
+        assert len({(row["name"], row["steps"], row["model"]) for row in same}) == 1
+        values = [row["value"] for row in same]
+        spread = {"std": statistics.stdev(values), "std_over": "seeds"} if len(values) > 1 else {}
+        shared = {key: value for key, value in same[0].items() if key not in ("seed", "provenance")}
+        rows.append({**shared, "value": statistics.mean(values), **spread, "seeds": [each["seed"] for each in same]})
+    return rows
+
+
+def with_means(seeds: Iterable[dict[str, Any]], order: Sequence[str]) -> Rows:
+    """For each model its means over seeds, then every seed's own rows; models in this order, others after them."""
+    runs: dict[str, dict[int, Rows]] = {}
+    for row in seeds:
+        runs.setdefault(row["model"], {}).setdefault(row["seed"], []).append(row)
+    models = [*(name for name in order if name in runs), *(name for name in runs if name not in order)]
+    return [row for name in models for row in _of_model([runs[name][seed] for seed in sorted(runs[name])])]
+
+
+def _of_model(runs: Sequence[Rows]) -> Rows:
+    return [*over_seeds(runs), *(row for own in runs for row in own)]

@@ -1,0 +1,113 @@
+"""One row of a comparison: a recipe trained with a seed as a user would, and measured; several at once, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.comparing.passes import passes_a_step
+from benchmarks.training import trainers
+from fastgen import fingerprints, run
+from fastgen.config import Recipe
+from fastgen.evaluation import results
+from fastgen.evaluation.protocol import load_protocol
+from fastgen.families import resolve_source
+from fastgen.fingerprints import digest
+from fastgen.plan import plan
+from fastgen.yaml_files import read_yaml
+
+Rows = list[dict[str, Any]]
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class Asked(NamedTuple):
+    """overrides: of the recipe's keys, beside the seed. label: what the rows' model is called."""
+
+    recipe: str
+    seed: int
+    overrides: tuple[str, ...] = ()
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.recipe
+
+    @property
+    def keys(self) -> list[str]:
+        return [*self.overrides, f"train.seed={self.seed}"]
+
+    def folder(self, work: Path) -> Path:
+        return work / f"{self.name}_seed{self.seed}"
+
+    def key(self, threads: int) -> str:
+        """All that its rows depend on, but for versions and machine: the whole recipe, the teacher's weights, the protocol, and threads."""
+        planned = plan(Recipe.load(self.recipe, self.keys))
+        recipe = planned.recipe
+        teacher = fingerprints.folder_hash(resolve_source(recipe.teacher.pretrained))
+        assert recipe.evaluate.protocol is not None
+        return digest([planned.resolved(), teacher, load_protocol(recipe.evaluate.protocol).hash(), threads])
+
+
+def train_and_measure(asked: Asked, work: Path, key: str) -> Rows:
+    """Rows of one student: the protocol's metrics, training seconds and network passes. A finished run of the very same recipe with as many
+    threads is used again."""
+    folder, recipe = asked.folder(work), Recipe.load(asked.recipe, asked.keys)
+    if not is_finished(folder, plan(recipe).resolved()):
+        run.train(recipe, folder, overwrite=folder.exists())
+    measured = results.read_results(folder / "results.json")
+    rows = [row for row in measured["metrics"] if row["model"] == "student"]
+    seconds = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["seconds"]
+    costs = {"training_seconds": seconds, "network_passes": recipe.train.steps * passes_of(asked)}
+    rows += [{**rows[0], "name": name, "value": value, "n": 1} for name, value in costs.items()]
+    kept = {name: measured["provenance"][name] for name in _ORIGIN if name in measured["provenance"]}
+    return [{**_plain(row), "model": asked.name, "seed": asked.seed, "provenance": {**kept, "run": key}} for row in rows]
+
+
+_ORIGIN = ("date", "versions", "device", "threads", "platform", "protocol_hash", "model_hash")
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the interval over pictures: of several seeds, the spread between seeds is what counts."""
+    return {name: value for name, value in row.items() if name not in ("interval", "interval_over", "std", "std_over", "remark")}
+
+
+def passes_of(asked: Asked) -> float:
+    """Network passes of a training step, a sample each."""
+    trainer, _ = trainers.of_recipe(asked.recipe, [*asked.keys, *trainers_changes(asked.recipe)])
+    return passes_a_step(trainer)
+
+
+def trainers_changes(recipe: str) -> Sequence[str]:
+    """Pairs cost what drawing them takes, which is no training step's: few suffice to count."""
+    return ("data.pairs=128",) if Recipe.load(recipe).data.pairs is not None else ()
+
+
+def is_finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the folder holds a measured run of this resolved recipe, and of this number of threads."""
+    if not (folder / "results.json").is_file() or read_yaml(folder / "recipe.yaml") != recipe:
+        return False
+    return results.read_results(folder / "results.json")["provenance"].get("threads") == torch.get_num_threads()
+
+
+def side_by_side(todo: Mapping[Asked, str], work: Path, jobs: int, threads: int) -> Iterator[tuple[Asked, Rows | Exception]]:
+    """Each as soon as it is there, `jobs` at a time with so many threads each; an exception in place of the rows of what failed. todo: by what is
+    asked the key of its rows."""
+    os.environ |= dict.fromkeys(_THREADS, str(threads))  # of the children, which import torch anew
+    work.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures: dict[Future[Rows], Asked] = {pool.submit(_apart, asked, work, key, threads): asked for asked, key in todo.items()}
+        for done in as_completed(futures):
+            error = done.exception()
+            yield futures[done], done.result() if error is None else Exception(f"{type(error).__name__}: {error}")
+
+
+def _apart(asked: Asked, work: Path, key: str, threads: int) -> Rows:
+    torch.set_num_threads(threads)
+    return train_and_measure(asked, work, key)
