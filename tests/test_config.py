@@ -52,8 +52,8 @@ def test_shipped_recipes_are_valid_and_come_back_from_yaml(name: str, tmp_path: 
 
 def offline(name: str) -> list[str]:
     """Overrides that put the bundled teacher and its data in the place of what only a hub, a user's folder or a build script has."""
-    if name == "digits_teacher":
-        return ["teacher.pretrained=fastgen:digits"]
+    if name.endswith("_teacher"):
+        return [f"teacher.pretrained=fastgen:{name.removesuffix('_teacher')}"]
     if not name.startswith("sd35_"):
         return []
     data = next(key for key, source in Recipe.load(name).data.model_dump().items() if source is not None)
@@ -61,7 +61,7 @@ def offline(name: str) -> list[str]:
 
 
 # Those of other families are planned on their tiny pipelines, in families/test_matrix.py.
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("digits_", "sd35_"))])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("digits_", "scenes_", "sd35_"))])
 def test_everything_a_shipped_recipe_names_is_there(name: str) -> None:
     recipe = Recipe.load(name, offline(name))
     planned = run.plan(recipe)
@@ -73,7 +73,7 @@ def test_everything_a_shipped_recipe_names_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_first_comment_of_a_recipe_is_the_command_that_runs_it(name: str) -> None:
     first = shipped_recipes()[name].read_text().splitlines()[0]
-    commands = {"digits_teacher": "# python -m fastgen.assets.build teacher"}
+    commands = {"digits_teacher": "# python -m fastgen.assets.build teacher", "scenes_teacher": "# python -m fastgen.assets.build scenes teacher"}
     assert first.startswith(commands.get(name, f"# fastgen train recipes/{name}.yaml"))
 
 

@@ -134,9 +134,13 @@ def train_vae(of: Skeleton) -> Any:
     from diffusers import AutoencoderKL
 
     images, levels = of.images(), len(of.channels)
+    sizes: dict[str, Any] = {
+        "block_out_channels": of.channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
     vae: Any = AutoencoderKL(
-        sample_size=of.size, block_out_channels=of.channels, layers_per_block=1, latent_channels=of.latent_channels, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        sample_size=of.size, **sizes, layers_per_block=1, latent_channels=of.latent_channels, norm_num_groups=4,
         mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
