@@ -161,7 +161,8 @@ def train_vae(of: Skeleton) -> Any:
 
 @torch.no_grad()
 def _normalised(vae: Any, images: Tensor) -> Any:
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(CHUNK)])
+    parts = [vae.encode(part).latent_dist.mode() for part in images.split(CHUNK)]
+    latents = torch.cat(parts) if len(parts) > 1 else parts[0]  # a copy lies otherwise in memory, and its mean adds in another order
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(CHUNK)])
     print(f"VAE: reconstruction MSE {(decoded - images).square().mean().item():.2g}", flush=True)
