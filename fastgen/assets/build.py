@@ -5,7 +5,7 @@ the scenes, each stage of a world or one alone:
     python -m fastgen.assets.build scenes [classifiers|vae|skeleton|teacher|statistics]
 
 A teacher is an ordinary fastgen run of recipes/digits_teacher.yaml or recipes/scenes_teacher.yaml (flow matching), whose exported student
-becomes the bundled pipeline.
+becomes the bundled pipeline. What is made on the way lies in .build; a teacher that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ def build_scenes_skeleton(seed: int) -> None:
 
 
 def build_teacher(name: str, output: Path, seed: int) -> None:
-    """Train the teacher with the project's own trainer and put its export into the package."""
-    run_dir = run.train(f"{name}_teacher", WORK / f"{name}_teacher", overrides=[f"train.seed={seed}"], overwrite=True, progress=progress())
+    """Train the teacher with the project's own trainer, or go on, and put its export into the package."""
+    run_dir = run.train(
+        f"{name}_teacher", WORK / f"{name}_teacher", overrides=[f"train.seed={seed}"], resume=True, or_start=True, progress=progress()
+    )
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(run_dir / "student", output)
     if (run_dir / "results.json").is_file():

@@ -16,6 +16,7 @@ from fastgen.evaluation.extractors import find_extractor
 from fastgen.evaluation.extractors.base import Pictures, Resources
 from fastgen.evaluation.frechet import FeatureStatistics, GaussianFit
 from fastgen.evaluation.preparation import quantised
+from fastgen.evaluation.weights import Unavailable
 from fastgen.evaluation.worlds import scenes as world
 from fastgen.families import source_hash
 from fastgen.fingerprints import digest
@@ -69,6 +70,8 @@ def _features(extractor: Any, generator: ImageGenerator, prompts: tuple[str, ...
 
 
 def read_statistics(folder: Path = SCENES_STATISTICS) -> TeacherStatistics:
-    """Those that are bundled."""
+    """Those that are bundled. Unavailable where there are none, as before the teacher is built."""
+    if not (folder / "config.json").is_file():
+        raise Unavailable("needs the statistics of the bundled teacher: python -m fastgen.assets.build scenes statistics")
     record, tensors = json.loads((folder / "config.json").read_text(encoding="utf-8")), load_file(folder / "statistics.safetensors")
     return TeacherStatistics(GaussianFit(tensors["mean"], tensors["cov"], record["n"]), record["teacher"], record["extractor"])

@@ -13,13 +13,14 @@ import fastgen
 from fastgen.assets import SCENES_CLASSIFIER, SCENES_STATISTICS, SCENES_TEACHER
 from fastgen.assets.classifier import ABSENT, disturbed, load_scene_classifier, predicted, slots
 from fastgen.assets.skeleton import SCENES, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
-from fastgen.config import Recipe
+from fastgen.config import Recipe, validate
 from fastgen.data import digits, scenes
 from fastgen.evaluation.teacher_statistics import read_statistics
 from fastgen.families import source_hash
 from fastgen.plan import plan
 
 WORDS = SCENES.words()
+built = pytest.mark.skipif(not SCENES_STATISTICS.is_dir(), reason="the teacher of scenes is not built: python -m fastgen.assets.build scenes")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 FEW = 400
 
@@ -67,12 +68,14 @@ def test_training_scenes_are_disturbed_and_never_of_the_reference() -> None:
     assert mass[labels != ABSENT].min() > mass[labels == ABSENT].mean()
 
 
+@built
 def test_the_folder_is_small_and_safe() -> None:
     files = [path for path in SCENES_TEACHER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
 
 
+@built
 def test_plain_diffusers_draws_16_by_16(pipeline: Any) -> None:
     assert type(pipeline).__name__ == "StableDiffusion3Pipeline"
     assert sum(p.numel() for p in pipeline.transformer.parameters()) <= 1.3e6
@@ -88,6 +91,7 @@ def test_plain_diffusers_draws_16_by_16(pipeline: Any) -> None:
     assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all() and images.std() > 0.1
 
 
+@built
 def test_it_loads_as_a_teacher_and_in_recipes() -> None:
     teacher = fastgen.load_teacher("fastgen:scenes")
     assert teacher.steps == 28
@@ -104,6 +108,15 @@ def test_it_loads_as_a_teacher_and_in_recipes() -> None:
     assert plan(asked).family.picture_shape == (3, 16, 16)
 
 
+@built
+def test_the_recipe_that_trained_it_is_whole() -> None:
+    planned = plan(Recipe.load("scenes_teacher", ["teacher.pretrained=fastgen:scenes"]))
+    assert planned.resolved()["distiller"].keys() == planned.method.Config.model_fields.keys()
+    again = plan(validate(Recipe, planned.resolved()))
+    assert (again.resolved(), again.method, again.method_config) == (planned.resolved(), planned.method, planned.method_config)
+
+
+@built
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_every_caption_word_is_one_known_token(pipeline: Any, name: str) -> None:
     tokenizer = getattr(pipeline, name)
@@ -114,6 +127,7 @@ def test_every_caption_word_is_one_known_token(pipeline: Any, name: str) -> None
     assert max(len(tokenizer(caption).input_ids) for caption in SCENES.captions()) == (9 if name == "tokenizer_3" else SCENES.tokens)
 
 
+@built
 @torch.no_grad()
 def test_encoded_captions_carry_the_order_of_words(pipeline: Any) -> None:
     texts = [
@@ -128,6 +142,7 @@ def test_encoded_captions_carry_the_order_of_words(pipeline: Any) -> None:
         assert torch.pdist(flat).min() > 0.1 * flat.norm(dim=1).mean()
 
 
+@built
 @torch.no_grad()
 def test_the_vae_does_not_change_the_classifiers_mind(pipeline: Any, held_out: scenes.Scenes) -> None:
     vae, classifier = pipeline.vae, load_scene_classifier()
@@ -138,6 +153,7 @@ def test_the_vae_does_not_change_the_classifiers_mind(pipeline: Any, held_out: s
     assert (predicted(classifier, decoded) == predicted(classifier, held_out.images)).double().mean() > 0.98
 
 
+@built
 def test_text_side_is_rebuilt_from_the_seed(pipeline: Any) -> None:
     torch.manual_seed(0)
     clip, t5 = clip_tokenizer(SCENES), t5_tokenizer(SCENES)
@@ -149,6 +165,7 @@ def test_text_side_is_rebuilt_from_the_seed(pipeline: Any) -> None:
             torch.testing.assert_close(value, shipped[key], rtol=0, atol=1e-6 * max(1.0, shipped[key].abs().max().item()), msg=f"{name}.{key}")
 
 
+@built
 def test_the_statistics_are_of_this_teacher_and_this_classifier() -> None:
     known, record = read_statistics(), json.loads((SCENES_STATISTICS / "config.json").read_text())
     assert known.teacher == source_hash("fastgen:scenes")

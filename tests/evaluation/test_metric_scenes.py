@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -229,6 +230,13 @@ def test_statistics_of_another_classifier_are_refused(protocol: Protocol, known:
         by_teacher.FdScenesTeacher(by_teacher.FdScenesTeacher.Config(), ["open"]).needs()
 
 
+def test_without_statistics_everything_else_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(by_teacher, "read_statistics", lambda: teacher_statistics.read_statistics(tmp_path))
+    protocol = protocol_from({"name": "few", "sets": SETS, "metrics": {"scenes": None, "fd_scenes_teacher": None}})
+    with pytest.raises(Unavailable, match=r"^needs the statistics of the bundled teacher: python -m fastgen\.assets\.build scenes statistics$"):
+        protocol.metrics(Resources())["fd_scenes_teacher"].needs()
+
+
 def test_other_prompts_are_not_measured_by_the_labels_of_these(known: GaussianFit) -> None:
     sets = {name: {"prompts": "fastgen:digits/open", "count": 8} for name in ("full", "open")}
     protocol = protocol_from({"name": "mine", "sets": sets, "metrics": {"scenes": None, "fd_scenes_teacher": None}})
@@ -249,7 +257,7 @@ def test_too_few_pictures_are_refused_in_one_line(protocol: Protocol) -> None:
         values(protocol, seen(protocol, dict.fromkeys(protocol.sets, real(4))))
 
 
-def test_the_teacher_s_statistics_are_written_as_they_are_read(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_s_statistics_are_written_as_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a generator that draws real scenes."""
     drawn: list[int] = []
 

@@ -21,10 +21,11 @@ class FdScenesTeacher(Metric):
     other noise. Its floor is what the teacher itself scores in 28 steps."""
 
     class Config(Metric.Config):
-        """teacher: SHA-256 of the teacher that the bundled statistics are of; those of another are refused, and so are its students."""
+        """teacher: SHA-256 of the teacher that the bundled statistics must be of, by default the one that they are of; another's are refused,
+        and so are its students."""
 
         set: str | None = "open"
-        teacher: str = Field(default_factory=lambda: read_statistics().teacher)
+        teacher: str = Field(default_factory=lambda: _bundled())
 
     shows = {"fd_scenes_teacher": Heading("FD-teacher", "↓")}  # noqa: RUF012
 
@@ -50,3 +51,11 @@ class FdScenesTeacher(Metric):
     @cached_property
     def _known(self) -> TeacherStatistics:
         return read_statistics()
+
+
+def _bundled() -> str:
+    """The teacher of the bundled statistics; empty where there are none."""
+    try:
+        return read_statistics().teacher
+    except Unavailable:
+        return ""
