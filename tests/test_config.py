@@ -60,7 +60,7 @@ def offline(name: str) -> list[str]:
     return ["teacher.pretrained=fastgen:digits", "teacher.resolution=null", f"data.{data}=fastgen:digits"]
 
 
-# Those of other families are planned on their tiny pipelines, in families/test_matrix.py.
+# Those of other families are planned on their tiny pipelines, in families/test_matrix.py, those of scenes in assets/test_scenes_assets.py.
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("digits_", "sd35_"))])
 def test_everything_a_shipped_recipe_names_is_there(name: str) -> None:
     recipe = Recipe.load(name, offline(name))
@@ -73,7 +73,7 @@ def test_everything_a_shipped_recipe_names_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_first_comment_of_a_recipe_is_the_command_that_runs_it(name: str) -> None:
     first = shipped_recipes()[name].read_text().splitlines()[0]
-    commands = {"digits_teacher": "# python -m fastgen.assets.build teacher"}
+    commands = {"digits_teacher": "# python -m fastgen.assets.build teacher", "scenes_teacher": "# python -m fastgen.assets.build scenes teacher"}
     assert first.startswith(commands.get(name, f"# fastgen train recipes/{name}.yaml"))
 
 

@@ -134,9 +134,13 @@ def train_vae(of: Skeleton) -> Any:
     from diffusers import AutoencoderKL
 
     images, levels = of.images(), len(of.channels)
+    sizes: dict[str, Any] = {
+        "block_out_channels": of.channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
     vae: Any = AutoencoderKL(
-        sample_size=of.size, block_out_channels=of.channels, layers_per_block=1, latent_channels=of.latent_channels, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        sample_size=of.size, **sizes, layers_per_block=1, latent_channels=of.latent_channels, norm_num_groups=4,
         mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
@@ -157,7 +161,8 @@ def train_vae(of: Skeleton) -> Any:
 
 @torch.no_grad()
 def _normalised(vae: Any, images: Tensor) -> Any:
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(CHUNK)])
+    parts = [vae.encode(part).latent_dist.mode() for part in images.split(CHUNK)]
+    latents = torch.cat(parts) if len(parts) > 1 else parts[0]  # a copy lies otherwise in memory, and its mean adds in another order
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(CHUNK)])
     print(f"VAE: reconstruction MSE {(decoded - images).square().mean().item():.2g}", flush=True)

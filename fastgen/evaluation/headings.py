@@ -18,8 +18,9 @@ COSTS = {
 }
 # Distances to real pictures, agreement with the prompt, preferences, what makes up quality, diversity; what is not here comes after it.
 _ORDER = (
-    *("fd_digits", "fid", "fid_infinity", "sfid", "patch_fid", "kid", "fd_dinov2", "cmmd"),
+    *("fd_digits", "fd_scenes", "fd_scenes_teacher", "fid", "fid_infinity", "sfid", "patch_fid", "kid", "fd_dinov2", "cmmd"),
     *("clip_score", "prompt_accuracy", "parity_accuracy"),
+    *("scene_accuracy", "colour_accuracy", "digit_accuracy", "relation_accuracy"),
     *("pick_score", "hps_v21", "image_reward", "aesthetic"),
     *("fd_digits_named", "fd_digits_pixel", "inception_score", "precision", "recall"),
     *("diversity", "lpips_diversity", "dino_diversity", "vendi", "mode_entropy", "teacher_error"),

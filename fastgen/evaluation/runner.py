@@ -39,6 +39,7 @@ class Drawn:
     record: dict[str, Any]
     stores: Mapping[str, Store]
     pictures: Mapping[str, Path]
+    taught_by: str | None = None
 
 
 class Evaluation:
@@ -179,7 +180,9 @@ class Evaluation:
         self.left += left
         if not left:
             pictures = {name: each.folder for name, found in folders.items() for each in found}
-            self.drawn.append(Drawn(subject.name, subject.steps, subject.guidance, subject.content, subject.record, stores, pictures))
+            self.drawn.append(
+                Drawn(subject.name, subject.steps, subject.guidance, subject.content, subject.record, stores, pictures, subject.taught_by)
+            )
         return not left
 
     def _used(self) -> dict[str, SampleSet]:
@@ -320,7 +323,7 @@ class Evaluation:
         tables = {
             (where, one): store.table(self.extractors.name(one)) for where, store in each.stores.items() for one in self._features.get(where, ())
         }
-        return Measured(self.sets, tables, self.reference, teacher, each.pictures, self.resources, self.protocol.spec.seed)
+        return Measured(self.sets, tables, self.reference, teacher, each.pictures, self.resources, self.protocol.spec.seed, each.taught_by)
 
     def floors(self) -> list[Row]:
         """What real images score, by each metric that says so; computed once for each protocol, set of weights and what it is computed by."""

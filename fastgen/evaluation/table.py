@@ -10,7 +10,8 @@ from fastgen.evaluation.results import Row
 
 WIDEST = 140  # characters of a table with a line a model; wider ones have a line a metric
 _WIDEST_BY_METRIC = 100
-_FIRST = ("prompt_accuracy", "parity_accuracy")  # what the pictures show comes before how they are distributed
+# What the pictures show comes before how they are distributed.
+_FIRST = ("prompt_accuracy", "parity_accuracy", "scene_accuracy", "colour_accuracy", "digit_accuracy", "relation_accuracy")
 
 Key = tuple[str, int | None, float | None, str]  # model, steps, guidance, floor
 Groups = Mapping[Key, Mapping[str, Row]]

@@ -43,7 +43,7 @@ def spec_of(name: str) -> ProtocolFile:
 
 
 def test_those_that_are_shipped() -> None:
-    known = {"adm50k", "coco10k-sdxl", "coco30k-sd15", "digits", "edm50k", "few-step-2026", "imagenet256-adm", "mjhq30k"}
+    known = {"adm50k", "coco10k-sdxl", "coco30k-sd15", "digits", "edm50k", "few-step-2026", "imagenet256-adm", "mjhq30k", "scenes"}
     assert shipped_protocols().keys() == known
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.evaluation.external import External
 from fastgen.evaluation.weights import Weights
@@ -83,3 +84,12 @@ class Extractor(ABC):
         """Layer → (B, ...) on the CPU, fp32 (or uint8), whose rows do not depend on the other pictures but through `per_prompt`."""
 
     convention: ClassVar[str] = ""  # a sentence for results.json: resizing, normalisation, layer
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 over a network's parameter names, shapes and fp32 bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from functools import cached_property
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.evaluation.extractors.base import Extractor, Pictures
+from fastgen.evaluation.extractors.base import Extractor, Pictures, weights_hash
 
 
 class DigitsClassifier(Extractor):
@@ -21,11 +20,7 @@ class DigitsClassifier(Extractor):
     @property
     def hash(self) -> str:
         """SHA-256 over the classifier's parameter names, shapes and fp32 bytes."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._classifier.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_hash(self._classifier)
 
     @torch.no_grad()
     def __call__(self, pictures: Pictures, layers: Collection[str]) -> dict[str, Tensor]:

@@ -101,6 +101,7 @@ class Measured:
     pictures: Mapping[str, Path] | None = None  # folders of PNGs with prompts.jsonl, by set
     resources: Resources = Resources()  # noqa: RUF009
     seed: int = 0  # of subsets and permutations
+    taught_by: str | None = None  # SHA-256 of the teacher that the model is or was distilled from; None where nobody knows
 
     def real(self) -> Reference:
         """The reference; Unavailable where the protocol has none."""

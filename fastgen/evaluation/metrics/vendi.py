@@ -12,7 +12,7 @@ from fastgen.evaluation.diversity import vendi_scores
 from fastgen.evaluation.metrics.base import Feature, Heading, Measured, Metric, Needs, Unavailable, Value, feature
 from fastgen.evaluation.metrics.picture_scores import mean_value
 
-_LAYERS = {"inception": "pool3", "dinov2": "cls", "open_clip": "image", "digits_classifier": "features"}
+_LAYERS = {"inception": "pool3", "dinov2": "cls", "open_clip": "image", "digits_classifier": "features", "scenes_classifier": "features"}
 _GROUPS = 256  # prompts that are read at a time
 
 
@@ -23,7 +23,7 @@ class Vendi(Metric):
         """extractor: `inception` (pool3, as in the paper), `dinov2` (class token, as in dgm-eval), `open_clip` (picture embedding) or
         `digits_classifier`. options: of the extractor."""
 
-        extractor: Literal["inception", "dinov2", "open_clip", "digits_classifier"] = "inception"
+        extractor: Literal["inception", "dinov2", "open_clip", "digits_classifier", "scenes_classifier"] = "inception"
         options: Mapping[str, str | int | float | bool | None] = {}
 
     shows = {"vendi": Heading("Vendi")}  # noqa: RUF012

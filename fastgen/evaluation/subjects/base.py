@@ -23,6 +23,7 @@ class Subject(ABC):
     name: Literal["student", "teacher", "pipeline", "pictures"]  # `model` in results.json
     steps: int | None = None  # None: pictures that lie there already, or a call that takes none
     guidance: float | None = None  # classifier-free, 1 is none; None: the model has none
+    taught_by: str | None = None  # SHA-256 of the teacher that it is or was distilled from; None where nobody knows
 
     @property
     @abstractmethod

@@ -22,7 +22,7 @@ from fastgen.portable import source_name
 
 class GeneratorSubject(Subject):
     """An ImageGenerator at a number of steps, by default its own. content: SHA-256 of its weights. source: its folder, or a teacher's name.
-    told: what else its pictures depend on, as JSON has it."""
+    told: what else its pictures depend on, as JSON has it. taught_by: of a student, its teacher's SHA-256."""
 
     def __init__(
         self,
@@ -34,9 +34,10 @@ class GeneratorSubject(Subject):
         steps: int | None = None,
         dtype: str = "fp32",
         told: Mapping[str, Any] | None = None,
+        taught_by: str | None = None,
     ) -> None:
         self.generator, self.name, self.source, self.dtype, self.told = generator, name, source, dtype, dict(told or {})
-        self._content = content
+        self._content, self.taught_by = content, content if name == "teacher" else taught_by
         self.guidance = generator.guidance
         self._step(steps or generator.steps)
 
@@ -99,7 +100,8 @@ def student_subject(
     told = {"negative_prompt": manifest["teacher"]["negative_prompt"]} | {key: manifest[key] for key in ("method", "unfinished") if manifest.get(key)}
     if manifest["weights"] == "lora":
         told["teacher"] = manifest["teacher"].get("sha256") or source_hash(*teacher_source(folder, manifest["teacher"], teacher_dir))
-    return GeneratorSubject(generator, "student", content=folder_hash(folder), source=str(folder), steps=steps, dtype=dtype, told=told)
+    taught_by, content = manifest["teacher"].get("sha256"), folder_hash(folder)
+    return GeneratorSubject(generator, "student", content=content, source=str(folder), steps=steps, dtype=dtype, told=told, taught_by=taught_by)
 
 
 def teacher_subject(
