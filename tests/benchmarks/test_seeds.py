@@ -83,7 +83,8 @@ def test_rows_are_measured_again_only_where_something_is_another(tmp_path: Path,
     made, failed = quality.measure(DIGITS, [Asked(RECIPE, seed) for seed in (0, 1, 9)], tmp_path, output, 2, 1)
     assert asked_of == [(RECIPE, 1), (RECIPE, 9)] and set(threads_of) == {(2, 1)}
     assert failed == [f"{RECIPE}, seed 9: diverged"]
-    assert made == rows.read(output) == [teacher, *rows.with_means(flat(own(0, 4.0, 1.0), own(1, 5.0, 1.0), own(0, 3.0, 1.0, OTHER)), DIGITS.recipes), {**teacher, "model": "real"}]  # fmt: skip
+    seeds = flat(own(0, 4.0, 1.0), own(1, 5.0, 1.0), own(0, 3.0, 1.0, OTHER))
+    assert made == rows.read(output) == [teacher, *rows.with_means(seeds, DIGITS.recipes), {**teacher, "model": "real"}]
     asked_of.clear()
     assert quality.measure(DIGITS, [Asked(RECIPE, 0)], tmp_path, output, 2, 1) == (made, []) and asked_of == []
 
