@@ -1,9 +1,8 @@
 """How good are the students, and what do they cost? Makes README's results tables and sample grids.
 
-    python benchmarks/quality.py                          # world scenes: every recipe with three seeds, two at a time, 90 minutes on two cores
+    python benchmarks/quality.py                          # every recipe with three seeds, two at a time
     python benchmarks/quality.py --readme                 # also puts table and grid into README.md
-    python benchmarks/quality.py --world digits           # the small world of the demo
-    python benchmarks/quality.py --recipes scenes_scm_2step --seeds 0
+    python benchmarks/quality.py --recipes digits_scm_2step --seeds 0
 
 Each recipe is trained and exported as a user would, and measured with the world's protocol, in a process of its own with one thread. Rows go to
 benchmarks/results/quality_WORLD.jsonl as soon as a run has ended, one measurement a line, with provenance: the mean over seeds, and under `seed`
@@ -98,7 +97,7 @@ def measure(world: World, asked: Sequence[Asked], work: Path, output: Path, jobs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, default="scenes")
+    parser.add_argument("--world", choices=WORLDS, default="digits")
     parser.add_argument("--recipes", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="run folders; finished ones are used again")
