@@ -33,6 +33,7 @@ LAYERS = [
         "progress",
         "legibility",
         "guidance",
+        "tf32",
     }
     | {"printing", "records", "manifest", "yaml_files", "static"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards", "portable"},

@@ -21,7 +21,9 @@ def test_files_and_folders_lie_below_the_folder(tmp_path: Path) -> None:
     assert weights.directory("net", source="s", files=["a.pth"]) == tmp_path / "net"
     with pytest.raises(Unavailable, match=r"^needs b\.pth, which is not in '.*': get it from s and put it there$"):
         weights.file("b.pth", source="s")
-    with pytest.raises(Unavailable, match=r"^needs a\.pth from s: put it into a folder and name that with --weights-dir$"):
+    with pytest.raises(
+        Unavailable, match=r"^needs a\.pth from s: put it into a folder and name that with --weights-dir \(recipe key evaluate.weights_dir\)$"
+    ):
         Weights().file("a.pth", source="s")
 
 
