@@ -32,12 +32,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.evaluating import beside_torch_fidelity, line  # noqa: E402
-from benchmarks.measuring.case import Row  # noqa: E402
+from benchmarks.measuring.case import THREADS, Row  # noqa: E402
 from benchmarks.table import between  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.jsonl"
 PAGE = ROOT / "fastgen" / "evaluation" / "README.md"
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ MEASUREMENTS = (
 
 def apart(one: Measurement) -> Row:
     """A measurement in a new process, which nothing has left memory in. Threads are counted when libraries are loaded."""
-    os.environ |= dict.fromkeys(_THREADS, str(one.threads))
+    os.environ |= dict.fromkeys(THREADS, str(one.threads))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(one.measure, one.count).result()
 

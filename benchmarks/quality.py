@@ -5,8 +5,8 @@
     python benchmarks/quality.py --recipes digits_scm_2step --seeds 0
 
 Each recipe is trained and exported as a user would, and measured with the world's protocol, in a process of its own with one thread. Rows go to
-benchmarks/results/quality_WORLD.jsonl as soon as a run has ended, one measurement a line, with provenance: the mean over seeds, and under `seed`
-what each of them gave. The same command goes on where it was stopped: what is there of the same recipe, teacher, protocol and threads is not
+benchmarks/results/quality_WORLD.jsonl as soon as a run has ended, one measurement a line: the mean over seeds, and under `seed` what each of them
+gave, with its provenance. The same command goes on where it was stopped: what is there of the same recipe, teacher, protocol and threads is not
 made again. Tables show means.
 """
 

@@ -85,8 +85,8 @@ def _write(models: list[str], prompts: Path, output: Path, samples: int, seed: i
 
 def _has_adapter(models: list[str]) -> bool:
     """Which needs its teacher to draw."""
+    from fastgen.evaluation.subjects.found import is_student
     from fastgen.files import expanded
-    from fastgen.gallery import is_student
     from fastgen.generator import read_manifest
 
     return any(is_student(model) and read_manifest(expanded(model))["weights"] == "lora" for model in models)

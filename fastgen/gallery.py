@@ -167,10 +167,6 @@ def _columns(models: Sequence[str], steps: int | None, teacher: bool, teacher_di
     return [beside, *columns]
 
 
-def is_student(model: str) -> bool:
-    return (expanded(model) / "fastgen.json").is_file()
-
-
 def _names(models: Sequence[str]) -> list[str]:
     """Local folders by the last parts of their paths, others by themselves."""
     local = [model for model in models if expanded(model).is_dir()]

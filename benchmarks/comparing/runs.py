@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.comparing.passes import passes_a_step
+from benchmarks.measuring.case import THREADS
 from benchmarks.training import trainers
 from fastgen import fingerprints, run
 from fastgen.config import Recipe
@@ -24,7 +25,6 @@ from fastgen.plan import plan
 from fastgen.yaml_files import read_yaml
 
 Rows = list[dict[str, Any]]
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Asked(NamedTuple):
@@ -80,13 +80,9 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def passes_of(asked: Asked) -> float:
     """Network passes of a training step, a sample each."""
-    trainer, _ = trainers.of_recipe(asked.recipe, [*asked.keys, *trainers_changes(asked.recipe)])
+    few = [] if Recipe.load(asked.recipe, asked.keys).data.pairs is None else ["data.pairs=128"]  # drawing them is no training step's cost
+    trainer, _ = trainers.of_recipe(asked.recipe, [*asked.keys, *few])
     return passes_a_step(trainer)
-
-
-def trainers_changes(recipe: str) -> Sequence[str]:
-    """Pairs cost what drawing them takes, which is no training step's: few suffice to count."""
-    return ("data.pairs=128",) if Recipe.load(recipe).data.pairs is not None else ()
 
 
 def is_finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
@@ -99,7 +95,7 @@ def is_finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
 def side_by_side(todo: Mapping[Asked, str], work: Path, jobs: int, threads: int) -> Iterator[tuple[Asked, Rows | Exception]]:
     """Each as soon as it is there, `jobs` at a time with so many threads each; an exception in place of the rows of what failed. todo: by what is
     asked the key of its rows."""
-    os.environ |= dict.fromkeys(_THREADS, str(threads))  # of the children, which import torch anew
+    os.environ |= dict.fromkeys(THREADS, str(threads))  # of the children, which import torch anew
     work.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures: dict[Future[Rows], Asked] = {pool.submit(_apart, asked, work, key, threads): asked for asked, key in todo.items()}

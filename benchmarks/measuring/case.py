@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 Row = dict[str, Any]
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # variables that libraries read when they are loaded
 
 
 class LeftOut(Exception):

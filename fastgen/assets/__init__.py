@@ -1,4 +1,4 @@
-"""What ships inside fastgen: teachers of digits and of scenes (stock diffusers folders), their classifiers, and the scripts that made them."""
+"""What ships inside fastgen, and the scripts that make it: the digits teacher (a stock diffusers folder), classifiers of digits and of scenes."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from fastgen.evaluation.protocol import Protocol, load_protocol
 from fastgen.evaluation.runner import Drawn, Evaluation
 from fastgen.evaluation.settings import Settings, with_root
 from fastgen.evaluation.subjects.base import Subject
-from fastgen.evaluation.subjects.found import Asked, kind_of, subject_of
+from fastgen.evaluation.subjects.found import Asked, is_student, kind_of, subject_of
 from fastgen.evaluation.subjects.generated import teacher_subject
 from fastgen.files import check_writable, expanded
 from fastgen.generator import read_manifest, teacher_source
@@ -100,10 +100,6 @@ def _written(evaluation: Evaluation, target: Path, device: torch.device) -> dict
         origin["unfinished"] = record["unfinished"]
     name, stop_after = evaluation.protocol.name, evaluation.settings.stop_after
     return results.write_results(target, name, rows, origin, missing=evaluation.missing, stop_after=stop_after)
-
-
-def is_student(model: str) -> bool:
-    return (expanded(model) / "fastgen.json").is_file()
 
 
 def _name(model: str, beside: object) -> Literal["pipeline"] | None:

@@ -93,6 +93,11 @@ def _called(subject: Subject, name: Literal["teacher", "pipeline"] | None) -> Su
     return subject
 
 
+def is_student(model: str) -> bool:
+    """Whether it is a folder that fastgen has exported."""
+    return (expanded(model) / "fastgen.json").is_file()
+
+
 def kind_of(model: str, asked: Asked = Asked(), *, steps: int | None = None, key: str = "MODEL") -> Kind:
     """Which of them it is. UserError, which begins with `key`, before anything is loaded: for what is none of them, for what does not apply to
     its kind, and for a hub id that cannot be had, which is downloaded here."""
@@ -103,7 +108,7 @@ def kind_of(model: str, asked: Asked = Asked(), *, steps: int | None = None, key
         if asked.guidance is not None and asked.guidance < 1:
             raise UserError(f"--guidance: {asked.guidance:g}; a bundled teacher takes 1 (none) and more, as in diffusers")
         return "bundled"
-    if (folder / "fastgen.json").is_file():
+    if is_student(model):
         asked.refuse("an exported student, whose fastgen.json says how it is called", "dtype")
         return "student"
     if (folder / "model_index.json").is_file() or is_hub_id(model):
