@@ -75,7 +75,7 @@ WORLDS: Mapping[str, Mapping[str, Stage]] = {
         "classifiers": Stage(lambda seed: say(f"classifiers: {train_scenes(SCENES_CLASSIFIER, seed, say)}"), 1),
         "vae": Stage(build_vae, 1),
         "skeleton": Stage(build_scenes_skeleton, 1),
-        "teacher": Stage(lambda seed: build_teacher("scenes", SCENES_TEACHER, seed), 1),
+        "teacher": Stage(lambda seed: build_teacher("scenes", SCENES_TEACHER, seed), 2),
         "statistics": Stage(lambda seed: say(f"statistics: {write_statistics(SCENES_STATISTICS, seed, say=say)}"), 2),
     },
 }

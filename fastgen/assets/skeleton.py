@@ -1,7 +1,7 @@
 """Tiny stock StableDiffusion3Pipelines, offline and from a seed: everything but a trained transformer.
 
-Native classes only. Two CLIP encoders and a T5 with random, frozen weights tell captions apart; T5 must be there because plain
-`from_pretrained` refuses a folder without it. Tokenizers know the captions' words as single tokens. The VAE, trained here, turns 8x8x3
+Native classes only. Two CLIP encoders and a T5 tell captions apart, with random weights (digits) or after reading them (scenes); T5 must be
+there because plain `from_pretrained` refuses a folder without it. Tokenizers know the captions' words as single tokens. The VAE, trained here, turns 8x8x3
 pixels into 8x8x2 latents of unit scale (digits, factor 1), or 16x16x3 into 8x8x8 (scenes, factor 2).
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.assets import encoders
 from fastgen.data import digits, scenes
 
 KL_WEIGHT = 1e-3
@@ -43,6 +44,7 @@ class Skeleton:
     vae_steps: int
     vae_batch: int
     heads: int  # of 16 channels each, in the transformer
+    reads: bool  # whether the text encoders read the captions before they are frozen
 
     def words(self) -> list[str]:
         """Every word of every caption."""
@@ -70,6 +72,7 @@ DIGITS = Skeleton(
     vae_steps=900,
     vae_batch=128,
     heads=4,
+    reads=False,
 )
 SCENES = Skeleton(
     captions=scenes.prompts,
@@ -81,7 +84,8 @@ SCENES = Skeleton(
     latent_channels=8,
     vae_steps=900,
     vae_batch=48,
-    heads=5,
+    heads=6,
+    reads=True,
 )
 
 
@@ -128,6 +132,16 @@ def t5_encoder(tokenizer: Any) -> Any:
     return T5EncoderModel(config).eval()
 
 
+def text_encoders(of: Skeleton, clip: Any, t5: Any) -> dict[str, Any]:
+    """The three, with the ambient generator, by their names in the pipeline."""
+    parts: dict[str, Any] = {"text_encoder": clip_encoder(clip), "text_encoder_2": clip_encoder(clip), "text_encoder_3": t5_encoder(t5)}
+    if of.reads:
+        for name, encoder in parts.items():
+            tokenizer, tokens = (t5, encoders.t5_tokens) if name == "text_encoder_3" else (clip, encoders.clip_tokens)
+            print(f"{name}: loss {encoders.teach(encoder, tokenizer, tokens):.3g} on captions", flush=True)
+    return parts
+
+
 def train_vae(of: Skeleton) -> Any:
     """AutoencoderKL trained with the ambient generator, its shift and scale set to the latents' mean and deviation. Prints how far it is, and at
     the end its reconstruction MSE on [-1, 1] pixels."""
@@ -170,7 +184,7 @@ def _normalised(vae: Any, images: Tensor) -> Any:
 
 
 def transformer(of: Skeleton) -> Any:
-    """Untrained SD3Transformer2DModel on 8x8 latents: 4 layers, patch 2; 0.6 M parameters with 4 heads, 0.9 M with 5."""
+    """Untrained SD3Transformer2DModel on 8x8 latents: 4 layers, patch 2; 0.6 M parameters with 4 heads, 1.3 M with 6."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -186,7 +200,7 @@ def build_skeleton(of: Skeleton, output: Path, seed: int, vae: Any = None) -> No
 
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(of), t5_tokenizer(of)
-    parts: dict[str, Any] = {"text_encoder": clip_encoder(clip), "text_encoder_2": clip_encoder(clip), "text_encoder_3": t5_encoder(t5)}
+    parts = text_encoders(of, clip, t5)
     parts["transformer"] = transformer(of)
     parts["vae"] = vae or train_vae(of)
     parts["scheduler"] = FlowMapEulerDiscreteScheduler(shift=1.0)
