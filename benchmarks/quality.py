@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py                          # every recipe with three seeds, two at a time
     python benchmarks/quality.py --readme                 # also puts table and grid into README.md
-    python benchmarks/quality.py --recipes digits_scm_2step --seeds 0
+    python benchmarks/quality.py --world digits           # the easier world of the demo
+    python benchmarks/quality.py --recipes scenes_scm_2step --seeds 0
 
 Each recipe is trained and exported as a user would, and measured with the world's protocol, in a process of its own with one thread. Rows go to
 benchmarks/results/quality_WORLD.jsonl as soon as a run has ended, one measurement a line: the mean over seeds, and under `seed` what each of them
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.comparing import rows as kept  # noqa: E402
-from benchmarks.comparing.runs import Asked, side_by_side  # noqa: E402
+from benchmarks.comparing import runs  # noqa: E402
+from benchmarks.comparing.runs import Asked  # noqa: E402
 from benchmarks.comparing.worlds import WORLDS, World  # noqa: E402
 from benchmarks.table import between  # noqa: E402
 from fastgen import families, fingerprints, generator, pictures  # noqa: E402
@@ -71,33 +73,20 @@ def sample_grid(world: World, students: Mapping[str, Path]) -> Any:
 def measure(world: World, asked: Sequence[Asked], work: Path, output: Path, jobs: int, threads: int) -> tuple[Rows, list[str]]:
     """All rows, those of before included, on disk after each run; and what failed, a line each."""
     found = kept.read(output)
-    fixed, seeds = known_rows(world, found, threads), [row for row in found if "seed" in row]
-    there = {row["provenance"].get("run") for row in seeds}
-    todo = {each: key for each in asked if (key := each.key(threads)) not in there}
-    replaced = {(each.name, each.seed) for each in todo}
-    seeds = [row for row in seeds if (row["model"], row["seed"]) not in replaced]
+    fixed = known_rows(world, found, threads)
+    real = [row for row in fixed if row["model"] == "real"]
 
-    def everything() -> Rows:
-        real = [row for row in fixed if row["model"] == "real"]
+    def everything(seeds: Rows) -> Rows:
         return [*(row for row in fixed if row["model"] != "real"), *kept.with_means(seeds, world.recipes), *real]
 
-    failed: list[str] = []
-    kept.write(output, everything())
-    for count, (each, rows) in enumerate(side_by_side(todo, work, jobs, threads), 1):
-        if isinstance(rows, Exception):
-            failed.append(f"{each.name}, seed {each.seed}: {rows}")
-            print(f"[{count}/{len(todo)}] failed: {failed[-1]}", flush=True)
-            continue
-        seeds += rows
-        kept.write(output, everything())
-        told = ", ".join(f"{row['name']} {row['value']:.4g}" for row in rows)
-        print(f"[{count}/{len(todo)}] {each.name}, seed {each.seed}: {told}", flush=True)
-    return everything(), failed
+    own = [row for row in found if "seed" in row]
+    seeds, failed = runs.measure(asked, own, lambda seeds: kept.write(output, everything(seeds)), work=work, jobs=jobs, threads=threads)
+    return everything(seeds), failed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, default="digits")
+    parser.add_argument("--world", choices=WORLDS, default="scenes")
     parser.add_argument("--recipes", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="run folders; finished ones are used again")

@@ -22,16 +22,19 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def over_seeds(runs: Sequence[Rows]) -> Rows:
-    """Mean and standard deviation over seeds of each metric of one recipe, one list of rows a seed."""
-    rows = []
-    for same in zip(*runs, strict=True):
-        assert len({(row["name"], row["steps"], row["model"]) for row in same}) == 1
-        values = [row["value"] for row in same]
-        spread = {"std": statistics.stdev(values), "std_over": "seeds"} if len(values) > 1 else {}
-        shared = {key: value for key, value in same[0].items() if key not in ("seed", "provenance")}
-        rows.append({**shared, "value": statistics.mean(values), **spread, "seeds": [each["seed"] for each in same]})
-    return rows
+def over_seeds(runs: Iterable[Rows]) -> Rows:
+    """Mean and standard deviation over seeds of each metric of one recipe, one list of rows a seed; over the seeds that have it."""
+    same: dict[tuple[str, int | None], Rows] = {}
+    for row in (row for own in runs for row in own):
+        same.setdefault((row["name"], row["steps"]), []).append(row)
+    return [_mean(rows) for rows in same.values()]
+
+
+def _mean(rows: Rows) -> dict[str, Any]:
+    values = [row["value"] for row in rows]
+    spread = {"std": statistics.stdev(values), "std_over": "seeds"} if len(values) > 1 else {}
+    shared = {key: value for key, value in rows[0].items() if key not in ("seed", "provenance")}
+    return {**shared, "value": statistics.mean(values), **spread, "seeds": [row["seed"] for row in rows]}
 
 
 def with_means(seeds: Iterable[dict[str, Any]], order: Sequence[str]) -> Rows:

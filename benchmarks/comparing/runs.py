@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -102,6 +102,27 @@ def side_by_side(todo: Mapping[Asked, str], work: Path, jobs: int, threads: int)
         for done in as_completed(futures):
             error = done.exception()
             yield futures[done], done.result() if error is None else Exception(f"{type(error).__name__}: {error}")
+
+
+def measure(asked: Sequence[Asked], rows: Rows, keep: Callable[[Rows], None], *, work: Path, jobs: int, threads: int) -> tuple[Rows, list[str]]:
+    """The rows, with those of what was asked for and is not among them; and what failed, a line each. A row that is there of the same name and
+    seed, but of another recipe, teacher, protocol or number of threads, goes. keep: given all rows at the start and after each run."""
+    there = {row["provenance"].get("run") for row in rows}
+    todo = {each: key for each in asked if (key := each.key(threads)) not in there}
+    replaced = {(each.name, each.seed) for each in todo}
+    rows = [row for row in rows if (row["model"], row["seed"]) not in replaced]
+    failed: list[str] = []
+    keep(rows)
+    for count, (each, made) in enumerate(side_by_side(todo, work, jobs, threads), 1):
+        if isinstance(made, Exception):
+            failed.append(f"{each.name}, seed {each.seed}: {made}")
+            print(f"[{count}/{len(todo)}] failed: {failed[-1]}", flush=True)
+            continue
+        rows = [*rows, *made]
+        keep(rows)
+        told = ", ".join(f"{row['name']} {row['value']:.4g}" for row in made)
+        print(f"[{count}/{len(todo)}] {each.name}, seed {each.seed}: {told}", flush=True)
+    return rows, failed
 
 
 def _apart(asked: Asked, work: Path, key: str, threads: int) -> Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastgen.data import digits
+from fastgen.data import digits, scenes
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,22 @@ DIGITS = World(
 )  # fmt: skip
 
 
-WORLDS = {world.name: world for world in (DIGITS,)}
+def _scenes() -> list[str]:
+    """Full prompts of every relation, then open ones, the same several times."""
+    full = [scenes.full_caption((0, 2), (3, 7), 0), scenes.full_caption((3, 1), (5, 2), 1), scenes.full_caption((2, 3), (8, 0), 2)]
+    full += [scenes.full_caption((1, 0), (6, 4), 3), scenes.full_caption((0, 3), (1, 9), 0), scenes.full_caption((2, 1), (7, 7), 2)]
+    return [*full, *[scenes.TWO] * 8, *["a red digit and a blue digit"] * 4, *["a three and a seven"] * 4, *["a red digit and a seven"] * 4]
+
+
+SCENES = World(
+    "scenes",
+    guidance=3.0,
+    teacher_steps=(28, 4, 2, 1),
+    recipes=(
+        "scenes_dmd_1step", "scenes_dmd2_1step", "scenes_dmd2_gan_1step", "scenes_f_distill_1step", "scenes_scm_2step", "scenes_rcm_2step",
+        "scenes_tbcm_2step", "scenes_meanflow_2step", "scenes_lcm_4step", "scenes_tscd_4step", "scenes_dmd2_4step", "scenes_dmd2_gan_4step",
+        "scenes_dmd2_anchor_4step", "scenes_phased_dmd_4step",
+    ),
+    shown=_scenes,
+)  # fmt: skip
+WORLDS = {world.name: world for world in (SCENES, DIGITS)}

@@ -1,4 +1,5 @@
-"""What ships inside fastgen, and the scripts that make it: the digits teacher (a stock diffusers folder), classifiers of digits and of scenes."""
+"""What ships inside fastgen, and the scripts that make it: teachers of digits and of scenes (stock diffusers folders), classifiers of both, and what
+the scenes teacher draws, as statistics."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Tiny stock StableDiffusion3Pipelines, offline and from a seed: everything but a trained transformer.
 
-Native classes only. Two CLIP encoders and a T5 tell captions apart, with random weights (digits) or after reading them (scenes); T5 must be
-there because plain `from_pretrained` refuses a folder without it. Tokenizers know the captions' words as single tokens. The VAE, trained here, turns 8x8x3
-pixels into 8x8x2 latents of unit scale (digits, factor 1), or 16x16x3 into 8x8x8 (scenes, factor 2).
+Native classes only. Two CLIP encoders and a T5 tell captions apart, with random weights (digits) or after reading them (scenes), frozen; T5
+must be there because plain `from_pretrained` refuses a folder without it. Tokenizers know the captions' words as single tokens. The VAE,
+trained here, turns 8x8x3 pixels into 8x8x2 latents of unit scale (digits, factor 1), or 16x16x3 into 8x8x8 (scenes, factor 2).
 """
 
 from __future__ import annotations

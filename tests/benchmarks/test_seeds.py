@@ -56,6 +56,11 @@ def test_means_stand_before_the_rows_of_each_seed() -> None:
     assert (fd["value"], "std" in fd, alone) == (5.0, False, seeds[1])
 
 
+def test_a_metric_that_one_seed_lacks_is_the_mean_of_the_others() -> None:
+    fd, seconds = rows.over_seeds([own(0, 4.0, 70.0), own(1, 6.0, 80.0)[:1]])
+    assert (fd["value"], fd["seeds"]) == (5.0, [0, 1]) and (seconds["value"], seconds["seeds"], "std" in seconds) == (70.0, [0], False)
+
+
 def test_the_table_takes_the_means_in_the_order_of_the_world() -> None:
     seeds = flat(own(0, 4.0, 70.0), own(2, 5.0, 90.0), own(7, 9.0, 80.0))
     for order in (seeds, seeds[::-1]):
@@ -78,7 +83,7 @@ def test_rows_are_measured_again_only_where_something_is_another(tmp_path: Path,
             threads_of.append((jobs, threads))
             yield each, Exception("diverged") if each.seed == 9 else own(each.seed, 4.0 + each.seed, 1.0, each.recipe, key)
 
-    monkeypatch.setattr(quality, "side_by_side", side_by_side)
+    monkeypatch.setattr(runs, "side_by_side", side_by_side)
     rows.write(output, [*own(0, 4.0, 1.0), *own(1, 7.0, 1.0, run="of another recipe"), *own(0, 3.0, 1.0, OTHER)])
     made, failed = quality.measure(DIGITS, [Asked(RECIPE, seed) for seed in (0, 1, 9)], tmp_path, output, 2, 1)
     assert asked_of == [(RECIPE, 1), (RECIPE, 9)] and set(threads_of) == {(2, 1)}

@@ -1,0 +1,84 @@
+"""Trials of a recipe on the scenes: which composition of methods brings a student closest to its teacher.
+
+    python benchmarks/trials.py                     # what is missing of TRIALS, two at a time; appends to benchmarks/results/trials.jsonl
+    python benchmarks/trials.py --only 'one step'   # of one group
+
+Every trial is a shipped recipe with changed keys, trained and measured as a user would. What each found out is written down in trials.md, whose
+table this script keeps up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks.comparing import rows as kept  # noqa: E402
+from benchmarks.comparing.runs import Asked, Rows, measure  # noqa: E402
+from benchmarks.table import between  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+LOG = ROOT / "benchmarks" / "trials.md"
+SHOWN = {"fd_scenes_teacher": "FD to the teacher", "fd_scenes": "FD to real scenes", "scene_accuracy": "all right", "mode_entropy": "modes"}
+COSTS = {"training_seconds": "training s", "network_passes": "passes"}
+
+ONE, AT_7 = "scenes_dmd2_1step", "student.grid=[0.7]"
+# By group and what is tried: the recipe and the keys that differ from it.
+TRIALS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "one step": {
+        "dmd2": (ONE, ()),
+        "told time .7": (ONE, (AT_7,)),
+        "told time .85": (ONE, ("student.grid=[0.85]",)),
+        ".7, twice the learning rates": (ONE, (AT_7, "optimizer.student.lr=1e-3", "optimizer.fake_score.lr=2e-3")),
+        ".7, two critic updates": (ONE, (AT_7, "distiller.critic_updates=2", "train.steps=430")),
+        ".7, decoupled guidance": (ONE, (AT_7, "distiller.decoupled={}", "train.steps=470")),
+        ".7, discriminator": ("scenes_dmd2_gan_1step", (AT_7,)),
+        ".7, regression": ("scenes_dmd_1step", (AT_7,)),
+        "rcm": ("scenes_rcm_2step", ("student={steps: 1, grid: [0.99]}",)),
+        ".7, four times as long": (ONE, (AT_7, "train.steps=2360")),
+    },
+}
+
+
+def asked_for(groups: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]], seed: int) -> list[Asked]:
+    return [Asked(recipe, seed, keys, f"{group}: {name}") for group, own in groups.items() for name, (recipe, keys) in own.items()]
+
+
+def table(rows: Rows) -> str:
+    """A line a trial, in the order of TRIALS, beside what it changed."""
+    values: dict[str, dict[str, float]] = {}
+    for row in rows:
+        values.setdefault(row["model"], {})[row["name"]] = row["value"]
+    heads = ["trial", "recipe and keys", *SHOWN.values(), *COSTS.values()]
+    lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
+    for each in asked_for(TRIALS, 0):
+        if own := values.get(each.name):
+            cells = [f"{own[name]:.3g}" for name in SHOWN] + [f"{own[name]:,.0f}" for name in COSTS]
+            lines.append(f"| {each.name} | `{' '.join([each.recipe, *each.overrides])}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=TRIALS, help="one group")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    chosen = parser.parse_args()
+    output = RESULTS / "trials.jsonl"
+    groups = {chosen.only: TRIALS[chosen.only]} if chosen.only else TRIALS
+    keep = functools.partial(kept.write, output)
+    asked, work = asked_for(groups, chosen.seed), ROOT / "runs" / "trials"
+    rows, failed = measure(asked, kept.read(output), keep, work=work, jobs=chosen.jobs, threads=chosen.threads)
+    LOG.write_text(between(LOG.read_text(encoding="utf-8"), "trials", table(rows)), encoding="utf-8")
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
