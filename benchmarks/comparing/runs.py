@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -44,7 +45,7 @@ class Asked(NamedTuple):
         return [*self.overrides, f"train.seed={self.seed}"]
 
     def folder(self, work: Path) -> Path:
-        return work / f"{self.name}_seed{self.seed}"
+        return work / re.sub(r"[^\w.-]+", "_", f"{self.name}_seed{self.seed}")
 
     def key(self, threads: int) -> str:
         """All that its rows depend on, but for versions and machine: the whole recipe, the teacher's weights, the protocol, and threads."""

@@ -102,6 +102,11 @@ def test_a_run_is_known_by_all_that_its_rows_depend_on() -> None:
     assert len(keys) == 6 and Asked(RECIPE, 0, label="another name").key(1) in keys
 
 
+def test_a_labels_folder_has_a_name_on_every_file_system() -> None:
+    assert Asked(RECIPE, 3).folder(Path("runs")) == Path(f"runs/{RECIPE}_seed3")
+    assert Asked(RECIPE, 3, label="one step: .7, twice").folder(Path("runs")) == Path("runs/one_step_.7_twice_seed3")
+
+
 def test_a_finished_run_gives_its_rows_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the very same recipe and number of threads; anything else is trained."""
     asked, trained = Asked(RECIPE, 3), []
