@@ -52,16 +52,16 @@ def test_shipped_recipes_are_valid_and_come_back_from_yaml(name: str, tmp_path: 
 
 def offline(name: str) -> list[str]:
     """Overrides that put the bundled teacher and its data in the place of what only a hub, a user's folder or a build script has."""
-    if name == "digits_teacher":
-        return ["teacher.pretrained=fastgen:digits"]
+    if name in ("digits_teacher", "scenes_teacher"):
+        return [f"teacher.pretrained=fastgen:{name.removesuffix('_teacher')}"]
     if not name.startswith("sd35_"):
         return []
     data = next(key for key, source in Recipe.load(name).data.model_dump().items() if source is not None)
     return ["teacher.pretrained=fastgen:digits", "teacher.resolution=null", f"data.{data}=fastgen:digits"]
 
 
-# Those of other families are planned on their tiny pipelines, in families/test_matrix.py, those of scenes in assets/test_scenes_assets.py.
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("digits_", "sd35_"))])
+# Those of other families are planned on their tiny pipelines, in families/test_matrix.py.
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("digits_", "scenes_", "sd35_"))])
 def test_everything_a_shipped_recipe_names_is_there(name: str) -> None:
     recipe = Recipe.load(name, offline(name))
     planned = run.plan(recipe)

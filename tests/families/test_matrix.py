@@ -126,7 +126,7 @@ def given(shipped: Recipe) -> list[tuple[str, str | None, Callable[[Path, list[s
 
 
 def test_every_recipe_is_planned_somewhere() -> None:
-    elsewhere = {name for name in shipped_recipes() if name.startswith(("digits_", "scenes_"))}  # test_config.py, assets/test_scenes_assets.py
+    elsewhere = {name for name in shipped_recipes() if name.startswith(("digits_", "scenes_"))}  # test_config.py
     assert {name for _, name in RECIPES} | elsewhere == set(shipped_recipes())
 
 
