@@ -42,6 +42,15 @@ TRIALS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
         "rcm": ("scenes_rcm_2step", ("student={steps: 1, grid: [0.99]}",)),
         ".7, four times as long": (ONE, (AT_7, "train.steps=2360")),
     },
+    "one step, faster": {
+        "four times the learning rates": (ONE, ("optimizer.student.lr=2e-3", "optimizer.fake_score.lr=4e-3")),
+        "half the batch, twice the steps": (ONE, ("train.batch_size=32", "train.steps=1180")),
+        "discriminator, twice the learning rates": (
+            "scenes_dmd2_gan_1step",
+            ("optimizer.student.lr=1e-3", "optimizer.fake_score.lr=2e-3", "optimizer.discriminator.lr=2e-3"),
+        ),
+        "discriminator of weight .1": ("scenes_dmd2_gan_1step", ("distiller.gan.weight=0.1",)),
+    },
 }
 
 
