@@ -50,6 +50,11 @@ TRIALS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
             ("optimizer.student.lr=1e-3", "optimizer.fake_score.lr=2e-3", "optimizer.discriminator.lr=2e-3"),
         ),
         "discriminator of weight .1": ("scenes_dmd2_gan_1step", ("distiller.gan.weight=0.1",)),
+        "discriminator of weight .3": ("scenes_dmd2_gan_1step", ("distiller.gan.weight=0.3",)),
+        "discriminator of weight .1, four times the learning rates": (
+            "scenes_dmd2_gan_1step",
+            ("distiller.gan.weight=0.1", "optimizer.student.lr=2e-3", "optimizer.fake_score.lr=4e-3", "optimizer.discriminator.lr=4e-3"),
+        ),
     },
 }
 
