@@ -1,6 +1,6 @@
 """How much data do I need: quality against the number of prompts and pictures, of one method that learns from prompts and one from pictures.
 
-    python benchmarks/data_curve.py              # about 25 minutes on two cores; appends what is missing to benchmarks/results/data_curve.jsonl
+    python benchmarks/data_curve.py              # about 25 minutes by its passes; appends what is missing to benchmarks/results/data_curve.jsonl
     python benchmarks/data_curve.py --plot       # only draws benchmarks/results/data_curve.svg again
 
 The first so many scenes of world `scenes` are written as a user would have them, a folder of PNGs with captions and a file of the same prompts,

@@ -64,10 +64,11 @@ def asked_for(groups: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]], s
 
 
 def table(rows: Rows) -> str:
-    """A line a trial, in the order of TRIALS, beside what it changed."""
+    """A line a trial, in the order of TRIALS, beside what it changed; means where there are several seeds."""
     values: dict[str, dict[str, float]] = {}
-    for row in rows:
-        values.setdefault(row["model"], {})[row["name"]] = row["value"]
+    for row in kept.with_means(rows, []):
+        if "seed" not in row:
+            values.setdefault(row["model"], {})[row["name"]] = row["value"]
     heads = ["trial", "recipe and keys", *SHOWN.values(), *COSTS.values()]
     lines = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
     for each in asked_for(TRIALS, 0):

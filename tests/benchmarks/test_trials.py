@@ -23,10 +23,12 @@ def test_every_trial_can_be_made(asked: Any) -> None:
 def test_the_table_of_trials_has_a_line_for_each_that_was_made() -> None:
     first, second, *_ = trials.asked_for(trials.TRIALS, 0)
     names = [*trials.SHOWN, *trials.COSTS]
-    rows = [{"model": each.name, "seed": 0, "name": name, "value": float(i)} for each in (second, first) for i, name in enumerate(names)]
+    values = [(each, seed, name, i + seed) for each in (second, first) for seed in (0, 1) for i, name in enumerate(names)]
+    rows = [{"model": each.name, "steps": 1, "seed": seed, "name": name, "value": float(value)} for each, seed, name, value in values]
     heads, _, *lines = trials.table(rows).splitlines()
     assert [line.split(" | ")[0] for line in lines] == [f"| {first.name}", f"| {second.name}"]
     assert all(line.count("|") == heads.count("|") for line in lines)
+    assert all(line.endswith("| 0.5 | 1.5 | 2.5 | 3.5 | 4 | 6 |") for line in lines)  # means; costs are whole numbers, .5 to even
 
 
 def test_the_data_of_the_curve_say_what_the_world_says(tmp_path: Path) -> None:
