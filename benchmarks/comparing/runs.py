@@ -16,7 +16,7 @@ import torch
 from benchmarks.comparing.passes import passes_a_step
 from benchmarks.measuring.case import THREADS
 from benchmarks.training import trainers
-from fastgen import fingerprints, run
+from fastgen import fingerprints, run, terminal
 from fastgen.config import Recipe
 from fastgen.evaluation import results
 from fastgen.evaluation.protocol import load_protocol
@@ -108,6 +108,7 @@ def side_by_side(todo: Mapping[Asked, str], work: Path, jobs: int, threads: int)
 def measure(asked: Sequence[Asked], rows: Rows, keep: Callable[[Rows], None], *, work: Path, jobs: int, threads: int) -> tuple[Rows, list[str]]:
     """The rows, with those of what was asked for and is not among them; and what failed, a line each. A row that is there of the same name and
     seed, but of another recipe, teacher, protocol or number of threads, goes. keep: given all rows at the start and after each run."""
+    terminal.quiet()
     there = {row["provenance"].get("run") for row in rows}
     todo = {each: key for each in asked if (key := each.key(threads)) not in there}
     replaced = {(each.name, each.seed) for each in todo}
@@ -127,5 +128,6 @@ def measure(asked: Sequence[Asked], rows: Rows, keep: Callable[[Rows], None], *,
 
 
 def _apart(asked: Asked, work: Path, key: str, threads: int) -> Rows:
+    terminal.quiet()
     torch.set_num_threads(threads)
     return train_and_measure(asked, work, key)

@@ -9,7 +9,7 @@ students are exported with, when u is asked for with r the next time of the grid
 with kappa = 0): v = w (eps - x0) + (1 - w) u(z, t, t | negative), from the student itself.
 
 Everything is in flow-matching terms through `Predictor`, whatever the teacher's path and kind. Departures: `on_grid` draws a share of
-the intervals with r on the sampling grid, and the derivative can be faded in.
+the intervals with r on the sampling grid, and the derivative can be faded in, or taken as a difference along t.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastgen import conditioning
@@ -25,7 +25,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.config import MOST_STEPS
 from fastgen.distillers.base import Batch, Distiller, Loss, MethodConfig, Models, Update
 from fastgen.distillers.solver import FLOW
-from fastgen.distillers.tangents import check_student, derivative, faded
+from fastgen.distillers.tangents import Network, check_student, derivative, faded, precise
 from fastgen.path import expand_time
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, student
@@ -39,7 +39,11 @@ class MeanFlowConfig(MethodConfig):
     r < t (the paper's 25 %; distillation to few steps gains from more); the others learn u(z, t, t) = v. on_grid: share of samples
     with one time drawn, t, and for r the next time of the student's sampling grid below it. power, constant: p and c of the weight
     (|d|^2 + c)^-p with |d|^2 the sum over a sample. warmup: student steps over which du/dt is faded in. drop: share of prompts replaced
-    by the negative prompt, in the training variant with guidance. tangent: how du/dt is computed."""
+    by the negative prompt, in the training variant with guidance.
+
+    tangent: how du/dt is computed. `exact`; `semi_continuous`, exact along z and one backward difference of `discrete_step` along t, for
+    networks whose time embedding is so steep that its exact slope is mostly ripple (1000 t sinusoids); `discrete`, one such difference along
+    the trajectory, for networks without forward mode; `finite_difference`, central and fine, the exact tangent's stand-in there."""
 
     variant: Literal["distillation", "training"] = "distillation"
     times: TimeSampling = TimeSampling(name="logit_normal", mean=-0.4)
@@ -49,7 +53,14 @@ class MeanFlowConfig(MethodConfig):
     constant: float = Field(1e-3, gt=0)
     warmup: int = Field(0, ge=0, le=MOST_STEPS)
     drop: float = Field(0.1, ge=0, le=1)
-    tangent: Literal["exact", "finite_difference"] = "exact"
+    tangent: Literal["exact", "semi_continuous", "discrete", "finite_difference"] = "exact"
+    discrete_step: float = Field(0.01, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_tangent(self) -> MeanFlowConfig:
+        if self.tangent in ("exact", "finite_difference") and self.discrete_step != type(self).model_fields["discrete_step"].default:
+            raise ValueError(f"discrete_step is not used with tangent: {self.tangent}; remove it")
+        return self
 
 
 class MeanFlow(Distiller):
@@ -91,9 +102,9 @@ class MeanFlow(Distiller):
     def loss(self, student: Predict, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Conditioning, fade: float = 1.0) -> Loss:
         """The term at given points: x, v (B, ...), r <= t (B,) flow times; fade: factor of du/dt."""
         cond = given(cond, second_time=r)
-        slope = self._slope(student, x, t, v.to(x.dtype), cond)
-        target = v - fade * expand_time(t - r, x) * slope
         u = student(x, t, cond, "velocity", FLOW)
+        slope = self._slope(student, x, t, r, v.to(x.dtype), cond, u.detach())
+        target = v - fade * expand_time(t - r, x) * slope
         error = (u - target).square().flatten(1).sum(1)
         weight = (error.detach() + self.config.constant) ** -self.config.power
         logs = {"error": error.detach().mean(), "slope": slope.flatten(1).norm(dim=1).mean()}
@@ -111,14 +122,38 @@ class MeanFlow(Distiller):
         return t, torch.where(distinct, torch.where(on_grid, below, drawn.amin(1)), t)
 
     @torch.no_grad()
-    def _slope(self, student: Predict, x: Tensor, t: Tensor, v: Tensor, cond: Conditioning) -> Tensor:
-        """du/dt (B, ...) along the trajectory, with r, in the conditioning, held."""
-        average = lambda x, t, cond: student(x, t, cond, "velocity", FLOW)  # noqa: E731
-        direction = (v, torch.ones_like(t))
-        if self.config.tangent == "exact" and not self._checked:
-            check_student(student, average, x, t, cond, direction)
+    def _slope(self, student: Predict, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Conditioning, u: Tensor) -> Tensor:
+        """du/dt (B, ...) along the trajectory, with r, also in the conditioning, held. u: the student's, there."""
+        mode = self.config.tangent
+        if mode == "exact" or mode == "finite_difference":
+            return self._along(student, x, t, cond, (v, torch.ones_like(t)), mode)
+        if mode == "discrete":
+            return self._backward_difference(student, x, t, r, v, cond, u)
+        along_x = self._along(student, x, t, cond, (v, None), "exact")
+        return along_x + self._backward_difference(student, x, t, r, torch.zeros_like(v), cond, u)
+
+    def _along(
+        self,
+        student: Predict,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        direction: tuple[Tensor, Tensor | None],
+        mode: Literal["exact", "finite_difference"],
+    ) -> Tensor:
+        if mode == "exact" and not self._checked:
+            check_student(student, _average(student), x, t, cond, direction)
             self._checked = True
-        return derivative(student, average, x, t, cond, direction, self.config.tangent)
+        return derivative(student, _average(student), x, t, cond, direction, mode)
+
+    def _backward_difference(self, student: Predict, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Conditioning, u: Tensor) -> Tensor:
+        """(u(x, r, t) - u(x - d v, r, t - d)) / d, with t - d no further than halfway to r."""
+        step = torch.full_like(t, self.config.discrete_step)
+        step = torch.where(t > r, torch.minimum(step, (t - r) / 2), step)  # where t is r, the derivative counts nothing
+        d = expand_time(step, x)
+        with precise(student) as was_coarse:
+            here = _average(student)(x, t, cond) if was_coarse else u
+            return (here - _average(student)((x - d * v).to(x.dtype), t - step, cond)) / d
 
     def _data_velocity(
         self, student: Predict, x: Tensor, t: Tensor, velocity: Tensor, cond: Conditioning, rng: SampleRng
@@ -133,3 +168,8 @@ class MeanFlow(Distiller):
         scale = self.setting.guidance
         v = torch.where(expand_time(lost, x), velocity, scale * velocity + (1 - scale) * unconditional)
         return v, conditioning.drop(cond, self.setting.negative, lost)
+
+
+def _average(student: Predict) -> Network:
+    """u in flow-matching terms."""
+    return lambda x, t, cond: student(x, t, cond, "velocity", FLOW)

@@ -194,7 +194,11 @@ def test_the_derivative_is_faded_in() -> None:
         ({"constant": 0}, "recipe key distiller.constant: Input should be greater than 0 (given: 0)"),
         ({"variant": "train"}, "recipe key distiller.variant: Input should be 'distillation' or 'training' (given: 'train')"),
         ({"ratios": 0.5}, "recipe key distiller.ratios: unknown key; did you mean 'ratio'?"),
-        ({"tangent": "forward"}, "recipe key distiller.tangent: Input should be 'exact' or 'finite_difference' (given: 'forward')"),
+        (
+            {"tangent": "forward"},
+            "recipe key distiller.tangent: Input should be 'exact', 'semi_continuous', 'discrete' or 'finite_difference' (given: 'forward')",
+        ),
+        ({"discrete_step": 0.02}, "recipe key distiller: discrete_step is not used with tangent: exact; remove it"),
     ],
 )
 def test_mistakes_in_the_config_name_the_key(config: dict[str, Any], message: str) -> None:
@@ -212,6 +216,42 @@ def test_finite_differences_give_the_same_loss() -> None:
         disturb(roles["student"], 0.05)
         values.append(method.match(roles.predictors(), Batch(32, {}, normal(32, 2).float()), rng(32), 0).value.item())
     assert values[0] == pytest.approx(values[1], rel=1e-2)
+
+
+def slopes(tangent: str, step: float) -> tuple[Tensor, Tensor]:
+    """du/dt as the method takes it at the exact average velocity, and as the identity gives it: (v - u) / (t - r)."""
+    method: Any = toy_method(MeanFlow, toy_setting(Toy("toy:gaussian")), tangent=tangent, discrete_step=step)
+    x, t, r, v = interval(64)
+    cond = given({}, second_time=r)
+    u = ExactAverage()(x, t, cond, "velocity", Flow())
+    return method._slope(ExactAverage(), x, t, r, v, cond, u), (v - u) / (t - r)[:, None]
+
+
+@pytest.mark.parametrize("tangent", ["semi_continuous", "discrete"])
+def test_differences_along_time_become_the_derivative_as_their_step_shrinks(tangent: str) -> None:
+    slope, exact = slopes(tangent, 1e-6)
+    torch.testing.assert_close(slope, exact, rtol=1e-4, atol=1e-4)
+    errors = [(difference - exact).abs().mean() for difference, exact in (slopes(tangent, 2e-3), slopes(tangent, 1e-3))]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)  # first order
+
+
+def test_a_difference_stays_within_its_interval() -> None:
+    """Where t is r, the derivative counts nothing, whatever the step."""
+    method: Any = toy_method(MeanFlow, toy_setting(Toy("toy:gaussian")), power=0.0, tangent="discrete", discrete_step=0.9)
+    asked: list[Tensor] = []
+
+    def student(x: Tensor, t: Tensor, cond: dict[str, Tensor], kind: str, path: Path) -> Tensor:
+        asked.append(t)
+        return x.square()
+
+    x, t, v = normal(3, 2), torch.tensor([0.5, 0.95, 0.4], dtype=torch.float64), normal(3, 2)
+    r = torch.tensor([0.3, 0.0, 0.4], dtype=torch.float64)
+    loss = method.loss(student, x, t, r, v, {})
+    torch.testing.assert_close(asked[1][:2], torch.tensor([0.4, 0.475], dtype=torch.float64))
+    step = t[:2] - asked[1][:2]
+    slope = (x[:2].square() - (x[:2] - step[:, None] * v[:2]).square()) / step[:, None]
+    target = torch.cat([v[:2] - (t - r)[:2, None] * slope, v[2:]])
+    torch.testing.assert_close(loss.value, (x.square() - target).square().sum(1).mean())
 
 
 # Recovery
