@@ -45,7 +45,7 @@ BEFORE: Mapping[str, tuple[str, ...]] = {
     "scenes_scm_2step": ("train.steps=670", *_rates(3e-4)),
     "scenes_rcm_2step": ("train.steps=300", *_rates(3e-4, 6e-4)),
     "scenes_tbcm_2step": ("train.steps=700", *_rates(3e-4)),
-    "scenes_meanflow_2step": ("train.steps=780", *_rates(5e-4)),
+    "scenes_meanflow_2step": ("distiller.tangent=exact", "distiller.discrete_step=0.01", "train.steps=780", *_rates(5e-4)),
     "scenes_lcm_4step": ("train.steps=940", *_rates(5e-4)),
     "scenes_tscd_4step": ("train.steps=940", *_rates(5e-4)),
     "scenes_dmd2_4step": ("train.steps=310", *_rates(2e-4, 4e-4)),
@@ -97,10 +97,6 @@ TRIALS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
         "mean flow, differences along the trajectory, twice the rate": (
             "scenes_meanflow_2step",
             ("distiller.tangent=discrete", "distiller.discrete_step=0.02", "train.steps=940", *_rates(1e-3)),
-        ),
-        "mean flow, differences along t, twice the rate": (
-            "scenes_meanflow_2step",
-            ("distiller.tangent=semi_continuous", "distiller.discrete_step=0.02", "train.steps=670", *_rates(1e-3)),
         ),
     },
     "one step, both": {
