@@ -47,7 +47,7 @@ def seconds(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--budget", type=seconds, help="time for all of it (default 8m; of a rehearsal 30m, in which no slice makes room for the next)")
+    found.add_argument("--budget", type=seconds, help="time for all of it (default 8m; a rehearsal: 30m, all of it for any slice)")
     found.add_argument("--only", nargs="+", choices=[part.name for part in SLICES], metavar="SLICE", help="of " + ", ".join(p.name for p in SLICES))
     found.add_argument("--output", type=Path, help="the file of result lines; a new one begins with those of benchmarks/results/gpu.jsonl")
     found.add_argument("--wheels", type=Path, help="a folder of wheels (benchmarks/wheels.txt) to use without installing them")
@@ -74,7 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         with log:
             budget = chosen.budget or (REHEARSAL if chosen.rehearse else BUDGET)
-            slices = [replace(part, seconds=budget) if chosen.rehearse else part for part in SLICES if chosen.only is None or part.name in chosen.only]
+            slices = [part for part in SLICES if chosen.only is None or part.name in chosen.only]
+            if chosen.rehearse:
+                slices = [replace(part, seconds=budget) for part in slices]
             return measure(Session(path, log, BEGAN + budget - ENDING, chosen.rehearse, packages), slices)
 
 
