@@ -153,7 +153,7 @@ class OptimizerBlock(Block):
 
 class TrainBlock(Block):
     """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all. checkpointing: blocks keep
-    their inputs alone and are computed again in the backward pass: less memory, about a third more time."""
+    their inputs alone and are computed again in the backward pass: less memory, more time."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     batch_size: int = Field(ge=1, le=2**20)
