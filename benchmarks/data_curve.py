@@ -1,6 +1,6 @@
 """How much data do I need: quality against the number of prompts and pictures, of one method that learns from prompts and one from pictures.
 
-    python benchmarks/data_curve.py              # about a quarter of an hour after `make bench`; appends what is missing to benchmarks/results/data_curve.jsonl
+    python benchmarks/data_curve.py              # a quarter of an hour after `make bench`; appends to benchmarks/results/data_curve.jsonl
     python benchmarks/data_curve.py --plot       # only draws benchmarks/results/data_curve.svg again
 
 The first so many scenes of world `scenes` are written as a user would have them, a folder of PNGs with captions and a file of the same prompts,

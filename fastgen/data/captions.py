@@ -1,25 +1,25 @@
-"""The captions of a folder of pictures: `metadata.jsonl` or `metadata.csv` in the Hugging Face `imagefolder` layout, or `a.txt` beside `a.png`."""
+"""The captions of a folder of pictures: `metadata.jsonl`, `.csv` or `.parquet` as Hugging Face's `imagefolder` has it, or `a.txt` beside `a.png`."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastgen.data.pixels import picture_suffixes
+from fastgen.data.tables import csv_rows, parquet_rows
 from fastgen.data.texts import flaw, missing, parse_json, read_lines, read_text, short
 from fastgen.errors import UserError
 
 KEY = "recipe key data.images"
-FORMS = "metadata.jsonl, metadata.csv, or .txt files beside the pictures"
+FORMS = "metadata.jsonl, metadata.csv, metadata.parquet, or .txt files beside the pictures"
 
-_METADATA = ("metadata.jsonl", "metadata.csv")  # where both are, the first is read
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # where several are, the first is read
 _USUAL = ("text", "caption", "captions", "prompt", "description", "label")  # what others call it
 _NAMED = 6  # kinds of files that a message lists
 _NOT_READ = {".tar": "webdataset archives are not read: unpack them", ".parquet": "pictures in parquet are not read: save them as files"}
@@ -74,7 +74,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _from_metadata(home: Path, metadata: Path, caption_key: str, faults: Faults) -> Iterator[tuple[Path, Captions]]:
-    read, empty = (_csv_rows if metadata.suffix.lower() == ".csv" else _json_rows), True
+    readers = {".csv": partial(csv_rows, key=KEY, needed="file_name"), ".parquet": partial(parquet_rows, key=KEY, needed="file_name")}
+    read, empty = readers.get(metadata.suffix.lower(), _json_rows), True
     for row, where in read(metadata):
         empty = False
         name = row.get("file_name")
@@ -96,33 +97,6 @@ def _json_rows(metadata: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
             if not isinstance(row, dict):
                 raise UserError(f"{KEY}: {where} is not a JSON object, but {short(row)}")
             yield row, where
-
-
-def _csv_rows(metadata: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Rows by the names of the first; a field may hold commas and newlines inside quotes."""
-    reader = csv.reader(io.StringIO(read_text(metadata, KEY), newline=""), strict=True, skipinitialspace=True)
-    columns: list[str] = []
-    while True:
-        number = reader.line_num + 1
-        where = f"{str(metadata)!r} line {number}"
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{KEY}: {where} is not CSV ({error})") from error
-        if not any(fields):
-            continue
-        if not columns:
-            columns = [name.strip() for name in fields]
-            if "file_name" not in columns or len(set(columns)) < len(columns):
-                raise UserError(
-                    f"{KEY}: {where} must name the columns, once each and separated by commas, file_name among them; it is {short(columns)}"
-                )
-        elif len(fields) != len(columns):
-            raise UserError(f"{KEY}: {where} has {len(fields)} fields for {len(columns)} columns; a caption with commas needs quotes around it")
-        else:
-            yield dict(zip(columns, fields, strict=True)), where
 
 
 def _name_problem(row: Mapping[str, Any]) -> str | None:
