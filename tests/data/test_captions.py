@@ -135,13 +135,13 @@ def test_another_caption_key(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_captions_is_told_what_it_holds(tmp_path: Path) -> None:
-    files = r"metadata\.jsonl, metadata\.csv, metadata\.parquet, or \.txt files beside the pictures"
+    files = r"metadata\.jsonl, metadata\.csv, metadata\.parquet, \.txt files beside the pictures, or \.tar archives of these"
     forms = f"is neither fastgen:digits, fastgen:scenes nor a folder with {files}: "
     pictures(tmp_path / "a", *(f"{i}.png" for i in range(12)), "x.JPG")
     (tmp_path / "a/captions.json").write_text("[]")
     (tmp_path / "a/val").mkdir()
     refused(tmp_path / "a", forms + r"it holds 12 \.png files, captions\.json, val/, x\.JPG$")
-    for name, hint in {"0.tar": "webdataset archives are not read: unpack them", "0.parquet": "pictures in parquet are not read: save them"}.items():
+    for name, hint in {"0.tgz": "compressed archives give no picture on its own", "0.parquet": "pictures in parquet are not read: save them"}.items():
         pictures(tmp_path / name)
         (tmp_path / name / name).touch()
         refused(tmp_path / name, forms + f"it holds {name}; {hint}")
