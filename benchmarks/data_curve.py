@@ -1,10 +1,11 @@
 """How much data do I need: quality against the number of prompts and pictures, of one method that learns from prompts and one from pictures.
 
-    python benchmarks/data_curve.py              # about 25 minutes by its passes; appends what is missing to benchmarks/results/data_curve.jsonl
+    python benchmarks/data_curve.py              # a quarter of an hour after `make bench`; appends to benchmarks/results/data_curve.jsonl
     python benchmarks/data_curve.py --plot       # only draws benchmarks/results/data_curve.svg again
 
 The first so many scenes of world `scenes` are written as a user would have them, a folder of PNGs with captions and a file of the same prompts,
-and two recipes are trained on them: dmd2, which reads the prompts alone, and scm, which reads the pictures. Everything else stays as it is.
+and two recipes are trained on them: dmd2, which reads the prompts alone, and scm, which reads the pictures. Everything else stays as it is, so
+what `make bench` has measured on all of them is taken from its rows.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ def asked_for(seeds: Sequence[int]) -> list[Asked]:
     return found
 
 
+def compared(asked: Sequence[Asked], rows: Sequence[Mapping[str, Any]], threads: int) -> list[dict[str, Any]]:
+    """What the comparison of methods has of what is asked for, under the names of this curve."""
+    names = {each.key(threads): each.name for each in asked if not each.overrides}
+    return [{**row, "model": names[run]} for row in rows if (run := row.get("provenance", {}).get("run")) in names]
+
+
 def _source(count: int, key: str) -> str:
     """Relative, so that the same run is the same run in another checkout."""
     folder = (_DATA / str(count)).relative_to(ROOT)
@@ -109,7 +116,11 @@ def main() -> None:
                 write_scenes(_DATA / str(count), count)
         keep = functools.partial(kept.write, output)
         work = ROOT / "runs" / "data_curve"
-        rows, failed = measure(asked_for(chosen.seeds), rows, keep, work=work, jobs=chosen.jobs, threads=chosen.threads)
+        asked = asked_for(chosen.seeds)
+        there = {row["provenance"]["run"] for row in rows}
+        known = compared(asked, kept.read(RESULTS / "quality_scenes.jsonl"), chosen.threads)
+        rows += [row for row in known if row["provenance"]["run"] not in there]
+        rows, failed = measure(asked, rows, keep, work=work, jobs=chosen.jobs, threads=chosen.threads)
     if rows:
         plot(rows, RESULTS / "data_curve.svg", whole=len(load_images(WORLD)))
     if failed:

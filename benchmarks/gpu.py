@@ -18,6 +18,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 BEGAN = time.time()  # before anything slow is imported
@@ -28,9 +30,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from benchmarks import table  # noqa: E402
 from benchmarks.measuring import rows, wheels  # noqa: E402
 from benchmarks.measuring.session import Session  # noqa: E402
-from benchmarks.slices import SLICES  # noqa: E402
+from benchmarks.slices import SLICES, Slice  # noqa: E402
 
-ENDING = 15.0  # seconds of the budget that killing and the tables may take
+BUDGET, REHEARSAL = 480.0, 1800.0  # seconds; a rehearsal fails for what is broken, not for what else the machine has to do
+ENDING = 15.0  # of the budget, that killing and the tables may take
 
 
 def seconds(text: str) -> float:
@@ -44,7 +47,7 @@ def seconds(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--budget", type=seconds, default="8m", help="time for all of it (default 8m)")
+    found.add_argument("--budget", type=seconds, help="time for all of it (default 8m; a rehearsal: 30m, all of it for any slice)")
     found.add_argument("--only", nargs="+", choices=[part.name for part in SLICES], metavar="SLICE", help="of " + ", ".join(p.name for p in SLICES))
     found.add_argument("--output", type=Path, help="the file of result lines; a new one begins with those of benchmarks/results/gpu.jsonl")
     found.add_argument("--wheels", type=Path, help="a folder of wheels (benchmarks/wheels.txt) to use without installing them")
@@ -70,8 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: --output: {error}", file=sys.stderr)
             return 2
         with log:
-            session = Session(path, log, BEGAN + chosen.budget - ENDING, chosen.rehearse, packages)
-            return measure(session, chosen.only)
+            budget = chosen.budget or (REHEARSAL if chosen.rehearse else BUDGET)
+            slices = [part for part in SLICES if chosen.only is None or part.name in chosen.only]
+            if chosen.rehearse:
+                slices = [replace(part, seconds=budget) for part in slices]
+            return measure(Session(path, log, BEGAN + budget - ENDING, chosen.rehearse, packages), slices)
 
 
 def _has_gpu() -> bool:
@@ -91,14 +97,13 @@ def output(given: Path | None, rehearsing_in: Path | None) -> Path:
     return path
 
 
-def measure(session: Session, only: list[str] | None) -> int:
-    """Every slice that is asked for, then the tables and what is missing. The exit status."""
+def measure(session: Session, slices: Sequence[Slice]) -> int:
+    """Every slice, then the tables and what is missing. The exit status."""
     interrupted = False
     try:
         if session.begin():
-            for part in SLICES:
-                if only is None or part.name in only:
-                    session.measure(part)
+            for part in slices:
+                session.measure(part)
     except KeyboardInterrupt:
         interrupted = True
     session.say("\n" + table.markdown(rows.read(session.path)))

@@ -28,7 +28,6 @@ SHOWN = {"fd_scenes_teacher": "FD to the teacher", "fd_scenes": "FD to real scen
 COSTS = {"training_seconds": "training s", "network_passes": "passes"}
 
 
-
 def _rates(student: float, fake_score: float | None = None) -> tuple[str, ...]:
     of_critic = () if fake_score is None else (f"optimizer.fake_score.lr={fake_score}",)
     return (f"optimizer.student.lr={student}", *of_critic)
@@ -109,7 +108,8 @@ TRIALS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
 
 
 def asked_for(groups: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]], seed: int) -> list[Asked]:
-    return [Asked(recipe, seed, (*BEFORE[recipe], *keys), f"{group}: {name}") for group, own in groups.items() for name, (recipe, keys) in own.items()]
+    trials = [(f"{group}: {name}", *tried) for group, own in groups.items() for name, tried in own.items()]
+    return [Asked(recipe, seed, (*BEFORE[recipe], *keys), name) for name, recipe, keys in trials]
 
 
 def table(rows: Rows) -> str:

@@ -152,13 +152,15 @@ class OptimizerBlock(Block):
 
 
 class TrainBlock(Block):
-    """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all."""
+    """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all. checkpointing: blocks keep
+    their inputs alone and are computed again in the backward pass: less memory, more time."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     batch_size: int = Field(ge=1, le=2**20)
     micro_batch: int | None = Field(None, ge=1, le=2**20)
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    checkpointing: bool = Field(default=False, strict=True)
     ema: float = Field(0.999, ge=0, lt=1)
     shard: Literal["none"] = "none"
     device: str = "auto"

@@ -121,9 +121,10 @@ def _ordered(panels: Mapping[str, dict[str, Line]]) -> dict[str, dict[str, Line]
     return {name: panels[name] for name in sorted(panels, key=place)}
 
 
-def panels(groups: Mapping[str, Mapping[str, Line]]) -> list[tuple[str, str]]:
-    """Inline SVG and caption of each panel."""
-    pictures = drawn({name: partial(_draw, name=name, lines=lines) for name, lines in groups.items()})
+def panels(groups: Mapping[str, Mapping[str, Line]], runs: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Inline SVG and caption of each panel. runs: where lines are runs, all of them, so that each has its colour on the whole page."""
+    colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
+    pictures = drawn({name: partial(_draw, name=name, lines=lines, colours=colours) for name, lines in groups.items()})
     return [(picture, PANELS[name].caption if name in PANELS else "") for name, picture in zip(groups, pictures, strict=True)]
 
 
@@ -149,11 +150,11 @@ def drawn(panels: Mapping[str, Callable[[Axes], None]]) -> list[str]:
     return pictures
 
 
-def _draw(axes: Axes, name: str, lines: Mapping[str, Line]) -> None:
+def _draw(axes: Axes, name: str, lines: Mapping[str, Line], colours: Mapping[str, str]) -> None:
     """One panel: each line as logged (faint) and smoothed; learning rates and short runs are not smoothed."""
     for i, (name_of_line, (steps, values)) in enumerate(lines.items()):
         label = in_legend(name_of_line)
-        colour = COLOURS[i % len(COLOURS)]
+        colour = colours.get(name_of_line, COLOURS[i % len(COLOURS)])
         smooth = name.partition("/")[0] != "lr" and len(values) >= 30
         marker = "o" if len(values) == 1 else ""
         axes.plot(

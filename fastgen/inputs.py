@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
+from pydantic_core import to_jsonable_python
 
 from fastgen import checkpoint, records
-from fastgen.config import Recipe, flatten
+from fastgen.config import OptimizerBlock, Recipe, flatten
 from fastgen.errors import UserError, nearest
 from fastgen.evaluation.block import PROTOCOL
 from fastgen.families import source_hash
@@ -33,6 +34,7 @@ _RESUMABLE = (
     "train.keep",
     "train.sample_every",
     "train.device",
+    "train.checkpointing",
     "evaluate",
     "export",
     *("data.caption_key", "data.skip_broken"),
@@ -112,8 +114,7 @@ def check_same(run_dir: Path, planned: Plan, state: Mapping[str, Any] | None, al
     checkpoint to go on from, None where there is none.
     """
     before = began_as(run_dir, state)
-    # An older fastgen had one sampler, and no key for it.
-    then, now = {} if before is None else {"student.sampler": "euler", **flatten(before)}, flatten(planned.resolved())
+    then, now = {} if before is None else flatten(_completed(before, planned)), flatten(planned.resolved())
     _check_allowed(allowed, then.keys() | now.keys())
     began = recorded(run_dir, state)
     found = identify(planned, pairs=began.pairs)
@@ -135,6 +136,23 @@ def check_same(run_dir: Path, planned: Plan, state: Mapping[str, Any] | None, al
         )
     hashes = {**began.hashes, **{key: compared[key] for key in renewed}} if began.hashes else found.hashes
     return Inputs(hashes, found.pairs), changed | {key: [began.hashes[key], compared[key]] for key in renewed}
+
+
+def _completed(before: Mapping[str, Any], planned: Plan) -> dict[str, Any]:
+    """The resolved recipe of a run, with the defaults of keys that have been added since an older fastgen wrote it."""
+    blocks: dict[str, Any] = {name: each.annotation for name, each in Recipe.model_fields.items() if name != "optimizer"}
+    blocks["distiller"] = planned.method.Config
+    completed = {**before, **{name: _with_defaults(block, before.get(name, {})) for name, block in blocks.items()}}
+    if isinstance(roles := before.get("optimizer"), dict):
+        completed["optimizer"] = {role: _with_defaults(OptimizerBlock, block) for role, block in roles.items()}
+    return completed
+
+
+def _with_defaults(block: type[BaseModel], before: Any) -> Any:
+    if not isinstance(before, dict):  # of a damaged file
+        return before
+    new = {name: each for name, each in block.model_fields.items() if name not in before and not each.is_required()}
+    return {**before, **{name: to_jsonable_python(each.get_default(call_default_factory=True)) for name, each in new.items()}}
 
 
 def _by_name(then: Mapping[str, Any], now: Mapping[str, Any], by_content: Collection[str]) -> list[str]:

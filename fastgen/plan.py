@@ -253,8 +253,10 @@ def _check_networks(planned: Plan) -> None:
         for file in sorted(resolve_source(teacher.pretrained, teacher.revision).rglob("*.safetensors")):
             with reading(file), safe_open(file, "pt"):
                 pass
-    if planned.tuning is not None or any(spec.heads for spec in planned.roles.values()):
-        build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning)
+    recompute = planned.recipe.train.checkpointing
+    if recompute or planned.tuning is not None or any(spec.heads for spec in planned.roles.values()):
+        network = planned.family.load_backbone(meta=True)
+        build_roles(planned.roles, planned.family, network, tuning=planned.tuning, recompute=recompute)
 
 
 def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:

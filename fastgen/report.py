@@ -121,7 +121,7 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
         **_plots({name: _measured([run]) for name, run in runs.items()}),
         "nearest": None,
         "differences": _differences(runs),
-        "curves": curves.panels(curves.by_scalar({name: run.steps for name, run in runs.items()})),
+        "curves": curves.panels(curves.by_scalar({name: run.steps for name, run in runs.items()}), list(runs)),
         "samples": [picture for name, run in runs.items() for picture in _sample_pictures(run, prefix=f"{name}, ", num_earlier=0)],
         "usage": None,
         "recipes": [(f"{name}/recipe.yaml", run.recipe_text) for name, run in runs.items()],

@@ -73,8 +73,9 @@ def _of_models(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _series(groups: Groups) -> Series:
-    """What takes steps, by model, or by run; a teacher that several runs have measured is one, and the first to have measured a point tells it."""
-    found: Series = {}
+    """What takes steps, by model, or by run, the runs first, also those without results: a colour is a place in this order. A teacher that
+    several runs have measured is one, and the first to have measured a point tells it."""
+    found: Series = {run: {} for run in groups if run}
     for run, rows in groups.items():
         guidances = {row.get("guidance") for row in _of_models(rows) if row["model"] == "teacher"}
         for row in _of_models(rows):

@@ -20,6 +20,7 @@ from fastgen.families.base import Family
 from fastgen.surgery import lora
 from fastgen.surgery.heads import Heads, Taps, choose_taps
 from fastgen.surgery.log_variance import LogVariance
+from fastgen.surgery.recompute import recompute_blocks
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
 
 
@@ -153,12 +154,6 @@ class Roles(dict[str, Role]):
             for (parameter, _), required in zip(parameters, before, strict=True):
                 parameter.requires_grad_(required)
 
-    @contextmanager
-    def held(self, name: str) -> Iterator[None]:
-        """Hold the role's adapter active: a backward pass that recomputes activations must see the adapter of its forward."""
-        lora.activate(self[name].denoiser.backbone, self[name].denoiser.adapter)
-        yield
-
     @torch.no_grad()
     def align_adapters(self, taken: Sequence[str]) -> None:
         """Give every adapter but those `taken` over from another run, which are still the identity (B = 0), the A of the first of these: all
@@ -191,11 +186,14 @@ def build_roles(
     autocast: torch.dtype | None = None,
     defaults: Defaults | None = None,
     seed: int = 0,
+    recompute: bool = False,
 ) -> Roles:
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
     adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them. seed: of what
-    a role has beside its network (adapters have `tuning.seed`)."""
+    a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but compute them again."""
     base.requires_grad_(False)
+    if recompute:
+        recompute_blocks(base)
     additions = {name: _additions(name, spec, family, base, defaults, seed) for name, spec in specs.items()}
     if tuning is not None:
         return _shared_roles(specs, family, base, tuning, autocast, additions)

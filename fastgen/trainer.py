@@ -140,7 +140,7 @@ class Trainer:
                     trained = " and ".join(repr(name) for name in update.trains)
                     raise self._failed(f"the loss of term {term.__name__!r}, which trains role {trained}, is {loss.value.item()}", batch)
                 last = m == len(micro_batches) - 1 and k == len(update.terms) - 1
-                with self.roles.held(update.trains[0]), self.parallel.gradients(modules, synchronise=last):
+                with self.parallel.gradients(modules, synchronise=last):
                     (loss.value * share).backward()
                 for name, value in {f"loss/{term.__name__}": loss.value, **{f"{term.__name__}/{n}": v for n, v in loss.logs.items()}}.items():
                     logs.setdefault(name, _Mean()).add(value.detach(), batch.size)

@@ -396,3 +396,31 @@ def test_the_record_of_a_run_is_made_once(tmp_path: Path) -> None:
     assert json.loads((run_dir / inputs.FILE).read_text())["hashes"] == hashes
     run.train(changed(recipe(tmp_path), train__seed=1), run_dir, overwrite=True, only="train")
     assert recorded(run_dir).hashes == hashes
+
+
+def test_a_run_of_an_older_fastgen_had_the_defaults_of_keys_added_since(tmp_path: Path) -> None:
+    given = recipe(tmp_path)
+    folder = begin(tmp_path, given)
+    before = yaml.safe_load((folder / "recipe.yaml").read_text())
+    del before["student"]["sampler"], before["distiller"]["ida"], before["data"]["background"]
+    del before["optimizer"]["student"]["warmup"], before["evaluate"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(before))
+    inputs.check_same(folder, plan(given, only="train"), None)
+    with pytest.raises(UserError, match=r"^--resume: recipe key student\.sampler is 'stochastic', the run in .* has 'euler'"):
+        inputs.check_same(folder, plan(changed(given, student__sampler="stochastic"), only="train"), None)
+
+
+@pytest.mark.parametrize("damage", [{"train": None}, {"optimizer": [1]}, {"optimizer": {"student": 3}}, {"distiller": "dmd2"}])
+def test_a_damaged_recipe_of_a_run_is_another_one(damage: dict[str, Any], tmp_path: Path) -> None:
+    given = recipe(tmp_path)
+    folder = begin(tmp_path, given)
+    before = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(before | damage))
+    with pytest.raises(UserError, match=r"^--resume: recipe key "):
+        inputs.check_same(folder, plan(given, only="train"), None)
+
+
+def test_computing_blocks_again_may_begin_with_a_continuation(teacher: Path, tmp_path: Path) -> None:
+    given = changed(recipe(tmp_path), teacher__pretrained=str(teacher))
+    folder = begin(tmp_path, given)
+    inputs.check_same(folder, plan(changed(given, train__checkpointing=True), only="train"), None)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from html_pages import Tags
 
+from fastgen.curves import COLOURS, panels
 from fastgen.errors import UserError
 from fastgen.report import write_comparison, write_report
 from fastgen.report_quality import against_steps, diversity_beside_quality, point_by_point
@@ -54,6 +55,19 @@ def test_diversity_stands_beside_the_first_distance_with_steps_at_its_points() -
     (svg,) = diversity_beside_quality({"": [*rows({1: 8.0, 2: 6.0}), *rows({25: 5.0}, "teacher"), *REAL]})
     assert 'aria-label="diversity beside FD-digits"' in svg and ">FD-digits ↓<" in svg
     assert {">1<", ">2<", ">25<", ">real<"} <= set(re.findall(">[^<>]+<", svg))
+
+
+def test_a_run_has_one_colour_on_the_whole_page() -> None:
+    """Also where another run has no results, or logs no such scalar; the teacher has a further one."""
+    runs = {"first": [], "second": rows({1: 8.0, 2: 6.0}), "third": [*rows({1: 7.0}), *rows({25: 5.0}, "teacher")]}
+    (training, _), (steps,), (diversity,) = (
+        panels({"loss/x": {"second": ([1, 2], [1.0, 2.0])}}, list(runs))[0],
+        against_steps(runs),
+        diversity_beside_quality(runs),
+    )
+    assert [colour in training for colour in COLOURS[:3]] == [False, True, False]
+    for plot in (steps, diversity):
+        assert [colour in plot for colour in COLOURS[:5]] == [False, True, True, True, False]
 
 
 def test_nothing_is_plotted_of_single_points_costs_and_what_has_no_better() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
+from fastgen.errors import UserError
 from fastgen.families.base import Family
 from fastgen.families.toy import Toy
 from fastgen.roles import LoraTuning, Role, Roles, RoleSpec, build_roles, frozen, judge, student, trainable
@@ -34,9 +35,9 @@ class Case:
     cond: Conditioning
     t: Tensor
 
-    def roles(self, *, adapters: bool, specs: dict[str, RoleSpec] = SPECS) -> Roles:
+    def roles(self, *, adapters: bool, specs: dict[str, RoleSpec] = SPECS, recompute: bool = False) -> Roles:
         tuning = LoraTuning(rank=3, alpha=6.0, targets=self.family.lora_targets) if adapters else None
-        return build_roles(specs, self.family, self.backbone(), tuning=tuning)
+        return build_roles(specs, self.family, self.backbone(), tuning=tuning, recompute=recompute)
 
     def run(self, role: Role) -> Tensor:
         return role.module(self.x, self.t, self.cond).prediction
@@ -204,21 +205,51 @@ def test_gradients_flow_through_a_frozen_role_into_the_trained_one(case: Case) -
         assert not gradients(roles["fake_score"])
 
 
-def test_held_restores_the_adapter_that_recomputation_needs() -> None:
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_blocks_computed_again_have_the_adapters_of_their_forward(adapters: bool) -> None:
+    """Student, fake score and the bare teacher in one graph, on one network: none is left active when the backward pass computes again."""
     case = sd3_case()
-    roles = case.roles(adapters=True)
-    perturb(roles["student"], 0)
-    perturb(roles["fake_score"], 1)
-    case.run(roles["student"]).square().sum().backward()
-    expected = gradients(roles["student"])
-    clear(roles)
-    roles["student"].denoiser.backbone.enable_gradient_checkpointing()  # type: ignore[operator]
-    loss = case.run(roles["student"]).square().sum()
-    with torch.no_grad():
-        case.run(roles["fake_score"])
-    with roles.held("student"):
-        loss.backward()
-    assert_equal(gradients(roles["student"]), expected)
+
+    def found(recompute: bool) -> dict[str, dict[str, Tensor]]:
+        roles = case.roles(adapters=adapters, recompute=recompute)
+        perturb(roles["student"], 0)
+        perturb(roles["fake_score"], 1)
+        x = case.x.clone().requires_grad_()
+        drawn = roles["student"].denoiser(x, case.t, case.cond, (1,))
+        judged = roles["fake_score"].denoiser(drawn.prediction, case.t, case.cond).prediction
+        kept = roles["teacher"].denoiser(drawn.prediction, case.t, case.cond).prediction
+        lora.activate(roles["teacher"].denoiser.backbone, None)
+        (judged * kept + drawn.features[0].square().mean()).sum().backward()
+        assert x.grad is not None
+        return {"x": {"": x.grad}} | {name: gradients(roles[name]) for name in ("student", "fake_score")}
+
+    expected, again = found(False), found(True)
+    assert all(expected.values())
+    for name, values in expected.items():
+        assert_equal(again[name], values)
+
+
+def test_blocks_computed_again_keep_their_inputs_alone() -> None:
+    case = sd3_case()
+    kept: list[int] = []
+    for recompute in (False, True):
+        student = case.roles(adapters=True, recompute=recompute)["student"]
+        count = 0
+
+        def keep(x: Tensor) -> Tensor:
+            nonlocal count
+            count += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            case.run(student)
+        kept.append(count)
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_network_that_cannot_compute_its_blocks_again_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^recipe key train\.checkpointing: Backbone cannot compute its blocks again; remove it$"):
+        toy_case().roles(adapters=False, recompute=True)
 
 
 # Turns

@@ -48,12 +48,13 @@ class Asked(NamedTuple):
         return work / re.sub(r"[^\w.-]+", "_", f"{self.name}_seed{self.seed}")
 
     def key(self, threads: int) -> str:
-        """All that its rows depend on, but for versions and machine: the whole recipe, the teacher's weights, the protocol, and threads."""
-        planned = plan(Recipe.load(self.recipe, self.keys))
-        recipe = planned.recipe
+        """All that its rows depend on, but for versions and machine: the recipe, the teacher's weights, the protocol, and threads. Keys at their
+        defaults do not count, so that a key that fastgen gets makes no row old; who changes a default deletes the rows that had it."""
+        recipe = plan(Recipe.load(self.recipe, self.keys)).recipe
         teacher = fingerprints.folder_hash(resolve_source(recipe.teacher.pretrained))
         assert recipe.evaluate.protocol is not None
-        return digest([planned.resolved(), teacher, load_protocol(recipe.evaluate.protocol).hash(), threads])
+        stated = recipe.model_dump(mode="json", exclude_defaults=True)
+        return digest([stated, teacher, load_protocol(recipe.evaluate.protocol).hash(), threads])
 
 
 def train_and_measure(asked: Asked, work: Path, key: str) -> Rows:

@@ -1,28 +1,32 @@
-"""The captions of a folder of pictures: `metadata.jsonl` or `metadata.csv` in the Hugging Face `imagefolder` layout, or `a.txt` beside `a.png`."""
+"""The captions of a folder of pictures: `metadata.jsonl`, `.csv` or `.parquet` as Hugging Face's `imagefolder` has it, or `a.txt` beside `a.png`."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastgen.config import DataBlock
+from fastgen.data import archives
+from fastgen.data.archives import SUFFIX, Member, samples
 from fastgen.data.pixels import picture_suffixes
+from fastgen.data.tables import csv_rows, parquet_rows
 from fastgen.data.texts import flaw, missing, parse_json, read_lines, read_text, short
 from fastgen.errors import UserError
 
 KEY = "recipe key data.images"
-FORMS = "metadata.jsonl, metadata.csv, or .txt files beside the pictures"
+FORMS = "metadata.jsonl, metadata.csv, metadata.parquet, .txt files beside the pictures, or .tar archives of these"
 
-_METADATA = ("metadata.jsonl", "metadata.csv")  # where both are, the first is read
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # where several are, the first is read
 _USUAL = ("text", "caption", "captions", "prompt", "description", "label")  # what others call it
 _NAMED = 6  # kinds of files that a message lists
-_NOT_READ = {".tar": "webdataset archives are not read: unpack them", ".parquet": "pictures in parquet are not read: save them as files"}
+_PACKED = "compressed archives give no picture on its own: unpack them, or make .tar of them"
+_NOT_READ = {".parquet": "pictures in parquet are not read: save them as files"} | dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst"), _PACKED)
 
 Captions = dict[str, float]  # with their probabilities
 
@@ -47,20 +51,28 @@ class Faults:
         return [f"{KEY}: {count} of {count + kept} pictures are left out, such as: {self.found[0]}"] if count else []
 
 
-def read_captions(folder: Path, caption_key: str, faults: Faults) -> tuple[list[tuple[Path, Captions]], list[str]]:
+def read_captions(folder: Path, caption_key: str, faults: Faults) -> tuple[list[tuple[Path | Member, Captions]], list[str]]:
     """Picture files with their captions, in the order of the metadata or of the names, and warnings; from `train/` where the folder itself has
-    none. UserError names the file and the row, or says what is there instead."""
+    none. folder: may be a .tar archive too. UserError names the file and the row, or says what is there instead."""
+    if folder.suffix.lower() == SUFFIX and folder.is_file():
+        return list(_from_archives([folder], caption_key, faults)), []
     for home in (folder, folder / "train"):
         names = _names(home)
         metadata = sorted(
             (name for name in names if name.lower() in _METADATA), key=lambda name: (_METADATA.index(name.lower()), name.lower() != name)
         )
+        tars = [name for name in names if name.lower().endswith(SUFFIX)]
         if metadata:
-            ignored = [f"{KEY}: {metadata[0]} is read, {', '.join(metadata[1:])} beside it is not"] if metadata[1:] else []
-            return list(_from_metadata(home, home / metadata[0], caption_key, faults)), ignored
+            return list(_from_metadata(home, home / metadata[0], caption_key, faults)), _unread(metadata[0], [*metadata[1:], *tars])
         if texts := _texts(home, names):
-            return list(_from_texts(home, names, texts, faults)), []
+            return list(_from_texts(home, names, texts, faults)), _unread(min(texts.values()), tars)
+        if tars:
+            return list(_from_archives([home / name for name in tars], caption_key, faults)), []
     raise UserError(f"{KEY}: {str(folder)!r} is neither fastgen:digits, fastgen:scenes nor a folder with {FORMS}: {contents(folder)}")
+
+
+def _unread(read: str, others: Sequence[str]) -> list[str]:
+    return [f"{KEY}: {read} is read, {', '.join(others[:_NAMED])}{', …' * (len(others) > _NAMED)} beside it is not"] if others else []
 
 
 def _names(folder: Path) -> list[str]:
@@ -74,7 +86,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _from_metadata(home: Path, metadata: Path, caption_key: str, faults: Faults) -> Iterator[tuple[Path, Captions]]:
-    read, empty = (_csv_rows if metadata.suffix.lower() == ".csv" else _json_rows), True
+    readers = {".csv": partial(csv_rows, key=KEY, needed="file_name"), ".parquet": partial(parquet_rows, key=KEY, needed="file_name")}
+    read, empty = readers.get(metadata.suffix.lower(), _json_rows), True
     for row, where in read(metadata):
         empty = False
         name = row.get("file_name")
@@ -96,33 +109,6 @@ def _json_rows(metadata: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
             if not isinstance(row, dict):
                 raise UserError(f"{KEY}: {where} is not a JSON object, but {short(row)}")
             yield row, where
-
-
-def _csv_rows(metadata: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Rows by the names of the first; a field may hold commas and newlines inside quotes."""
-    reader = csv.reader(io.StringIO(read_text(metadata, KEY), newline=""), strict=True, skipinitialspace=True)
-    columns: list[str] = []
-    while True:
-        number = reader.line_num + 1
-        where = f"{str(metadata)!r} line {number}"
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{KEY}: {where} is not CSV ({error})") from error
-        if not any(fields):
-            continue
-        if not columns:
-            columns = [name.strip() for name in fields]
-            if "file_name" not in columns or len(set(columns)) < len(columns):
-                raise UserError(
-                    f"{KEY}: {where} must name the columns, once each and separated by commas, file_name among them; it is {short(columns)}"
-                )
-        elif len(fields) != len(columns):
-            raise UserError(f"{KEY}: {where} has {len(fields)} fields for {len(columns)} columns; a caption with commas needs quotes around it")
-        else:
-            yield dict(zip(columns, fields, strict=True)), where
 
 
 def _name_problem(row: Mapping[str, Any]) -> str | None:
@@ -186,10 +172,47 @@ def _from_texts(home: Path, names: list[str], texts: Mapping[str, str], faults: 
             yield picture, {caption: 1.0}
 
 
+def _from_archives(paths: Sequence[Path], caption_key: str, faults: Faults) -> Iterator[tuple[Member, Captions]]:
+    """A .txt goes before a .json, unless the recipe names a key."""
+    order = ("json", "txt") if caption_key != DataBlock.model_fields["caption_key"].default else ("txt", "json")
+    for archive in paths:
+        found, problems = samples(archive)
+        for problem in problems:
+            faults.add(problem)
+        for name, files in found.items():
+            where = f"{str(archive / name)!r}"
+            pictures = [member for rest, member in files.items() if f".{rest}" in picture_suffixes()]
+            told = [(rest, files[rest]) for rest in order if rest in files]
+            if not pictures:
+                continue
+            if len(pictures) > 1:
+                faults.add(f"{where} has {len(pictures)} pictures: {', '.join(PurePosixPath(each.name).name for each in pictures)}")
+            elif not told:
+                faults.add(f"{where} has no caption: there is no .txt and no .json beside the picture")
+            else:
+                try:
+                    shares = _packed(*told[0], caption_key)
+                except UserError as error:
+                    faults.add(str(error).removeprefix(f"{KEY}: "))
+                else:
+                    yield pictures[0], shares
+
+
+def _packed(kind: str, member: Member, caption_key: str) -> Captions:
+    """The captions in a sample's file; UserError where there are none."""
+    text = archives.read_text(member, KEY)
+    row = {caption_key: " ".join(text.split())} if kind == "txt" else parse_json(text, f"{KEY}: {str(member)!r}")
+    problem = _caption_problem(row, caption_key) if isinstance(row, dict) else f"is not a JSON object, but {short(row)}"
+    if problem:
+        raise UserError(f"{KEY}: {str(member)!r} {problem}")
+    return _shares(row[caption_key])
+
+
 def contents(folder: Path) -> str:
     """What is there in place of a folder of pictures that is as it should be, for a message."""
     if not os.path.isdir(folder):
-        return "it is no folder" if os.path.exists(folder) else "there is nothing"
+        packed = f"; {_PACKED}" if _NOT_READ.get(folder.suffix.lower()) == _PACKED else ""
+        return f"it is no folder{packed}" if os.path.exists(folder) else "there is nothing"
     names = _names(folder)
     kinds: dict[str, list[str]] = {}
     for name in names:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgen.config import DataBlock
 from fastgen.data import digits, scenes
+from fastgen.data.archives import Member
 from fastgen.data.captions import KEY, Captions, Faults, read_captions
 from fastgen.data.pixels import Colour, Unreadable, check_header, read_rgb
 from fastgen.errors import UserError
@@ -30,7 +31,7 @@ class CaptionedImages:
     was left out when the set was listed. undecodable: of those to be skipped, what `batches` has left out so far, each with why."""
 
     captions: list[Captions]
-    sources: list[Any]  # image files, or tensors (3, H, W) fp32 in [-1, 1]
+    sources: list[Any]  # image files, members of archives, or tensors (3, H, W) fp32 in [-1, 1]
     background: Colour = (255, 255, 255)
     skip_broken: bool = False
     warnings: tuple[str, ...] = ()
@@ -94,7 +95,7 @@ def images_of(data: DataBlock) -> CaptionedImages | None:
 
 
 def load_images(source: str, background: str = "white", caption_key: str = "text", *, skip_broken: bool = False) -> CaptionedImages:
-    """`fastgen:digits`, `fastgen:scenes`, or a folder of pictures with captions, as `read_captions` finds them; the header of every file is read.
+    """`fastgen:digits`, `fastgen:scenes`, or a folder or archive of pictures with captions, as `read_captions` finds them; reads every header.
 
     background: the colour of transparent pixels, as Pillow's ImageColor names it. caption_key: of metadata, the key or column with the caption
     or a list of captions. UserError for a picture without caption, file or format that is read, which `skip_broken` leaves out.
@@ -116,7 +117,7 @@ def load_images(source: str, background: str = "white", caption_key: str = "text
     return CaptionedImages([captions for captions, _ in kept], [file for _, file in kept], (red, green, blue), skip_broken, warnings)
 
 
-def _header_problem(file: Path) -> str | None:
+def _header_problem(file: Path | Member) -> str | None:
     try:
         check_header(file)
     except Unreadable as error:
@@ -124,9 +125,11 @@ def _header_problem(file: Path) -> str | None:
     return None
 
 
-def _unreadable(file: Path, error: Unreadable) -> str:
+def _unreadable(file: Path | Member, error: Unreadable) -> str:
     return f"{str(file)!r} is not an image that can be read ({error})"
 
 
 def _hash(source: Any) -> str:
-    return hashlib.sha256(source.numpy().tobytes()).hexdigest() if isinstance(source, Tensor) else known_hash(source)
+    if isinstance(source, Tensor):
+        return hashlib.sha256(source.numpy().tobytes()).hexdigest()
+    return f"{known_hash(source.archive)}/{source.name}" if isinstance(source, Member) else known_hash(source)

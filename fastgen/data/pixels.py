@@ -20,6 +20,8 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
+from fastgen.data.archives import Member
+
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 
@@ -32,7 +34,7 @@ class Unreadable(ValueError):
     """A picture file that cannot be read; the message says why."""
 
 
-def read_rgb(path: Path, background: Colour = (255, 255, 255), *, aspect: tuple[int, int] | None = None) -> Tensor:
+def read_rgb(path: Path | Member, background: Colour = (255, 255, 255), *, aspect: tuple[int, int] | None = None) -> Tensor:
     """`upright_rgb` of a picture file; Unreadable for one that Pillow cannot decode."""
     # Not by its path: Pillow would map an uncompressed TIFF into memory with width and height exchanged where it is to be turned.
     with _pillow():
@@ -48,7 +50,7 @@ class Header(NamedTuple):
     size: tuple[int, int]
 
 
-def check_header(path: Path) -> Header:
+def check_header(path: Path | Member) -> Header:
     """Unreadable unless Pillow knows the format and the size is one that it reads; decodes nothing."""
     with _pillow():
         file = path.open("rb")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastgen.data import digits, scenes, weighted
+from fastgen.data.tables import csv_rows, parquet_rows
 from fastgen.data.texts import flaw, missing, parse_json, read_lines, short
 from fastgen.errors import UserError
 from fastgen.files import expanded
@@ -16,15 +18,15 @@ KEY = "recipe key data.prompts"
 
 
 def load_prompts(source: str) -> dict[str, float]:
-    """Prompts and probabilities (they sum to 1) from `fastgen:digits`, `fastgen:scenes`, .txt (one a line), .jsonl or .parquet
+    """Prompts and probabilities (they sum to 1) from `fastgen:digits`, `fastgen:scenes`, .txt (one a line), .jsonl, .csv or .parquet
     (`prompt`, and optionally `weight`), in upper case too. Repeated prompts add up. UserError names the key, the file and the line."""
     if source in (bundled := {"fastgen:digits": digits.prompts, "fastgen:scenes": scenes.prompts}):
         return bundled[source]()
     path = expanded(source)
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     suffix = path.suffix.lower()
     if suffix not in readers:
-        raise UserError(f"{KEY}: {source!r} is none of {', '.join(bundled)}, *.txt, *.jsonl, *.parquet")
+        raise UserError(f"{KEY}: {source!r} is none of {', '.join(bundled)}, *.txt, *.jsonl, *.csv, *.parquet")
     if problem := missing(path):
         raise UserError(f"{KEY}: {problem}")
     table: dict[str, list[float]] = {}
@@ -47,22 +49,16 @@ def _read_jsonl(path: Path) -> Iterable[tuple[str, float]]:
             yield _row(parse_json(line, f"{KEY}: {where}"), where)
 
 
+def _read_csv(path: Path) -> Iterable[tuple[str, float]]:
+    for row, where in csv_rows(path, KEY, "prompt"):
+        weight = row.get("weight", 1.0)
+        with suppress(ValueError):
+            weight = float(weight)
+        yield _row({**row, "weight": weight}, where)
+
+
 def _read_parquet(path: Path) -> Iterable[tuple[str, float]]:
-    try:
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(f"{KEY}: reading {str(path)!r} needs pyarrow: pip install 'fastgen-distill[data]'") from error
-    try:
-        # Not `read_table`: a folder called `prompt=cat` would give it a column of that name.
-        file = parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        rows = file.read([name for name in ("prompt", "weight") if name in columns]).to_pylist()
-    except Exception as error:  # pyarrow raises whatever its readers of a foreign file come to
-        raise UserError(f"{KEY}: {str(path)!r} is not a parquet file that can be read ({' '.join(str(error).split())[:300]})") from error
-    if "prompt" not in columns:
-        raise UserError(f"{KEY}: {str(path)!r} has no column 'prompt', but {short(columns)}")
-    for number, row in enumerate(rows, 1):
-        yield _row(row, f"{str(path)!r} row {number}")
+    return (_row(row, where) for row, where in parquet_rows(path, KEY, "prompt", ("weight",)))
 
 
 def _row(row: Any, where: str) -> tuple[str, float]:

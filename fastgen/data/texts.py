@@ -38,15 +38,21 @@ def read_text(path: Path, key: str) -> str:
         raise UserError(f"{key}: {problem}")
     try:
         content = path.read_bytes()
-        encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
-        text = content.decode(encoding)
     except OSError as error:
         raise UserError(f"{key}: cannot read {str(path)!r}: {error.strerror or error}") from error
+    return text_of(content, str(path), key)
+
+
+def text_of(content: bytes, name: str, key: str) -> str:
+    """The text in a file's bytes, as `read_text` has it. name: of the file, for messages."""
+    encoding = next((known for mark, known in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         known = "not UTF-8 text" if encoding == "utf-8-sig" else f"neither UTF-8 text nor the {encoding.upper()} that its first bytes say"
-        raise UserError(f"{key}: {str(path)!r} is {known} (at byte {error.start})") from error
+        raise UserError(f"{key}: {name!r} is {known} (at byte {error.start})") from error
     if "\0" in text:
-        raise UserError(f"{key}: {str(path)!r} holds NUL bytes, which are no text; UTF-16 and UTF-32 are read with a byte order mark only")
+        raise UserError(f"{key}: {name!r} holds NUL bytes, which are no text; UTF-16 and UTF-32 are read with a byte order mark only")
     return text
 
 

@@ -93,7 +93,16 @@ def build(plan: Plan, progress: Progress) -> Run:
     negative = family.encode_negative(recipe.teacher.negative_prompt or None)
     setting = plan.setting(conditioning.to(negative, parallel.device), family.decode)
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
-    roles = build_roles(plan.roles, family, backbone, tuning=plan.tuning, autocast=plan.autocast, defaults=defaults, seed=recipe.train.seed)
+    roles = build_roles(
+        plan.roles,
+        family,
+        backbone,
+        tuning=plan.tuning,
+        autocast=plan.autocast,
+        defaults=defaults,
+        seed=recipe.train.seed,
+        recompute=recipe.train.checkpointing,
+    )
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
         roles.align_adapters(taken)

@@ -8,7 +8,8 @@ and only the activation changes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,30 @@ def activate(backbone: nn.Module, name: str | None) -> None:
         layer._disable_adapters = name is None
         if name is not None:
             layer._active_adapter = [name]
+
+
+def remembered(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """What opens a context in which `module`, a part of a network, runs as it does at this call, whatever adapter has been activated since."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    then = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+        try:
+            _set(layers, then)
+            yield
+        finally:
+            _set(layers, now)
+
+    return again
+
+
+def _set(layers: Sequence[Any], states: Sequence[tuple[bool, Any]]) -> None:
+    for layer, (disabled, active) in zip(layers, states, strict=True):
+        layer._disable_adapters, layer._active_adapter = disabled, active
 
 
 def parameters(backbone: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -152,6 +152,17 @@ def test_an_interrupt_ends_the_slice_too_and_keeps_what_there_is(tmp_path: Path)
     assert not _running(str(path))
 
 
+def test_a_rehearsal_has_time_on_a_busy_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice's share of eight minutes says nothing about a CPU that others use too."""
+    given: list[float] = []
+    monkeypatch.setattr(Session, "begin", lambda self: True)
+    monkeypatch.setattr(Session, "measure", lambda self, part: given.append(min(part.seconds, self.until - time.time())))
+    assert gpu.main(["--rehearse", "--output", str(tmp_path / "lines.jsonl")]) == 0
+    assert len(given) == len(SLICES) and min(given) > 1000
+    assert gpu.main(["--rehearse", "--budget", "90s", "--only", "sampling", "--output", str(tmp_path / "lines.jsonl")]) == 0
+    assert len(given) == len(SLICES) + 1 and given[-1] < 90
+
+
 def _running(what: str) -> list[str]:
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.is_file()]
     return [command.decode() for command in commands if what.encode() in command and b"measuring.worker" in command]

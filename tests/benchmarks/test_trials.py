@@ -43,6 +43,16 @@ def test_the_data_of_the_curve_say_what_the_world_says(tmp_path: Path) -> None:
     assert drawn == pytest.approx(wanted)
 
 
+def test_the_curve_takes_what_the_comparison_of_methods_has() -> None:
+    asked = data_curve.asked_for([0, 1])
+    of_all = next(each for each in asked if each.name == "scm, all" and each.seed == 1)
+    known = {"model": of_all.recipe, "name": data_curve.METRIC, "seed": 1, "value": 2.0, "provenance": {"run": of_all.key(1)}}
+    mean = {key: known[key] for key in ("model", "name", "value")}
+    other = {**known, "provenance": {"run": "of other keys"}}
+    assert data_curve.compared(asked, [mean, known, other], 1) == [{**known, "model": "scm, all"}]
+    assert data_curve.compared(asked, [known], 2) == []
+
+
 def test_runs_of_the_curve_differ_in_their_data_alone() -> None:
     asked = data_curve.asked_for([0])
     assert len({each.name for each in asked}) == len(asked) == 2 * (len(data_curve.COUNTS) + 1)

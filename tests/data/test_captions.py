@@ -38,6 +38,24 @@ def test_csv_with_quotes_and_other_columns(tmp_path: Path) -> None:
     assert captions(tmp_path) == {"a.png": {'one, "two"\r\nthree': 1.0}, "b.png": {"four": 1.0}}
 
 
+def test_parquet_with_lists_and_other_columns(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = {"file_name": ["a.png", "b.png"], "text": [["one", "one", "two", "three"], ["four"]], "width": [2, 2]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), pictures(tmp_path, "a.png", "b.png") / "metadata.parquet")
+    assert captions(tmp_path) == {"a.png": {"one": 0.5, "two": 0.25, "three": 0.25}, "b.png": {"four": 1.0}}
+    refused(
+        tmp_path,
+        r"metadata\.parquet' row 1 has no caption: no 'caption' among its keys 'file_name', 'text', 'width'; did you mean",
+        caption_key="caption",
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"name": ["a.png"], "text": ["one"]}), tmp_path / "metadata.parquet")
+    refused(tmp_path, r"metadata\.parquet' has no column 'file_name', but \['name', 'text'\]")
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    refused(tmp_path, r"metadata\.parquet' is not a parquet file that can be read")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -46,7 +64,7 @@ def test_csv_with_quotes_and_other_columns(tmp_path: Path) -> None:
         ("a.png,a cat\n", r"metadata\.csv' line 1 must name the columns, .* file_name among them; it is \['a\.png', 'a cat'\]"),
         ("file_name;text\na.png;a cat\n", r"line 1 must name the columns, once each and separated by commas"),
         ("file_name,text,text\na.png,a,b\n", r"line 1 must name the columns, once each"),
-        ("file_name,text\na.png,a cat\n\na.png,a cat, black\n", r"line 4 has 3 fields for 2 columns; a caption with commas needs quotes"),
+        ("file_name,text\na.png,a cat\n\na.png,a cat, black\n", r"line 4 has 3 fields for 2 columns; a text with commas needs quotes"),
         ('file_name,text\na.png,"a\ncat"\na.png\n', r"line 4 has 1 fields for 2 columns"),
         ('file_name,text\na.png,"a cat\n', r"line 2 is not CSV \(unexpected end of data\)"),
         ("file_name,text\na.png," + "a" * 200_000, r"line 2 is not CSV \(field larger than field limit"),
@@ -117,12 +135,13 @@ def test_another_caption_key(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_captions_is_told_what_it_holds(tmp_path: Path) -> None:
-    forms = r"is neither fastgen:digits, fastgen:scenes nor a folder with metadata\.jsonl, metadata\.csv, or \.txt files beside the pictures: "
+    files = r"metadata\.jsonl, metadata\.csv, metadata\.parquet, \.txt files beside the pictures, or \.tar archives of these"
+    forms = f"is neither fastgen:digits, fastgen:scenes nor a folder with {files}: "
     pictures(tmp_path / "a", *(f"{i}.png" for i in range(12)), "x.JPG")
     (tmp_path / "a/captions.json").write_text("[]")
     (tmp_path / "a/val").mkdir()
     refused(tmp_path / "a", forms + r"it holds 12 \.png files, captions\.json, val/, x\.JPG$")
-    for name, hint in {"0.tar": "webdataset archives are not read: unpack them", "0.parquet": "pictures in parquet are not read: save them"}.items():
+    for name, hint in {"0.tgz": "compressed archives give no picture on its own", "0.parquet": "pictures in parquet are not read: save them"}.items():
         pictures(tmp_path / name)
         (tmp_path / name / name).touch()
         refused(tmp_path / name, forms + f"it holds {name}; {hint}")

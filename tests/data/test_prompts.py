@@ -39,6 +39,12 @@ def test_jsonl_weights_are_normalised_and_zero_weights_dropped(tmp_path: Path) -
     assert table == pytest.approx({"a": 0.7, "b": 0.2, "": 0.1})
 
 
+def test_csv_with_quotes_weights_and_other_columns(tmp_path: Path) -> None:
+    text = 'id,prompt,weight\r\n1,"a cat, ""asleep""",3\r\n\r\n2,a dog, 0.5\r\n3,"a cat, ""asleep""",.5\r\n'
+    assert load_prompts(write(tmp_path / "p.csv", "\ufeff" + text)) == {'a cat, "asleep"': 0.875, "a dog": 0.125}
+    assert load_prompts(write(tmp_path / "p.csv", "prompt\na cat\na dog\n")) == {"a cat": 0.5, "a dog": 0.5}
+
+
 def exact(*weights: float) -> list[float]:
     """Shares from integers: no double is too large, too small or rounded before the quotient."""
     total = sum(map(Fraction, weights))
@@ -104,7 +110,15 @@ def test_the_embedded_digits_are_a_prompt_set() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.csv", "a", r"is none of fastgen:digits, fastgen:scenes, \*\.txt, \*\.jsonl, \*\.parquet"),
+        ("p.tsv", "a", r"is none of fastgen:digits, fastgen:scenes, \*\.txt, \*\.jsonl, \*\.csv, \*\.parquet"),
+        ("p.csv", "", "holds no prompts with a positive weight"),
+        ("p.csv", "prompt\n", "holds no prompts with a positive weight"),
+        ("p.csv", "text\na cat\n", r"p.csv' line 1 must name the columns, .* prompt among them; it is \['text'\]"),
+        ("p.csv", "prompt,weight\na cat, asleep,1\n", r"line 2 has 3 fields for 2 columns; a text with commas needs quotes"),
+        ("p.csv", "prompt,weight\na cat,often\n", r"line 2 has weight 'often', not a number >= 0"),
+        ("p.csv", "prompt,weight\na cat,-1\n", r"line 2 has weight -1.0, not a number >= 0"),
+        ("p.csv", "prompt,weight\na cat,nan\n", r"line 2 has weight nan, not a number >= 0"),
+        ("p.csv", "prompt,weight\na cat,\n", r"line 2 has weight '', not a number >= 0"),
         ("p", "a", r"is none of fastgen:digits"),
         ("p.txt", "\n  \n", "holds no prompts with a positive weight"),
         ("p.txt", b"caf\xe9", "p.txt' is not UTF-8 text"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cells import METHODS, PROMPTS, check_cell, pictures, recipe, texts
+import torch
+from cells import METHODS, PROMPTS, check_cell, pictures, recipe, texts, trained
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_dit import tiny_dit
@@ -94,6 +95,15 @@ def test_one_cell_of_a_family(family: str, method: str, tuning: str, folders: An
 @pytest.mark.parametrize(("family", "method", "tuning"), [cell for cell in CELLS if cell not in DEFAULT])
 def test_every_other_cell(family: str, method: str, tuning: str, folders: Any, tmp_path: Path, child: Any) -> None:
     run_cell(family, method, tuning, folders(family), tmp_path, in_child=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_computed_again_change_no_number(family: str, folders: Any, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    kept, again = (trained(folders(family), tmp_path / str(how), checkpointing=how, prompts=row.prompts, **row.teacher) for how in (False, True))
+    assert kept.keys() == again.keys()
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
 
 
 @pytest.mark.parametrize(("family", "method"), [(family, method) for family, row in FAMILIES.items() for method in row.refused])

@@ -1,0 +1,32 @@
+"""Activations computed again in the backward pass instead of kept (Chen et al. 2016, arXiv:1604.06174), on networks whose adapters change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastgen.errors import UserError
+from fastgen.surgery import lora
+
+
+def recompute_blocks(backbone: nn.Module) -> None:
+    """Have each block of a diffusers network keep its inputs alone, and run again in the backward pass with the adapters of its forward.
+
+    UserError for a network whose blocks cannot. Copies of the network do so too.
+    """
+    network: Any = backbone
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise UserError(f"recipe key train.checkpointing: {type(backbone).__name__} cannot compute its blocks again; remove it")
+    network.enable_gradient_checkpointing(_computed_again)
+
+
+def _computed_again(block: nn.Module, *args: Any) -> Any:
+    as_now = lora.remembered(block)
+
+    def run(*args: Any) -> Any:
+        with as_now():
+            return block(*args)
+
+    return checkpoint(run, *args, use_reentrant=False)
