@@ -13,6 +13,7 @@ ABSENT = "\N{EN DASH}"
 RATE, MEMORY = "seconds_per_1000_images", "peak_memory_bytes"
 COSTS = {
     "training_seconds": Heading("training s", "↓", 0),
+    "network_passes": Heading("network passes", "", 0),
     RATE: Heading("images/s", "↑", 0),
     MEMORY: Heading("peak memory, MiB", "↓", 0),
 }

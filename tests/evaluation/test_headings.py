@@ -30,7 +30,7 @@ def test_costs_are_printed_in_other_units() -> None:
     assert rate == Number(500.0, 25.0, (250.0, 1000.0), 0)
     assert number({"name": "seconds_per_1000_images", "value": 400.0}).text() == "2.50"
     assert number({"name": "peak_memory_bytes", "value": 3 * 2**30}).text() == "3,072"
-    assert COSTS.keys() == {"seconds_per_1000_images", "peak_memory_bytes", "training_seconds"}
+    assert COSTS.keys() == {"seconds_per_1000_images", "peak_memory_bytes", "training_seconds", "network_passes"}
 
 
 def test_an_interval_is_shown_before_the_spread_of_single_scores() -> None:
