@@ -79,7 +79,7 @@ def encodings(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text", "open"):
             modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant) and isinstance(argument.value, str)]
-            elsewhere = ast.unparse(node.func.value) in ("os", "Image", "self._zip") or any("b" in mode for mode in modes)
+            elsewhere = ast.unparse(node.func.value) in ("os", "Image", "self._zip", "tarfile") or any("b" in mode for mode in modes)
             if (node.func.attr != "open" or not elsewhere) and "encoding" not in {keyword.arg for keyword in node.keywords}:
                 found.append(f"{path.name}:{node.lineno}")
     return found

@@ -105,7 +105,7 @@ def _members(archive: Path) -> Iterator[Member]:
             raise tarfile.ReadError("it breaks off before its end is marked")
 
 
-def read_text(member: Member, key: str) -> str:
+def text_in(member: Member, key: str) -> str:
     """Its text. UserError that begins with `key` for other bytes."""
-    with member.open() as file:
+    with member.open("rb") as file:
         return text_of(file.read(), str(member), key)

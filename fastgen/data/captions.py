@@ -200,7 +200,7 @@ def _from_archives(paths: Sequence[Path], caption_key: str, faults: Faults) -> I
 
 def _packed(kind: str, member: Member, caption_key: str) -> Captions:
     """The captions in a sample's file; UserError where there are none."""
-    text = archives.read_text(member, KEY)
+    text = archives.text_in(member, KEY)
     row = {caption_key: " ".join(text.split())} if kind == "txt" else parse_json(text, f"{KEY}: {str(member)!r}")
     problem = _caption_problem(row, caption_key) if isinstance(row, dict) else f"is not a JSON object, but {short(row)}"
     if problem:
