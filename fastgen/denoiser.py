@@ -67,16 +67,21 @@ class Denoiser(nn.Module):
         network does not have.
         """
         lora.activate(self.backbone, self.adapter)
-        dtype = next(self.backbone.parameters()).dtype
         cond, values = second_time.split(cond)
         heads = self.heads if judge else None
         assert heads is not None or not judge, "this network has no discriminator heads"
         with self._tapped([*taps, *(heads.taps if heads else ())]) as features, self._with_inputs(t, values), self._autocast(x.device):
-            prediction = self.family.call(self.backbone, x.to(dtype), t, conditioning.to(cond, dtype=dtype))
+            prediction = self.family.call(self.backbone, x.to(self.dtype), t, conditioning.to(cond, dtype=self.dtype))
         prediction = prediction.float() if prediction.dtype != torch.float64 else prediction
         log_variance = self.log_variance(second_time.noise_fraction(self.family.path, t)) if self.log_variance else None
         logits = heads([features[i] for i in heads.taps]) if heads else None
         return Output(prediction, tuple(features[i] for i in taps), log_variance, logits)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the network is given beside the time: that of its parameters. Weights that layers hold narrow (surgery/held.py) are none,
+        and are read in whatever dtype they meet."""
+        return next((parameter.dtype for parameter in self.backbone.parameters()), torch.float32)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()

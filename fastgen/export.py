@@ -41,6 +41,7 @@ from fastgen.portable import forget_origins, portable, source_name
 from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
+from fastgen.surgery.held import is_held
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 1e-5  # of fp32
@@ -75,7 +76,7 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
     """Write the student's whole pipeline to `output`, which appears only when complete; student: one role, or experts from noise to data.
 
     Scalar inputs are folded into the time embedding for good. So is a single adapter merged; several share one network, and each is
-    merged into a copy.
+    merged into a copy. Where the network holds its weights narrow, adapters are merged into the teacher's own, loaded anew.
     """
     experts = _experts(student)
     info = replace(info, own_steps_only=any("second_time" in expert.role.spec.inputs for expert in experts))
@@ -85,7 +86,11 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
 
     def network(k: int) -> nn.Module:
         denoiser = experts[k].role.denoiser
-        return _plain_network(_copied(denoiser) if denoiser.adapter and len(experts) > 1 else denoiser, times[shares[k]])
+        if denoiser.adapter is not None and is_held(denoiser.backbone):
+            denoiser = _in_full(denoiser)
+        elif denoiser.adapter is not None and len(experts) > 1:
+            denoiser = _copied(denoiser)
+        return _plain_network(denoiser, times[shares[k]])
 
     def write(folder: Path) -> None:
         pipeline = family.load_pipeline(network(0), family.sampling_scheduler(info.steps, info.grid, info.sampler))
@@ -139,6 +144,14 @@ def _division(ends: Sequence[float], shares: Sequence[Sequence[int]], places: Se
 
 def _copied(denoiser: Denoiser) -> Denoiser:
     return Denoiser(copy.deepcopy(denoiser.backbone), denoiser.family, adapter=denoiser.adapter, inputs=denoiser.inputs)
+
+
+def _in_full(denoiser: Denoiser) -> Denoiser:
+    """The same student on the teacher's own weights, its adapter merged."""
+    assert denoiser.adapter is not None
+    network = denoiser.family.load_backbone()
+    lora.merge_into(network, denoiser.backbone, denoiser.adapter)
+    return Denoiser(network, denoiser.family, inputs=denoiser.inputs)
 
 
 def _plain_network(denoiser: Denoiser, times: Tensor) -> nn.Module:

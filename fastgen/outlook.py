@@ -9,6 +9,7 @@ from fastgen.config import Recipe
 from fastgen.memory import data_bytes, network_bytes
 from fastgen.plan import Plan, plan
 from fastgen.roles import build_roles
+from fastgen.surgery.held import num_held
 
 
 def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str
 def describe(planned: Plan) -> dict[str, Any]:
     """What a run would do: roles, parameters, memory, grid, batch."""
     recipe, family = planned.recipe, planned.family
-    roles = build_roles(planned.roles, family, family.load_backbone(meta=True), tuning=planned.tuning)
+    roles = build_roles(planned.roles, family, family.load_backbone(meta=True), tuning=planned.tuning, storage=planned.storage)
     trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
     parameters = {id(p): p for role in roles.values() for p in role.denoiser.parameters()}
     networks, data = network_bytes(planned, roles), data_bytes(planned)
@@ -28,7 +29,7 @@ def describe(planned: Plan) -> dict[str, Any]:
         "teacher": recipe.teacher.pretrained,
         "family": type(family).__name__,
         "roles": {name: {"trains": trained[name], "tuning": _tuning_name(planned, name)} for name in roles},
-        "parameters": sum(p.numel() for p in parameters.values()),
+        "parameters": sum(p.numel() for p in parameters.values()) + num_held(role.denoiser for role in roles.values()),
         "bytes": networks + data,
         "network_bytes": networks,
         "data_bytes": data,

@@ -30,6 +30,8 @@ from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
+from fastgen.surgery import formats
+from fastgen.surgery.held import Storage
 
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
 _OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.embedded_guidance", "teacher.shift", "student.steps", "student.grid")
@@ -91,6 +93,10 @@ class Plan:
     @property
     def autocast(self) -> torch.dtype | None:
         return _AUTOCAST[self.recipe.train.precision]
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.recipe.teacher.dtype, self.recipe.teacher.quantise)
 
     def setting(self, negative: Conditioning, decode: Callable[[Tensor], Tensor] | None = None) -> Setting:
         """What the method may know of the run. negative: conditioning of the teacher's negative prompt, on the run's device."""
@@ -156,6 +162,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     foresight.check_images(images, family)
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
+    _check_storage(planned)
     _check_networks(planned)
     warnings = [*_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
     return planned if started else replace(planned, warnings=(*warnings, *check_texts(recipe, family, prompt_weights(prompts, images))))
@@ -246,6 +253,17 @@ def _check_export(planned: Plan) -> None:
             raise UserError(f"recipe key export.dtype: {block.dtype} is of a whole pipeline; `export.weights: lora` writes fp32, so remove it")
 
 
+def _check_storage(planned: Plan) -> None:
+    """UserError for stored weights where nothing is frozen, or for a format whose package is not here."""
+    storage, method = planned.storage, planned.recipe.distiller.name
+    for key, given in {"dtype": storage.dtype != "auto", "quantise": storage.quantise is not None}.items():
+        if given and planned.tuning is None and all(spec.trains_network for spec in planned.roles.values()):
+            said = f"{method} with student.tune: full keeps no frozen network; remove it, or train adapters (student.tune.lora)"
+            raise UserError(f"recipe key teacher.{key}: {said}")
+    if storage.quantise is not None:
+        formats.check_installed(storage.quantise, "teacher.quantise")
+
+
 def _check_networks(planned: Plan) -> None:
     """Read the header of every weights file, and find the layers that adapters go to."""
     if planned.family.exportable:
@@ -256,7 +274,7 @@ def _check_networks(planned: Plan) -> None:
     recompute = planned.recipe.train.checkpointing
     if recompute or planned.tuning is not None or any(spec.heads for spec in planned.roles.values()):
         network = planned.family.load_backbone(meta=True)
-        build_roles(planned.roles, planned.family, network, tuning=planned.tuning, recompute=recompute)
+        build_roles(planned.roles, planned.family, network, tuning=planned.tuning, recompute=recompute, storage=planned.storage)
 
 
 def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:

@@ -19,6 +19,7 @@ from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.surgery import lora
 from fastgen.surgery.heads import Heads, Taps, choose_taps
+from fastgen.surgery.held import AS_LOADED, Storage, hold
 from fastgen.surgery.log_variance import LogVariance
 from fastgen.surgery.recompute import recompute_blocks
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
@@ -187,40 +188,50 @@ def build_roles(
     defaults: Defaults | None = None,
     seed: int = 0,
     recompute: bool = False,
+    storage: Storage = AS_LOADED,
+    device: torch.device | None = None,
 ) -> Roles:
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
     adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them. seed: of what
-    a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but compute them again."""
+    a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but compute them again. storage: of
+    weights that no role trains. device: where the roles are made; None: where `base` is, of which only what they keep is moved."""
     base.requires_grad_(False)
     if recompute:
         recompute_blocks(base)
-    additions = {name: _additions(name, spec, family, base, defaults, seed) for name, spec in specs.items()}
+    device = next(base.parameters()).device if device is None else device
+    additions = {name: _additions(name, spec, family, base, defaults, seed, device) for name, spec in specs.items()}
     if tuning is not None:
+        hold(base, family.blocks(base), storage, device)
+        base.to(device)
         return _shared_roles(specs, family, base, tuning, autocast, additions)
     roles = Roles()
     for name, spec in specs.items():
-        backbone = copy.deepcopy(base) if spec.trains_network else base
+        backbone = copy.deepcopy(base).to(device) if spec.trains_network else base
         roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trains_network), family, autocast=autocast, **additions[name]))
-    if autocast is not None:
+    hold(base, family.blocks(base), storage, device)
+    base.to(device)
+    if autocast is not None and storage.dtype == "auto":
         for parameter in base.parameters():  # not its buffers: tables of positions and closed forms stay exact
             parameter.data = parameter.data.to(autocast)
     return roles
 
 
-def _additions(name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None, seed: int) -> dict[str, Any]:
+def _additions(
+    name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None, seed: int, device: torch.device
+) -> dict[str, Any]:
     """What a role has beside its network, as arguments of its Denoiser. Each role's start depends on the run's seed and on its name."""
-    weight, additions, own_seed = next(base.parameters()), {}, f"{seed}/{name}"
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    additions, own_seed = {}, f"{seed}/{name}"
+    dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
     if spec.inputs:
         assert family.time_projection is not None, "the plan refuses families without a place for scalar inputs"
         width: Any = base.get_submodule(family.time_projection).out_features
-        additions["inputs"] = ScalarInputs(spec.inputs, width, defaults=defaults, seed=own_seed, dtype=dtype).to(weight.device)
+        additions["inputs"] = ScalarInputs(spec.inputs, width, defaults=defaults, seed=own_seed, dtype=dtype).to(device)
     if spec.log_variance:
-        additions["log_variance"] = LogVariance(seed=own_seed).to(weight.device, dtype)
+        additions["log_variance"] = LogVariance(seed=own_seed).to(device, dtype)
     if spec.heads is not None:
         widths = family.feature_widths(base)
         taps = choose_taps(spec.heads, len(widths))
-        additions["heads"] = Heads(taps, [widths[tap] for tap in taps], seed=own_seed).to(weight.device, dtype)
+        additions["heads"] = Heads(taps, [widths[tap] for tap in taps], seed=own_seed).to(device, dtype)
     return additions
 
 

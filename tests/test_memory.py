@@ -80,6 +80,18 @@ def test_a_pipeline_takes_what_the_plan_says(changes: dict[str, Any], recipe: Ca
     compare(recipe(**changes))
 
 
+@pytest.mark.parametrize("tune", ["full", {"lora": {"rank": 2}}], ids=["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kept", [{"dtype": "bf16"}, {"dtype": "fp32"}, {"quantise": "fp8"}, {"dtype": "bf16", "quantise": "int8"}], ids=str)
+def test_a_held_teacher_takes_what_the_plan_says(kept: dict[str, str], precision: str, tune: Any, recipe: Callable[..., Recipe]) -> None:
+    given = recipe(teacher=kept, student={"tune": tune}, train={"precision": precision})
+    compare(given)
+    before, now = (describe(plan(each, only="train")) for each in (recipe(student={"tune": tune}, train={"precision": precision}), given))
+    assert now["parameters"] == before["parameters"]
+    if kept != {"dtype": "fp32"} and (precision == "fp32" or tune != "full"):
+        assert now["network_bytes"] < before["network_bytes"]
+
+
 def test_images_and_a_discriminator_count_too() -> None:
     keys = ["distiller.gan={}", "data={images: 'fastgen:digits'}", "optimizer.discriminator.lr=0.001", "train.batch_size=2", "train.device=cpu"]
     compare(Recipe.load("digits_dmd2_1step", keys))

@@ -21,6 +21,7 @@ from fastgen.families.complete import check_complete
 from fastgen.generator import load_student
 from fastgen.pictures import save_png
 from fastgen.plan import plan
+from fastgen.surgery import formats
 
 Change = dict[str, Any]
 WHOLE = ("distiller", "data", "optimizer")  # are replaced as a whole
@@ -221,3 +222,22 @@ def test_prompts_of_the_protocol_that_the_pipeline_cannot_read(recipe: Callable[
     tiny_protocol(tmp_path, ["a red cat", "日本"])
     with pytest.raises(UserError, match=r"^recipe key evaluate\.protocol: "):
         plan(given)
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", "bf16"), ("dtype", "fp32"), ("quantise", "int8")])
+def test_what_is_said_of_frozen_weights_needs_some(key: str, value: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (16, 16)).save(images / "a.png")
+    (images / "a.txt").write_text("a red cat", encoding="utf-8")
+    pixels = {"distiller": {"name": "flow_matching"}, "data": {"images": str(images)}, "optimizer": {"student": {"lr": 1e-3}}}
+    with pytest.raises(UserError, match=rf"^recipe key teacher\.{key}: flow_matching with student\.tune: full keeps no frozen network"):
+        plan(recipe(teacher={key: value}, **pixels), only="train")
+    plan(recipe(teacher={key: value}, student=LORA, **pixels), only="train")
+
+
+def test_a_dry_run_names_the_package_that_a_format_needs(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^recipe key teacher\.quantise: nf4 needs the package bitsandbytes"):
+        run.dry_run(recipe(teacher={"quantise": "nf4"}, student=LORA), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

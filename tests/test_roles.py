@@ -16,6 +16,7 @@ from fastgen.families.base import Family
 from fastgen.families.toy import Toy
 from fastgen.roles import LoraTuning, Role, Roles, RoleSpec, build_roles, frozen, judge, student, trainable
 from fastgen.surgery import lora
+from fastgen.surgery.held import Storage, is_held
 from fastgen.surgery.second_time import Defaults
 
 SPECS = {"student": trainable(), "fake_score": trainable(), "teacher": frozen()}
@@ -519,3 +520,39 @@ def test_full_roles_have_no_adapters_to_align() -> None:
     roles.align_adapters(["student"])
     roles.align_adapters([])
     assert_equal(roles["fake_score"].state_dict(), before)
+
+
+# Bases that hold their weights in fewer bits
+
+
+@pytest.mark.parametrize("storage", [Storage("bf16"), Storage(quantise="int8")], ids=["bf16", "int8"])
+def test_blocks_computed_again_change_no_gradient_on_a_held_base(storage: Storage) -> None:
+    case, results = sd3_case(), []
+    tuning = LoraTuning(rank=3, alpha=6.0, targets=case.family.lora_targets)
+    for recompute in (False, True):
+        roles = build_roles(SPECS, case.family, case.backbone(), tuning=tuning, recompute=recompute, storage=storage)
+        perturb(roles["student"], 0)
+        case.run(roles["student"]).square().sum().backward()
+        results.append(gradients(roles["student"]))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_with_full_tuning_the_teacher_alone_is_held(autocast: torch.dtype | None) -> None:
+    case = sd3_case()
+    storage = Storage("bf16", "int8")
+    roles = build_roles(SPECS, case.family, case.backbone(), autocast=autocast, storage=storage)
+    assert [is_held(roles[name].denoiser.backbone) for name in ("student", "fake_score", "teacher")] == [False, False, True]
+    plain, weights = case.backbone().state_dict(), roles["student"].denoiser.backbone.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in plain.items())
+    out, near = (case.run(roles[name]).detach() for name in ("teacher", "student"))
+    assert out.dtype == torch.float32
+    assert 1e-4 < float((out - near).norm() / near.norm()) < 0.1
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("fp32", torch.float32)])
+def test_under_autocast_a_teacher_of_its_own_is_rounded_unless_told_otherwise(dtype: Any, expected: torch.dtype) -> None:
+    case = sd3_case()
+    roles = build_roles(SPECS, case.family, case.backbone(), autocast=torch.bfloat16, storage=Storage(dtype))
+    assert {parameter.dtype for parameter in roles["teacher"].denoiser.backbone.parameters()} == {expected}
+    assert roles["teacher"].denoiser.dtype == expected

@@ -87,7 +87,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     plan.method.load(plan.method_config)
     data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, progress.warn, batch=recipe.train.at_once)
     progress.stage(f"loading {recipe.teacher.pretrained}")
-    backbone = family.load_backbone().to(parallel.device)
+    backbone = family.load_backbone()
     if not math.isfinite(largest(backbone.parameters())):
         raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has weights that are not finite, so it cannot teach")
     negative = family.encode_negative(recipe.teacher.negative_prompt or None)
@@ -102,6 +102,8 @@ def build(plan: Plan, progress: Progress) -> Run:
         defaults=defaults,
         seed=recipe.train.seed,
         recompute=recipe.train.checkpointing,
+        storage=plan.storage,
+        device=parallel.device,
     )
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))

@@ -118,6 +118,16 @@ def merge(backbone: nn.Module, name: str) -> None:
         del backbone.peft_config
 
 
+def merge_into(network: nn.Module, backbone: nn.Module, name: str) -> None:
+    """Add adapter `name` of `backbone` to the weights of `network`, the plain architecture from which it was made; `backbone` stays as it is."""
+    adapted = _lora_layers(backbone)
+    for key, layer in backbone.named_modules():
+        if layer in adapted:
+            weight = network.get_submodule(key).weight
+            assert isinstance(weight, nn.Parameter)
+            weight.data += layer.get_delta_weight(name).to(weight)  # type: ignore[operator, union-attr]
+
+
 def _lora_layers(backbone: nn.Module) -> list:
     if not hasattr(backbone, "peft_config"):
         return []

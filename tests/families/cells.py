@@ -68,7 +68,7 @@ def trained(source: Path, folder: Path, *, checkpointing: bool, prompts: Sequenc
 
 def recipe(source: Path, method: str, folder: Path, *, lora: bool = False, prompts: Sequence[str] = PROMPTS, **teacher: Any) -> Recipe:
     """Of two steps; `folder` gets its prompts, or pictures with captions."""
-    family = find_family(source, **teacher)
+    family = find_family(source, **{key: value for key, value in teacher.items() if key not in ("dtype", "quantise")})
     distiller = _distiller(method, family)
     from_pictures = method == "lcm" or (method == "scm" and "trajectory" not in distiller)
     optimizer = {"lr": 1e-3, "weight_decay": 0.0}
