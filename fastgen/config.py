@@ -37,7 +37,8 @@ class TeacherBlock(Block):
     all else: the pipeline's own. size: [height, width] in pixels; resolution: the same for squares. frames: of a video. embedded_guidance: what
     the network is told of guidance, where it was trained with such an input. shift: of the teacher's times, None for what its scheduler
     says; stated, it goes before that, and the scheduler may be of any kind. dtype, quantise: how its frozen weights are kept, the base under
-    adapters among them; auto: fp32 under adapters, else what train.precision computes in."""
+    adapters among them; auto: fp32 under adapters, else what train.precision computes in. offload: it lies on the CPU, and its blocks come to
+    the device one at a time."""
 
     pretrained: str
     revision: str | None = Field(None, min_length=1)
@@ -52,6 +53,7 @@ class TeacherBlock(Block):
     shift: float | None = Field(None, ge=1e-3, le=1e3)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     quantise: Literal["fp8", "int8", "nf4"] | None = None
+    offload: bool = Field(default=False, strict=True)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _RESUMABLE = (
     "train.sample_every",
     "train.device",
     "train.checkpointing",
+    "teacher.offload",
     "evaluate",
     "export",
     *("data.caption_key", "data.skip_broken"),

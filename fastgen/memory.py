@@ -1,6 +1,7 @@
 """How much memory the tensors that a run holds all along take, from shapes alone: networks and what trains them, and the encoded data.
 
-What comes and goes is not counted: activations, text encoders and VAE, and the copies with which averages are sampled.
+What comes and goes is not counted: activations, text encoders and VAE, blocks that are otherwise on the CPU, and the copies with which
+averages are sampled.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def network_bytes(planned: Plan, roles: Roles) -> int:
     shared = {id(p): p for role in roles.values() for p in role.denoiser.parameters() if id(p) not in own}
     frozen = sum(p.numel() * (2 if narrow else p.element_size()) for p in shared.values())
     averages = sum(4 * _count(trained[name]) for name, spec in planned.roles.items() if spec.averaged)
-    return frozen + _frozen_buffers(roles) + averages + _most_at_once(planned, roles, trained)
+    kept = 0 if planned.recipe.teacher.offload else frozen + _frozen_buffers(roles)
+    return kept + averages + _most_at_once(planned, roles, trained)
 
 
 def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, Sequence[Tensor]]) -> int:

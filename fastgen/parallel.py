@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastgen.errors import UserError
 from fastgen.roles import Role
+from fastgen.surgery.offload import is_offloaded
 
 
 class SingleProcess:
@@ -39,7 +40,7 @@ class SingleProcess:
 
     def prepare(self, role: Role) -> None:
         """Wrap or shard the role's module in place, before optimizers are made."""
-        role.module = role.denoiser.to(self.device)
+        role.module = role.denoiser if is_offloaded(role.denoiser.backbone) else role.denoiser.to(self.device)
 
     @contextmanager
     def gradients(self, modules: Iterable[nn.Module], *, synchronise: bool) -> Iterator[None]:

@@ -254,12 +254,23 @@ def _check_export(planned: Plan) -> None:
 
 
 def _check_storage(planned: Plan) -> None:
-    """UserError for stored weights where nothing is frozen, or for a format whose package is not here."""
+    """UserError for stored weights where nothing is frozen, for a format whose package is not here, and for a network on the CPU that
+    gradients go through."""
     storage, method = planned.storage, planned.recipe.distiller.name
+    nothing_frozen = all(spec.trains_network for spec in planned.roles.values())
     for key, given in {"dtype": storage.dtype != "auto", "quantise": storage.quantise is not None}.items():
-        if given and planned.tuning is None and all(spec.trains_network for spec in planned.roles.values()):
+        if given and planned.tuning is None and nothing_frozen:
             said = f"{method} with student.tune: full keeps no frozen network; remove it, or train adapters (student.tune.lora)"
             raise UserError(f"recipe key teacher.{key}: {said}")
+    if planned.recipe.teacher.offload:
+        judges = [name for name, spec in planned.roles.items() if spec.trainable and spec.frozen_network]
+        if planned.tuning is not None:
+            raise UserError("recipe key teacher.offload: true, but the student's adapters train on the teacher's network (student.tune.lora)")
+        if nothing_frozen:
+            raise UserError(f"recipe key teacher.offload: true, but {method} with student.tune: full keeps no frozen network; remove it")
+        if judges:
+            said = f"true, but the {judges[0]} sends gradients through the teacher; set distiller.gan.features to fake_score"
+            raise UserError(f"recipe key teacher.offload: {said}")
     if storage.quantise is not None:
         formats.check_installed(storage.quantise, "teacher.quantise")
 

@@ -21,6 +21,7 @@ from fastgen.surgery import lora
 from fastgen.surgery.heads import Heads, Taps, choose_taps
 from fastgen.surgery.held import AS_LOADED, Storage, hold
 from fastgen.surgery.log_variance import LogVariance
+from fastgen.surgery.offload import offload
 from fastgen.surgery.recompute import recompute_blocks
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
 
@@ -190,11 +191,13 @@ def build_roles(
     recompute: bool = False,
     storage: Storage = AS_LOADED,
     device: torch.device | None = None,
+    offloaded: bool = False,
 ) -> Roles:
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
     adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them. seed: of what
     a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but compute them again. storage: of
-    weights that no role trains. device: where the roles are made; None: where `base` is, of which only what they keep is moved."""
+    weights that no role trains. device: where the roles are made; None: where `base` is, of which only what they keep is moved. offloaded: the frozen
+    network of full fine-tuning stays on the CPU, see surgery/offload.py."""
     base.requires_grad_(False)
     if recompute:
         recompute_blocks(base)
@@ -208,11 +211,13 @@ def build_roles(
     for name, spec in specs.items():
         backbone = copy.deepcopy(base).to(device) if spec.trains_network else base
         roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trains_network), family, autocast=autocast, **additions[name]))
-    hold(base, family.blocks(base), storage, device)
-    base.to(device)
+    hold(base, family.blocks(base), storage, torch.device("cpu") if offloaded else device)
+    base.to("cpu" if offloaded else device)
     if autocast is not None and storage.dtype == "auto":
         for parameter in base.parameters():  # not its buffers: tables of positions and closed forms stay exact
             parameter.data = parameter.data.to(autocast)
+    if offloaded:
+        offload(base, device)
     return roles
 
 

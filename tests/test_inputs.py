@@ -159,6 +159,18 @@ def test_a_teacher_that_changes_is_refused_and_one_that_moves_is_not(teacher: Pa
         go_on(run_dir, changed(given, teacher__pretrained=str(moved), teacher__guidance=2.0))
 
 
+def test_a_run_goes_on_with_its_teacher_kept_as_it_was_wherever_it_lies(teacher: Path, tmp_path: Path) -> None:
+    given = teacher_recipe(tmp_path, teacher)
+    run_dir = begin(tmp_path, given)
+    go_on(run_dir, changed(given, teacher__offload=True))
+    for key, value in (("dtype", "bf16"), ("quantise", "int8")):
+        another = changed(given, **{f"teacher__{key}": value})
+        with pytest.raises(UserError, match=rf"--resume: recipe key teacher\.{key} is '{value}', the run in"):
+            go_on(run_dir, another)
+        with pytest.raises(UserError, match=rf"--allow-change: teacher\.{key} decides what is trained"):
+            inputs.check_same(run_dir, plan(another, only="train"), newest_state(run_dir), allowed=[f"teacher.{key}"])
+
+
 def test_what_is_exported_is_not_put_on_another_teacher(teacher: Path, tmp_path: Path) -> None:
     given = teacher_recipe(tmp_path, teacher)
     run_dir = run.train(given, tmp_path / "run", only="train")

@@ -162,6 +162,11 @@ class Family(ABC):
         return Legibility(len(prompts))
 
     @abstractmethod
+    def encode_in(self, dtype: torch.dtype, device: torch.device) -> None:
+        """From now on have text encoders compute in `dtype`, on `device`, where one of them lies at a time; unless told, they are fp32, on the
+        CPU. Those of a live pipeline stay as their owner has them."""
+
+    @abstractmethod
     def free_encoders(self) -> None:
         """Drop text encoders and VAE from memory; a later call loads them again."""
 

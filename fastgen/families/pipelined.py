@@ -66,6 +66,7 @@ class Pipelined(Family):
     ) -> None:
         self.source = Source(source, type(self).__name__, self.pipeline_classes[0], self.optional)
         self._encoders: Any = None
+        self._encoding = torch.float32, torch.device("cpu")
         self._checked = False
         self.config = self.source.component(self.component, self.network)
         self.codec = Codec(self.source, self.vae_network, self.normalised_by)
@@ -260,10 +261,20 @@ class Pipelined(Family):
     def by_encoders(self, encode: Callable[[Any], Conditioning]) -> Conditioning:
         """What the pipeline with its encoders gives, fp32 or integers, on the CPU; they load on first use."""
         if self._encoders is None:
-            self._encoders = self.source.live or self.source.pipeline(without=(self.component, "vae", *self.after_drawing))
+            self._encoders = self.source.live or self._loaded_encoders()
         with self.source.reading():
             cond = encode(self._encoders)
         return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}
+
+    def _loaded_encoders(self) -> Any:
+        dtype, device = self._encoding
+        pipeline = self.source.pipeline(without=(self.component, "vae", *self.after_drawing), dtype=dtype)
+        if device.type != "cpu":
+            pipeline.enable_model_cpu_offload(device=device)  # moves each encoder there for its call alone
+        return pipeline
+
+    def encode_in(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._encoding, self._encoders = (dtype, device), None
 
     def meta_conditioning(self, count: int) -> Conditioning:
         integers = {"length", "class_labels"}

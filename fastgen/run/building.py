@@ -11,7 +11,7 @@ from fastgen.data import training
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
 from fastgen.divergence import largest
 from fastgen.errors import UserError
-from fastgen.export import Expert, StudentInfo
+from fastgen.export import DTYPES, Expert, StudentInfo
 from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
 from fastgen.licensing import license_of
@@ -85,6 +85,8 @@ def build(plan: Plan, progress: Progress) -> Run:
     recipe, family = plan.recipe, plan.family
     parallel = launch(recipe.train.shard, recipe.train.device)
     plan.method.load(plan.method_config)
+    if recipe.teacher.dtype != "auto":
+        family.encode_in(DTYPES[recipe.teacher.dtype], parallel.device)
     data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, progress.warn, batch=recipe.train.at_once)
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone()
@@ -104,6 +106,7 @@ def build(plan: Plan, progress: Progress) -> Run:
         recompute=recipe.train.checkpointing,
         storage=plan.storage,
         device=parallel.device,
+        offloaded=recipe.teacher.offload,
     )
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
