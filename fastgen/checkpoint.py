@@ -25,6 +25,7 @@ from fastgen import records
 from fastgen.errors import UserError
 from fastgen.files import OLD, PARTIAL, publish, reading, recover, remove, remove_partial, share, write_atomically, writing
 from fastgen.fingerprints import check_files, digest, file_hashes, sealed, unsealed
+from fastgen.optimizers import load_states, move_states, state_tensors
 from fastgen.roles import Roles
 from fastgen.trainer import Metrics, Trainer
 
@@ -196,7 +197,9 @@ def load(checkpoint: Path, trainer: Trainer, state: dict[str, Any] | None = None
         for name, role in trainer.roles.trained.items():
             role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
         for name, optimizer in trainer.optimizers.items():
-            _load_optimizer(name, optimizer, load_file(checkpoint / f"optimizer_{name}.safetensors"))
+            load_states(name, optimizer, load_file(checkpoint / f"optimizer_{name}.safetensors"))
+            if trainer.settings.offload_optimizers:
+                move_states(optimizer, torch.device("cpu"))
         for name, average in trainer.ema.items():
             average.load_state_dict(load_file(checkpoint / f"ema_{name}.safetensors"))
         if trainer.distiller.statistics:
@@ -243,7 +246,7 @@ def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         files["statistics"] = trainer.distiller.statistics
     for name, role in trainer.roles.trained.items():
         files[f"role_{name}"] = role.state_dict()
-    return files | {f"optimizer_{name}": _optimizer_tensors(optimizer) for name, optimizer in trainer.optimizers.items()}
+    return files | {f"optimizer_{name}": state_tensors(optimizer) for name, optimizer in trainer.optimizers.items()}
 
 
 def _load_statistics(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
@@ -251,29 +254,6 @@ def _load_statistics(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
         raise ValueError(f"statistics of the method do not match: {sorted(own.keys() ^ saved.keys())}")
     for name, tensor in own.items():
         tensor.copy_(saved[name])
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flat names `parameter index/state name`; parameter order is the role's own."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}/{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items() if value is not None}
-
-
-def _load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Strict, as `Optimizer.load_state_dict` is not: ValueError unless every tensor is a number or shaped like its parameter, and
-    every parameter that has any (an unused one has none) has the same kinds."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for flat, value in tensors.items():
-        index, key = flat.split("/")
-        if int(index) >= len(parameters) or (value.ndim and value.shape != parameters[int(index)].shape):
-            raise ValueError(f"optimizer of role {name!r} does not match: {flat} is {tuple(value.shape)}")
-        state.setdefault(int(index), {})[key] = value
-    kinds = {key for entry in state.values() for key in entry}
-    for index, entry in state.items():
-        if entry.keys() != kinds:
-            raise ValueError(f"optimizer of role {name!r} does not match: parameter {index} lacks {sorted(kinds - entry.keys())}")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _save_synced(tensors: dict[str, Tensor], path: Path) -> None:

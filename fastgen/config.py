@@ -139,7 +139,7 @@ class DataBlock(Block):
 class OptimizerBlock(Block):
     """One role's optimizer; warmup in student steps; clip: largest gradient norm, null for any."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "adamw8bit"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -158,7 +158,8 @@ class OptimizerBlock(Block):
 
 class TrainBlock(Block):
     """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all. checkpointing: blocks keep
-    their inputs alone and are computed again in the backward pass: less memory, more time."""
+    their inputs alone and are computed again in the backward pass: less memory, more time. ema_device: where averages lie, with the weights or
+    on the CPU; offload_optimizers: states lie on the CPU but for their role's own step."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     batch_size: int = Field(ge=1, le=2**20)
@@ -167,6 +168,8 @@ class TrainBlock(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpointing: bool = Field(default=False, strict=True)
     ema: float = Field(0.999, ge=0, lt=1)
+    ema_device: Literal["same", "cpu"] = "same"
+    offload_optimizers: bool = Field(default=False, strict=True)
     shard: Literal["none"] = "none"
     device: str = "auto"
     checkpoint_every: int = Field(500, ge=0, le=MOST_STEPS)

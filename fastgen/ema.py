@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 
 class EMA:
-    """shadow <- d shadow + (1 - d) parameter, with d = min(decay, (1 + n)/(10 + n)) after n updates; decay in [0, 1)."""
+    """shadow <- d shadow + (1 - d) parameter, with d = min(decay, (1 + n)/(10 + n)) after n updates; decay in [0, 1). device: where the
+    shadow lies, the CPU, or `same` for its parameter's."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, device: Literal["same", "cpu"] = "same") -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
         self.decay = decay
         self.updates = 0
         self._parameters = dict(parameters)
         # clone, not deepcopy: a sharded parameter gives its own shard
-        self.shadow = {name: parameter.detach().clone().float() for name, parameter in parameters.items()}
+        self.shadow = {name: _apart(parameter, device) for name, parameter in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the current parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in self._parameters.items():
-            self.shadow[name].lerp_(parameter.detach().float(), 1 - decay)
+            self.shadow[name].lerp_(parameter.detach().to(self.shadow[name]), 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -61,6 +63,11 @@ class EMA:
         self.updates = int(state["updates"])
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
+
+
+def _apart(parameter: nn.Parameter, device: Literal["same", "cpu"]) -> Tensor:
+    """A copy in fp32."""
+    return parameter.detach().to(parameter.device if device == "same" else device, torch.float32, copy=True)
 
 
 class Averages(dict[str, EMA]):

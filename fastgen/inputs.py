@@ -36,6 +36,8 @@ _RESUMABLE = (
     "train.device",
     "train.checkpointing",
     "teacher.offload",
+    "train.ema_device",
+    "train.offload_optimizers",
     "evaluate",
     "export",
     *("data.caption_key", "data.skip_broken"),

@@ -1,6 +1,6 @@
 """How much memory the tensors that a run holds all along take, from shapes alone: networks and what trains them, and the encoded data.
 
-What comes and goes is not counted: activations, text encoders and VAE, blocks that are otherwise on the CPU, and the copies with which
+Neither what the recipe keeps on the CPU nor what comes and goes is counted: activations, text encoders and VAE, and the copies with which
 averages are sampled.
 """
 
@@ -26,7 +26,8 @@ def network_bytes(planned: Plan, roles: Roles) -> int:
     narrow = planned.autocast is not None and planned.tuning is None and planned.storage.dtype == "auto"
     shared = {id(p): p for role in roles.values() for p in role.denoiser.parameters() if id(p) not in own}
     frozen = sum(p.numel() * (2 if narrow else p.element_size()) for p in shared.values())
-    averages = sum(4 * _count(trained[name]) for name, spec in planned.roles.items() if spec.averaged)
+    there = planned.recipe.train.ema_device == "same"
+    averages = sum(4 * _count(trained[name]) for name, spec in planned.roles.items() if spec.averaged and there)
     kept = 0 if planned.recipe.teacher.offload else frozen + _frozen_buffers(roles)
     return kept + averages + _most_at_once(planned, roles, trained)
 
@@ -42,17 +43,22 @@ def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str
         training = [name for name in needed if spans[name][0] <= step < sum(spans[name])]
         kept = sum(_bytes(trained[name]) + _own_buffers(roles[name]) for name in needed)
         gradients = max(sum(_bytes(trained[name]) for name in update.trains) for update in distiller.updates(step))
-        return kept + sum(_optimizer_bytes(planned, name, trained[name]) for name in training) + gradients
+        states = [_optimizer_bytes(planned, name, trained[name]) for name in training]
+        return kept + (max(states, default=0) if planned.recipe.train.offload_optimizers else sum(states)) + gradients
 
     moments = {0, steps - 1, *(first for first, _ in spans.values()), *(first + count - 1 for first, count in spans.values())}
     return max(at(step) for step in moments if 0 <= step < steps)
 
 
 def _optimizer_bytes(planned: Plan, role: str, parameters: Sequence[Tensor]) -> int:
-    """Adam: two moments and a counter of each parameter; SGD: its momentum."""
+    """Adam: two moments and a counter of each parameter; in 8 bits with a scale for each 256, but for small parameters, and two tables of 256
+    numbers; SGD: its momentum."""
     block = planned.optimizers[role]
     if block.name == "sgd":
         return _bytes(parameters) if block.betas[0] else 0
+    if block.name == "adamw8bit":
+        counts = [parameter.numel() for parameter in parameters]
+        return sum(8 * n if n < 4096 else 2 * n + 8 * math.ceil(n / 256) for n in counts) + (2048 if max(counts, default=0) >= 4096 else 0)
     return 2 * _bytes(parameters) + 4 * len(parameters)
 
 

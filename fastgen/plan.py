@@ -28,6 +28,7 @@ from fastgen.families.base import Family
 from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
+from fastgen.optimizers import check_optimizer
 from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 from fastgen.surgery import formats
@@ -296,6 +297,7 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
     for name in trained:
         if _optimizer_key(name, recipe) not in recipe.optimizer:
             raise UserError(f"recipe key optimizer.{name}: missing; {recipe.distiller.name} trains {', '.join(trained)}")
+        check_optimizer(recipe.optimizer[_optimizer_key(name, recipe)], f"optimizer.{_optimizer_key(name, recipe)}")
     if recipe.train.micro_batch and recipe.train.batch_size % recipe.train.micro_batch:
         raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from fastgen.data.training import Batch, TrainingData
 from fastgen.distillers.base import Distiller, Update
 from fastgen.ema import EMA, Averages
 from fastgen.errors import TrainingFailed
+from fastgen.optimizers import make_optimizer, states_on
 from fastgen.parallel import SingleProcess
 from fastgen.rng import SampleRng
 from fastgen.roles import Roles
@@ -26,14 +28,6 @@ from fastgen.roles import Roles
 Metrics = dict[str, float]
 
 _CHECK_EVERY = 100  # steps between checks of all weights, which read them once
-
-
-def make_optimizer(block: OptimizerBlock, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of one role."""
-    if block.name == "sgd":
-        return torch.optim.SGD(parameters, lr=block.lr, momentum=block.betas[0], weight_decay=block.weight_decay)
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[block.name]
-    return kind(parameters, lr=block.lr, betas=block.betas, eps=block.eps, weight_decay=block.weight_decay, fused=True)
 
 
 def lr_factor(block: OptimizerBlock, step: int, steps: int) -> float:
@@ -65,7 +59,7 @@ class Trainer:
         self.begun = {name: divergence.largest(own) for name, own in self.parameters.items()}  # largest weights, by role
         self.optimizers = {name: make_optimizer(self.optimizer_blocks[name], own) for name, own in self.parameters.items()}
         averaged = {name: role for name, role in self.roles.items() if role.spec.averaged}
-        self.ema = Averages({name: EMA(role.parameters(), self.settings.ema) for name, role in averaged.items()})
+        self.ema = Averages({name: EMA(role.parameters(), self.settings.ema, self.settings.ema_device) for name, role in averaged.items()})
         self.move_to(0)
 
     def run(self, events: Sequence[Callable[[int, Metrics], None]], should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -157,7 +151,8 @@ class Trainer:
         lr = block.lr * lr_factor(block, self.step - first, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        with states_on(optimizer, self.parallel.device) if self.settings.offload_optimizers else nullcontext():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {f"grad_norm/{name}": norm, f"lr/{name}": lr}
 

@@ -19,6 +19,29 @@ def test_shadows_start_as_fp32_copies() -> None:
     assert ema.shadow["w"].tolist() == [1, 2]
 
 
+def test_shadows_on_the_cpu_are_copies_too() -> None:
+    """Here their parameters lie there as well; where they do not, the test that needs a GPU looks."""
+    weight = parameter(1.0, 2.0)
+    average, usual = EMA({"w": weight}, 0.9, "cpu"), EMA({"w": weight}, 0.9)
+    weight.data.fill_(7)
+    for each in (average, usual):
+        each.update()
+    assert average.shadow["w"].tolist() == usual.shadow["w"].tolist() != [7, 7]
+
+
+@pytest.mark.gpu
+def test_shadows_of_weights_on_a_gpu_stay_on_the_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    weight = nn.Parameter(torch.tensor([1.0, 2.0], device="cuda"))
+    average = EMA({"w": weight}, 0.9, "cpu")
+    weight.data.fill_(7)
+    average.update()
+    assert average.shadow["w"].device.type == "cpu"
+    with average.applied():
+        assert weight.device.type == "cuda" and weight.tolist() == pytest.approx(average.shadow["w"].tolist())
+
+
 def test_warm_up_by_hand() -> None:
     weight = parameter(0.0)
     ema = EMA({"w": weight}, 0.25)

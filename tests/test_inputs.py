@@ -162,7 +162,7 @@ def test_a_teacher_that_changes_is_refused_and_one_that_moves_is_not(teacher: Pa
 def test_a_run_goes_on_with_its_teacher_kept_as_it_was_wherever_it_lies(teacher: Path, tmp_path: Path) -> None:
     given = teacher_recipe(tmp_path, teacher)
     run_dir = begin(tmp_path, given)
-    go_on(run_dir, changed(given, teacher__offload=True))
+    go_on(run_dir, changed(given, teacher__offload=True, train__ema_device="cpu", train__offload_optimizers=True))
     for key, value in (("dtype", "bf16"), ("quantise", "int8")):
         another = changed(given, **{f"teacher__{key}": value})
         with pytest.raises(UserError, match=rf"--resume: recipe key teacher\.{key} is '{value}', the run in"):

@@ -35,11 +35,11 @@ LAYERS = [
         "guidance",
         "tf32",
     }
-    | {"printing", "records", "manifest", "yaml_files", "static"},
+    | {"printing", "records", "manifest", "yaml_files", "static", "optional"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards", "portable"},
     {"roles", "ema", "parallel"},
     {"distillers"},
-    {"divergence", "trainer", "checkpoint"},
+    {"divergence", "optimizers", "trainer", "checkpoint"},
     {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"}
     | {"report_quality", "report_nearest", "pages", "gallery", "votes"},
     {"foresight", "plan", "inputs", "licensing", "memory", "outlook"},

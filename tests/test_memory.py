@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrow import needs_bitsandbytes
 from pipelines import sd3_folder as sd3_folder
 from test_plan import recipe as recipe
 from torch import Tensor
@@ -18,6 +19,8 @@ from fastgen.outlook import describe
 from fastgen.plan import plan
 from fastgen.run import Progress, build
 from fastgen.run.building import Run
+
+ROLES = ("student", "fake_score")
 
 
 def toy(method: str = "dmd2", optimizer: str = "adamw", **changes: Any) -> Recipe:
@@ -50,7 +53,13 @@ def held(run: Run) -> tuple[int, int]:
     modules = [role.denoiser for role in run.roles.values()]
     trainer.train_step()
     networks = size(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    states = size(value for optimizer in trainer.optimizers.values() for state in optimizer.state.values() for value in state.values())
+    states = size(
+        value
+        for optimizer in trainer.optimizers.values()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
     averages = size(tensor for average in trainer.ema.values() for tensor in average.shadow.values())
     data = run.data
     tables = [data.cumulative, *([] if data.latents is None else [data.latents]), *(t for pair in data.captions or [] for t in pair)]
@@ -65,7 +74,7 @@ def compare(given: Recipe) -> None:
     assert outcome["bytes"] == networks + data
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", pytest.param("adamw8bit", marks=needs_bitsandbytes)])
 def test_a_closed_form_run_takes_what_the_plan_says(optimizer: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("0\n1\n2\n")
     compare(toy(optimizer=optimizer, prompts=tmp_path / "prompts.txt"))
@@ -90,6 +99,19 @@ def test_a_held_teacher_takes_what_the_plan_says(kept: dict[str, str], precision
     assert now["parameters"] == before["parameters"]
     if kept != {"dtype": "fp32"} and (precision == "fp32" or tune != "full"):
         assert now["network_bytes"] < before["network_bytes"]
+
+
+def test_what_lies_on_the_cpu_does_not_count(recipe: Callable[..., Recipe]) -> None:
+    def taken(**keys: Any) -> int:
+        return describe(plan(recipe(**keys), only="train"))["network_bytes"]
+
+    run = build(plan(recipe(), only="train"), Progress())
+    run.trainer.train_step()
+    teacher = run.roles["teacher"].denoiser
+    student, critic = (size(value for state in run.trainer.optimizers[name].state.values() for value in state.values()) for name in ROLES)
+    assert taken() - taken(teacher={"offload": True}) == size([*teacher.parameters(), *teacher.buffers()])
+    assert taken() - taken(train={"ema_device": "cpu"}) == size(run.trainer.ema["student"].shadow.values())
+    assert student == critic and taken() - taken(train={"offload_optimizers": True}) == student, "one of the two at a time"
 
 
 def test_images_and_a_discriminator_count_too() -> None:

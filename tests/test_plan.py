@@ -14,14 +14,13 @@ from pipelines import edit_json, tiny_protocol
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 
-from fastgen import cli, run
+from fastgen import cli, optional, run
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
 from fastgen.families.complete import check_complete
 from fastgen.generator import load_student
 from fastgen.pictures import save_png
 from fastgen.plan import plan
-from fastgen.surgery import formats
 
 Change = dict[str, Any]
 WHOLE = ("distiller", "data", "optimizer")  # are replaced as a whole
@@ -237,7 +236,7 @@ def test_what_is_said_of_frozen_weights_needs_some(key: str, value: str, recipe:
 
 
 def test_a_dry_run_names_the_package_that_a_format_needs(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^recipe key teacher\.quantise: nf4 needs the package bitsandbytes"):
         run.dry_run(recipe(teacher={"quantise": "nf4"}, student=LORA), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -17,9 +17,10 @@ from fastgen.distillers.dmd2 import DMD2
 from fastgen.distillers.flow_matching import FlowMatching
 from fastgen.errors import TrainingFailed
 from fastgen.families.toy import Toy
+from fastgen.optimizers import make_optimizer
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, student, trainable
-from fastgen.trainer import Trainer, lr_factor, make_optimizer
+from fastgen.trainer import Trainer, lr_factor
 
 SGD = optimizer_block(name="sgd", lr=0.1, betas=(0.0, 0.0), clip=1e9)
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fastgen.errors import UserError
+from fastgen.optional import check_package
 
 Name = Literal["bf16", "fp8", "int8", "nf4"]
 
@@ -95,9 +94,3 @@ def check_installed(name: Name, key: str) -> None:
     package = FORMATS[name].package
     if package is not None:
         check_package(package, f"recipe key {key}: {name}")
-
-
-def check_package(package: str, what: str) -> None:
-    """UserError unless an optional package of the extra `quantise` is installed; what: what needs it."""
-    if find_spec(package) is None:
-        raise UserError(f"{what} needs the package {package}, which is not installed: pip install 'fastgen-distill[quantise]'")

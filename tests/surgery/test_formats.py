@@ -11,6 +11,7 @@ from narrow import FORMATS as NAMES
 from narrow import needs_bitsandbytes
 from torch import Tensor, nn
 
+from fastgen import optional
 from fastgen.errors import UserError
 from fastgen.surgery import formats
 from fastgen.surgery.formats import FORMATS
@@ -109,7 +110,7 @@ def test_shapes_without_data_take_the_same_bytes(name: str) -> None:
 
 
 def test_an_absent_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
     formats.check_installed("int8", "teacher.quantise")
     with pytest.raises(
         UserError, match=r"^recipe key teacher\.quantise: nf4 needs the package bitsandbytes, .*pip install 'fastgen-distill\[quantise\]'$"

@@ -1,0 +1,111 @@
+"""One optimizer a role: how it is made, how its states are written and read again, and where they are between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastgen.config import OptimizerBlock
+from fastgen.optional import check_package
+
+# Of bitsandbytes' 8-bit states: tables that every parameter shares, and that making the states makes again.
+_TABLES = ("qmap1", "qmap2")
+
+
+def make_optimizer(block: OptimizerBlock, parameters: Sequence[torch.nn.Parameter]) -> Optimizer:
+    """The optimizer of one role."""
+    if block.name == "sgd":
+        return torch.optim.SGD(parameters, lr=block.lr, momentum=block.betas[0], weight_decay=block.weight_decay)
+    settings: dict[str, Any] = {"lr": block.lr, "betas": block.betas, "eps": block.eps, "weight_decay": block.weight_decay}
+    if block.name == "adamw8bit":
+        import bitsandbytes  # type: ignore[import-not-found]
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[block.name]
+    return kind(parameters, **settings, fused=True)
+
+
+def check_optimizer(block: OptimizerBlock, key: str) -> None:
+    """UserError where an optimizer needs a package that is not here; key: the recipe's, of its block."""
+    if block.name == "adamw8bit":
+        check_package("bitsandbytes", f"recipe key {key}.name: adamw8bit")
+
+
+@contextmanager
+def states_on(optimizer: Optimizer, device: torch.device) -> Iterator[None]:
+    """States that are kept on the CPU are on `device` inside."""
+    move_states(optimizer, device)
+    try:
+        yield
+    finally:
+        move_states(optimizer, torch.device("cpu"))
+
+
+def move_states(optimizer: Optimizer, device: torch.device) -> None:
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                state[key] = value.to(device)
+
+
+def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Flat names `parameter index/state name`; parameter order is the role's own. Numbers become tensors."""
+    states = {index: optimizer.state.get(parameter, {}) for index, parameter in enumerate(_parameters(optimizer))}
+    return {
+        f"{index}/{key}": torch.as_tensor(value)
+        for index, state in states.items()
+        for key, value in state.items()
+        if value is not None and key not in _TABLES
+    }
+
+
+def load_states(name: str, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Strict, as `Optimizer.load_state_dict` is not: ValueError, which says the role's name, unless every tensor is a number or shaped like
+    its parameter (of 8-bit states: as that optimizer makes them), and every parameter that has any has the same kinds (an unused one has none)."""
+    parameters = _parameters(optimizer)
+    states: dict[int, dict[str, Tensor]] = {}
+    for flat, value in tensors.items():
+        index, key = flat.split("/")
+        if int(index) >= len(parameters):
+            raise _mismatch(name, f"{flat} is {tuple(value.shape)}")
+        states.setdefault(int(index), {})[key] = value
+    if type(optimizer).__module__.startswith("bitsandbytes."):
+        _load_8bit(name, optimizer, states)
+        return
+    kinds = {key for state in states.values() for key in state}
+    for index, state in states.items():
+        _check_shapes(name, index, state, dict.fromkeys(kinds, parameters[index].shape))
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _load_8bit(name: str, optimizer: Any, states: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Into states as the optimizer itself makes them."""
+    for index, parameter in enumerate(_parameters(optimizer)):
+        optimizer.state.pop(parameter, None)
+        if (saved := states.get(index)) is not None:
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+            own = optimizer.state[parameter]
+            _check_shapes(name, index, saved, {key: torch.as_tensor(value).shape for key, value in own.items() if key not in _TABLES})
+            for key, value in saved.items():
+                own[key] = own[key].copy_(value) if isinstance(own[key], Tensor) else value.item()
+
+
+def _check_shapes(name: str, index: int, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    if state.keys() != shapes.keys():
+        raise _mismatch(name, f"parameter {index} lacks or has {sorted(state.keys() ^ shapes.keys())}")
+    for key, value in state.items():
+        if value.ndim and value.shape != shapes[key]:
+            raise _mismatch(name, f"{index}/{key} is {tuple(value.shape)}")
+
+
+def _mismatch(name: str, what: str) -> ValueError:
+    return ValueError(f"optimizer of role {name!r} does not match: {what}")
+
+
+def _parameters(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
