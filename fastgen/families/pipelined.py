@@ -264,6 +264,8 @@ class Pipelined(Family):
             self._encoders = self.source.live or self._loaded_encoders()
         with self.source.reading():
             cond = encode(self._encoders)
+        if self.source.live is None and self._encoding[1].type != "cpu":
+            self._encoders.maybe_free_model_hooks()  # the last one goes back too
         return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}
 
     def _loaded_encoders(self) -> Any:

@@ -99,6 +99,7 @@ class Source:
 
     def pipeline(self, *, scheduler: Any = None, without: Sequence[str] = (), dtype: torch.dtype = torch.float32, **components: Any) -> Any:
         """The whole pipeline around other components and without some, in a dtype as diffusers loads it; a live one's own are shared."""
+        full = dtype == torch.float32
         cls, given = self._diffusers(self.pipeline_class), {**components, **dict.fromkeys((*without, *self.absent))}
         if self.live is not None:
             named = inspect.signature(cls.__init__).parameters.keys() & self.live.config.keys()
@@ -106,9 +107,10 @@ class Source:
             return cls(**{**settings, **self.live.components, **given, "scheduler": scheduler})
         with self.reading():  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
             variant = next(iter(self.variants.values()), None)  # diffusers takes it where there is one
-            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, torch_dtype=dtype, **given)
+            given |= {} if full else {"torch_dtype": dtype}
+            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
         pipeline.register_modules(scheduler=scheduler)
-        for module in filter(lambda part: dtype == torch.float32 and isinstance(part, nn.Module), pipeline.components.values()):
+        for module in filter(lambda part: full and isinstance(part, nn.Module), pipeline.components.values()):
             module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
         return pipeline
 
