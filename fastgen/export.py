@@ -147,11 +147,11 @@ def _copied(denoiser: Denoiser) -> Denoiser:
 
 
 def _in_full(denoiser: Denoiser) -> Denoiser:
-    """The same student on the teacher's own weights, its adapter merged."""
+    """The same student on the teacher's own weights, its adapter merged; on the CPU, where networks are loaded."""
     assert denoiser.adapter is not None
     network = denoiser.family.load_backbone()
     lora.merge_into(network, denoiser.backbone, denoiser.adapter)
-    return Denoiser(network, denoiser.family, inputs=denoiser.inputs)
+    return Denoiser(network, denoiser.family, inputs=copy.deepcopy(denoiser.inputs)).to("cpu")
 
 
 def _plain_network(denoiser: Denoiser, times: Tensor) -> nn.Module:

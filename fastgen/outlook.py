@@ -44,5 +44,6 @@ def describe(planned: Plan) -> dict[str, Any]:
 
 def _tuning_name(planned: Plan, role: str) -> str:
     if not planned.roles[role].trainable:
-        return "frozen"
+        kept = planned.storage.quantise or planned.storage.dtype
+        return "frozen" if kept == "auto" else f"frozen, {kept}"
     return "full" if planned.tuning is None else f"LoRA rank {planned.tuning.rank}"

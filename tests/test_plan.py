@@ -240,3 +240,11 @@ def test_a_dry_run_names_the_package_that_a_format_needs(recipe: Callable[..., R
     with pytest.raises(UserError, match=r"^recipe key teacher\.quantise: nf4 needs the package bitsandbytes"):
         run.dry_run(recipe(teacher={"quantise": "nf4"}, student=LORA), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"), [({}, "frozen"), ({"dtype": "bf16"}, "frozen, bf16"), ({"dtype": "bf16", "quantise": "int8"}, "frozen, int8")]
+)
+def test_a_dry_run_says_how_frozen_weights_are_kept(kept: Change, said: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    outcome = run.dry_run(recipe(teacher=kept, student=LORA), tmp_path / "run")
+    assert outcome["roles"]["teacher"]["tuning"] == said

@@ -6,7 +6,7 @@ operators: adapters, hooks and forward-mode AD see nothing else, and in fp32 it 
 to read the weight again, not the weight.
 
 diffusers' layerwise casting and bitsandbytes' own layers are not used: the first keeps every weight in full until the backward pass, rounds
-biases and norms, and knows no scale; of the second, products on CUDA have no tangent, and the one for a single token loses it silently.
+biases, and knows no scale; the second has no forward-mode AD where gradients are asked for, nor on CUDA.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Held:
 
     def read(self, dtype: torch.dtype) -> Tensor:
         name, shape, _ = self._held
-        return FORMATS[name].read(dict(self.named_buffers(recurse=False)), shape, dtype)  # type: ignore[attr-defined]
+        return FORMATS[name].read(self._buffers, shape, dtype)  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = _compute_dtype(x)

@@ -14,6 +14,7 @@ from pipelines import tiny_sd3
 from test_matrix import FAMILIES
 from tiny_flux import tiny_flux
 from tiny_sana import tiny_sana
+from tiny_sd15 import tiny_sd15
 from torch import Tensor
 
 from fastgen.denoiser import Denoiser
@@ -95,6 +96,7 @@ def test_under_autocast_a_bf16_base_rounds_where_an_fp32_one_does(case: Case) ->
 CELLS: list[tuple[str, Callable[[], Any], str, bool, dict[str, Any]]] = [
     ("flux", tiny_flux, "dmd2", True, {**FAMILIES["flux"].teacher, "dtype": "bf16", "quantise": "fp8"}),
     ("sana", tiny_sana, "scm", True, {**FAMILIES["sana"].teacher, "quantise": "int8"}),
+    ("sd", tiny_sd15, "lcm", True, {"quantise": "fp8"}),  # with a scalar input, which is folded into the network that is exported
     ("sd3", tiny_sd3, "dmd2", False, {**FAMILIES["sd3"].teacher, "dtype": "bf16", "quantise": "int8"}),  # the teacher alone is frozen
 ]
 

@@ -1,8 +1,10 @@
-"""A student on a held base is exported on the teacher's own weights: what was held costs training accuracy, and the student nothing."""
+"""Runs on a held base: they go on exactly, and the student is exported on the teacher's own weights, as if nothing had been held."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,16 @@ from pipelines import adapter_tuning, in_a_run, student_info
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file
+from test_plan import recipe as recipe
 
+from fastgen import checkpoint
+from fastgen.config import Recipe
 from fastgen.export import Expert, export_lora, export_student, verify
 from fastgen.families.sd3 import SD3
 from fastgen.generator import ADAPTER_FILE
+from fastgen.plan import plan
 from fastgen.roles import Role, build_roles, student
+from fastgen.run import Progress, build
 from fastgen.surgery.held import Storage, is_held
 
 
@@ -38,6 +45,19 @@ def storage_of(name: str) -> Storage:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_run_goes_on_exactly(name: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    kept = {"dtype": "bf16"} if name == "bf16" else {"quantise": name}
+    tune: dict[str, Any] = {"tune": {"lora": {"rank": 2}}}
+    whole, first, rest = (build(plan(recipe(teacher=kept, student=tune, train={"steps": 3}), only="train"), Progress()).trainer for _ in range(3))
+    whole.run([])
+    first.run([], should_stop=lambda: first.step == 2)
+    checkpoint.load(checkpoint.save(tmp_path / "checkpoints", first, {}, keep=1), rest)
+    rest.run([])
+    for role, there in whole.roles.trained.items():
+        assert all(torch.equal(value, rest.roles[role].state_dict()[key]) for key, value in there.state_dict().items())
 
 
 @pytest.mark.usefixtures("same_interpreter")
