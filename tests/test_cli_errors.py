@@ -207,7 +207,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown optimizer role": (train("optimizer.critic.lr=1"), ("recipe key optimizer.critic", "fake_score, student")),
     "missing optimizer role": (train("optimizer={student: {lr: 1}}"), ("recipe key optimizer.fake_score: missing",)),
     "unknown optimizer": (train("optimizer.student.name=lion"),
-        ("recipe key optimizer.student.name", "'adamw', 'adam' or 'sgd'", "'lion'")),
+        ("recipe key optimizer.student.name", "'adamw', 'adam', 'sgd' or 'adamw8bit'", "'lion'")),
     "unknown protocol": (train("evaluate.protocol=digit"), ("recipe key evaluate.protocol", "'digit'", f"{ALLOWED} 'digits'")),
     "LoRA targets that match no layer": (train("student.tune.lora={rank: 2, targets: [nope]}"),
         ("recipe key student.tune.lora.targets", "'nope'")),

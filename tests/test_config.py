@@ -178,7 +178,7 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(override: str, key: 
         ("evaluate=", "evaluate", "None", "a block with keys among protocol, every"),
         ("optimizer=[]", "optimizer", "[]", "dictionary"),
         ("optimizer.student=3", "optimizer.student", "3", "a block with keys among name, lr"),
-        ("optimizer.student.name=lion", "optimizer.student.name", "'lion'", "'adamw', 'adam' or 'sgd'"),
+        ("optimizer.student.name=lion", "optimizer.student.name", "'lion'", "'adamw', 'adam', 'sgd' or 'adamw8bit'"),
         ("optimizer.student.lr=-1e-3", "optimizer.student.lr", "'-1e-3'", "greater than 0"),
         ("optimizer.student.lr=fast", "optimizer.student.lr", "'fast'", "number"),
         ("optimizer.student.betas=[0.9]", "optimizer.student.betas.1", "[0.9]", "required"),
