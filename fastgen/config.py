@@ -99,7 +99,8 @@ class MethodBlock(BaseModel):
 
 class DataBlock(Block):
     """background: what transparent pixels of the images lie on, a colour as CSS writes it. caption_key: of their metadata, the key or column
-    with the captions. skip_broken: leave out images without caption or that cannot be read. pairs: how many noise-sample pairs the teacher
+    with the captions. skip_broken: leave out images without caption or that cannot be read. crop: which part of an image of another aspect is
+    taken, the middle or a random one. pairs: how many noise-sample pairs the teacher
     draws when the run starts, or a folder made by `fastgen cache pairs`."""
 
     prompts: str | None = None
@@ -107,6 +108,7 @@ class DataBlock(Block):
     background: str = "white"
     caption_key: str = Field(default="text", min_length=1)
     skip_broken: bool = Field(default=False, strict=True)
+    crop: Literal["center", "random"] = "center"
     pairs: int | str | None = None
 
     @field_validator("background", mode="before")

@@ -135,7 +135,7 @@ def prepare(
     encoded = [family.encode_latents(pixels.to(device)) for pixels in images.batches(height, width, batch)]
     images, warnings = images.decodable()
     for warning in warnings:
-        warn(f"warning: {warning}")
+        warn(warning)
     latents = torch.cat(encoded).to(device)
     row = {text: i for i, text in enumerate(texts)}
     captions = [(torch.tensor([row[text] for text in image]), weighted.cumulative(image.values())) for image in images.captions]

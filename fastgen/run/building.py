@@ -25,7 +25,7 @@ from fastgen.trainer import Trainer
 
 @dataclass
 class Run:
-    """A plan with its networks, data and trainer, and what it was begun with."""
+    """A plan with its networks, data and trainer, and what it was begun with. warnings: what was said before training."""
 
     plan: Plan
     roles: Roles
@@ -33,6 +33,7 @@ class Run:
     trainer: Trainer
     parallel: SingleProcess
     began: inputs.Inputs = field(default_factory=inputs.Inputs)
+    warnings: tuple[str, ...] = ()
 
     def info(self) -> StudentInfo:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
@@ -85,7 +86,10 @@ def build(plan: Plan, progress: Progress) -> Run:
     recipe, family = plan.recipe, plan.family
     parallel = launch(recipe.train.shard, recipe.train.device)
     plan.method.load(plan.method_config)
-    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, progress.warn, batch=recipe.train.at_once)
+    left_out: list[str] = []
+    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, left_out.append, batch=recipe.train.at_once)
+    for warning in left_out:
+        progress.warn(f"warning: {warning}")
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone().to(parallel.device)
     if not math.isfinite(largest(backbone.parameters())):
@@ -108,7 +112,7 @@ def build(plan: Plan, progress: Progress) -> Run:
         roles.align_adapters(taken)
     distiller = plan.method(plan.method_config, setting)
     trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
-    return Run(plan, roles, data, trainer, parallel)
+    return Run(plan, roles, data, trainer, parallel, warnings=(*plan.warnings, *left_out))
 
 
 def load_pairs(run: Run, progress: Progress) -> Pairs:
