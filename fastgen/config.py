@@ -100,7 +100,9 @@ class MethodBlock(BaseModel):
 class DataBlock(Block):
     """background: what transparent pixels of the images lie on, a colour as CSS writes it. caption_key: of their metadata, the key or column
     with the captions. skip_broken: leave out images without caption or that cannot be read. crop: which part of an image of another aspect is
-    taken, the middle or a random one. pairs: how many noise-sample pairs the teacher
+    taken, the middle or a random one. store: a folder that encoded prompts and images are kept in and read from, None for memory. dtype: of what is
+    kept. keep: whether a store's rows are read into memory at the start, or each batch when it is needed; `auto`: what fits. encode: all before
+    training, or each batch when it is drawn, by encoders that stay in memory. pairs: how many noise-sample pairs the teacher
     draws when the run starts, or a folder made by `fastgen cache pairs`."""
 
     prompts: str | None = None
@@ -109,6 +111,10 @@ class DataBlock(Block):
     caption_key: str = Field(default="text", min_length=1)
     skip_broken: bool = Field(default=False, strict=True)
     crop: Literal["center", "random"] = "center"
+    store: str | None = Field(default=None, min_length=1)
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    keep: Literal["auto", "memory", "disk"] = "auto"
+    encode: Literal["ahead", "online"] = "ahead"
     pairs: int | str | None = None
 
     @field_validator("background", mode="before")

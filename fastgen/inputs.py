@@ -37,7 +37,7 @@ _RESUMABLE = (
     "train.checkpointing",
     "evaluate",
     "export",
-    *("data.caption_key", "data.skip_broken"),
+    *("data.caption_key", "data.skip_broken", "data.store", "data.keep"),
 )
 
 

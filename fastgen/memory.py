@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from fastgen import conditioning
 from fastgen.conditioning import Conditioning
+from fastgen.data.store import DTYPES
 from fastgen.data.training import prompt_weights
 from fastgen.plan import Plan
 from fastgen.roles import Role, Roles
@@ -68,12 +70,15 @@ def _has_copy(role: Role) -> bool:
 
 
 def data_bytes(planned: Plan) -> int:
-    """Text embeddings of every prompt and of the negative one, latents of every image, pairs, and the tables that they are drawn by."""
-    family, images, pairs = planned.family, planned.images, planned.pairs
+    """Text embeddings of every prompt and of the negative one, latents of every image, pairs, and the tables that they are drawn by. Of a store
+    the tables alone: what of it fits into memory is read into it, and nothing has to."""
+    family, images, pairs, block = planned.family, planned.images, planned.pairs, planned.recipe.data
     texts, sample = prompt_weights(planned.prompts, images), 4 * math.prod(family.latent.shape)
-    total = _conditioning(family.meta_conditioning(len(texts) + 1)) + 8 * len(texts)
+    held = block.encode == "ahead" and (block.store is None or block.keep == "memory")
+    of_one = conditioning.to(family.meta_conditioning(1), dtype=DTYPES[block.dtype])
+    total = _conditioning(family.meta_conditioning(1)) + 8 * len(texts) + held * len(texts) * _conditioning(of_one)
     if images is not None:
-        total += len(images) * sample + sum(16 * len(captions) for captions in images.captions)
+        total += held * len(images) * sample * DTYPES[block.dtype].itemsize // 4 + sum(16 * len(captions) for captions in images.captions)
     count = planned.recipe.data.pairs if pairs is None else pairs.manifest.count
     if isinstance(count, int):  # at most as many prompts as pairs; a row and a seed for each
         total += count * (sample + 16) + _conditioning(family.meta_conditioning(min(count, len(texts))))

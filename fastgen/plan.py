@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -113,6 +114,8 @@ class Plan:
         data = {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json"), "teacher": resolved_teacher(self.recipe)}
         for key in ("prompts", "images", "pairs"):
             data["data"][key] = _absolute(data["data"][key])
+        if data["data"]["store"] is not None:
+            data["data"]["store"] = os.path.abspath(expanded(data["data"]["store"]))
         measuring = data["evaluate"]
         if measuring["data_dir"] is None and self.protocol is not None and any(_is_here(name) for name in self.protocol.files):
             measuring["data_dir"] = "."
@@ -154,6 +157,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
     foresight.check_grid(recipe, family)
     foresight.check_images(images, family)
+    foresight.check_store(recipe, family, prompt_weights(prompts, images), images)
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
     _check_networks(planned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,9 +42,10 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def content(self) -> str:
-        """What the set is, wherever it lies: SHA-256 over every image's captions and the bytes of its file, in order."""
-        return digest([[list(captions.items()), _hash(source)] for captions, source in zip(self.captions, self.sources, strict=True)])
+    def content(self, count: int | None = None) -> str:
+        """What the set is, or its first `count` images, wherever they lie: SHA-256 over their captions and the bytes of their files, in order."""
+        images = list(zip(self.captions, self.sources, strict=True))[:count]
+        return digest([[list(captions.items()), _hash(source)] for captions, source in images])
 
     def check_size(self, height: int, width: int) -> None:
         """UserError for images that cannot be resized because they are tensors of another size."""
@@ -59,10 +60,13 @@ class CaptionedImages:
         cannot be decoded, or with `skip_broken` a place in `undecodable`."""
         self.check_size(height, width)
         for start in range(0, len(self), size):
-            indices = range(start, min(start + size, len(self)))
-            pixels = [picture for i in indices if (picture := self._pixels(i, height, width)) is not None]
+            pixels = self.pixels(range(start, min(start + size, len(self))), height, width)
             if pixels:
-                yield torch.stack(pixels)
+                yield torch.stack(list(pixels.values()))
+
+    def pixels(self, indices: Iterable[int], height: int, width: int) -> dict[int, Tensor]:
+        """The same of single images, (3, height, width) by their index."""
+        return {i: picture for i in indices if (picture := self._pixels(i, height, width)) is not None}
 
     def decodable(self) -> tuple[CaptionedImages, list[str]]:
         """The images that `batches` has yielded, once it is through, and a warning of others; UserError where there is none."""

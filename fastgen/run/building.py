@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from fastgen import checkpoint, conditioning, inputs
 from fastgen.data import training
+from fastgen.data.encoded import Keeping, origin_of
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
 from fastgen.divergence import largest
 from fastgen.errors import UserError
@@ -81,13 +84,20 @@ class Run:
         return [Expert(self.roles[name], end) for name, end in self.trainer.distiller.students()]
 
 
+def keeping_of(plan: Plan, device: torch.device) -> Keeping:
+    """How a run of the plan keeps what it encodes."""
+    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data))
+
+
 def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
     parallel = launch(recipe.train.shard, recipe.train.device)
     plan.method.load(plan.method_config)
     left_out: list[str] = []
-    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, left_out.append, batch=recipe.train.at_once)
+    data = training.prepare(
+        family, plan.prompts, plan.images, keeping_of(plan, parallel.device), progress, left_out.append, batch=recipe.train.at_once
+    )
     for warning in left_out:
         progress.warn(f"warning: {warning}")
     progress.stage(f"loading {recipe.teacher.pretrained}")
