@@ -93,7 +93,7 @@ def test_the_extremes_of_the_uniform_numbers_stay_in_the_table() -> None:
 def vectors() -> tuple[Toy, CaptionedImages]:
     """Three 'images' of the two-dimensional ring, each with captions of its own and one that two of them share."""
     captions = [{"0": 0.25, "1": 0.75}, {"2": 1.0}, {"3": 0.5, "1": 0.5}]
-    return Toy("toy:ring"), CaptionedImages(captions, [torch.full((2,), float(i)) for i in range(3)])
+    return Toy("toy:ring"), CaptionedImages(captions, [torch.full((2, 1, 1), float(i)) for i in range(3)])
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def captioned(monkeypatch: pytest.MonkeyPatch) -> TrainingData:
 def test_captions_belong_to_their_image_with_their_probabilities(captioned: TrainingData) -> None:
     batch = captioned.draw(rng())
     assert batch.latents is not None
-    assert batch.latents.shape == (COUNT, 2)
-    image, component = batch.latents[:, 0].long(), batch.cond["component"]
+    assert batch.latents.shape == (COUNT, 2, 1, 1)
+    image, component = batch.latents[:, 0, 0, 0].long(), batch.cond["component"]
     assert batch.prompts == tuple(map(str, component.tolist()))
     pairs = {(0, 0): 1 / 12, (0, 1): 1 / 4, (1, 2): 1 / 3, (2, 3): 1 / 6, (2, 1): 1 / 6}
     counts = torch.stack([((image == i) & (component == c)).sum() for i, c in pairs])
