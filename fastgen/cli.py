@@ -260,6 +260,33 @@ def cache_pairs(
     terminal.note(f"pairs: {output} holds {folder.manifest.count}, {made} of them new")
 
 
+StoreDir = Annotated[Path, typer.Option(help="Folder of the store, for data.store; one that holds some of it is continued.")]
+Part = Annotated[str, typer.Option(metavar="i/n", help="Make the shards of one of n parts; the whole is the same whoever makes which.")]
+
+
+@cache_app.command("prompts")
+def cache_prompts(recipe: RecipeArgument, output: StoreDir, overrides: Overrides = None, part: Part = "1/1") -> None:
+    """Encode a recipe's prompts with its teacher's text encoders; the same command goes on where one was interrupted."""
+    _cache_encoded("prompts", recipe, output, overrides, part)
+
+
+@cache_app.command("latents")
+def cache_latents(recipe: RecipeArgument, output: StoreDir, overrides: Overrides = None, part: Part = "1/1") -> None:
+    """Encode a recipe's images with its teacher's VAE; the same command goes on where one was interrupted."""
+    _cache_encoded("latents", recipe, output, overrides, part)
+
+
+def _cache_encoded(kind: Literal["prompts", "latents"], recipe: str, output: Path, overrides: list[str] | None, part: str) -> None:
+    from fastgen import caching, terminal
+    from fastgen.config import Recipe
+    from fastgen.evaluation.settings import part_of
+
+    read = Recipe.load(recipe, overrides or [])
+    store, made = caching.cache_encoded(kind, read, output, part=part_of(part), progress=terminal.progress())
+    there = len(store) - sum(len(store.ids(shard)) for shard in store.missing())
+    terminal.note(f"{kind}: {store.path} holds {there} of {len(store)}, {made} of them new")
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, devices, and which kernels and paths are active."""

@@ -82,7 +82,7 @@ class Keeping:
             progress.stage(f"encoding {encoder.count} {encoder.what}")
             parts = [self._narrowed(encoder, ids).tensors for ids in store.cuts(encoder.count)]
             return self._held([dict(part) for part in parts])
-        kept = self.fill(encoder, progress)
+        kept, _ = self.fill(encoder, progress)
         if encoder.left_out is not None:
             encoder.left_out.update(kept.left_out())
         held, size = self._fits(kept), f"{kept.manifest.count * kept.manifest.row_bytes / 1e9:.2f} GB"
@@ -103,14 +103,15 @@ class Keeping:
             kind=encoder.kind, count=encoder.count, dtype=block.dtype, fields=dict(encoder.fields), origin=dict(self.origin(encoder.kind)), rows=rows
         )
 
-    def fill(self, encoder: Encoder, progress: Progress, part: tuple[int, int] = (1, 1), *, thorough: bool = False) -> Store:
-        """The store of an encoder's rows, with those of a part made that are missing; thorough: also those that are broken."""
+    def fill(self, encoder: Encoder, progress: Progress, part: tuple[int, int] = (0, 1), *, thorough: bool = False) -> tuple[Store, int]:
+        """The store of an encoder's rows, with those of a part made that are missing, and how many these were; thorough: also those that are
+        broken."""
         assert self.folder is not None
         kept = store.create(self.folder / encoder.kind, self.manifest(encoder), encoder.identify, self.device)
         todo = kept.broken(part) if thorough else kept.missing(part)
+        total, new = (sum(len(kept.ids(shard)) for shard in some) for some in (kept.shards(part), todo))
+        done = total - new
         if todo:
-            total = sum(len(kept.ids(shard)) for shard in kept.shards(part))
-            done = total - sum(len(kept.ids(shard)) for shard in todo)
             progress.start(f"encoding {encoder.what}", total, done)
             try:
                 for shard in todo:
@@ -119,7 +120,7 @@ class Keeping:
                     progress.update(done, {})
             finally:  # a bar left running hides the terminal's cursor
                 progress.finish()
-        return kept
+        return kept, new
 
     def check(self, encoder: Encoder) -> None:
         """UserError where a store cannot take an encoder's rows. Of images it does not read the content, only what encodes them."""
@@ -152,7 +153,7 @@ def origin_of(family: Family, teacher: TeacherBlock, data: DataBlock) -> Callabl
             return {
                 "pipeline": family.pipeline_classes[0],
                 "text encoders": made_by,
-                "max_sequence_length": family.options.get("max_sequence_length"),
+                "teacher.max_sequence_length": family.options.get("max_sequence_length"),
             }
         return {"vae": made_by, "teacher.size": list(family.picture_shape[-2:]), "data.crop": data.crop, "data.background": data.background}
 

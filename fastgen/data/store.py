@@ -92,9 +92,9 @@ class Store:
     def __len__(self) -> int:
         return self.manifest.count
 
-    def shards(self, part: tuple[int, int] = (1, 1)) -> list[int]:
-        """The numbers of the shards that part i of n makes."""
-        return list(range(math.ceil(len(self) / ROWS)))[part[0] - 1 :: part[1]]
+    def shards(self, part: tuple[int, int] = (0, 1)) -> list[int]:
+        """The numbers of the shards that part i of n makes, from 0 on."""
+        return list(range(math.ceil(len(self) / ROWS)))[part[0] :: part[1]]
 
     def ids(self, shard: int) -> range:
         """The rows of a shard."""
@@ -113,11 +113,11 @@ class Store:
             return False
         return size == 8 + header + len(self.ids(shard)) * self.manifest.row_bytes
 
-    def missing(self, part: tuple[int, int] = (1, 1)) -> list[int]:
+    def missing(self, part: tuple[int, int] = (0, 1)) -> list[int]:
         """The shards that are still to be made."""
         return [shard for shard in self.shards(part) if not self.is_whole(shard)]
 
-    def broken(self, part: tuple[int, int] = (1, 1)) -> list[int]:
+    def broken(self, part: tuple[int, int] = (0, 1)) -> list[int]:
         """The same, and those whose content is not what was written; reads every byte."""
         return [shard for shard in self.shards(part) if not self.is_whole(shard) or not self._is_sound(shard)]
 
@@ -137,8 +137,10 @@ class Store:
 
     def _write(self, shard: int, encoded: Encoded) -> None:
         tensors = {key: value.contiguous() for key, value in encoded.tensors.items()}
-        metadata = {"about": list(encoded.about), "sha256": _hashes(tensors), "left_out": {str(row): why for row, why in encoded.left_out.items()}}
-        write_atomically(self.file(shard), save(tensors, metadata={key: json.dumps(value) for key, value in metadata.items()}))
+        left_out = {str(place): why for place, why in encoded.left_out.items()}
+        # One key: safetensors writes several in an order that differs from process to process.
+        header = {"rows": json.dumps({"about": list(encoded.about), "sha256": _hashes(tensors), "left_out": left_out})}
+        write_atomically(self.file(shard), save(tensors, metadata=header))
 
     def select(self, index: Tensor) -> dict[str, Tensor]:
         """Rows (B, ...) fp32 on `device`. UserError for a row that is not what was written."""
@@ -165,21 +167,21 @@ class Store:
     def about(self) -> Iterator[tuple[int, Any]]:
         """Every row's text or captions, with its number; left-out ones apart."""
         for shard in self.shards():
-            left_out = self._header(shard, "left_out", dict[str, str])
-            for place, each in enumerate(self._header(shard, "about", list[Any])):
-                if str(place) not in left_out:
+            header = self._header(shard)
+            for place, each in enumerate(header["about"]):
+                if str(place) not in header["left_out"]:
                     yield shard * ROWS + place, each
 
     def left_out(self) -> dict[int, str]:
         """Of rows that could not be encoded, why."""
-        return {shard * ROWS + int(place): why for shard in self.shards() for place, why in self._header(shard, "left_out", dict[str, str]).items()}
+        return {shard * ROWS + int(place): why for shard in self.shards() for place, why in self._header(shard)["left_out"].items()}
 
     def _opened(self, shard: int) -> _Shard:
         if shard not in self._open:
             file = self.file(shard)
             with reading(file):
                 mapped = safe_open(file, "pt")
-                hashes = _listed(mapped, "sha256", list[str])
+                hashes = _header_of(mapped)["sha256"]
                 if {*mapped.keys()} != {*self.manifest.fields}:
                     raise ValueError(f"it holds {sorted(mapped.keys())}, not {sorted(self.manifest.fields)}")
                 tensors = {key: mapped.get_slice(key) for key in self.manifest.fields}
@@ -189,17 +191,23 @@ class Store:
             self._open[shard] = _Shard(file, tensors, hashes, set())
         return self._open[shard]
 
-    def _header(self, shard: int, key: str, schema: Any) -> Any:
+    def _header(self, shard: int) -> dict[str, Any]:
         with reading(self.file(shard)), safe_open(self.file(shard), "pt") as mapped:
-            return _listed(mapped, key, schema)
+            return _header_of(mapped)
 
 
-def _listed(mapped: Any, key: str, schema: Any) -> Any:
+class _Header(records.Schema):
+    about: list[Any]
+    sha256: list[str]
+    left_out: dict[str, str]
+
+
+def _header_of(mapped: Any) -> dict[str, Any]:
     """What a shard's header says of its rows."""
     try:
-        return records.parse((mapped.metadata() or {}).get(key, "null"), schema)
+        return records.parse((mapped.metadata() or {}).get("rows", "null"), _Header)
     except ValueError as error:
-        raise ValueError(f"{key} in its header: {error}") from error
+        raise ValueError(f"its header: {error}") from error
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> list[str]:
