@@ -92,6 +92,7 @@ def cache_encoded(kind: Kind, recipe: Recipe, output: Path, *, part: tuple[int, 
     if kind == "latents" and planned.images is None:
         raise UserError(f"recipe key data.images: missing; {recipe.distiller.name} trains on no images, so there are no latents to keep")
     keeping, batch = keeping_of(planned, choose_device(recipe.train.device)), recipe.train.at_once
+    planned.family.encode_with(keeping.device, planned.frozen_dtype)
     if kind == "latents":
         assert planned.images is not None
         encoder = of_images(planned.family, planned.images, keeping.device, batch)

@@ -36,7 +36,8 @@ class TeacherBlock(Block):
     """revision: of a hub id, a commit, branch or tag; None: its newest. guidance: classifier-free guidance n + w (c - n); 1 is none. None for
     all else: the pipeline's own. size: [height, width] in pixels; resolution: the same for squares. frames: of a video. embedded_guidance: what
     the network is told of guidance, where it was trained with such an input. shift: of the teacher's times, None for what its scheduler
-    says; stated, it goes before that, and the scheduler may be of any kind."""
+    says; stated, it goes before that, and the scheduler may be of any kind. dtype: of weights that nothing trains, the network's under adapters
+    among them, and of the text encoders; `auto`: that of train.precision."""
 
     pretrained: str
     revision: str | None = Field(None, min_length=1)
@@ -49,6 +50,7 @@ class TeacherBlock(Block):
     frames: int | None = Field(None, ge=1, le=2**12)
     embedded_guidance: float | None = Field(None, ge=0, le=1e3)
     shift: float | None = Field(None, ge=1e-3, le=1e3)
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
 
     @property
     def options(self) -> dict[str, Any]:

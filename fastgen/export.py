@@ -75,7 +75,7 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
     """Write the student's whole pipeline to `output`, which appears only when complete; student: one role, or experts from noise to data.
 
     Scalar inputs are folded into the time embedding for good. So is a single adapter merged; several share one network, and each is
-    merged into a copy.
+    merged into a copy. A network that is not in fp32 has been rounded: adapters are merged into the teacher's own, which is loaded again.
     """
     experts = _experts(student)
     info = replace(info, own_steps_only=any("second_time" in expert.role.spec.inputs for expert in experts))
@@ -85,6 +85,8 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
 
     def network(k: int) -> nn.Module:
         denoiser = experts[k].role.denoiser
+        if denoiser.adapter and is_rounded(denoiser.backbone):
+            return _plain_network(_unrounded(denoiser), times[shares[k]])
         return _plain_network(_copied(denoiser) if denoiser.adapter and len(experts) > 1 else denoiser, times[shares[k]])
 
     def write(folder: Path) -> None:
@@ -139,6 +141,19 @@ def _division(ends: Sequence[float], shares: Sequence[Sequence[int]], places: Se
 
 def _copied(denoiser: Denoiser) -> Denoiser:
     return Denoiser(copy.deepcopy(denoiser.backbone), denoiser.family, adapter=denoiser.adapter, inputs=denoiser.inputs)
+
+
+def is_rounded(network: nn.Module) -> bool:
+    """Whether it holds weights in half precision."""
+    return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
+
+
+def _unrounded(denoiser: Denoiser) -> Denoiser:
+    """The same network with its adapter merged, from the teacher's own weights."""
+    network = denoiser.family.load_backbone().to(next(denoiser.backbone.parameters()).device)
+    assert denoiser.adapter is not None
+    lora.merge_into(network, denoiser.backbone, denoiser.adapter)
+    return Denoiser(network, denoiser.family, inputs=denoiser.inputs)
 
 
 def _plain_network(denoiser: Denoiser, times: Tensor) -> nn.Module:

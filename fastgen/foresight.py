@@ -66,8 +66,9 @@ def check_images(images: CaptionedImages | None, family: Family) -> None:
         images.check_size(*family.picture_shape[-2:])
 
 
-def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images: CaptionedImages | None) -> None:
-    """UserError for a store that cannot take what the run encodes, and for keys that say how something is kept that is not."""
+def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images: CaptionedImages | None, dtype: torch.dtype) -> None:
+    """UserError for a store that cannot take what the run encodes, and for keys that say how something is kept that is not. dtype: of the text
+    encoders."""
     block, kept = recipe.data, {"store": recipe.data.store is not None, "keep": recipe.data.keep != "auto", "dtype": recipe.data.dtype != "fp32"}
     if block.encode == "online" and (given := [key for key, is_given in kept.items() if is_given]):
         raise UserError(f"recipe key data.{given[0]}: says how encoded data are kept, and with data.encode: online they are not; remove one of them")
@@ -75,7 +76,7 @@ def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images
         raise UserError("recipe key data.keep: says how data.store is read, and there is none; remove it")
     if block.store is None:
         return
-    keeping = Keeping(torch.device("cpu"), block, origin_of(family, recipe.teacher, block))
+    keeping = Keeping(torch.device("cpu"), block, origin_of(family, recipe.teacher, block, dtype))
     keeping.check(of_prompts(family, list(prompts)))
     if images is not None:
         keeping.check(of_images(family, images, keeping.device))

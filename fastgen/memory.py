@@ -22,10 +22,8 @@ def network_bytes(planned: Plan, roles: Roles) -> int:
     """The most at one time of weights, buffers, gradients, optimizer states and averages. roles: the plan's, whose networks may be meta ones."""
     trained = {name: list(role.parameters().values()) for name, role in roles.items()}
     own = {id(p) for parameters in trained.values() for p in parameters}
-    # A teacher that no adapter shares is in the compute dtype under autocast, but for its buffers.
-    narrow = planned.autocast is not None and planned.tuning is None
     shared = {id(p): p for role in roles.values() for p in role.denoiser.parameters() if id(p) not in own}
-    frozen = sum(p.numel() * (2 if narrow else p.element_size()) for p in shared.values())
+    frozen = sum(p.numel() * planned.frozen_dtype.itemsize for p in shared.values())
     averages = sum(4 * _count(trained[name]) for name, spec in planned.roles.items() if spec.averaged)
     return frozen + _frozen_buffers(roles) + averages + _most_at_once(planned, roles, trained)
 

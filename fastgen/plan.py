@@ -35,6 +35,7 @@ from fastgen.roles import LoraTuning, RoleSpec, build_roles
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
 _OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.embedded_guidance", "teacher.shift", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ class Plan:
     @property
     def autocast(self) -> torch.dtype | None:
         return _AUTOCAST[self.recipe.train.precision]
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of weights that nothing trains."""
+        stated = self.recipe.teacher.dtype
+        return _DTYPES[self.recipe.train.precision if stated == "auto" else stated]
 
     def setting(self, negative: Conditioning, decode: Callable[[Tensor], Tensor] | None = None) -> Setting:
         """What the method may know of the run. negative: conditioning of the teacher's negative prompt, on the run's device."""
@@ -157,7 +164,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
     foresight.check_grid(recipe, family)
     foresight.check_images(images, family)
-    foresight.check_store(recipe, family, prompt_weights(prompts, images), images)
+    foresight.check_store(recipe, family, prompt_weights(prompts, images), images, planned.frozen_dtype)
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
     _check_networks(planned)

@@ -187,24 +187,30 @@ def build_roles(
     defaults: Defaults | None = None,
     seed: int = 0,
     recompute: bool = False,
+    frozen: torch.dtype | None = None,
 ) -> Roles:
-    """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
-    adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them. seed: of what
-    a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but compute them again."""
+    """Every role from the teacher's network `base`, which is used up. Trained weights stay as they are. defaults: of scalar inputs, for calls
+    that do not give them. seed: of what a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but
+    compute them again. frozen: the dtype of weights that are not trained, those that adapters share among them."""
     base.requires_grad_(False)
     if recompute:
         recompute_blocks(base)
     additions = {name: _additions(name, spec, family, base, defaults, seed) for name, spec in specs.items()}
     if tuning is not None:
+        narrow(base, frozen)
         return _shared_roles(specs, family, base, tuning, autocast, additions)
     roles = Roles()
     for name, spec in specs.items():
         backbone = copy.deepcopy(base) if spec.trains_network else base
         roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trains_network), family, autocast=autocast, **additions[name]))
-    if autocast is not None:
-        for parameter in base.parameters():  # not its buffers: tables of positions and closed forms stay exact
-            parameter.data = parameter.data.to(autocast)
+    narrow(base, frozen)
     return roles
+
+
+def narrow(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep its parameters in `dtype`; not its buffers: tables of positions and closed forms stay exact."""
+    for parameter in network.parameters() if dtype is not None else ():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _additions(name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None, seed: int) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_full_roles_start_as_separate_copies_of_the_teacher(case: Case) -> None:
 
 
 def test_frozen_roles_train_nothing_and_precision_follows_the_role(case: Case) -> None:
-    roles = build_roles(SPECS, case.family, case.backbone(), autocast=torch.bfloat16)
+    roles = build_roles(SPECS, case.family, case.backbone(), autocast=torch.bfloat16, frozen=torch.bfloat16)
     assert roles["teacher"].parameters() == roles["teacher"].state_dict() == {}
     assert not any(p.requires_grad for p in roles["teacher"].denoiser.parameters())
     assert roles.trained.keys() == {"student", "fake_score"}

@@ -53,7 +53,9 @@ def of_network(planned: Plan, network: Network) -> Trainer:
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
     with device:
         backbone = network.make().eval()
-    roles = build_roles(planned.roles, family, backbone, tuning=planned.tuning, autocast=planned.autocast, defaults=defaults)
+    roles = build_roles(
+        planned.roles, family, backbone, tuning=planned.tuning, autocast=planned.autocast, defaults=defaults, frozen=planned.frozen_dtype
+    )
     distiller = planned.method(planned.method_config, setting)
     vars(distiller)["_checked"] = True  # the check at a run's start is for real networks: of random ones, tangents in bf16 may be noise
     trainer = Trainer(

@@ -144,8 +144,8 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def origin_of(family: Family, teacher: TeacherBlock, data: DataBlock) -> Callable[[Kind], dict[str, Any]]:
-    """What decides each kind's rows, beside what they are made of. A fine-tune with the same encoders has the same."""
+def origin_of(family: Family, teacher: TeacherBlock, data: DataBlock, dtype: torch.dtype) -> Callable[[Kind], dict[str, Any]]:
+    """What decides each kind's rows, beside what they are made of. A fine-tune with the same encoders has the same. dtype: of the text encoders."""
 
     def origin(kind: Kind) -> dict[str, Any]:
         made_by = parts_hash(teacher.pretrained, teacher.revision, _MADE_BY[kind])
@@ -153,6 +153,7 @@ def origin_of(family: Family, teacher: TeacherBlock, data: DataBlock) -> Callabl
             return {
                 "pipeline": family.pipeline_classes[0],
                 "text encoders": made_by,
+                "teacher.dtype": next(name for name, known in DTYPES.items() if known == dtype),
                 "teacher.max_sequence_length": family.options.get("max_sequence_length"),
             }
         return {"vae": made_by, "teacher.size": list(family.picture_shape[-2:]), "data.crop": data.crop, "data.background": data.background}

@@ -53,6 +53,7 @@ class Family(ABC):
     frame_rate: ClassVar[float] = 16  # of videos, a second
     # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.
     samplers: ClassVar[tuple[Sampler, ...]] = ("euler",)
+    encoding: tuple[torch.device, torch.dtype] = (torch.device("cpu"), torch.float32)  # see encode_with
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
     time_projection: ClassVar[str | None] = None  # name of the time embedding's last nn.Linear, where scalar inputs are added; None: no place
 
@@ -119,6 +120,11 @@ class Family(ABC):
     @abstractmethod
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         """Channels C of each block's `block_feature`, in the order of `blocks`; from shapes alone, so that a meta network will do."""
+
+    def encode_with(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Where, and in which precision, text encoders that load from now on compute; otherwise on the CPU in fp32. A live pipeline's do as their
+        owner has placed them."""
+        self.encoding = (device, dtype)
 
     def encode_prompts(self, prompts: Sequence[str], batch: int = 64) -> Conditioning:
         """Conditioning (P, ...) of prompts, `batch` at a time, on the CPU, without gradients. Encoders load on first use: see `free_encoders`.

@@ -258,9 +258,14 @@ class Pipelined(Family):
 
     @torch.no_grad()
     def by_encoders(self, encode: Callable[[Any], Conditioning]) -> Conditioning:
-        """What the pipeline with its encoders gives, fp32 or integers, on the CPU; they load on first use."""
+        """What the pipeline with its encoders gives, fp32 or integers, on the CPU; they load on first use. On a GPU each is there while it
+        computes, and no longer."""
         if self._encoders is None:
-            self._encoders = self.source.live or self.source.pipeline(without=(self.component, "vae", *self.after_drawing))
+            device, dtype = self.encoding
+            without = (self.component, "vae", *self.after_drawing)
+            self._encoders = self.source.live or self.source.pipeline(without=without, dtype=dtype)
+            if self.source.live is None and device.type == "cuda":
+                self._encoders.enable_model_cpu_offload(device=device)
         with self.source.reading():
             cond = encode(self._encoders)
         return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}

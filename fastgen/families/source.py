@@ -97,8 +97,8 @@ class Source:
         with loading((self.folder or Path()) / component.name), torch.device("meta"):
             return self._diffusers(class_name).from_config(dict(component.given)).eval()
 
-    def pipeline(self, *, scheduler: Any = None, without: Sequence[str] = (), **components: Any) -> Any:
-        """The whole pipeline, fp32, around other components and without some; a live one's own are shared."""
+    def pipeline(self, *, scheduler: Any = None, without: Sequence[str] = (), dtype: torch.dtype = torch.float32, **components: Any) -> Any:
+        """The whole pipeline, its networks in `dtype`, around other components and without some; a live one's own are shared as they are."""
         cls, given = self._diffusers(self.pipeline_class), {**components, **dict.fromkeys((*without, *self.absent))}
         if self.live is not None:
             named = inspect.signature(cls.__init__).parameters.keys() & self.live.config.keys()
@@ -106,10 +106,11 @@ class Source:
             return cls(**{**settings, **self.live.components, **given, "scheduler": scheduler})
         with self.reading():  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
             variant = next(iter(self.variants.values()), None)  # diffusers takes it where there is one
-            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
+            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, torch_dtype=dtype, **given)
         pipeline.register_modules(scheduler=scheduler)
         for module in filter(lambda part: isinstance(part, nn.Module), pipeline.components.values()):
-            module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
+            if dtype == torch.float32:  # half precision is loaded as such: what is computed at the start, such as frequencies, stays exact
+                module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
         return pipeline
 
     @staticmethod

@@ -21,7 +21,7 @@ from fastgen.licensing import license_of
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan
 from fastgen.progress import Progress
-from fastgen.roles import Roles, build_roles
+from fastgen.roles import Roles, build_roles, narrow
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
@@ -86,7 +86,7 @@ class Run:
 
 def keeping_of(plan: Plan, device: torch.device) -> Keeping:
     """How a run of the plan keeps what it encodes."""
-    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data))
+    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype))
 
 
 def build(plan: Plan, progress: Progress) -> Run:
@@ -94,6 +94,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     recipe, family = plan.recipe, plan.family
     parallel = launch(recipe.train.shard, recipe.train.device)
     plan.method.load(plan.method_config)
+    family.encode_with(parallel.device, plan.frozen_dtype)
     left_out: list[str] = []
     data = training.prepare(
         family, plan.prompts, plan.images, keeping_of(plan, parallel.device), progress, left_out.append, batch=recipe.train.at_once
@@ -101,7 +102,10 @@ def build(plan: Plan, progress: Progress) -> Run:
     for warning in left_out:
         progress.warn(f"warning: {warning}")
     progress.stage(f"loading {recipe.teacher.pretrained}")
-    backbone = family.load_backbone().to(parallel.device)
+    backbone = family.load_backbone()
+    if plan.tuning is not None:  # before it goes where there may be no room for it in fp32
+        narrow(backbone, plan.frozen_dtype)
+    backbone = backbone.to(parallel.device)
     if not math.isfinite(largest(backbone.parameters())):
         raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has weights that are not finite, so it cannot teach")
     negative = family.encode_negative(recipe.teacher.negative_prompt or None)
@@ -116,6 +120,7 @@ def build(plan: Plan, progress: Progress) -> Run:
         defaults=defaults,
         seed=recipe.train.seed,
         recompute=recipe.train.checkpointing,
+        frozen=plan.frozen_dtype,
     )
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))

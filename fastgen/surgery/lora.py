@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
@@ -35,6 +36,8 @@ def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targ
         # Several adapters on one backbone are the design; peft warns from the second on.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, backbone, adapter_name=name)
+    for parameter in parameters(backbone, name).values():  # peft takes the base's dtype, which may be half precision
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def remove_adapter(backbone: nn.Module, name: str) -> None:
@@ -116,6 +119,18 @@ def merge(backbone: nn.Module, name: str) -> None:
             setattr(parent, key.rpartition(".")[2], module.get_base_layer())
     if hasattr(backbone, "peft_config"):  # peft leaves its mark on the module; without adapters it is no longer true
         del backbone.peft_config
+
+
+@torch.no_grad()
+def merge_into(network: nn.Module, backbone: nn.Module, name: str) -> None:
+    """Fold adapter `name` of `backbone`, which stays as it is, into a plain network of the same architecture, in that one's own precision."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for key, layer in backbone.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight: Any = network.get_submodule(key).weight
+            delta: Any = layer
+            weight += delta.get_delta_weight(name).to(weight)
 
 
 def _lora_layers(backbone: nn.Module) -> list:

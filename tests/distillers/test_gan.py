@@ -43,7 +43,7 @@ def case(*, adapters: bool = False, dtype: torch.dtype = torch.float64, autocast
     family = Toy("toy:mixture", width=32)
     method: Any = toy_method(DMD2, toy_setting(family, grid=[0.7]), gan=keys)
     tuning = LoraTuning(rank=3, alpha=3.0, targets=family.lora_targets) if adapters else None
-    roles = build_roles(method.roles_for(method.config), family, family.load_backbone().to(dtype), tuning=tuning, autocast=autocast)
+    roles = build_roles(method.roles_for(method.config), family, family.load_backbone().to(dtype), tuning=tuning, autocast=autocast, frozen=autocast)
     if adapters:
         for name in ("student", "fake_score"):
             for i, (key, parameter) in enumerate(roles[name].parameters().items()):

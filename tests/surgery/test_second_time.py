@@ -142,7 +142,7 @@ def test_features_are_smooth() -> None:
 
 def test_values_stay_out_of_casts_and_autocast() -> None:
     family = Toy("toy:gaussian")
-    roles = build_roles(SPECS, family, family.load_backbone(), autocast=torch.bfloat16, defaults=defaults())
+    roles = build_roles(SPECS, family, family.load_backbone(), autocast=torch.bfloat16, defaults=defaults(), frozen=torch.bfloat16)
     seen: list[Tensor] = []
     inputs: Any = roles["student"].denoiser.inputs
     inputs.networks["second_time"].register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
