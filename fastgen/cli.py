@@ -91,6 +91,28 @@ def _only(value: str | None) -> Literal["train"] | None:
     return "train" if value else None
 
 
+@app.command("plan")
+def plan_memory(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SIZE", help="Of the device, such as 24GB: whether the run fits, and if not, what would make it fit."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say how much memory a recipe needs, stage by stage, from its teacher's configurations alone."""
+    from fastgen import room, terminal
+    from fastgen.config import Recipe
+
+    terminal.quiet()
+    limit = None if memory is None else room.bytes_of(memory)
+    found = room.answer(Recipe.load(recipe, overrides or []), limit)
+    terminal.print_json(found) if as_json else terminal.print_need(found)
+    if found.get("fits") is False:
+        raise typer.Exit(1)
+
+
 @app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder with a checkpoint.")],

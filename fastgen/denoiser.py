@@ -134,16 +134,22 @@ class Denoiser(nn.Module):
 
 @contextmanager
 def full_precision(module: nn.Module) -> Iterator[bool]:
-    """Every Denoiser in `module`, wrapped or not, computes in its weights' own dtype inside; yields whether one did not before."""
+    """Every Denoiser in `module`, wrapped or not, computes in its weights' own dtype inside, and with weights kept in half precision as fp32,
+    which is twice the memory; yields whether one did not before."""
     denoisers = [found for found in module.modules() if isinstance(found, Denoiser)]
     before = [denoiser.autocast for denoiser in denoisers]
+    rounded = {parameter: parameter.dtype for parameter in module.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)}
     try:
         for denoiser in denoisers:
             denoiser.autocast = None
-        yield any(autocast is not None for autocast in before)
+        for parameter in rounded:
+            parameter.data = parameter.data.float()
+        yield bool(rounded) or any(autocast is not None for autocast in before)
     finally:
         for denoiser, autocast in zip(denoisers, before, strict=True):
             denoiser.autocast = autocast
+        for parameter, dtype in rounded.items():  # no number changes: fp32 holds them all
+            parameter.data = parameter.data.to(dtype)
 
 
 class _Place:

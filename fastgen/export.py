@@ -41,6 +41,7 @@ from fastgen.portable import forget_origins, portable, source_name
 from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
+from fastgen.surgery.precision import is_rounded
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 1e-5  # of fp32
@@ -141,11 +142,6 @@ def _division(ends: Sequence[float], shares: Sequence[Sequence[int]], places: Se
 
 def _copied(denoiser: Denoiser) -> Denoiser:
     return Denoiser(copy.deepcopy(denoiser.backbone), denoiser.family, adapter=denoiser.adapter, inputs=denoiser.inputs)
-
-
-def is_rounded(network: nn.Module) -> bool:
-    """Whether it holds weights in half precision."""
-    return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
 
 
 def _unrounded(denoiser: Denoiser) -> Denoiser:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,31 +19,60 @@ from fastgen.plan import Plan
 from fastgen.roles import Role, Roles
 
 
+class Held(NamedTuple):
+    """Bytes that a run holds between passes, at the step where they are most. gradients: of the update with most of them."""
+
+    step: int
+    frozen: int
+    trained: int
+    buffers: int
+    gradients: int
+    optimizers: int
+    averages: int
+
+    @property
+    def total(self) -> int:
+        return sum(self[1:])
+
+
 def network_bytes(planned: Plan, roles: Roles) -> int:
     """The most at one time of weights, buffers, gradients, optimizer states and averages. roles: the plan's, whose networks may be meta ones."""
+    return held(planned, roles).total
+
+
+def held(planned: Plan, roles: Roles) -> Held:
+    """The same by what it is."""
     trained = {name: list(role.parameters().values()) for name, role in roles.items()}
     own = {id(p) for parameters in trained.values() for p in parameters}
     shared = {id(p): p for role in roles.values() for p in role.denoiser.parameters() if id(p) not in own}
     frozen = sum(p.numel() * planned.frozen_dtype.itemsize for p in shared.values())
     averages = sum(4 * _count(trained[name]) for name, spec in planned.roles.items() if spec.averaged)
-    return frozen + _frozen_buffers(roles) + averages + _most_at_once(planned, roles, trained)
+    most = _most_at_once(planned, roles, trained)
+    return most._replace(frozen=frozen, buffers=most.buffers + _frozen_buffers(roles), averages=averages)
 
 
-def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, Sequence[Tensor]]) -> int:
+def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, Sequence[Tensor]]) -> Held:
     """Trained roles have weights as long as they are needed, optimizer states while they train, and gradients while one update does."""
     steps = planned.recipe.train.steps
     distiller = planned.method(planned.method_config, planned.setting({}))
     spans = {name: distiller.span(name) or (0, steps) for name, parameters in trained.items() if parameters}
 
-    def at(step: int) -> int:
+    def at(step: int) -> Held:
         needed = [name for name in spans if distiller.needed(name, step)]
         training = [name for name in needed if spans[name][0] <= step < sum(spans[name])]
-        kept = sum(_bytes(trained[name]) + _own_buffers(roles[name]) for name in needed)
         gradients = max(sum(_bytes(trained[name]) for name in update.trains) for update in distiller.updates(step))
-        return kept + sum(_optimizer_bytes(planned, name, trained[name]) for name in training) + gradients
+        return Held(
+            step=step,
+            frozen=0,
+            trained=sum(_bytes(trained[name]) for name in needed),
+            buffers=sum(_own_buffers(roles[name]) for name in needed),
+            gradients=gradients,
+            optimizers=sum(_optimizer_bytes(planned, name, trained[name]) for name in training),
+            averages=0,
+        )
 
     moments = {0, steps - 1, *(first for first, _ in spans.values()), *(first + count - 1 for first, count in spans.values())}
-    return max(at(step) for step in moments if 0 <= step < steps)
+    return max((at(step) for step in sorted(moments) if 0 <= step < steps), key=lambda found: found.total)
 
 
 def _optimizer_bytes(planned: Plan, role: str, parameters: Sequence[Tensor]) -> int:

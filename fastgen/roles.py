@@ -20,6 +20,7 @@ from fastgen.families.base import Family
 from fastgen.surgery import lora
 from fastgen.surgery.heads import Heads, Taps, choose_taps
 from fastgen.surgery.log_variance import LogVariance
+from fastgen.surgery.precision import narrow
 from fastgen.surgery.recompute import recompute_blocks
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
 
@@ -205,12 +206,6 @@ def build_roles(
         roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trains_network), family, autocast=autocast, **additions[name]))
     narrow(base, frozen)
     return roles
-
-
-def narrow(network: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keep its parameters in `dtype`; not its buffers: tables of positions and closed forms stay exact."""
-    for parameter in network.parameters() if dtype is not None else ():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _additions(name: str, spec: RoleSpec, family: Family, base: nn.Module, defaults: Defaults | None, seed: int) -> dict[str, Any]:

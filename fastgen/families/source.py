@@ -18,6 +18,7 @@ from fastgen.errors import UserError
 from fastgen.families.complete import variants
 from fastgen.families.components import Component, read_component, read_index
 from fastgen.files import loading
+from fastgen.surgery.precision import narrow
 
 # What diffusers itself makes of the class that older folders name, by the network's kind of norm.
 _FORMER = "Transformer2DModel"
@@ -106,11 +107,11 @@ class Source:
             return cls(**{**settings, **self.live.components, **given, "scheduler": scheduler})
         with self.reading():  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
             variant = next(iter(self.variants.values()), None)  # diffusers takes it where there is one
-            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, torch_dtype=dtype, **given)
+            pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
         pipeline.register_modules(scheduler=scheduler)
         for module in filter(lambda part: isinstance(part, nn.Module), pipeline.components.values()):
-            if dtype == torch.float32:  # half precision is loaded as such: what is computed at the start, such as frequencies, stays exact
-                module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
+            module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
+            narrow(module, dtype)
         return pipeline
 
     @staticmethod

@@ -21,7 +21,8 @@ from fastgen.licensing import license_of
 from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan
 from fastgen.progress import Progress
-from fastgen.roles import Roles, build_roles, narrow
+from fastgen.roles import Roles, build_roles
+from fastgen.surgery.precision import narrow
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 

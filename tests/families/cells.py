@@ -19,7 +19,8 @@ from fastgen.families import find_family
 from fastgen.families.base import Family
 from fastgen.jvp import tangent
 from fastgen.plan import plan
-from fastgen.roles import LoraTuning, build_roles, narrow, student
+from fastgen.roles import LoraTuning, build_roles, student
+from fastgen.surgery.precision import narrow
 
 METHODS = ("dmd2", "scm", "lcm", "tbcm")
 PROMPTS = ["a red cat", "two boats at sea"]
