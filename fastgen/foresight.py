@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgen.config import Recipe
 from fastgen.data.encoded import Keeping, of_images, of_prompts, origin_of
 from fastgen.data.images import CaptionedImages
+from fastgen.data.latents import LatentImages
 from fastgen.errors import UserError
 from fastgen.evaluation import unkept
 from fastgen.evaluation.block import PROTOCOL, naming_the_key, resources_of
@@ -66,7 +67,7 @@ def check_images(images: CaptionedImages | None, family: Family) -> None:
         images.check_size(*family.picture_shape[-2:])
 
 
-def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images: CaptionedImages | None, dtype: torch.dtype) -> None:
+def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images: CaptionedImages | LatentImages | None, dtype: torch.dtype) -> None:
     """UserError for a store that cannot take what the run encodes, and for keys that say how something is kept that is not. dtype: of the text
     encoders."""
     block, kept = recipe.data, {"store": recipe.data.store is not None, "keep": recipe.data.keep != "auto", "dtype": recipe.data.dtype != "fp32"}
@@ -78,7 +79,7 @@ def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images
         return
     keeping = Keeping(torch.device("cpu"), block, origin_of(family, recipe.teacher, block, dtype))
     keeping.check(of_prompts(family, list(prompts)))
-    if images is not None:
+    if isinstance(images, CaptionedImages):
         keeping.check(of_images(family, images, keeping.device))
 
 

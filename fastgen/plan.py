@@ -16,6 +16,7 @@ from fastgen import checkpoint, export, foresight
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data.images import CaptionedImages, images_of
+from fastgen.data.latents import LatentImages
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
 from fastgen.data.training import prompt_weights
@@ -47,7 +48,7 @@ class Plan:
     method_config: MethodConfig
     family: Family
     prompts: dict[str, float] | None
-    images: CaptionedImages | None
+    images: CaptionedImages | LatentImages | None
     pairs: PairFolder | None = None  # None also where data.pairs is a number
     protocol: Protocol | None = None
     started: bool = False
@@ -163,7 +164,10 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
         pairs.check(resolved_teacher(recipe) | by_content, family.latent.shape)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
     foresight.check_grid(recipe, family)
-    foresight.check_images(images, family)
+    if isinstance(images, LatentImages):
+        images.check(family, resolved_teacher(recipe) | {"sha256": _teacher_hash(recipe)})
+    else:
+        foresight.check_images(images, family)
     foresight.check_store(recipe, family, prompt_weights(prompts, images), images, planned.frozen_dtype)
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,3 +246,63 @@ def test_batches_are_drawn_ahead_in_order_and_what_fails_is_raised_in_its_place(
     with pytest.raises(UserError, match="sixth"):
         next(batches)
     assert data.drawn[:6] == [0, 1, 2, 3, 4, 5] and open_store(Path("nowhere")) is None
+
+
+def test_latents_of_a_store_and_of_pairs_serve_as_images(sd3_folder: Path, source: Path, tmp_path: Path) -> None:
+    pictures = recipe(sd3_folder, source, "images", "scm", store=str(tmp_path / "store"))
+    expected = weights(run.train(pictures, tmp_path / "pictures", only="train"))
+    latents = recipe(sd3_folder, source, "images", "scm", images=str(tmp_path / "store"))
+    assert same(weights(run.train(latents, tmp_path / "latents", only="train")), expected)
+    (folder, _) = caching.cache_pairs(recipe(sd3_folder, source, "prompts", "dmd2"), tmp_path / "pairs", count=7, steps=2)
+    drawn, built = folder.load(), build(plan(recipe(sd3_folder, source, "images", "scm", images=str(tmp_path / "pairs")), only="train"), Progress())
+    batch = next(built.trainer._batches())
+    assert batch.latents is not None
+    for latent, prompt in zip(batch.latents, batch.prompts, strict=True):
+        index = [torch.equal(latent, x0) for x0 in drawn.x0].index(True)
+        assert drawn.prompts[index] == prompt
+
+
+def test_latents_that_are_not_the_teachers_are_refused(sd3_folder: Path, source: Path, tmp_path: Path) -> None:
+    build(plan(recipe(sd3_folder, source, "images", "scm", store=str(tmp_path / "store")), only="train"), Progress())
+    content = recipe(sd3_folder, source, "images", "scm", images=str(tmp_path / "store")).dump()
+
+    def refused(message: str, **changed: Any) -> None:
+        given = {**content, "teacher": {**content["teacher"], **changed.get("teacher", {})}, "data": {**content["data"], **changed.get("data", {})}}
+        with pytest.raises(UserError, match=rf"^recipe key data\.{message}"):
+            dry_run(validate(Recipe, given), only="train")
+
+    refused(r"images: '.*latents' was encoded with teacher.size \[16, 16\], this recipe needs \[24, 24\]", teacher={"resolution": 24})
+    refused("crop: says how picture files are read, and '.*store' holds latents", data={"crop": "random"})
+    refused(r"images: '.*prompts' is a store of prompts, not of latents", data={"images": str(tmp_path / "store/prompts")})
+    (tmp_path / "store/latents/shard_000000.safetensors").unlink()
+    refused("images: '.*latents' lacks 1 of 1 shards; finish it with the same `fastgen cache latents` command")
+
+
+def test_archives_elsewhere_are_fetched_for_a_store_and_refused_for_training(sd3_folder: Path, source: Path, tmp_path: Path) -> None:
+    for k, names in enumerate((("0", "1"), ("2", "3", "4"))):
+        with tarfile.open(tmp_path / f"set-{k:02d}.tar", "w") as tar:
+            for name in names:
+                (tmp_path / f"{name}.txt").write_text(TEXTS[int(name)], encoding="utf-8")
+                tar.add(source / f"{name}.png", f"{name}.png")
+                tar.add(tmp_path / f"{name}.txt", f"{name}.txt")
+    local = recipe(sd3_folder, source, "images", "scm", images=str(tmp_path / "local"), store=str(tmp_path / "own"))
+    (tmp_path / "local").mkdir()
+    for archive in tmp_path.glob("*.tar"):
+        shutil.copy(archive, tmp_path / "local")
+    build(plan(local, only="train"), Progress())
+    for pattern in ("set-{00..01}.tar", "set-*.tar", "set-0{0,1}.tar"):
+        away = recipe(sd3_folder, source, "images", "scm", images=f"file://{tmp_path}/{pattern}")
+        with pytest.raises(
+            UserError, match=r"^recipe key data\.images: 'file://.*' lies elsewhere, .* fastgen cache latents RECIPE data\.images=file://"
+        ):
+            dry_run(away, only="train")
+        output = tmp_path / f"made {pattern}"
+        assert caching.cache_encoded("latents", away, output)[1] == 5
+        for file in (tmp_path / "own/latents").iterdir():
+            assert (output / "latents" / file.name).read_bytes() == file.read_bytes()
+        shutil.rmtree(output / "archives")
+        built = build(plan(recipe(sd3_folder, source, "images", "scm", images=str(output)), only="train"), Progress())
+        assert next(built.trainer._batches()).latents is not None
+    gone = recipe(sd3_folder, source, "images", "scm", images=f"file://{tmp_path}/set-{{00..02}}.tar")
+    with pytest.raises(UserError, match=r"^recipe key data\.images: cannot fetch 'file://.*/set-02\.tar'"):
+        caching.cache_encoded("latents", gone, tmp_path / "gone")

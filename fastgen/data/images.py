@@ -16,7 +16,9 @@ from torch import Tensor
 from fastgen.config import DataBlock
 from fastgen.data import digits, scenes
 from fastgen.data.captions import KEY, Captions, Faults, read_captions
+from fastgen.data.latents import LatentImages, latents_in
 from fastgen.data.pixels import Colour, Readable, Unreadable, check_header, read_rgb
+from fastgen.data.remote import is_remote
 from fastgen.errors import UserError
 from fastgen.files import expanded
 from fastgen.fingerprints import digest, known_hash
@@ -93,15 +95,23 @@ class CaptionedImages:
         return 0.5 if self.crop == "center" else SampleRng(0, ("crop",), (index,)).uniform("place").item()
 
 
-def images_of(data: DataBlock) -> CaptionedImages | None:
-    """`load_images` of what a recipe names, None where that is nothing. UserError for keys that have nothing to say about it."""
+def images_of(data: DataBlock) -> CaptionedImages | LatentImages | None:
+    """`load_images` of what a recipe names, or the latents there; None where it names nothing. UserError for keys that have nothing to say of it."""
     options = {key: getattr(data, key) for key in ("background", "caption_key", "skip_broken", "crop")}
     given = [key for key, value in options.items() if value != DataBlock.model_fields[key].default]
     if given and data.images is None:
         raise UserError(f"recipe key data.{given[0]}: needs data.images, which it is about; remove it")
     if given and data.images in BUNDLED:
         raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {data.images} has none; remove it")
-    return None if data.images is None else load_images(data.images, **options)
+    if data.images is None:
+        return None
+    if is_remote(data.images):
+        way_on = f"fastgen cache latents RECIPE data.images={data.images} --output DIR fetches and encodes it once, then data.images: DIR"
+        raise UserError(f"recipe key data.images: {data.images!r} lies elsewhere, and training reads pictures at random; {way_on}")
+    latents = None if data.images in BUNDLED else latents_in(expanded(data.images))
+    if given and latents is not None:
+        raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {data.images!r} holds latents; remove it")
+    return load_images(data.images, **options) if latents is None else latents
 
 
 def load_images(

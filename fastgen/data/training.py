@@ -13,6 +13,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.data import weighted
 from fastgen.data.encoded import Keeping, of_images, of_prompts
 from fastgen.data.images import CaptionedImages
+from fastgen.data.latents import LatentImages
 from fastgen.data.pairs import Pairs
 from fastgen.data.rows import Chosen, Held, Rows
 from fastgen.families.base import Family
@@ -113,7 +114,7 @@ def _uniform_rows(count: int, uniform: Tensor) -> Tensor:
     return (uniform.double() * count).long().clamp(max=count - 1)
 
 
-def prompt_weights(prompts: Mapping[str, float] | None, images: CaptionedImages | None) -> Mapping[str, float]:
+def prompt_weights(prompts: Mapping[str, float] | None, images: CaptionedImages | LatentImages | None) -> Mapping[str, float]:
     """The prompts a run draws, with their weights: those of the images' captions where it has images, else those given."""
     table = prompts if images is None else _caption_weights(images)
     assert table, "a run needs prompts or captioned images"
@@ -123,7 +124,7 @@ def prompt_weights(prompts: Mapping[str, float] | None, images: CaptionedImages 
 def prepare(
     family: Family,
     prompts: Mapping[str, float] | None,
-    images: CaptionedImages | None,
+    images: CaptionedImages | LatentImages | None,
     keeping: Keeping,
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda message: None,
@@ -138,13 +139,16 @@ def prepare(
     cumulative = weighted.cumulative(table.values())
     if images is None:
         return TrainingData(texts, cond, cumulative)
-    latents = keeping.rows(of_images(family, images, keeping.device, batch), progress)
-    kept = [i for i in range(len(images)) if i not in images.undecodable]
-    if len(kept) < len(images):
-        latents = Chosen(latents, torch.tensor(kept))
-    images, warnings = images.decodable()
-    for warning in warnings:
-        warn(warning)
+    if isinstance(images, LatentImages):
+        latents = images.latents(keeping.device)
+    else:
+        latents = keeping.rows(of_images(family, images, keeping.device, batch), progress)
+        kept = [i for i in range(len(images)) if i not in images.undecodable]
+        if len(kept) < len(images):
+            latents = Chosen(latents, torch.tensor(kept))
+        images, warnings = images.decodable()
+        for warning in warnings:
+            warn(warning)
     row = {text: i for i, text in enumerate(texts)}
     captions = [(torch.tensor([row[text] for text in image]), weighted.cumulative(image.values())) for image in images.captions]
     return TrainingData(texts, cond, cumulative, latents, captions)
@@ -164,7 +168,7 @@ def with_pairs(data: TrainingData, pairs: Pairs, family: Family, device: torch.d
     return replace(data, pairs=PairTable(pairs, torch.tensor([row[prompt] for prompt in pairs.prompts]), cond))
 
 
-def _caption_weights(images: CaptionedImages) -> dict[str, float]:
+def _caption_weights(images: CaptionedImages | LatentImages) -> dict[str, float]:
     table: dict[str, float] = {}
     for captions in images.captions:
         for text, probability in captions.items():

@@ -26,6 +26,7 @@ FLUX_DEV: dict[str, dict[str, Any]] = {
     "vae": {**VAE, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
     "text_encoder": CLIP_L,
     "text_encoder_2": T5_XXL,
+    "scheduler": {"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096},
 }  # fmt: skip
 SDXL: dict[str, dict[str, Any]] = {
     "unet": {
@@ -54,6 +55,6 @@ def _written(tiny: Any, folder: Path, configs: dict[str, dict[str, Any]]) -> Pat
     tiny.save_pretrained(whole)
     shutil.copytree(whole, folder / "real", ignore=shutil.ignore_patterns("*.safetensors"))
     for name, config in configs.items():
-        path = folder / "real" / name / "config.json"
+        path = folder / "real" / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
         path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | config), encoding="utf-8")
     return folder / "real"
