@@ -107,7 +107,7 @@ def plan_memory(
 
     terminal.quiet()
     limit = None if memory is None else room.bytes_of(memory)
-    found = room.answer(Recipe.load(recipe, overrides or []), limit)
+    found = room.answer(Recipe.load(recipe, overrides or []), limit, terminal.progress())
     terminal.print_json(found) if as_json else terminal.print_need(found)
     if found.get("fits") is False:
         raise typer.Exit(1)

@@ -17,6 +17,7 @@ from fastgen.families import resolve_source
 from fastgen.families.components import read_index
 from fastgen.memory import Held, data_bytes, held
 from fastgen.plan import Plan, plan
+from fastgen.progress import Progress
 from fastgen.roles import build_roles
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -88,10 +89,11 @@ def need(planned: Plan) -> Need:
     return Need(parts, data_bytes(planned), step_bytes(planned, parts.step), _encoder_bytes(planned), widening)
 
 
-def answer(recipe: Recipe, limit: int | None = None) -> dict[str, Any]:
+def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """What `fastgen plan` says: bytes by what they are and by stage, and with a limit whether the run fits, and if not the changes, of which each
     has its keys and the peak after it."""
-    planned = plan(recipe, dry=True)
+    planned, progress = plan(recipe, dry=True), progress or Progress()
+    progress.stage("taking a training step on tensors without content")
     found = need(planned)
     held_bytes = {name: getattr(found.held, name) for name in ("frozen", "trained", "buffers", "gradients", "optimizers", "averages")}
     said: dict[str, Any] = {
@@ -105,19 +107,20 @@ def answer(recipe: Recipe, limit: int | None = None) -> dict[str, Any]:
     if limit is not None:
         said |= {"memory": limit, "fits": found.peak <= limit}
         if not said["fits"]:
-            made, enough = changes_that_fit(recipe, limit)
+            made, enough = changes_that_fit(recipe, limit, progress)
             said["changes"] = [{"what": change.what, "keys": keys, "peak": after.peak} for change, keys, after in made]
             said["fits_with_changes"] = enough
     return said
 
 
-def changes_that_fit(recipe: Recipe, limit: int) -> tuple[list[tuple[Change, list[str], Need]], bool]:
+def changes_that_fit(recipe: Recipe, limit: int, progress: Progress | None = None) -> tuple[list[tuple[Change, list[str], Need]], bool]:
     """The changes, one on top of the other, after which a recipe needs at most `limit` bytes, each with its keys and what the recipe needs then;
     and whether it fits. One that saves nothing is left out, and fewer samples at a time are tried down to one."""
-    made: list[tuple[Change, list[str], Need]] = []
+    made, progress = list[tuple[Change, list[str], Need]](), progress or Progress()
     now = need(plan(recipe, dry=True))
     for change in CHANGES:
         while now.peak > limit and (keys := list(change.keys(recipe))):
+            progress.stage(f"the same with {' '.join(keys)}")
             changed = _changed(recipe, keys)
             after = need(plan(changed, dry=True))
             if after.peak >= now.peak:
