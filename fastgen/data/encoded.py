@@ -80,14 +80,29 @@ class Keeping:
             return Online(encoder, self.device)
         if self.folder is None:
             progress.stage(f"encoding {encoder.count} {encoder.what}")
-            parts = [self._narrowed(encoder, ids).tensors for ids in store.cuts(encoder.count)]
-            return self._held([dict(part) for part in parts])
+            cuts, parts = store.cuts(encoder.count), list[dict[str, Tensor]]()
+            self._counted(encoder, progress, cuts, lambda ids: parts.append(dict(self._narrowed(encoder, ids).tensors)))
+            return self._held(parts)
         kept, _ = self.fill(encoder, progress)
         if encoder.left_out is not None:
             encoder.left_out.update(kept.left_out())
         held, size = self._fits(kept), f"{kept.manifest.count * kept.manifest.row_bytes / 1e9:.2f} GB"
         progress.stage(f"{encoder.count} {encoder.what} in {str(kept.path)!r}: {size}, {'read into memory' if held else 'read batch by batch'}")
         return self._held([kept.read(ids) for ids in store.cuts(len(kept))]) if held else kept
+
+    def _counted(self, encoder: Encoder, progress: Progress, cuts: Sequence[range], make: Callable[[range], object], done: int = 0) -> None:
+        """Make the rows of each cut, and say how far it has come where there are several. done: rows of the same that are there already."""
+        if len(cuts) + done == 1:
+            make(cuts[0])
+            return
+        progress.start(f"encoding {encoder.what}", done + sum(map(len, cuts)), done)
+        try:
+            for ids in cuts:
+                make(ids)
+                done += len(ids)
+                progress.update(done, {})
+        finally:  # a bar left running hides the terminal's cursor
+            progress.finish()
 
     def _held(self, parts: list[dict[str, Tensor]]) -> Held:
         return Held(conditioning.to(conditioning.cat(parts), self.device))
@@ -108,18 +123,15 @@ class Keeping:
         broken."""
         assert self.folder is not None
         kept = store.create(self.folder / encoder.kind, self.manifest(encoder), encoder.identify, self.device)
+        if thorough and kept.file(0).is_file():
+            progress.stage(f"reading what {str(kept.path)!r} holds")
         todo = kept.broken(part) if thorough else kept.missing(part)
         total, new = (sum(len(kept.ids(shard)) for shard in some) for some in (kept.shards(part), todo))
-        done = total - new
         if todo:
-            progress.start(f"encoding {encoder.what}", total, done)
-            try:
-                for shard in todo:
-                    kept.make(shard, lambda ids: self._narrowed(encoder, ids))
-                    done += len(kept.ids(shard))
-                    progress.update(done, {})
-            finally:  # a bar left running hides the terminal's cursor
-                progress.finish()
+            cuts = [kept.ids(shard) for shard in todo]
+            self._counted(
+                encoder, progress, cuts, lambda ids: kept.make(ids.start // store.ROWS, lambda rows: self._narrowed(encoder, rows)), total - new
+            )
         return kept, new
 
     def check(self, encoder: Encoder) -> None:
