@@ -96,6 +96,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, whole: int) -> None:
         for count in counts:
             axes.plot([count] * len(points[count]), points[count], color=colour, marker=".", linestyle="none", alpha=0.5)
     axes.set(xscale="log", yscale="log", xlabel="prompts, or pictures", ylabel="FD-scenes to the teacher")
+    for direction in (axes.xaxis, axes.yaxis):
+        direction.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -242,7 +243,7 @@ def held(root: Path) -> int:
 
 
 def drawn_again(saved: int, said: str) -> bool:
-    found = re.search(r"holds(\d+),(\d+)ofthemnew", "".join(said.split()))
+    found = re.search(r"holds(\d+)(?:of\d+)?,(\d+)ofthemnew", "".join(said.split()))
     return found is None or int(found.group(2)) > int(found.group(1)) - saved
 
 
@@ -330,6 +331,31 @@ def pair_contents(root: Path) -> Any:
     return tree(root / "pairs"), hashes(root / "pairs", "pairs.json"), drawn.seeds.tolist(), drawn.prompts, samples
 
 
+def many_prompts(worker: Worker, root: Path) -> None:
+    """600 of them, which are three shards of a store."""
+    digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    texts = [" ".join(words) for words in itertools.islice(itertools.product(digits, repeat=3), 600)]
+    (root / "prompts.txt").write_text("\n".join(texts), encoding="utf-8")
+    content = {"teacher": _TEACHER, "train": _TRAIN, **_RECIPES["dmd2"], "data": {"prompts": str(root / "prompts.txt")}}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def encoded(root: Path) -> list[str]:
+    return ["cache", "prompts", str(root / "recipe.yaml"), "--output", str(root / "store")]
+
+
+def stored(root: Path) -> Any:
+    """Every byte, shards' headers too."""
+    return tree(root / "store"), hashes(root / "store", "*.safetensors", "store.json")
+
+
+def rows_stored(root: Path) -> int:
+    from fastgen.data.store import open_store
+
+    store = open_store(root / "store/prompts")
+    return 0 if store is None else len(store) - sum(len(store.ids(shard)) for shard in store.broken())
+
+
 def evaluated(root: Path) -> list[str]:
     return ["evaluate", str(root / "student"), "--no-teacher"]
 
@@ -347,6 +373,7 @@ SCENARIOS = [
     Scenario("dmd2, resumed", half_a_run, train("--resume"), train("--resume"), trained, trained_again, newest),
     Scenario("dmd2, over another run", a_run("dmd2", "train.seed=1"), train("--overwrite"), train("--overwrite"), trained),
     Scenario("cache pairs", recipe("dmd2"), pairs, pairs, pair_contents, drawn_again, held),
+    Scenario("cache prompts", many_prompts, encoded, encoded, stored, drawn_again, rows_stored),
     Scenario("export", a_run("dmd2"), exported, exported, exports),
     Scenario("export over another", a_student, exported, exported, exports),
     Scenario("evaluate", a_student, evaluated, evaluated, results),

@@ -104,6 +104,12 @@ TRIALS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
         "f-distill, four times the learning rates but the discriminator's": ("scenes_f_distill_1step", _rates(2e-3, 4e-3)),
         "rcm, four times the learning rates": ("scenes_rcm_2step", ("student={steps: 1, grid: [0.99]}", *_rates(1.2e-3, 2.4e-3))),
     },
+    "ten minutes of two cores": {
+        "one step, dmd2, four times the learning rates": (ONE, ("train.steps=2360", *_rates(2e-3, 4e-3))),
+        "one step, f-distill of weight .1, the same rates": ("scenes_f_distill_1step", ("train.steps=1160", GAN_AT_TENTH, *_rates(2e-3, 4e-3))),
+        "one step, discriminator of weight .1, twice the learning rates": (GAN, ("train.steps=1240", GAN_AT_TENTH, *_rates(1e-3, 2e-3))),
+        "four steps, phases, five times the learning rates": ("scenes_phased_dmd_4step", ("train.steps=1040", *_rates(1e-3, 2e-3))),
+    },
 }
 
 

@@ -91,6 +91,28 @@ def _only(value: str | None) -> Literal["train"] | None:
     return "train" if value else None
 
 
+@app.command("plan")
+def plan_memory(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SIZE", help="Of the device, such as 24GB: whether the run fits, and if not, what would make it fit."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say how much memory a recipe needs, stage by stage, from its teacher's configurations alone."""
+    from fastgen import room, terminal
+    from fastgen.config import Recipe
+
+    terminal.quiet()
+    limit = None if memory is None else room.bytes_of(memory)
+    found = room.answer(Recipe.load(recipe, overrides or []), limit, terminal.progress())
+    terminal.print_json(found) if as_json else terminal.print_need(found)
+    if found.get("fits") is False:
+        raise typer.Exit(1)
+
+
 @app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder with a checkpoint.")],
@@ -258,6 +280,33 @@ def cache_pairs(
     read = Recipe.load(recipe, overrides or [])
     folder, made = caching.cache_pairs(read, output, count=count, steps=steps, solver=solver, batch=batch, progress=terminal.progress())
     terminal.note(f"pairs: {output} holds {folder.manifest.count}, {made} of them new")
+
+
+StoreDir = Annotated[Path, typer.Option(help="Folder of the store, for data.store; one that holds some of it is continued.")]
+Part = Annotated[str, typer.Option(metavar="i/n", help="Make the shards of one of n parts; the whole is the same whoever makes which.")]
+
+
+@cache_app.command("prompts")
+def cache_prompts(recipe: RecipeArgument, output: StoreDir, overrides: Overrides = None, part: Part = "1/1") -> None:
+    """Encode a recipe's prompts with its teacher's text encoders; the same command goes on where one was interrupted."""
+    _cache_encoded("prompts", recipe, output, overrides, part)
+
+
+@cache_app.command("latents")
+def cache_latents(recipe: RecipeArgument, output: StoreDir, overrides: Overrides = None, part: Part = "1/1") -> None:
+    """Encode a recipe's images with its teacher's VAE; the same command goes on where one was interrupted."""
+    _cache_encoded("latents", recipe, output, overrides, part)
+
+
+def _cache_encoded(kind: Literal["prompts", "latents"], recipe: str, output: Path, overrides: list[str] | None, part: str) -> None:
+    from fastgen import caching, terminal
+    from fastgen.config import Recipe
+    from fastgen.evaluation.settings import part_of
+
+    read = Recipe.load(recipe, overrides or [])
+    store, made = caching.cache_encoded(kind, read, output, part=part_of(part), progress=terminal.progress())
+    there = len(store) - sum(len(store.ids(shard)) for shard in store.missing())
+    terminal.note(f"{kind}: {store.path} holds {there} of {len(store)}, {made} of them new")
 
 
 @app.command()

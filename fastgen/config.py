@@ -36,9 +36,9 @@ class TeacherBlock(Block):
     """revision: of a hub id, a commit, branch or tag; None: its newest. guidance: classifier-free guidance n + w (c - n); 1 is none. None for
     all else: the pipeline's own. size: [height, width] in pixels; resolution: the same for squares. frames: of a video. embedded_guidance: what
     the network is told of guidance, where it was trained with such an input. shift: of the teacher's times, None for what its scheduler
-    says; stated, it goes before that, and the scheduler may be of any kind. dtype, quantise: how its frozen weights are kept, the base under
-    adapters among them; auto: fp32 under adapters, else what train.precision computes in. offload: it lies on the CPU, and its blocks come to
-    the device one at a time."""
+    says; stated, it goes before that, and the scheduler may be of any kind. dtype: of weights that nothing trains, the network's under adapters
+    among them, and of the text encoders; `auto`: that of train.precision. quantise: the format of those in the network's blocks instead.
+    offload: the network lies on the CPU, and its blocks come to the device one at a time."""
 
     pretrained: str
     revision: str | None = Field(None, min_length=1)
@@ -104,7 +104,10 @@ class MethodBlock(BaseModel):
 
 class DataBlock(Block):
     """background: what transparent pixels of the images lie on, a colour as CSS writes it. caption_key: of their metadata, the key or column
-    with the captions. skip_broken: leave out images without caption or that cannot be read. pairs: how many noise-sample pairs the teacher
+    with the captions. skip_broken: leave out images without caption or that cannot be read. crop: which part of an image of another aspect is
+    taken, the middle or a random one. store: a folder that encoded prompts and images are kept in and read from, None for memory. dtype: of what is
+    kept. keep: whether a store's rows are read into memory at the start, or each batch when it is needed; `auto`: what fits. encode: all before
+    training, or each batch when it is drawn, by encoders that stay in memory. pairs: how many noise-sample pairs the teacher
     draws when the run starts, or a folder made by `fastgen cache pairs`."""
 
     prompts: str | None = None
@@ -112,6 +115,11 @@ class DataBlock(Block):
     background: str = "white"
     caption_key: str = Field(default="text", min_length=1)
     skip_broken: bool = Field(default=False, strict=True)
+    crop: Literal["center", "random"] = "center"
+    store: str | None = Field(default=None, min_length=1)
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    keep: Literal["auto", "memory", "disk"] = "auto"
+    encode: Literal["ahead", "online"] = "ahead"
     pairs: int | str | None = None
 
     @field_validator("background", mode="before")

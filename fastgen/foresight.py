@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastgen.config import Recipe
+from fastgen.data.encoded import Keeping, of_images, of_prompts, origin_of
 from fastgen.data.images import CaptionedImages
+from fastgen.data.latents import LatentImages
 from fastgen.errors import UserError
 from fastgen.evaluation import unkept
 from fastgen.evaluation.block import PROTOCOL, naming_the_key, resources_of
@@ -62,6 +65,22 @@ def check_images(images: CaptionedImages | None, family: Family) -> None:
         raise UserError(f"recipe key data.images: the teacher makes videos, and fastgen does not read videos yet; {how}")
     if images is not None and family.latent.size:
         images.check_size(*family.picture_shape[-2:])
+
+
+def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images: CaptionedImages | LatentImages | None, dtype: torch.dtype) -> None:
+    """UserError for a store that cannot take what the run encodes, and for keys that say how something is kept that is not. dtype: of the text
+    encoders."""
+    block, kept = recipe.data, {"store": recipe.data.store is not None, "keep": recipe.data.keep != "auto", "dtype": recipe.data.dtype != "fp32"}
+    if block.encode == "online" and (given := [key for key, is_given in kept.items() if is_given]):
+        raise UserError(f"recipe key data.{given[0]}: says how encoded data are kept, and with data.encode: online they are not; remove one of them")
+    if block.keep != "auto" and block.store is None:
+        raise UserError("recipe key data.keep: says how data.store is read, and there is none; remove it")
+    if block.store is None:
+        return
+    keeping = Keeping(torch.device("cpu"), block, origin_of(family, recipe.teacher, block, dtype))
+    keeping.check(of_prompts(family, list(prompts)))
+    if isinstance(images, CaptionedImages):
+        keeping.check(of_images(family, images, keeping.device))
 
 
 def check_measuring(recipe: Recipe, family: Family, protocol: Protocol | None, *, at_the_end: bool, teacher: bool) -> list[str]:

@@ -168,9 +168,10 @@ def _columns(models: Sequence[str], steps: int | None, teacher: bool, teacher_di
 
 
 def _names(models: Sequence[str]) -> list[str]:
-    """Local folders by the last parts of their paths, others by themselves."""
+    """Local folders by the last part of their paths (a run's `student` by the run's), or by as many as make them differ; others by themselves."""
     local = [model for model in models if expanded(model).is_dir()]
-    short = dict(zip(local, short_names([expanded(model) for model in local], "model", 2), strict=True))
+    folders = [folder.parent if folder.name == "student" else folder for folder in (expanded(model).absolute() for model in local)]
+    short = dict(zip(local, short_names(folders, "model"), strict=True))
     names = [short.get(model) or source_name(model) for model in models]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"the same model is given twice: {twice[0]}")

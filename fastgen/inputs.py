@@ -40,7 +40,7 @@ _RESUMABLE = (
     "train.offload_optimizers",
     "evaluate",
     "export",
-    *("data.caption_key", "data.skip_broken"),
+    *("data.caption_key", "data.skip_broken", "data.store", "data.keep"),
 )
 
 

@@ -8,46 +8,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
+from fastgen import conditioning
 from fastgen.conditioning import Conditioning
+from fastgen.data.store import DTYPES
 from fastgen.data.training import prompt_weights
 from fastgen.plan import Plan
 from fastgen.roles import Role, Roles
+from fastgen.surgery.held import held_bytes
+
+
+class Held(NamedTuple):
+    """Bytes that a run holds between passes, at the step where they are most. gradients: of the update with most of them."""
+
+    step: int
+    frozen: int
+    trained: int
+    buffers: int
+    gradients: int
+    optimizers: int
+    averages: int
+
+    @property
+    def total(self) -> int:
+        return sum(self[1:])
 
 
 def network_bytes(planned: Plan, roles: Roles) -> int:
     """The most at one time of weights, buffers, gradients, optimizer states and averages. roles: the plan's, whose networks may be meta ones."""
+    return held(planned, roles).total
+
+
+def held(planned: Plan, roles: Roles) -> Held:
+    """The same by what it is."""
     trained = {name: list(role.parameters().values()) for name, role in roles.items()}
     own = {id(p) for parameters in trained.values() for p in parameters}
-    # Unless told otherwise, a teacher that no adapter shares is in the compute dtype under autocast, but for its buffers. What layers hold
-    # narrow are buffers.
+    # A teacher that no adapter shares is in the compute dtype under autocast, but for its buffers, unless the recipe says otherwise.
     narrow = planned.autocast is not None and planned.tuning is None and planned.storage.dtype == "auto"
     shared = {id(p): p for role in roles.values() for p in role.denoiser.parameters() if id(p) not in own}
-    frozen = sum(p.numel() * (2 if narrow else p.element_size()) for p in shared.values())
+    written = held_bytes(role.denoiser for role in roles.values())
+    frozen = written + sum(p.numel() * (2 if narrow else p.element_size()) for p in shared.values())
     there = planned.recipe.train.ema_device == "same"
     averages = sum(4 * _count(trained[name]) for name, spec in planned.roles.items() if spec.averaged and there)
-    kept = 0 if planned.recipe.teacher.offload else frozen + _frozen_buffers(roles)
-    return kept + averages + _most_at_once(planned, roles, trained)
+    most = _most_at_once(planned, roles, trained)
+    buffers = _frozen_buffers(roles) - written
+    if planned.recipe.teacher.offload:
+        frozen = buffers = 0
+    return most._replace(frozen=frozen, buffers=most.buffers + buffers, averages=averages)
 
 
-def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, Sequence[Tensor]]) -> int:
+def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, Sequence[Tensor]]) -> Held:
     """Trained roles have weights as long as they are needed, optimizer states while they train, and gradients while one update does."""
     steps = planned.recipe.train.steps
     distiller = planned.method(planned.method_config, planned.setting({}))
     spans = {name: distiller.span(name) or (0, steps) for name, parameters in trained.items() if parameters}
 
-    def at(step: int) -> int:
+    def at(step: int) -> Held:
         needed = [name for name in spans if distiller.needed(name, step)]
         training = [name for name in needed if spans[name][0] <= step < sum(spans[name])]
-        kept = sum(_bytes(trained[name]) + _own_buffers(roles[name]) for name in needed)
         gradients = max(sum(_bytes(trained[name]) for name in update.trains) for update in distiller.updates(step))
         states = [_optimizer_bytes(planned, name, trained[name]) for name in training]
-        return kept + (max(states, default=0) if planned.recipe.train.offload_optimizers else sum(states)) + gradients
+        return Held(
+            step=step,
+            frozen=0,
+            trained=sum(_bytes(trained[name]) for name in needed),
+            buffers=sum(_own_buffers(roles[name]) for name in needed),
+            gradients=gradients,
+            optimizers=max(states, default=0) if planned.recipe.train.offload_optimizers else sum(states),
+            averages=0,
+        )
 
     moments = {0, steps - 1, *(first for first, _ in spans.values()), *(first + count - 1 for first, count in spans.values())}
-    return max(at(step) for step in moments if 0 <= step < steps)
+    return max((at(step) for step in sorted(moments) if 0 <= step < steps), key=lambda found: found.total)
 
 
 def _optimizer_bytes(planned: Plan, role: str, parameters: Sequence[Tensor]) -> int:
@@ -77,12 +112,15 @@ def _has_copy(role: Role) -> bool:
 
 
 def data_bytes(planned: Plan) -> int:
-    """Text embeddings of every prompt and of the negative one, latents of every image, pairs, and the tables that they are drawn by."""
-    family, images, pairs = planned.family, planned.images, planned.pairs
+    """Text embeddings of every prompt and of the negative one, latents of every image, pairs, and the tables that they are drawn by. Of a store
+    the tables alone: what of it fits into memory is read into it, and nothing has to."""
+    family, images, pairs, block = planned.family, planned.images, planned.pairs, planned.recipe.data
     texts, sample = prompt_weights(planned.prompts, images), 4 * math.prod(family.latent.shape)
-    total = _conditioning(family.meta_conditioning(len(texts) + 1)) + 8 * len(texts)
+    held = block.encode == "ahead" and (block.store is None or block.keep == "memory")
+    of_one = conditioning.to(family.meta_conditioning(1), dtype=DTYPES[block.dtype])
+    total = _conditioning(family.meta_conditioning(1)) + 8 * len(texts) + held * len(texts) * _conditioning(of_one)
     if images is not None:
-        total += len(images) * sample + sum(16 * len(captions) for captions in images.captions)
+        total += held * len(images) * sample * DTYPES[block.dtype].itemsize // 4 + sum(16 * len(captions) for captions in images.captions)
     count = planned.recipe.data.pairs if pairs is None else pairs.manifest.count
     if isinstance(count, int):  # at most as many prompts as pairs; a row and a seed for each
         total += count * (sample + 16) + _conditioning(family.meta_conditioning(min(count, len(texts))))

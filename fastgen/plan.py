@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from fastgen import checkpoint, export, foresight
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data.images import CaptionedImages, images_of
+from fastgen.data.latents import LatentImages
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
 from fastgen.data.training import prompt_weights
@@ -37,6 +39,7 @@ from fastgen.surgery.held import Storage
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
 _OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.embedded_guidance", "teacher.shift", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Plan:
     method_config: MethodConfig
     family: Family
     prompts: dict[str, float] | None
-    images: CaptionedImages | None
+    images: CaptionedImages | LatentImages | None
     pairs: PairFolder | None = None  # None also where data.pairs is a number
     protocol: Protocol | None = None
     started: bool = False
@@ -97,7 +100,15 @@ class Plan:
 
     @property
     def storage(self) -> Storage:
-        return Storage(self.recipe.teacher.dtype, self.recipe.teacher.quantise)
+        """How weights are kept that nothing trains: under adapters in the dtype that is computed in, unless the recipe says otherwise."""
+        teacher, narrow = self.recipe.teacher, self.autocast is not None and self.tuning is not None
+        return Storage("bf16" if narrow and teacher.dtype == "auto" else teacher.dtype, teacher.quantise)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of what nothing trains, as the recipe has it."""
+        stated = self.recipe.teacher.dtype
+        return _DTYPES[self.recipe.train.precision if stated == "auto" else stated]
 
     def setting(self, negative: Conditioning, decode: Callable[[Tensor], Tensor] | None = None) -> Setting:
         """What the method may know of the run. negative: conditioning of the teacher's negative prompt, on the run's device."""
@@ -120,6 +131,8 @@ class Plan:
         data = {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json"), "teacher": resolved_teacher(self.recipe)}
         for key in ("prompts", "images", "pairs"):
             data["data"][key] = _absolute(data["data"][key])
+        if data["data"]["store"] is not None:
+            data["data"]["store"] = os.path.abspath(expanded(data["data"]["store"]))
         measuring = data["evaluate"]
         if measuring["data_dir"] is None and self.protocol is not None and any(_is_here(name) for name in self.protocol.files):
             measuring["data_dir"] = "."
@@ -160,7 +173,11 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
         pairs.check(resolved_teacher(recipe) | by_content, family.latent.shape)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
     foresight.check_grid(recipe, family)
-    foresight.check_images(images, family)
+    if isinstance(images, LatentImages):
+        images.check(family, resolved_teacher(recipe) | {"sha256": _teacher_hash(recipe)})
+    else:
+        foresight.check_images(images, family)
+    foresight.check_store(recipe, family, prompt_weights(prompts, images), images, planned.frozen_dtype)
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
     _check_storage(planned)

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from fastgen import card, curves, records, report_nearest, report_quality, report_table
 from fastgen.errors import UserError
 from fastgen.evaluation.headings import ABSENT, COSTS, RATE, heading, ordered
@@ -22,7 +24,7 @@ from fastgen.evaluation.results import read_results, remarks
 from fastgen.files import reading, write_atomically
 from fastgen.manifest import Exported, upgraded
 from fastgen.pages import image_uri, rendered, short_names
-from fastgen.portable import portable
+from fastgen.portable import portable, portable_text
 from fastgen.report_table import Row, formatted
 from fastgen.runlog import read_rows
 from fastgen.yaml_files import read_text, read_yaml
@@ -35,7 +37,7 @@ _WIDEST_LATEST, _WIDEST_EARLIER = 2400, 1600  # pixels; wider sample grids are r
 @dataclass(frozen=True)
 class Run:
     """What a run folder holds, with names in place of paths but in `data`, the recipe's block; `results` and `student` (its fastgen.json) are
-    None and `samples` is empty where there is none yet."""
+    None and `samples` is empty where there is none yet. warnings: what was said before training."""
 
     folder: Path
     data: dict[str, Any]
@@ -45,6 +47,7 @@ class Run:
     samples: list[tuple[int, Path]]
     results: dict[str, Any] | None
     student: dict[str, Any] | None
+    warnings: list[str]
 
     def value(self, *keys: str) -> Any:
         """recipe[keys[0]][keys[1]]…, or None."""
@@ -146,13 +149,26 @@ def read_run(run_dir: Path) -> Run:
     samples = sorted((int(found[1]), path) for path in folder.glob("samples/*.png") if (found := re.fullmatch(r"step_(\d+)", path.stem)))
     results = read_results(folder / "results.json") if os.path.lexists(folder / "results.json") else None
     student = portable(_read_student(folder / "student"))
-    return Run(folder.resolve(), data, text, recipe, _read_steps(folder / "metrics.jsonl"), samples, results, student)
+    warnings = [portable_text(text) for text in _read_warnings(folder / "run.json")]
+    return Run(folder.resolve(), data, text, recipe, _read_steps(folder / "metrics.jsonl"), samples, results, student, warnings)
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
     """One dict for each step, in order; of a step logged twice (the run was resumed) the later one; a last line cut short is left out."""
     steps = {row["step"]: row for row in read_rows(path)}
     return [steps[step] for step in sorted(steps)]
+
+
+class _Marker(records.Schema):
+    warnings: list[str] = Field(default_factory=list)
+
+
+def _read_warnings(path: Path) -> list[str]:
+    """Nothing of older runs, nor of a marker that is broken, for a run does without it."""
+    try:
+        return records.read(path, _Marker).get("warnings", [])
+    except UserError:
+        return []
 
 
 def _read_student(folder: Path) -> dict[str, Any] | None:
@@ -191,9 +207,10 @@ def _teacher_hash(run: Run) -> str | None:
 
 
 def _notes(run: Run) -> list[str]:
-    """What went wrong in training, and what keeps this from being the report of a finished run."""
+    """What was warned of before training and in it, and what keeps this from being the report of a finished run."""
+    before = [f"Warning: {text}" for text in run.warnings]
     warnings = [f"Warning at step {row['step']}: {text}" for row in run.steps for text in row.get("warnings", [])]
-    return warnings + _missing(run)
+    return before + warnings + _missing(run)
 
 
 def _missing(run: Run) -> list[str]:

@@ -59,6 +59,8 @@ def nearest_training(data: Mapping[str, Any], samples: Path | None) -> Nearest |
         return "The samples are no grid that says where its pictures are, so nothing can be compared."
     try:
         images = _images(data)
+        if images is None:
+            return "The run trained on latents that had been made before, whose pictures are not here, so nothing was compared."
         chosen, pixels = _pixels(images, *_compared(drawn[0]))
     except UserError:
         return "The training pictures cannot be read any more where this page was written, so nothing was compared."
@@ -102,12 +104,14 @@ def _drawn(samples: Path | None) -> list[Image.Image]:
     return [images[i * len(images) // count].convert("RGB") for i in range(count)]
 
 
-def _images(data: Mapping[str, Any]) -> CaptionedImages:
+def _images(data: Mapping[str, Any]) -> CaptionedImages | None:
+    """None where a recipe names latents."""
     from fastgen.config import DataBlock, validate
-    from fastgen.data.images import images_of
+    from fastgen.data.images import CaptionedImages, images_of
 
     found = images_of(validate(DataBlock, dict(data), "data"))
-    assert found is not None
+    if not isinstance(found, CaptionedImages):
+        return None
     return replace(found, skip_broken=True, undecodable={})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -227,6 +228,46 @@ def print_run(folder: Path) -> None:
         if path.exists():
             note(f"{name + ':':9s}{path}")
     note(f"{'run:':9s}{folder}")
+
+
+_PARTS = {
+    "frozen": "weights that nothing trains",
+    "trained": "weights that are trained",
+    "buffers": "buffers",
+    "optimizers": "optimizer states",
+    "averages": "averages",
+    "data": "encoded prompts and images",
+    "step": "a step: activations, gradients",
+    "encoders": "text encoders and VAE",
+}
+
+
+def print_need(found: Mapping[str, Any]) -> None:
+    """The outcome of `fastgen plan`."""
+    note(f"{found['method']} on {found['teacher']}")
+    for name, what in _PARTS.items():
+        note(f"  {what:34s}{_size(found['bytes'][name])}")
+    note("at its peak")
+    for name, size in found["stages"].items():
+        note(f"  {name:34s}{_size(size)}")
+    note("  (not counted: the VAE's activations, what the libraries themselves take, and room lost between tensors)")
+    if "memory" in found:
+        note(f"{'fits' if found['fits'] else 'does not fit'} into {_size(found['memory']).strip()}")
+    for change in found.get("changes", ()):
+        note(f"  {' '.join(change['keys']):34s}{_size(change['peak'])}   {change['what']}")
+    if not found.get("fits_with_changes", True):
+        note("and whatever is changed, it does not: a smaller teacher or teacher.size, or more memory, is needed")
+    for warning in found["warnings"]:
+        note(f"warning: {warning}")
+
+
+def print_json(found: Mapping[str, Any]) -> None:
+    for line in json.dumps(found, indent=1, ensure_ascii=False).splitlines():
+        put(line, sys.stdout)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:10.2f} GB" if count >= 1e9 else f"{count / 1e6:10.2f} MB"
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:

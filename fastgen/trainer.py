@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgen import divergence
 from fastgen.config import OptimizerBlock, TrainBlock
+from fastgen.data.feed import feed
 from fastgen.data.training import Batch, TrainingData
 from fastgen.distillers.base import Distiller, Update
 from fastgen.ema import EMA, Averages
@@ -60,6 +61,7 @@ class Trainer:
         self.optimizers = {name: make_optimizer(self.optimizer_blocks[name], own) for name, own in self.parameters.items()}
         averaged = {name: role for name, role in self.roles.items() if role.spec.averaged}
         self.ema = Averages({name: EMA(role.parameters(), self.settings.ema, self.settings.ema_device) for name, role in averaged.items()})
+        self._fed: tuple[int, TrainingData, Iterator[Batch]] | None = None  # the step that the batches are for, and what they are of
         self.move_to(0)
 
     def run(self, events: Sequence[Callable[[int, Metrics], None]], should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -78,13 +80,14 @@ class Trainer:
     def train_step(self) -> Metrics:
         """All updates of one student step, then the averages of the roles it trained. Metrics average over the updates that log a name."""
         sums: dict[str, list[float]] = {}
-        updates = self.distiller.updates(self.step)
+        updates, batches = self.distiller.updates(self.step), self._batches()
         for index, update in enumerate(updates):
-            for name, value in self._update(update, index).items():
+            for name, value in self._update(update, index, batches).items():
                 sums.setdefault(name, []).append(value)
         for name in self.ema.keys() & {name for update in updates for name in update.trains}:
             self.ema[name].update()
         self.move_to(self.step + 1)
+        self._fed = (self.step, self.data, batches)
         return {name: sum(values) / len(values) for name, values in sums.items()}
 
     def check_weights(self) -> None:
@@ -107,27 +110,42 @@ class Trainer:
         """(first, count) of the student steps in which a role trains."""
         return self.distiller.span(name) or (0, self.settings.steps)
 
-    def _update(self, update: Update, index: int) -> Metrics:
+    def _batches(self) -> Iterator[Batch]:
+        """The batches from this step on, in the order of its updates and their micro-batches."""
+        fed, self._fed = self._fed, None
+        if fed is not None and fed[0] == self.step and fed[1] is self.data:
+            return fed[2]
+        steps = range(self.step, max(self.settings.steps, self.step + 1))
+        return feed(self.data, (rng.at("data") for step in steps for rng in self._samples_of(step)))
+
+    def _samples_of(self, step: int) -> list[SampleRng]:
+        """The samples of each micro-batch of each of a step's updates."""
+        return [rng for index in range(len(self.distiller.updates(step))) for rng in self._micro_batches(step, index)]
+
+    def _micro_batches(self, step: int, index: int) -> list[SampleRng]:
+        ids = self.parallel.share(self.settings.batch_size)
+        size = self.settings.micro_batch or len(ids)
+        return [SampleRng(self.settings.seed, (step, index), ids[start : start + size], self.parallel.device) for start in range(0, len(ids), size)]
+
+    def _update(self, update: Update, index: int, batches: Iterator[Batch]) -> Metrics:
         for name in update.settles:
             self.ema[name].settle()
         for blend in update.blends:
             self.roles[blend.target].blend(self.roles[blend.source], blend.weight)
         with self.roles.training(update.trains):
-            metrics = self._backward(update, index)
+            metrics = self._backward(update, index, batches)
             for name in update.trains:
                 metrics |= self._optimizer_step(name, update)
         return metrics
 
-    def _backward(self, update: Update, index: int) -> Metrics:
+    def _backward(self, update: Update, index: int, batches: Iterator[Batch]) -> Metrics:
         """Accumulate gradients of all terms over all micro-batches; each term's graph is freed before the next is built."""
         logs: dict[str, _Mean] = {}
-        ids = self.parallel.share(self.settings.batch_size)
-        size = self.settings.micro_batch or len(ids)
-        micro_batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+        micro_batches = self._micro_batches(self.step, index)
+        count = sum(len(rng.ids) for rng in micro_batches)
         modules = [self.roles[name].module for name in update.trains]
-        for m, micro in enumerate(micro_batches):
-            rng = SampleRng(self.settings.seed, (self.step, index), micro, self.parallel.device)
-            batch, share = self.data.draw(rng.at("data")), len(micro) / len(ids)
+        for m, rng in enumerate(micro_batches):
+            batch, share = next(batches), len(rng.ids) / count
             for k, term in enumerate(update.terms):
                 loss = term(self.models, batch, rng.at(term.__name__), self.step)
                 if not bool(torch.isfinite(loss.value)):

@@ -259,7 +259,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "reward that is no function": (train("distiller.reward.name=reward.py:NUMBER"), ("recipe key distiller.reward.name", "no function")),
     # caches
     "cache without a command": (("cache",), ("Missing command", "fastgen cache --help")),
-    "cache of something else": (("cache", "latents"), ("'latents'", "fastgen cache --help")),
+    "cache of something else": (("cache", "pictures"), ("'pictures'", "fastgen cache --help")),
     "cache pairs without output": (("cache", "pairs", RECIPE), ("--output",)),
     "cache no pairs": (cache_pairs("--count", "0"), ("--count", "1")),
     "cache pairs in no steps": (cache_pairs("--steps", "0"), ("--steps", "1")),

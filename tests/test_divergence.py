@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer
 
 from fastgen import cli, run
+from fastgen.data.rows import Held
 from fastgen.distillers.dmd2 import DMD2
 from fastgen.distillers.flow_matching import FlowMatching
 from fastgen.distillers.scm import SCM
@@ -78,8 +79,8 @@ def test_a_discriminator_with_a_number_that_is_none_is_named() -> None:
 
 
 def spoil_latents(trained: Trainer) -> None:
-    assert trained.data.latents is not None
-    trained.data.latents[:] = NAN
+    assert isinstance(trained.data.latents, Held)
+    trained.data.latents.tensors["latents"][:] = NAN
 
 
 def spoil_teacher(trained: Trainer) -> None:

@@ -42,7 +42,7 @@ LAYERS = [
     {"divergence", "optimizers", "trainer", "checkpoint"},
     {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"}
     | {"report_quality", "report_nearest", "pages", "gallery", "votes"},
-    {"foresight", "plan", "inputs", "licensing", "memory", "outlook"},
+    {"foresight", "plan", "inputs", "licensing", "memory", "outlook", "activations", "room"},
     {"run"},
     {"caching"},
     {"terminal", "cli", "cli_evaluate", "cli_gallery", "__main__"},

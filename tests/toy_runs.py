@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastgen.config import OptimizerBlock, TrainBlock, validate
 from fastgen.data import training
+from fastgen.data.encoded import Keeping
+from fastgen.data.rows import Held
 from fastgen.denoiser import Output, Predictor
 from fastgen.distillers.base import Distiller, Setting
 from fastgen.families.toy import Toy
@@ -70,10 +72,10 @@ def toy_trainer(
 ) -> Trainer:
     """Prompts are equally likely; latents (N, D), if given, all carry the first prompt. One optimizer block serves every role.
     roles: instead of the method's own."""
-    data = training.prepare(family, dict.fromkeys(prompts, 1.0), None, CPU)
+    data = training.prepare(family, dict.fromkeys(prompts, 1.0), None, Keeping(CPU))
     if latents is not None:
         one = (torch.tensor([0]), torch.ones(1, dtype=torch.float64))
-        data = training.TrainingData(data.prompts, data.cond, data.cumulative, latents, [one] * len(latents))
+        data = training.TrainingData(data.prompts, data.cond, data.cumulative, Held({"latents": latents}), [one] * len(latents))
     roles = toy_roles(distiller, family, dtype=dtype) if roles is None else roles
     block = optimizers or optimizer_block(lr=1e-3)
     blocks = block if isinstance(block, dict) else dict.fromkeys(roles.trained, block)

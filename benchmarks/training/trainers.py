@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.training.networks import Network
 from fastgen.conditioning import Conditioning, select
 from fastgen.config import Recipe, validate
+from fastgen.data.rows import Held
 from fastgen.data.training import TrainingData, with_pairs
 from fastgen.distillers import distiller_class
 from fastgen.families.base import Family
@@ -52,7 +53,7 @@ def of_network(planned: Plan, network: Network) -> Trainer:
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
     with device:
         backbone = network.make().eval()
-    roles = build_roles(planned.roles, family, backbone, tuning=planned.tuning, autocast=planned.autocast, defaults=defaults)
+    roles = build_roles(planned.roles, family, backbone, tuning=planned.tuning, autocast=planned.autocast, defaults=defaults, storage=planned.storage)
     distiller = planned.method(planned.method_config, setting)
     vars(distiller)["_checked"] = True  # the check at a run's start is for real networks: of random ones, tangents in bf16 may be noise
     trainer = Trainer(
@@ -73,7 +74,7 @@ def random_data(cond: Conditioning, shape: Sequence[int], generator: torch.Gener
     cumulative = torch.arange(1, PROMPTS + 1, dtype=torch.float64) / PROMPTS
     latents = torch.randn(IMAGES, *shape, generator=generator, device=generator.device)
     captions = [(torch.tensor([i % PROMPTS]), torch.ones(1, dtype=torch.float64)) for i in range(IMAGES)]
-    return TrainingData(prompts, cond, cumulative, latents, captions)
+    return TrainingData(prompts, Held(cond), cumulative, Held({"latents": latents}), captions)
 
 
 def planned_for(network: Network, recipe: Recipe) -> Plan:

@@ -11,9 +11,10 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastgen.data.texts import text_of
+from fastgen.fingerprints import known_hash
 
 SUFFIX = ".tar"
 
@@ -30,17 +31,20 @@ class Member:
     def open(self, mode: str = "rb") -> BinaryIO:
         """The file alone, for reading."""
         assert mode == "rb"
-        return io.BufferedReader(_Window(self))
+        return io.BufferedReader(Window(self.archive.open("rb"), self.offset, self.size))
+
+    def content(self) -> str:
+        return f"{known_hash(self.archive)}/{self.name}"
 
     def __str__(self) -> str:
         return f"{self.archive}/{self.name}"
 
 
-class _Window(io.RawIOBase):
-    """The bytes of a member, and none beyond."""
+class Window(io.RawIOBase):
+    """`size` bytes of a file from `offset` on, and none beyond; closes the file with itself."""
 
-    def __init__(self, member: Member) -> None:
-        self._file, self._member, self._at = member.archive.open("rb"), member, 0
+    def __init__(self, file: Any, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
 
     def readable(self) -> bool:
         return True
@@ -52,15 +56,17 @@ class _Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._member.size}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         if start + offset < 0:
             raise ValueError(f"no place {start + offset} in a file")
         self._at = start + offset
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = max(0, min(len(buffer), self._member.size - self._at))
-        self._file.seek(self._member.offset + self._at)
+        count = min(len(buffer), self._size - self._at)
+        if count <= 0:
+            return 0
+        self._file.seek(self._offset + self._at)
         read = self._file.readinto(memoryview(buffer)[:count])
         self._at += read
         return read

@@ -1,4 +1,5 @@
-"""The captions of a folder of pictures: `metadata.jsonl`, `.csv` or `.parquet` as Hugging Face's `imagefolder` has it, or `a.txt` beside `a.png`."""
+"""The captions of a set of pictures: `metadata.jsonl`, `.csv` or `.parquet` as Hugging Face's `imagefolder` has it, `a.txt` beside `a.png`, tar
+archives, or a data set's own tables."""
 
 from __future__ import annotations
 
@@ -12,23 +13,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastgen.config import DataBlock
-from fastgen.data import archives
+from fastgen.data import archives, saved
 from fastgen.data.archives import SUFFIX, Member, samples
 from fastgen.data.pixels import picture_suffixes
+from fastgen.data.saved import Cell, Table
 from fastgen.data.tables import csv_rows, parquet_rows
 from fastgen.data.texts import flaw, missing, parse_json, read_lines, read_text, short
 from fastgen.errors import UserError
 
 KEY = "recipe key data.images"
-FORMS = "metadata.jsonl, metadata.csv, metadata.parquet, .txt files beside the pictures, or .tar archives of these"
+FORMS = "metadata.jsonl, metadata.csv, metadata.parquet, .txt files beside the pictures, .tar archives of these, or tables of Hugging Face's datasets"
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # where several are, the first is read
 _USUAL = ("text", "caption", "captions", "prompt", "description", "label")  # what others call it
 _NAMED = 6  # kinds of files that a message lists
 _PACKED = "compressed archives give no picture on its own: unpack them, or make .tar of them"
-_NOT_READ = {".parquet": "pictures in parquet are not read: save them as files"} | dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst"), _PACKED)
+_NOT_READ: dict[str, str] = dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst"), _PACKED)
 
 Captions = dict[str, float]  # with their probabilities
+Found = tuple[list[tuple[Path | Member | Cell, Captions]], list[str]]  # pictures with their captions, and warnings
 
 
 @dataclass
@@ -51,12 +54,14 @@ class Faults:
         return [f"{KEY}: {count} of {count + kept} pictures are left out, such as: {self.found[0]}"] if count else []
 
 
-def read_captions(folder: Path, caption_key: str, faults: Faults) -> tuple[list[tuple[Path | Member, Captions]], list[str]]:
-    """Picture files with their captions, in the order of the metadata or of the names, and warnings; from `train/` where the folder itself has
-    none. folder: may be a .tar archive too. UserError names the file and the row, or says what is there instead."""
+def read_captions(folder: Path, caption_key: str, faults: Faults) -> Found:
+    """Picture files with their captions, in the order of the metadata or of the names, and warnings; from `train/` or `data/` where the folder
+    itself has none. folder: may be a .tar archive or a .parquet file too. UserError names the file and the row, or says what is there instead."""
     if folder.suffix.lower() == SUFFIX and folder.is_file():
         return list(_from_archives([folder], caption_key, faults)), []
-    for home in (folder, folder / "train"):
+    if folder.suffix.lower() == ".parquet" and folder.is_file():
+        return list(_from_table(saved.open_parquet(folder, [folder], KEY), caption_key, faults)), []
+    for home in (folder, folder / "train", folder / "data"):
         names = _names(home)
         metadata = sorted(
             (name for name in names if name.lower() in _METADATA), key=lambda name: (_METADATA.index(name.lower()), name.lower() != name)
@@ -68,6 +73,10 @@ def read_captions(folder: Path, caption_key: str, faults: Faults) -> tuple[list[
             return list(_from_texts(home, names, texts, faults)), _unread(min(texts.values()), tars)
         if tars:
             return list(_from_archives([home / name for name in tars], caption_key, faults)), []
+        if saved.STATE in names:
+            return list(_from_table(saved.open_saved(home, KEY), caption_key, faults)), []
+        if tables := [name for name in names if name.lower().endswith(".parquet")]:
+            return _from_parquet(home, tables, caption_key, faults)
     raise UserError(f"{KEY}: {str(folder)!r} is neither fastgen:digits, fastgen:scenes nor a folder with {FORMS}: {contents(folder)}")
 
 
@@ -206,6 +215,21 @@ def _packed(kind: str, member: Member, caption_key: str) -> Captions:
     if problem:
         raise UserError(f"{KEY}: {str(member)!r} {problem}")
     return _shares(row[caption_key])
+
+
+def _from_parquet(home: Path, tables: Sequence[str], caption_key: str, faults: Faults) -> Found:
+    """Those of the split for training, where names tell splits."""
+    chosen = [name for name in tables if name.lower().startswith("train")] or list(tables)
+    table = saved.open_parquet(home, [home / name for name in chosen], KEY)
+    return list(_from_table(table, caption_key, faults)), _unread(chosen[0], [name for name in tables if name not in chosen])
+
+
+def _from_table(table: Table, caption_key: str, faults: Faults) -> Iterator[tuple[Cell, Captions]]:
+    for row, picture in saved.captions(table):
+        if problem := _caption_problem(row, caption_key):
+            faults.add(f"{str(picture)!r} {problem}")
+        else:
+            yield picture, _shares(row[caption_key])
 
 
 def contents(folder: Path) -> str:

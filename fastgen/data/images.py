@@ -1,13 +1,13 @@
-"""Images with captions: a folder of picture files, or the embedded digits and scenes."""
+"""Images with captions: picture files, as folders, archives and tables have them, or the embedded digits and scenes."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import ImageColor
@@ -15,24 +15,28 @@ from torch import Tensor
 
 from fastgen.config import DataBlock
 from fastgen.data import digits, scenes
-from fastgen.data.archives import Member
 from fastgen.data.captions import KEY, Captions, Faults, read_captions
-from fastgen.data.pixels import Colour, Unreadable, check_header, read_rgb
+from fastgen.data.latents import LatentImages, latents_in
+from fastgen.data.pixels import Colour, Readable, Unreadable, check_header, read_rgb
+from fastgen.data.remote import is_remote
 from fastgen.errors import UserError
 from fastgen.files import expanded
 from fastgen.fingerprints import digest, known_hash
+from fastgen.rng import SampleRng
 
 BUNDLED = ("fastgen:digits", "fastgen:scenes")
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """captions[i]: every caption of image i with its probability. background: sRGB, what transparent pixels of files lie on. warnings: what
-    was left out when the set was listed. undecodable: of those to be skipped, what `batches` has left out so far, each with why."""
+    """captions[i]: every caption of image i with its probability. background: sRGB, what transparent pixels of files lie on. crop: of files,
+    the middle or a random part. warnings: what was left out when the set was listed. undecodable: of those to be skipped, what `batches` has
+    left out so far, each with why."""
 
     captions: list[Captions]
-    sources: list[Any]  # image files, members of archives, or tensors (3, H, W) fp32 in [-1, 1]
+    sources: list[Any]  # image files, members of archives, cells of tables, or tensors (3, H, W) fp32 in [-1, 1]
     background: Colour = (255, 255, 255)
+    crop: Literal["center", "random"] = "center"
     skip_broken: bool = False
     warnings: tuple[str, ...] = ()
     undecodable: dict[int, str] = field(default_factory=dict, compare=False)
@@ -40,9 +44,10 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def content(self) -> str:
-        """What the set is, wherever it lies: SHA-256 over every image's captions and the bytes of its file, in order."""
-        return digest([[list(captions.items()), _hash(source)] for captions, source in zip(self.captions, self.sources, strict=True)])
+    def content(self, count: int | None = None) -> str:
+        """What the set is, or its first `count` images, wherever they lie: SHA-256 over their captions and the bytes of their files, in order."""
+        images = list(zip(self.captions, self.sources, strict=True))[:count]
+        return digest([[list(captions.items()), _hash(source)] for captions, source in images])
 
     def check_size(self, height: int, width: int) -> None:
         """UserError for images that cannot be resized because they are tensors of another size."""
@@ -53,14 +58,17 @@ class CaptionedImages:
                 raise UserError(f"{KEY}: these images are {source.shape[-2]} pixels high, the teacher needs {height}")
 
     def batches(self, height: int, width: int, size: int = 64) -> Iterator[Tensor]:
-        """Pixels (B, 3, height, width) fp32 in [-1, 1]: the largest centre crop of this aspect, resized with antialiasing. UserError for a
-        file that cannot be decoded, or with `skip_broken` a place in `undecodable`."""
+        """Pixels (B, 3, height, width) fp32 in [-1, 1]: the largest crop of this aspect, resized with antialiasing. UserError for a file that
+        cannot be decoded, or with `skip_broken` a place in `undecodable`."""
         self.check_size(height, width)
         for start in range(0, len(self), size):
-            indices = range(start, min(start + size, len(self)))
-            pixels = [picture for i in indices if (picture := self._pixels(i, height, width)) is not None]
+            pixels = self.pixels(range(start, min(start + size, len(self))), height, width)
             if pixels:
-                yield torch.stack(pixels)
+                yield torch.stack(list(pixels.values()))
+
+    def pixels(self, indices: Iterable[int], height: int, width: int) -> dict[int, Tensor]:
+        """The same of single images, (3, height, width) by their index."""
+        return {i: picture for i in indices if (picture := self._pixels(i, height, width)) is not None}
 
     def decodable(self) -> tuple[CaptionedImages, list[str]]:
         """The images that `batches` has yielded, once it is through, and a warning of others; UserError where there is none."""
@@ -75,27 +83,42 @@ class CaptionedImages:
         from torchvision.transforms.v2 import functional
 
         try:
-            crop = read_rgb(source, self.background, aspect=(height, width))
+            crop = read_rgb(source, self.background, aspect=(height, width), place=self._place(index))
         except Unreadable as error:
             faults.add(_unreadable(source, error))
             self.undecodable[index] = faults.found[0]
             return None
         return (functional.resize(crop, [height, width], antialias=True) / 127.5 - 1).clamp(-1, 1)
 
+    def _place(self, index: int) -> float:
+        """Where image `index` is cropped, the same in every run: a seed of a run's own would be another data set, encoded again."""
+        return 0.5 if self.crop == "center" else SampleRng(0, ("crop",), (index,)).uniform("place").item()
 
-def images_of(data: DataBlock) -> CaptionedImages | None:
-    """`load_images` of what a recipe names, None where that is nothing. UserError for keys that have nothing to say about it."""
-    options = {key: getattr(data, key) for key in ("background", "caption_key", "skip_broken")}
+
+def images_of(data: DataBlock) -> CaptionedImages | LatentImages | None:
+    """`load_images` of what a recipe names, or the latents there; None where it names nothing. UserError for keys that have nothing to say of it."""
+    options = {key: getattr(data, key) for key in ("background", "caption_key", "skip_broken", "crop")}
     given = [key for key, value in options.items() if value != DataBlock.model_fields[key].default]
     if given and data.images is None:
         raise UserError(f"recipe key data.{given[0]}: needs data.images, which it is about; remove it")
     if given and data.images in BUNDLED:
         raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {data.images} has none; remove it")
-    return None if data.images is None else load_images(data.images, **options)
+    if data.images is None:
+        return None
+    if is_remote(data.images):
+        way_on = f"fastgen cache latents RECIPE data.images={data.images} --output DIR fetches and encodes it once, then data.images: DIR"
+        raise UserError(f"recipe key data.images: {data.images!r} lies elsewhere, and training reads pictures at random; {way_on}")
+    latents = None if data.images in BUNDLED else latents_in(expanded(data.images))
+    if given and latents is not None:
+        raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {data.images!r} holds latents; remove it")
+    return load_images(data.images, **options) if latents is None else latents
 
 
-def load_images(source: str, background: str = "white", caption_key: str = "text", *, skip_broken: bool = False) -> CaptionedImages:
-    """`fastgen:digits`, `fastgen:scenes`, or a folder or archive of pictures with captions, as `read_captions` finds them; reads every header.
+def load_images(
+    source: str, background: str = "white", caption_key: str = "text", *, skip_broken: bool = False, crop: Literal["center", "random"] = "center"
+) -> CaptionedImages:
+    """`fastgen:digits`, `fastgen:scenes`, or pictures with captions in a folder, an archive or tables, as `read_captions` finds them;
+    reads every header.
 
     background: the colour of transparent pixels, as Pillow's ImageColor names it. caption_key: of metadata, the key or column with the caption
     or a list of captions. UserError for a picture without caption, file or format that is read, which `skip_broken` leaves out.
@@ -114,10 +137,10 @@ def load_images(source: str, background: str = "white", caption_key: str = "text
     kept = [(captions, file) for file, captions in rows if not problem(file)]
     red, green, blue = ImageColor.getrgb(background)[:3]
     warnings = (*ignored, *faults.warnings(len(kept)))
-    return CaptionedImages([captions for captions, _ in kept], [file for _, file in kept], (red, green, blue), skip_broken, warnings)
+    return CaptionedImages([captions for captions, _ in kept], [file for _, file in kept], (red, green, blue), crop, skip_broken, warnings)
 
 
-def _header_problem(file: Path | Member) -> str | None:
+def _header_problem(file: Readable) -> str | None:
     try:
         check_header(file)
     except Unreadable as error:
@@ -125,11 +148,11 @@ def _header_problem(file: Path | Member) -> str | None:
     return None
 
 
-def _unreadable(file: Path | Member, error: Unreadable) -> str:
+def _unreadable(file: Readable, error: Unreadable) -> str:
     return f"{str(file)!r} is not an image that can be read ({error})"
 
 
 def _hash(source: Any) -> str:
     if isinstance(source, Tensor):
         return hashlib.sha256(source.numpy().tobytes()).hexdigest()
-    return f"{known_hash(source.archive)}/{source.name}" if isinstance(source, Member) else known_hash(source)
+    return known_hash(source) if isinstance(source, Path) else source.content()

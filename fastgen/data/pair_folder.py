@@ -106,18 +106,19 @@ class PairFolder:
             for start in range(0, self.manifest.count, SHARD)
         ]
 
-    def check(self, teacher: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-        """UserError where a run's teacher did not draw these pairs, or where some are still missing; reads headers only."""
+    def check(self, teacher: Mapping[str, Any], shape: tuple[int, ...], recipe_key: str = KEY) -> None:
+        """UserError, beginning with `recipe_key`, where a run's teacher did not draw these pairs, or where some are missing; reads headers only."""
         there = self.manifest.teacher
         key = _difference(there, teacher)
         if key is not None:
             now = "which has changed since" if there.get(key) == teacher.get(key) else f"this recipe has {teacher.get(key)!r}"
-            raise UserError(f"{KEY}: {str(self.path)!r} was drawn with teacher.{key} {there.get(key)!r}, {now}")
+            raise UserError(f"{recipe_key}: {str(self.path)!r} was drawn with teacher.{key} {there.get(key)!r}, {now}")
         if self.manifest.shape != shape:
-            raise UserError(f"{KEY}: {str(self.path)!r} holds latents {self.manifest.shape}, this recipe's teacher has {shape}")
+            raise UserError(f"{recipe_key}: {str(self.path)!r} holds latents {self.manifest.shape}, this recipe's teacher has {shape}")
         if self.held() < self.manifest.count:
             raise UserError(
-                f"{KEY}: {str(self.path)!r} holds {self.held()} of {self.manifest.count} pairs; finish it with the same `fastgen cache pairs` command"
+                f"{recipe_key}: {str(self.path)!r} holds {self.held()} of {self.manifest.count} pairs; finish it with the same `fastgen cache pairs` "
+                "command"
             )
 
     def held(self) -> int:

@@ -12,15 +12,12 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
-
-from fastgen.data.archives import Member
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # left, upper, right, lower
@@ -30,17 +27,23 @@ _PHOTOMETRIC = 262  # the TIFF tag; 0: white is zero
 _SHARED_BY_ALL = 2  # levels by which encodings of sRGB differ among the profiles that say it
 
 
+class Readable(Protocol):
+    """A picture's file, wherever it lies: a path, a member of an archive, a cell of a table."""
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO: ...
+
+
 class Unreadable(ValueError):
     """A picture file that cannot be read; the message says why."""
 
 
-def read_rgb(path: Path | Member, background: Colour = (255, 255, 255), *, aspect: tuple[int, int] | None = None) -> Tensor:
+def read_rgb(path: Readable, background: Colour = (255, 255, 255), *, aspect: tuple[int, int] | None = None, place: float = 0.5) -> Tensor:
     """`upright_rgb` of a picture file; Unreadable for one that Pillow cannot decode."""
     # Not by its path: Pillow would map an uncompressed TIFF into memory with width and height exchanged where it is to be turned.
     with _pillow():
         file = path.open("rb")
     with file:
-        return upright_rgb(_opened(file), background, aspect=aspect)
+        return upright_rgb(_opened(file), background, aspect=aspect, place=place)
 
 
 class Header(NamedTuple):
@@ -50,7 +53,7 @@ class Header(NamedTuple):
     size: tuple[int, int]
 
 
-def check_header(path: Path | Member) -> Header:
+def check_header(path: Readable) -> Header:
     """Unreadable unless Pillow knows the format and the size is one that it reads; decodes nothing."""
     with _pillow():
         file = path.open("rb")
@@ -94,17 +97,18 @@ def _pillow() -> Iterator[None]:
         raise Unreadable(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
-def upright_rgb(image: Image.Image, background: Colour = (255, 255, 255), *, aspect: tuple[int, int] | None = None) -> Tensor:
+def upright_rgb(image: Image.Image, background: Colour = (255, 255, 255), *, aspect: tuple[int, int] | None = None, place: float = 0.5) -> Tensor:
     """sRGB (3, H, W) fp32 in [0, 255], whole numbers unless the picture is deeper than 8 bits or partly transparent; an animation's first
     frame. Turned as EXIF says; transparent pixels lie on `background`, mixed in sRGB values as browsers do.
 
     Integer grey of more than 8 bits is 16 bits wide, whatever its range. Float grey runs from 0 to 1, or in whole numbers from 0 to 255.
     Embedded profiles are converted to sRGB, perceptually; those that cannot be used are ignored. Unreadable for grey outside its range.
-    aspect: (height, width) of which only the largest centre crop is read, which costs as much less as it is smaller.
+    aspect: (height, width) of which only the largest crop is read, which costs as much less as it is smaller. place: where it lies along the
+    side that is longer, from 0, its beginning, to 1.
     """
     rawmode = _prepared(image)
     upright, profile = _upright(image), image.info.get("icc_profile")
-    box = (0, 0, *upright.size) if aspect is None else _centre(upright.size, aspect)
+    box = (0, 0, *upright.size) if aspect is None else _crop(upright.size, aspect, place)
     if upright.mode in _DEEP:
         is_negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
         colours, alpha = _deep(upright, box, profile, rawmode, is_negative=is_negative)
@@ -140,12 +144,12 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _centre(size: tuple[int, int], aspect: tuple[int, int]) -> Box:
-    """The largest centre crop of a picture (width, height) that is as wide to its height as `aspect` (height, width), to the pixel; an odd
-    margin is as torchvision's `center_crop` has it."""
+def _crop(size: tuple[int, int], aspect: tuple[int, int], place: float) -> Box:
+    """The largest crop of a picture (width, height) that is as wide to its height as `aspect` (height, width), to the pixel; in the
+    middle an odd margin is as torchvision's `center_crop` has it."""
     (width, height), (tall, wide) = size, aspect
     crop = (max(1, round(height * wide / tall)), height) if width * tall > height * wide else (width, max(1, round(width * tall / wide)))
-    left, upper = (round((length - side) / 2) for length, side in zip(size, crop, strict=True))
+    left, upper = (round((length - side) * place) for length, side in zip(size, crop, strict=True))
     return left, upper, left + crop[0], upper + crop[1]
 
 

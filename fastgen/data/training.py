@@ -11,9 +11,13 @@ from torch import Tensor
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.data import weighted
+from fastgen.data.encoded import Keeping, of_images, of_prompts
 from fastgen.data.images import CaptionedImages
+from fastgen.data.latents import LatentImages
 from fastgen.data.pairs import Pairs
+from fastgen.data.rows import Chosen, Held, Rows
 from fastgen.families.base import Family
+from fastgen.progress import Progress
 from fastgen.rng import SampleRng
 
 
@@ -40,11 +44,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairTable:
-    """Pairs, and for each the row of its prompt in the conditioning `cond` (P, ...), which lies on the run's device."""
+    """Pairs, and for each the row of its prompt in the conditioning `cond` (P, ...)."""
 
     pairs: Pairs
     rows: Tensor
-    cond: Conditioning
+    cond: Rows
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -58,18 +62,18 @@ class PairTable:
         """One pair for each of the rng's samples, drawn with replacement."""
         index = _uniform_rows(len(self.pairs), rng.uniform("pair")).cpu()
         noise, x0 = self.pairs.noise(index).to(rng.device), self.pairs.x0[index].to(rng.device)
-        return PairBatch(noise, x0, conditioning.select(self.cond, self.rows[index]))
+        return PairBatch(noise, x0, self.cond.select(self.rows[index]))
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """prompts (P,) with their conditioning (P, ...) on the device; latents (N, *shape) and, per image, its captions' rows in
-    `prompts` with cumulative probabilities, where the method trains on images; pairs where it trains on these."""
+    """prompts (P,) with their conditioning (P, ...); `latents` (N, *shape) and, per image, its captions' rows in `prompts` with cumulative
+    probabilities, where the method trains on images; pairs where it trains on these."""
 
     prompts: list[str]
-    cond: Conditioning
+    cond: Rows
     cumulative: Tensor
-    latents: Tensor | None = None
+    latents: Rows | None = None
     captions: list[tuple[Tensor, Tensor]] | None = None
     pairs: PairTable | None = None
 
@@ -77,11 +81,17 @@ class TrainingData:
         """The same data with the first `count` pairs; None: with all."""
         return self if count is None or self.pairs is None else replace(self, pairs=self.pairs.first(count))
 
+    @property
+    def read_ahead(self) -> bool:
+        """Whether batches take long enough to be drawn before they are needed."""
+        tables = (self.cond, self.latents, None if self.pairs is None else self.pairs.cond)
+        return any(rows.read_ahead for rows in tables if rows is not None)
+
     def draw(self, rng: SampleRng) -> Batch:
         """One sample for each of the rng's, drawn with replacement."""
         pairs = None if self.pairs is None else self.pairs.draw(rng)
         rows, latents = self._rows(rng)
-        cond = conditioning.select(self.cond, rows)
+        cond = self.cond.select(rows)
         return Batch(len(rows), cond, latents, tuple(self.prompts[row] for row in rows.tolist()), pairs)
 
     def _rows(self, rng: SampleRng) -> tuple[Tensor, Tensor | None]:
@@ -92,19 +102,19 @@ class TrainingData:
         uniform = rng.uniform("caption").cpu()
         captions = [self.captions[image] for image in images.tolist()]
         rows = torch.stack([index[weighted.rows(cumulative, uniform[i])] for i, (index, cumulative) in enumerate(captions)])
-        return rows, self.latents[images.to(self.latents.device)]
+        return rows, self.latents.select(images)["latents"]
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...) of prompts that are among its own."""
         row = {text: i for i, text in enumerate(self.prompts)}
-        return conditioning.select(self.cond, torch.tensor([row[prompt] for prompt in prompts]))
+        return self.cond.select(torch.tensor([row[prompt] for prompt in prompts]))
 
 
 def _uniform_rows(count: int, uniform: Tensor) -> Tensor:
     return (uniform.double() * count).long().clamp(max=count - 1)
 
 
-def prompt_weights(prompts: Mapping[str, float] | None, images: CaptionedImages | None) -> Mapping[str, float]:
+def prompt_weights(prompts: Mapping[str, float] | None, images: CaptionedImages | LatentImages | None) -> Mapping[str, float]:
     """The prompts a run draws, with their weights: those of the images' captions where it has images, else those given."""
     table = prompts if images is None else _caption_weights(images)
     assert table, "a run needs prompts or captioned images"
@@ -114,29 +124,31 @@ def prompt_weights(prompts: Mapping[str, float] | None, images: CaptionedImages 
 def prepare(
     family: Family,
     prompts: Mapping[str, float] | None,
-    images: CaptionedImages | None,
-    device: torch.device,
-    progress: Callable[[str], None] = lambda message: None,
+    images: CaptionedImages | LatentImages | None,
+    keeping: Keeping,
+    progress: Progress | None = None,
     warn: Callable[[str], None] = lambda message: None,
     *,
     batch: int = 64,
 ) -> TrainingData:
-    """Encode every prompt and image once, `batch` at a time. Images bring their own captions; prompts serve methods that train without images.
-    warn: of images that are left out because they cannot be decoded."""
-    table = prompt_weights(prompts, images)
+    """Encode every prompt and image once, `batch` at a time, or have them encoded when they are drawn. Images bring their own captions; prompts
+    serve methods that train without images. warn: of images that are left out because they cannot be decoded."""
+    table, progress = prompt_weights(prompts, images), progress or Progress()
     texts = list(table)
-    progress(f"encoding {len(texts)} prompts")
-    cond = conditioning.to(family.encode_prompts(texts, batch), device)
+    cond = keeping.rows(of_prompts(family, texts, batch), progress)
     cumulative = weighted.cumulative(table.values())
     if images is None:
         return TrainingData(texts, cond, cumulative)
-    progress(f"encoding {len(images)} images")
-    height, width = family.picture_shape[-2:]
-    encoded = [family.encode_latents(pixels.to(device)) for pixels in images.batches(height, width, batch)]
-    images, warnings = images.decodable()
-    for warning in warnings:
-        warn(f"warning: {warning}")
-    latents = torch.cat(encoded).to(device)
+    if isinstance(images, LatentImages):
+        latents = images.latents(keeping.device)
+    else:
+        latents = keeping.rows(of_images(family, images, keeping.device, batch), progress)
+        kept = [i for i in range(len(images)) if i not in images.undecodable]
+        if len(kept) < len(images):
+            latents = Chosen(latents, torch.tensor(kept))
+        images, warnings = images.decodable()
+        for warning in warnings:
+            warn(warning)
     row = {text: i for i, text in enumerate(texts)}
     captions = [(torch.tensor([row[text] for text in image]), weighted.cumulative(image.values())) for image in images.captions]
     return TrainingData(texts, cond, cumulative, latents, captions)
@@ -144,16 +156,19 @@ def prepare(
 
 def with_pairs(data: TrainingData, pairs: Pairs, family: Family, device: torch.device, *, batch: int = 64) -> TrainingData:
     """The same data with pairs beside it; their prompts need not be the data's own, and those that are not are encoded now."""
-    texts, encoded = list(dict.fromkeys(pairs.prompts)), set(data.prompts)
-    known, new = [text for text in texts if text in encoded], [text for text in texts if text not in encoded]
-    parts = [data.conditioning(known)] if known else []
-    if new:
-        parts.append(conditioning.to(family.encode_prompts(new, batch), device))
-    row = {text: i for i, text in enumerate([*known, *new])}
-    return replace(data, pairs=PairTable(pairs, torch.tensor([row[prompt] for prompt in pairs.prompts]), conditioning.cat(parts)))
+    row = {text: i for i, text in enumerate(data.prompts)}
+    texts = list(dict.fromkeys(pairs.prompts))
+    if new := [text for text in texts if text not in row]:
+        known = [text for text in texts if text in row]
+        parts = [data.conditioning(known)] if known else []
+        cond: Rows = Held(conditioning.cat([*parts, conditioning.to(family.encode_prompts(new, batch), device)]))
+        row = {text: i for i, text in enumerate([*known, *new])}
+    else:
+        cond = data.cond
+    return replace(data, pairs=PairTable(pairs, torch.tensor([row[prompt] for prompt in pairs.prompts]), cond))
 
 
-def _caption_weights(images: CaptionedImages) -> dict[str, float]:
+def _caption_weights(images: CaptionedImages | LatentImages) -> dict[str, float]:
     table: dict[str, float] = {}
     for captions in images.captions:
         for text, probability in captions.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -92,9 +92,22 @@ def source_hash(source: str, revision: str | None = None) -> str:
     if source.startswith("toy:"):
         return source
     folder = resolve_source(source, revision)
+    return folder_hash(folder, _loaded(folder), of=known_hash)
+
+
+def parts_hash(source: str, revision: str | None, prefixes: Sequence[str]) -> str:
+    """The same of the components alone whose names begin so, which several teachers may share; of the whole where there are none."""
+    if source.startswith("toy:"):
+        return source
+    folder = resolve_source(source, revision)
+    names = _loaded(folder)
+    return folder_hash(folder, [name for name in names if "/" in name and name.startswith(tuple(prefixes))] or names, of=known_hash)
+
+
+def _loaded(folder: Path) -> list[str]:
     components = {name for name, value in read_index(folder).items() if isinstance(value, list)}
     only = variants(folder)
-    return folder_hash(folder, [name for name in file_names(folder) if _is_loaded(PurePosixPath(name), components, only)], of=known_hash)
+    return [name for name in file_names(folder) if _is_loaded(PurePosixPath(name), components, only)]
 
 
 def _is_loaded(file: PurePosixPath, components: set[str], only: Mapping[str, str]) -> bool:

@@ -53,6 +53,7 @@ class Family(ABC):
     frame_rate: ClassVar[float] = 16  # of videos, a second
     # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.
     samplers: ClassVar[tuple[Sampler, ...]] = ("euler",)
+    encoding: tuple[torch.device, torch.dtype] = (torch.device("cpu"), torch.float32)  # see encode_with
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
     time_projection: ClassVar[str | None] = None  # name of the time embedding's last nn.Linear, where scalar inputs are added; None: no place
 
@@ -120,6 +121,11 @@ class Family(ABC):
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         """Channels C of each block's `block_feature`, in the order of `blocks`; from shapes alone, so that a meta network will do."""
 
+    def encode_with(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Where, and in which precision, text encoders that load from now on compute; otherwise on the CPU in fp32. A live pipeline's do as their
+        owner has placed them."""
+        self.encoding = (device, dtype)
+
     def encode_prompts(self, prompts: Sequence[str], batch: int = 64) -> Conditioning:
         """Conditioning (P, ...) of prompts, `batch` at a time, on the CPU, without gradients. Encoders load on first use: see `free_encoders`.
 
@@ -160,11 +166,6 @@ class Family(ABC):
     def legibility(self, prompts: Sequence[str]) -> Legibility:
         """What the pipeline reads of prompts, without its text encoders, which are slow to load; where a family cannot tell, all."""
         return Legibility(len(prompts))
-
-    @abstractmethod
-    def encode_in(self, dtype: torch.dtype, device: torch.device) -> None:
-        """From now on have text encoders compute in `dtype`, on `device`, where one of them lies at a time; unless told, they are fp32, on the
-        CPU. Those of a live pipeline stay as their owner has them."""
 
     @abstractmethod
     def free_encoders(self) -> None:

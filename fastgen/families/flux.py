@@ -38,7 +38,8 @@ class Flux(Packed):
         strength = self.embedded_guidance
         guidance = None if strength is None else torch.full((len(x),), strength, device=x.device)
         ids = {"img_ids": image_ids, "txt_ids": text_ids, "guidance": guidance}
-        with packing.exact_time(backbone.get_submodule("time_text_embed"), t, 1000):
+        told = () if guidance is None else (guidance,)
+        with packing.exact_time(backbone.get_submodule("time_text_embed"), t, 1000, *told):
             out: Any = backbone(hidden_states=packing.pack(x), timestep=t, **ids, **cond, return_dict=False)
         return packing.unpack(out[0], x.shape)
 

@@ -25,12 +25,13 @@ def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def exact_time(embedding: nn.Module, t: Tensor, scale: float) -> Iterator[None]:
-    """Within it, a network's embedding of the time is told scale t in fp32 or wider. In half precision these networks round the time before
-    they embed it, by up to 4 of 1000: pictures bear that, derivatives along it are off by half."""
+def exact_time(embedding: nn.Module, t: Tensor, scale: float, *others: Tensor) -> Iterator[None]:
+    """Within it, a network's embedding of the time is told scale t, and the same of what it embeds beside, in fp32 or wider. In half precision
+    these networks round the time before they embed it, by up to 4 of 1000: pictures bear that, derivatives along it are off by half."""
 
     def replace(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (t.to(torch.promote_types(given[0].dtype, torch.float32)) * scale, *given[1:])
+        wide = torch.promote_types(given[0].dtype, torch.float32)
+        return (*(value.to(wide) * scale for value in (t, *others)), *given[1 + len(others) :])
 
     handle = embedding.register_forward_pre_hook(replace)
     try:

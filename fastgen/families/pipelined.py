@@ -66,7 +66,6 @@ class Pipelined(Family):
     ) -> None:
         self.source = Source(source, type(self).__name__, self.pipeline_classes[0], self.optional)
         self._encoders: Any = None
-        self._encoding = torch.float32, torch.device("cpu")
         self._checked = False
         self.config = self.source.component(self.component, self.network)
         self.codec = Codec(self.source, self.vae_network, self.normalised_by)
@@ -259,24 +258,23 @@ class Pipelined(Family):
 
     @torch.no_grad()
     def by_encoders(self, encode: Callable[[Any], Conditioning]) -> Conditioning:
-        """What the pipeline with its encoders gives, fp32 or integers, on the CPU; they load on first use."""
+        """What the pipeline with its encoders gives, fp32 or integers, on the CPU; they load on first use. On a GPU each is there while it
+        computes, and no longer."""
         if self._encoders is None:
-            self._encoders = self.source.live or self._loaded_encoders()
+            device, dtype = self.encoding
+            without = (self.component, "vae", *self.after_drawing)
+            self._encoders = self.source.live or self.source.pipeline(without=without, dtype=dtype)
+            if self.source.live is None and device.type == "cuda":
+                self._encoders.enable_model_cpu_offload(device=device)
         with self.source.reading():
             cond = encode(self._encoders)
-        if self.source.live is None and self._encoding[1].type != "cpu":
+        if self.source.live is None and self.encoding[0].type == "cuda":
             self._encoders.maybe_free_model_hooks()  # the last one goes back too
         return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}
 
-    def _loaded_encoders(self) -> Any:
-        dtype, device = self._encoding
-        pipeline = self.source.pipeline(without=(self.component, "vae", *self.after_drawing), dtype=dtype)
-        if device.type != "cpu":
-            pipeline.enable_model_cpu_offload(device=device)  # moves each encoder there for its call alone
-        return pipeline
-
-    def encode_in(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._encoding, self._encoders = (dtype, device), None
+    def encode_with(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().encode_with(device, dtype)
+        self._encoders = None
 
     def meta_conditioning(self, count: int) -> Conditioning:
         integers = {"length", "class_labels"}

@@ -98,8 +98,8 @@ class Source:
             return self._diffusers(class_name).from_config(dict(component.given)).eval()
 
     def pipeline(self, *, scheduler: Any = None, without: Sequence[str] = (), dtype: torch.dtype = torch.float32, **components: Any) -> Any:
-        """The whole pipeline around other components and without some, in a dtype as diffusers loads it; a live one's own are shared."""
-        full = dtype == torch.float32
+        """The whole pipeline around other components and without some, in half precision as diffusers loads it; a live one's own are shared as they
+        are."""
         cls, given = self._diffusers(self.pipeline_class), {**components, **dict.fromkeys((*without, *self.absent))}
         if self.live is not None:
             named = inspect.signature(cls.__init__).parameters.keys() & self.live.config.keys()
@@ -107,11 +107,12 @@ class Source:
             return cls(**{**settings, **self.live.components, **given, "scheduler": scheduler})
         with self.reading():  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
             variant = next(iter(self.variants.values()), None)  # diffusers takes it where there is one
-            given |= {} if full else {"torch_dtype": dtype}
+            given |= {} if dtype == torch.float32 else {"torch_dtype": dtype}
             pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
         pipeline.register_modules(scheduler=scheduler)
-        for module in filter(lambda part: full and isinstance(part, nn.Module), pipeline.components.values()):
-            module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
+        for module in filter(lambda part: isinstance(part, nn.Module), pipeline.components.values()):
+            if dtype == torch.float32:
+                module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
         return pipeline
 
     @staticmethod

@@ -160,9 +160,6 @@ class Toy(Family):
         why = f"a closed-form teacher's prompt is '' or a component 0..{components[-1]}"
         return Legibility(len(prompts), {prompt: why for prompt in prompts if prompt not in components})
 
-    def encode_in(self, dtype: torch.dtype, device: torch.device) -> None:
-        pass
-
     def free_encoders(self) -> None:
         pass
 

@@ -69,6 +69,7 @@ def train(
         folder.claim(lambda: folder.check(**flags))
         run = build(start.planned, progress)
         _begin(run, start, folder, progress)
+        folder.note(warnings=list(run.warnings) or None)
         train_steps(run, folder.path, progress, None if start.state is None else start.state.get("metrics", {}))
         if only != "train":
             finish(run, folder, progress)

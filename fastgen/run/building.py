@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from fastgen import checkpoint, conditioning, inputs
 from fastgen.data import training
+from fastgen.data.encoded import Keeping, origin_of
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
 from fastgen.divergence import largest
 from fastgen.errors import UserError
-from fastgen.export import DTYPES, Expert, StudentInfo
+from fastgen.export import Expert, StudentInfo
 from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
 from fastgen.licensing import license_of
@@ -25,7 +28,7 @@ from fastgen.trainer import Trainer
 
 @dataclass
 class Run:
-    """A plan with its networks, data and trainer, and what it was begun with."""
+    """A plan with its networks, data and trainer, and what it was begun with. warnings: what was said before training."""
 
     plan: Plan
     roles: Roles
@@ -33,6 +36,7 @@ class Run:
     trainer: Trainer
     parallel: SingleProcess
     began: inputs.Inputs = field(default_factory=inputs.Inputs)
+    warnings: tuple[str, ...] = ()
 
     def info(self) -> StudentInfo:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
@@ -80,14 +84,23 @@ class Run:
         return [Expert(self.roles[name], end) for name, end in self.trainer.distiller.students()]
 
 
+def keeping_of(plan: Plan, device: torch.device) -> Keeping:
+    """How a run of the plan keeps what it encodes."""
+    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype))
+
+
 def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
     parallel = launch(recipe.train.shard, recipe.train.device)
     plan.method.load(plan.method_config)
-    if recipe.teacher.dtype != "auto":
-        family.encode_in(DTYPES[recipe.teacher.dtype], parallel.device)
-    data = training.prepare(family, plan.prompts, plan.images, parallel.device, progress.stage, progress.warn, batch=recipe.train.at_once)
+    family.encode_with(parallel.device, plan.frozen_dtype)
+    left_out: list[str] = []
+    data = training.prepare(
+        family, plan.prompts, plan.images, keeping_of(plan, parallel.device), progress, left_out.append, batch=recipe.train.at_once
+    )
+    for warning in left_out:
+        progress.warn(f"warning: {warning}")
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone()
     if not math.isfinite(largest(backbone.parameters())):
@@ -113,7 +126,7 @@ def build(plan: Plan, progress: Progress) -> Run:
         roles.align_adapters(taken)
     distiller = plan.method(plan.method_config, setting)
     trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
-    return Run(plan, roles, data, trainer, parallel)
+    return Run(plan, roles, data, trainer, parallel, warnings=(*plan.warnings, *left_out))
 
 
 def load_pairs(run: Run, progress: Progress) -> Pairs:

@@ -37,7 +37,8 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
     watch = diagnostics.Watch()
     is_due = lambda step, every: bool(every) and (step == settings.steps or step % every == 0)  # noqa: E731
     with _signals() as caught, RunLog(run_dir) as log, _evaluations(run, progress) as measured:
-        run.plan.family.free_encoders()
+        if run.plan.recipe.data.encode == "ahead":
+            run.plan.family.free_encoders()
         for row in (rows := log.rows()):  # of the part that is resumed
             watch(row)
         saved = trainer.step if logged is not None else -1

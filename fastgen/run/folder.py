@@ -50,7 +50,7 @@ class _Marker(records.Schema):
 
 class RunFolder:
     """A run's folder. `run.json` marks it from the first moment, so that after a kill at any time one of the flags accepts it; it also says
-    when the run was resumed, and what was changed then. `.lock` keeps a second trainer out, and stays."""
+    of what was warned, when the run was resumed, and what was changed then. `.lock` keeps a second trainer out, and stays."""
 
     def __init__(self, output: str | Path) -> None:
         self.path = plain(output)

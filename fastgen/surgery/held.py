@@ -29,8 +29,8 @@ Quantised = Literal["fp8", "int8", "nf4"]
 
 @dataclass(frozen=True)
 class Storage:
-    """How frozen weights are kept. dtype: of linear and convolution layers; auto: fp32 where adapters share the network, else the dtype of
-    autocast, if any, for every parameter. quantise: the format of those in the network's blocks instead."""
+    """How frozen weights are kept. dtype: of linear and convolution layers; auto: as they are where adapters share the network, else
+    the dtype of autocast, if any, for every parameter. quantise: the format of those in the network's blocks instead."""
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     quantise: Quantised | None = None
@@ -117,6 +117,12 @@ def _hold(layer: Any, name: Name, device: torch.device | None) -> None:
 def is_held(network: nn.Module) -> bool:
     """Whether a part of it holds its weight, so that nothing can be merged into the weights that it had."""
     return any(isinstance(module, Held) for module in network.modules())
+
+
+def held_bytes(networks: Iterable[nn.Module]) -> int:
+    """What layers of some networks take that hold their weights; each layer counts once."""
+    layers = {id(module): module for network in networks for module in network.modules() if isinstance(module, Held)}
+    return sum(buffer.numel() * buffer.element_size() for layer in layers.values() for buffer in layer._buffers.values() if buffer is not None)
 
 
 def num_held(networks: Iterable[nn.Module]) -> int:

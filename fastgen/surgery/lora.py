@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
@@ -35,6 +36,8 @@ def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targ
         # Several adapters on one backbone are the design; peft warns from the second on.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, backbone, adapter_name=name)
+    for parameter in parameters(backbone, name).values():  # peft takes the base's dtype, which may be half precision
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def remove_adapter(backbone: nn.Module, name: str) -> None:

@@ -135,16 +135,16 @@ def test_another_caption_key(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_captions_is_told_what_it_holds(tmp_path: Path) -> None:
-    files = r"metadata\.jsonl, metadata\.csv, metadata\.parquet, \.txt files beside the pictures, or \.tar archives of these"
+    files = r"metadata\.jsonl, metadata\.csv, metadata\.parquet, \.txt files beside the pictures, \.tar archives of these, "
+    files += "or tables of Hugging Face's datasets"
     forms = f"is neither fastgen:digits, fastgen:scenes nor a folder with {files}: "
     pictures(tmp_path / "a", *(f"{i}.png" for i in range(12)), "x.JPG")
     (tmp_path / "a/captions.json").write_text("[]")
     (tmp_path / "a/val").mkdir()
     refused(tmp_path / "a", forms + r"it holds 12 \.png files, captions\.json, val/, x\.JPG$")
-    for name, hint in {"0.tgz": "compressed archives give no picture on its own", "0.parquet": "pictures in parquet are not read: save them"}.items():
-        pictures(tmp_path / name)
-        (tmp_path / name / name).touch()
-        refused(tmp_path / name, forms + f"it holds {name}; {hint}")
+    pictures(tmp_path / "0.tgz")
+    (tmp_path / "0.tgz/0.tgz").touch()
+    refused(tmp_path / "0.tgz", forms + r"it holds 0\.tgz; compressed archives give no picture on its own")
     pictures(tmp_path / "many")
     for i in range(9):
         (tmp_path / f"many/a.{i}").touch()
@@ -169,6 +169,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to("/dev/zero")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
     refused(tmp_path, r"line 1: '.*a\.png' is no file, but a device")
-    (tmp_path / "a.png").unlink()
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "kept")
+    (tmp_path / "a.png").rename(tmp_path / "a.parquet")
+    refused(tmp_path, r"a\.parquet' is no file, but a device")
+    (tmp_path / "kept").rename(tmp_path / "metadata.jsonl")
     (tmp_path / "a.png").mkdir()
     refused(tmp_path, r"line 1: '.*a\.png' is a folder, not a file")

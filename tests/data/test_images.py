@@ -86,6 +86,19 @@ def test_an_odd_margin_crops_within_half_a_pixel_of_the_centre(tmp_path: Path) -
     assert any((picture - in_range(pixels[:, start : start + 6])).abs().max() < 1e-6 for start in (1, 2))
 
 
+def test_random_crops_are_parts_all_over_and_the_same_whatever_the_batches(tmp_path: Path) -> None:
+    names = [f"{i:03d}.png" for i in range(120)]
+    pixels = noise_png(tmp_path / names[0], 12, 6)
+    for name in names[1:]:
+        (tmp_path / name).write_bytes((tmp_path / names[0]).read_bytes())
+    folder = imagefolder(tmp_path, *({"file_name": name, "text": "noise"} for name in names))
+    one, other = (torch.cat(list(load_images(folder, crop="random").batches(6, 6, size))) for size in (7, 120))
+    assert torch.equal(one, other)
+    columns = [in_range(pixels[:, start : start + 6]) for start in range(7)]
+    found = [[bool((picture - column).abs().max() < 1e-6) for column in columns].index(True) for picture in one]
+    assert set(found) == set(range(7))
+
+
 @pytest.mark.parametrize(("side", "resolution"), [(24, 8), (20, 8), (8, 12)])
 def test_resizing_is_antialiased_and_agrees_with_pillow(tmp_path: Path, side: int, resolution: int) -> None:
     pixels = noise_png(tmp_path / "a.png", side + 6, side)
@@ -287,7 +300,7 @@ def test_a_file_may_have_several_rows_and_lie_anywhere(tmp_path: Path) -> None:
 
 
 def test_keys_that_have_nothing_to_say_are_refused() -> None:
-    for key, value in {"background": "black", "caption_key": "caption", "skip_broken": True}.items():
+    for key, value in {"background": "black", "caption_key": "caption", "skip_broken": True, "crop": "random"}.items():
         with pytest.raises(UserError, match=rf"^recipe key data\.{key}: needs data\.images"):
             images_of(DataBlock.model_validate({key: value}))
         with pytest.raises(UserError, match=rf"^recipe key data\.{key}: .*fastgen:digits has none"):

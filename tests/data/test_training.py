@@ -12,16 +12,30 @@ from PIL import Image
 from pipelines import sd3_folder as sd3_folder
 from torch import Tensor
 
+from fastgen.data.encoded import Keeping
 from fastgen.data.images import CaptionedImages, load_images
 from fastgen.data.pairs import Pairs
+from fastgen.data.rows import Held
 from fastgen.data.training import TrainingData, prepare, prompt_weights, with_pairs
 from fastgen.families.base import LatentSpec
 from fastgen.families.sd3 import SD3
 from fastgen.families.toy import Toy
+from fastgen.progress import Progress
 from fastgen.rng import SampleRng
 
 CPU = torch.device("cpu")
+KEEP = Keeping(CPU)
 COUNT = 4000
+
+
+class Heard(Progress):
+    """The stages of a run."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def stage(self, message: str) -> None:
+        self.stages.append(message)
 
 
 def rng(ids: range = range(COUNT), seed: int = 0, step: int = 0) -> SampleRng:
@@ -36,7 +50,7 @@ def chi_square(counts: Tensor, shares: list[float]) -> float:
 
 def test_prompts_are_drawn_with_their_weights() -> None:
     shares = {"0": 0.05, "3": 0.5, "": 0.15, "5": 0.3}
-    data = prepare(Toy("toy:ring"), shares, None, CPU)
+    data = prepare(Toy("toy:ring"), shares, None, KEEP)
     assert data.prompts == list(shares)
     batch = data.draw(rng())
     assert batch.latents is None
@@ -51,12 +65,12 @@ def test_prompts_are_drawn_with_their_weights() -> None:
 
 
 def test_a_prompt_of_weight_zero_is_never_drawn_wherever_it_stands() -> None:
-    data = prepare(Toy("toy:ring"), {"0": 0.0, "1": 0.5, "2": 0.0, "3": 0.5, "4": 0.0}, None, CPU)
+    data = prepare(Toy("toy:ring"), {"0": 0.0, "1": 0.5, "2": 0.0, "3": 0.5, "4": 0.0}, None, KEEP)
     assert set(data.draw(rng()).cond["component"].tolist()) == {1, 3}
 
 
 def test_weights_need_not_sum_to_one() -> None:
-    data = prepare(Toy("toy:ring"), {"1": 6.0, "2": 2.0}, None, CPU)
+    data = prepare(Toy("toy:ring"), {"1": 6.0, "2": 2.0}, None, KEEP)
     assert (data.draw(rng()).cond["component"] == 1).double().mean() == pytest.approx(0.75, abs=0.03)
 
 
@@ -65,9 +79,9 @@ def test_the_extremes_of_the_uniform_numbers_stay_in_the_table() -> None:
         def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:  # type: ignore[override]
             return torch.tensor([0.0, 1 - 2**-24])
 
-    data = prepare(Toy("toy:ring"), dict.fromkeys("01234", 0.2), None, CPU)
+    data = prepare(Toy("toy:ring"), dict.fromkeys("01234", 0.2), None, KEEP)
     assert data.draw(Fixed(0, (), [0, 1])).cond["component"].tolist() == [0, 4]
-    latents = torch.arange(7.0)[:, None]
+    latents = Held({"latents": torch.arange(7.0)[:, None]})
     captions = [(torch.tensor([0, 1]), torch.tensor([0.5, 1.0], dtype=torch.float64))] * 7
     images = TrainingData(data.prompts, data.cond, data.cumulative, latents, captions)
     batch = images.draw(Fixed(0, (), [0, 1]))
@@ -79,22 +93,22 @@ def test_the_extremes_of_the_uniform_numbers_stay_in_the_table() -> None:
 def vectors() -> tuple[Toy, CaptionedImages]:
     """Three 'images' of the two-dimensional ring, each with captions of its own and one that two of them share."""
     captions = [{"0": 0.25, "1": 0.75}, {"2": 1.0}, {"3": 0.5, "1": 0.5}]
-    return Toy("toy:ring"), CaptionedImages(captions, [torch.full((2,), float(i)) for i in range(3)])
+    return Toy("toy:ring"), CaptionedImages(captions, [torch.full((2, 1, 1), float(i)) for i in range(3)])
 
 
 @pytest.fixture
 def captioned(monkeypatch: pytest.MonkeyPatch) -> TrainingData:
     family, images = vectors()
     family.latent = LatentSpec(2, (1, 1))
-    monkeypatch.setattr(CaptionedImages, "batches", lambda self, *_: iter([torch.stack(self.sources)]))
-    return prepare(family, {"7": 1.0}, images, CPU)
+    monkeypatch.setattr(CaptionedImages, "pixels", lambda self, indices, *_: {i: self.sources[i] for i in indices})
+    return prepare(family, {"7": 1.0}, images, KEEP)
 
 
 def test_captions_belong_to_their_image_with_their_probabilities(captioned: TrainingData) -> None:
     batch = captioned.draw(rng())
     assert batch.latents is not None
-    assert batch.latents.shape == (COUNT, 2)
-    image, component = batch.latents[:, 0].long(), batch.cond["component"]
+    assert batch.latents.shape == (COUNT, 2, 1, 1)
+    image, component = batch.latents[:, 0, 0, 0].long(), batch.cond["component"]
     assert batch.prompts == tuple(map(str, component.tolist()))
     pairs = {(0, 0): 1 / 12, (0, 1): 1 / 4, (1, 2): 1 / 3, (2, 3): 1 / 6, (2, 1): 1 / 6}
     counts = torch.stack([((image == i) & (component == c)).sum() for i, c in pairs])
@@ -108,7 +122,7 @@ def test_images_bring_their_own_prompts(captioned: TrainingData) -> None:
     assert dict(zip(captioned.prompts, weights.tolist(), strict=True)) == pytest.approx({"0": 1 / 12, "1": 5 / 12, "2": 1 / 3, "3": 1 / 6})
 
 
-@pytest.mark.parametrize("make", [lambda captioned: captioned, lambda _: prepare(Toy("toy:ring"), {"1": 1.0, "2": 2.0}, None, CPU)])
+@pytest.mark.parametrize("make", [lambda captioned: captioned, lambda _: prepare(Toy("toy:ring"), {"1": 1.0, "2": 2.0}, None, KEEP)])
 def test_a_samples_row_depends_on_its_own_id_alone(captioned: TrainingData, make: Callable[[TrainingData], TrainingData]) -> None:
     data = make(captioned)
     whole, part = data.draw(rng(range(64))), data.draw(rng(range(40, 50)))
@@ -127,24 +141,25 @@ def test_latents_and_conditioning_are_the_familys_encoding(sd3_folder: Path, tmp
         rows.append(f'{{"file_name": "{i}.png", "text": ["picture {i}", "noise"]}}')
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     images, family = load_images(str(tmp_path)), SD3(sd3_folder, max_sequence_length=16, size=size)
-    messages: list[str] = []
-    data = prepare(family, None, images, CPU, messages.append)
-    assert messages == ["encoding 4 prompts", "encoding 3 images"]
-    assert data.latents is not None
+    heard = Heard()
+    data = prepare(family, None, images, KEEP, heard)
+    assert heard.stages == ["encoding 4 prompts", "encoding 3 images"]
+    assert data.latents is not None and isinstance(data.cond, Held)
+    latents = data.latents.select(torch.arange(3))["latents"]
     (pixels,) = images.batches(*size)
     with torch.no_grad():
         mode = family.vae.encode(pixels).latent_dist.mode()
-    torch.testing.assert_close(data.latents, (mode - 0.0609) * 1.5305, rtol=0, atol=1e-5)
-    assert data.latents.shape == (3, *family.latent.shape)
+    torch.testing.assert_close(latents, (mode - 0.0609) * 1.5305, rtol=0, atol=1e-5)
+    assert latents.shape == (3, *family.latent.shape)
     encoded = family.encode_prompts(data.prompts)
-    assert all(torch.equal(value, encoded[key]) for key, value in data.cond.items())
+    assert all(torch.equal(value, encoded[key]) for key, value in data.cond.tensors.items())
     batch = data.draw(rng(range(60)))
     assert batch.latents is not None
-    image = (batch.latents[:, None] == data.latents).flatten(2).all(-1).double().argmax(1)
+    image = (batch.latents[:, None] == latents).flatten(2).all(-1).double().argmax(1)
     row = (batch.cond["pooled_projections"][:, None] == encoded["pooled_projections"]).all(-1).double().argmax(1)
     assert batch.prompts == tuple(data.prompts[i] for i in row.tolist())
     assert set(zip(image.tolist(), batch.prompts, strict=True)) == {(i, text) for i in range(3) for text in (f"picture {i}", "noise")}
-    assert not any(tensor.requires_grad for tensor in (data.latents, *data.cond.values()))
+    assert not any(tensor.requires_grad for tensor in (latents, *data.cond.tensors.values()))
 
 
 PAIR_PROMPTS = ("0", "6", "0", "", "3")
@@ -157,7 +172,7 @@ def with_five_pairs(data: TrainingData, family: Toy | None = None) -> TrainingDa
 
 
 def test_pairs_are_drawn_evenly_each_with_its_own_noise_and_prompt() -> None:
-    data = with_five_pairs(prepare(Toy("toy:ring"), {"0": 0.9, "1": 0.1}, None, CPU))
+    data = with_five_pairs(prepare(Toy("toy:ring"), {"0": 0.9, "1": 0.1}, None, KEEP))
     pairs = data.draw(rng()).pairs
     assert pairs is not None
     index = pairs.x0[:, 0].long()
@@ -169,7 +184,7 @@ def test_pairs_are_drawn_evenly_each_with_its_own_noise_and_prompt() -> None:
 
 
 def test_pairs_and_prompts_are_drawn_independently_and_pairs_change_no_other_draw() -> None:
-    plain = prepare(Toy("toy:ring"), {"0": 0.5, "1": 0.5}, None, CPU)
+    plain = prepare(Toy("toy:ring"), {"0": 0.5, "1": 0.5}, None, KEEP)
     batch, before = with_five_pairs(plain).draw(rng()), plain.draw(rng())
     assert batch.pairs is not None
     assert torch.equal(batch.cond["component"], before.cond["component"])
@@ -178,7 +193,7 @@ def test_pairs_and_prompts_are_drawn_independently_and_pairs_change_no_other_dra
 
 
 def test_a_samples_pair_depends_on_its_own_id_alone() -> None:
-    data = with_five_pairs(prepare(Toy("toy:ring"), {"0": 1.0}, None, CPU))
+    data = with_five_pairs(prepare(Toy("toy:ring"), {"0": 1.0}, None, KEEP))
     whole, part, later = (data.draw(rng(ids, step=step)).pairs for ids, step in ((range(64), 0), (range(40, 50), 0), (range(64), 1)))
     assert whole is not None and part is not None and later is not None
     assert torch.equal(part.x0, whole.x0[40:50])
@@ -189,7 +204,7 @@ def test_a_samples_pair_depends_on_its_own_id_alone() -> None:
 
 def test_only_prompts_that_are_new_are_encoded_for_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     family, encoded = Toy("toy:ring"), list[str]()
-    data = prepare(family, {"0": 0.5, "3": 0.5}, None, CPU)
+    data = prepare(family, {"0": 0.5, "3": 0.5}, None, KEEP)
     encode = family.encode_prompts
 
     def noting(prompts: Sequence[str], batch: int) -> dict[str, Tensor]:
@@ -200,7 +215,7 @@ def test_only_prompts_that_are_new_are_encoded_for_pairs(monkeypatch: pytest.Mon
     table = with_five_pairs(data, family).pairs
     assert encoded == ["6", ""]
     assert table is not None
-    assert torch.equal(table.cond["component"][table.rows], torch.tensor([0, 6, 0, -1, 3]))
+    assert torch.equal(table.cond.select(table.rows)["component"], torch.tensor([0, 6, 0, -1, 3]))
 
 
 def test_the_prompts_of_pairs_are_weighted_as_the_runs_own() -> None:

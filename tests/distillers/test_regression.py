@@ -15,6 +15,7 @@ from toy_runs import CPU, Recorded, normal, optimizer_block, rng, toy_method, to
 from fastgen import checkpoint, perceptual
 from fastgen.config import validate
 from fastgen.data import training
+from fastgen.data.encoded import Keeping
 from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
 from fastgen.data.training import Batch, PairBatch
 from fastgen.denoiser import Denoiser, Predictor
@@ -97,7 +98,7 @@ def test_a_student_that_is_the_teachers_map_has_no_loss() -> None:
     family = Toy("toy:mixture")
     teacher = TeacherSampler(student(family), family.grid(7), (2,))
     made = make_pairs(teacher, family.encode_prompts, {"0": 0.5, "2": 0.5}, range(40), seed=0)
-    data = training.with_pairs(training.prepare(family, {"1": 1.0}, None, CPU), made, family, CPU)
+    data = training.with_pairs(training.prepare(family, {"1": 1.0}, None, Keeping(CPU)), made, family, CPU)
 
     class Map:
         path = Flow()
@@ -212,7 +213,7 @@ def test_a_pair_table_feeds_the_loss() -> None:
     """The noise a batch carries is that of the pairs' seeds."""
     family = Toy("toy:gaussian")
     made = Pairs(torch.tensor([5, 9]), ("", ""), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    drawn = training.with_pairs(training.prepare(family, {"": 1.0}, None, CPU), made, family, CPU).draw(rng(30)).pairs
+    drawn = training.with_pairs(training.prepare(family, {"": 1.0}, None, Keeping(CPU)), made, family, CPU).draw(rng(30)).pairs
     assert drawn is not None
     by_sample = {tuple(x0.tolist()): noise for x0, noise in zip(drawn.x0, drawn.noise, strict=True)}
     for seed, x0 in ((5, (1.0, 2.0)), (9, (3.0, 4.0))):

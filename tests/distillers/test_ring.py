@@ -17,6 +17,7 @@ from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer
 
 from fastgen import trainer as training_loop
 from fastgen.data.pairs import TeacherSampler, make_pairs
+from fastgen.data.rows import Held
 from fastgen.data.training import PairTable
 from fastgen.distillers.base import Distiller, Update
 from fastgen.distillers.dmd import DMD
@@ -121,7 +122,7 @@ def ode_pairs(trainer: Trainer, family: Toy, count: int = 8192) -> PairTable:
     """Pairs of the teacher's ODE, integrated in 40 Heun steps."""
     sampler = TeacherSampler(trainer.models["teacher"], between(1, 0.01, 40), (2,), solver="heun")
     pairs = make_pairs(sampler, family.encode_prompts, {"": 1.0}, range(count), seed=1, batch=count)
-    return PairTable(pairs, torch.zeros(count, dtype=torch.long), family.encode_prompts([""]))
+    return PairTable(pairs, torch.zeros(count, dtype=torch.long), Held(family.encode_prompts([""])))
 
 
 def start(count: int) -> tuple[Tensor, dict[str, Tensor]]:

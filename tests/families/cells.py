@@ -17,7 +17,11 @@ from fastgen.config import Recipe, validate
 from fastgen.export import export_lora, export_student, verify
 from fastgen.families import find_family
 from fastgen.families.base import Family
+from fastgen.jvp import tangent
 from fastgen.plan import plan
+from fastgen.roles import LoraTuning, build_roles, student
+from fastgen.surgery.held import Storage
+from fastgen.surgery.precision import narrow
 
 METHODS = ("dmd2", "scm", "lcm", "tbcm")
 PROMPTS = ["a red cat", "two boats at sea"]
@@ -64,6 +68,29 @@ def trained(source: Path, folder: Path, *, checkpointing: bool, prompts: Sequenc
     for _ in range(2):
         running.trainer.train_step()
     return {f"{name} {key}": value.detach() for name, role in running.roles.trained.items() for key, value in role.parameters().items()}
+
+
+def on_rounded_weights(source: Path, prompts: Sequence[str], *, storage: Storage, autocast: torch.dtype | None, **teacher: Any) -> dict[str, Tensor]:
+    """On weights rounded to bf16, kept as `storage` says: the prediction, its tangent along the sample, and the gradient of every factor of
+    an adapter, one after the other."""
+    family = find_family(source, **teacher)
+    network = family.load_backbone()
+    narrow(network, torch.bfloat16)
+    tuning = LoraTuning(2, 3.0, family.lora_targets)
+    role = build_roles({"student": student()}, family, network.float(), tuning=tuning, autocast=autocast, storage=storage)["student"]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in role.parameters().values():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    x, dx, weight = torch.randn(3, len(prompts), *family.latent.shape, generator=generator)
+    t, cond = torch.full((len(prompts),), 0.6 * family.path.t_max), family.encode_prompts(prompts)
+    prediction = role.denoiser(x, t, cond).prediction
+    (prediction * weight).sum().backward()
+    gradients = [parameter.grad.flatten() for parameter in role.parameters().values() if parameter.grad is not None]
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    with torch.no_grad():
+        _, tangents = tangent(lambda x: role.denoiser(x, t, cond).prediction, (x,), (dx,))
+    return {"prediction": prediction.detach(), "tangent": tangents, "gradients": torch.cat(gradients)}
 
 
 def recipe(source: Path, method: str, folder: Path, *, lora: bool = False, prompts: Sequence[str] = PROMPTS, **teacher: Any) -> Recipe:

@@ -27,7 +27,7 @@ def test_half_precision_is_stocks(name: str, tmp_path: Path) -> None:
     row.build().save_pretrained(tmp_path / "teacher")
     family: Any = find_family(tmp_path / "teacher", **row.teacher)
     full = family.encode_prompts(row.prompts)
-    family.encode_in(torch.bfloat16, CPU)
+    family.encode_with(CPU, torch.bfloat16)
     half = family.encode_prompts(row.prompts)
     stock = DiffusionPipeline.from_pretrained(tmp_path / "teacher", torch_dtype=torch.bfloat16)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_a_live_pipelines_encoders_stay_as_they_are() -> None:
     live = FAMILIES["sd3"].build()
     family = find_family(live, **FAMILIES["sd3"].teacher)
     before = family.encode_prompts(["a red cat"])
-    family.encode_in(torch.bfloat16, CPU)
+    family.encode_with(CPU, torch.bfloat16)
     assert all(torch.equal(value, before[key]) for key, value in family.encode_prompts(["a red cat"]).items())
     assert next(live.text_encoder.parameters()).dtype == torch.float32
 
@@ -56,7 +56,7 @@ def test_elsewhere_one_encoder_at_a_time_is_moved(dtype: torch.dtype, sd3_folder
     monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda self, device: asked.append((device, self.text_encoder.dtype)))
     family = find_family(sd3_folder, max_sequence_length=16)
     for device in (CPU, torch.device("cuda", 0)):
-        family.encode_in(dtype, device)
+        family.encode_with(device, dtype)
         family.encode_prompts(["a red cat"])
         family.encode_prompts(["a red dog"])
     assert asked == [(torch.device("cuda", 0), dtype)]
@@ -66,10 +66,10 @@ def test_a_run_encodes_in_its_teachers_dtype(recipe: Callable[..., Recipe], sd3_
     family = find_family(sd3_folder, max_sequence_length=16)
     lora: dict[str, Any] = {"tune": {"lora": {"rank": 2}}}
     for dtype in (torch.float32, torch.bfloat16):
-        family.encode_in(dtype, CPU)
+        family.encode_with(CPU, dtype)
         run = build(plan(recipe(student=lora, teacher={"dtype": "bf16"} if dtype == torch.bfloat16 else {})), Progress())
         for key, value in family.encode_prompts(run.data.prompts, batch=2).items():
-            assert torch.equal(run.data.cond[key], value)
+            assert torch.equal(run.data.conditioning(run.data.prompts)[key], value)
 
 
 @pytest.mark.gpu
@@ -81,7 +81,7 @@ def test_on_a_gpu_no_encoder_stays_there(name: str, tmp_path: Path) -> None:
     row.build().save_pretrained(tmp_path / "teacher")
     family: Any = find_family(tmp_path / "teacher", **row.teacher)
     expected = family.encode_prompts(row.prompts)
-    family.encode_in(torch.float32, torch.device("cuda"))
+    family.encode_with(torch.device("cuda"), torch.float32)
     for key, value in family.encode_prompts(row.prompts).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
     encoders = [getattr(family._encoders, part) for part in ("text_encoder", "text_encoder_2")]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cells import METHODS, PROMPTS, check_cell, pictures, recipe, texts, trained
+from cells import METHODS, PROMPTS, check_cell, on_rounded_weights, pictures, recipe, texts, trained
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_dit import tiny_dit
@@ -27,6 +27,7 @@ from fastgen.config import Recipe, shipped_recipes, validate
 from fastgen.errors import UserError
 from fastgen.plan import plan
 from fastgen.run import dry_run
+from fastgen.surgery.held import AS_LOADED, Storage
 
 
 class Row(NamedTuple):
@@ -104,6 +105,17 @@ def test_blocks_computed_again_change_no_number(family: str, folders: Any, tmp_p
     assert kept.keys() == again.keys()
     for name, value in kept.items():
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_base_in_half_precision_is_near_the_same_weights_in_single(family: str, autocast: torch.dtype | None, folders: Any) -> None:
+    row = FAMILIES[family]
+    wide = on_rounded_weights(folders(family), row.prompts, storage=AS_LOADED, autocast=None, **row.teacher)
+    half = on_rounded_weights(folders(family), row.prompts, storage=Storage("bf16"), autocast=autocast, **row.teacher)
+    apart = {name: float((half[name].float() - value).norm() / value.norm()) for name, value in wide.items()}
+    assert apart.pop("prediction") < 0.015, apart
+    assert all(value < (0.25 if family == "sana" else 0.03) for value in apart.values()), apart  # Sana's attention divides by a sum of ReLUs
 
 
 @pytest.mark.parametrize(("family", "method"), [(family, method) for family, row in FAMILIES.items() for method in row.refused])

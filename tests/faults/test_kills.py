@@ -42,7 +42,7 @@ def assert_good(verdicts: list[Any], *, killed: bool = True) -> None:
         assert not verdict.traceback, f"a traceback {at}"
 
 
-@pytest.mark.parametrize("name", ["dmd2", "export over another"])
+@pytest.mark.parametrize("name", ["dmd2", "cache prompts", "export over another"])
 def test_a_few_kills(name: str, working: tuple[Any, Path]) -> None:
     assert_good(faults.strike(working[0], SCENARIOS[name], working[1], 4))
 

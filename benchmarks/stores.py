@@ -1,0 +1,144 @@
+"""What a store costs: 200,000 prompts of 300 kB each, 60 GB, beside 2,000 of them on disk and in memory.
+
+    python benchmarks/stores.py        # five minutes; appends to benchmarks/results/stores.jsonl
+
+Prompts are the bundled digits', each with a tensor beside it that makes it as wide as those of a large model. Shards are sparse files, so they
+take no room. A process each: it opens the store as a run does, then trains digits with dmd2, which reads every row's 300 kB from the store and
+uses what the digits' teacher knows of it. Seconds are from the start of opening to the first batch; anonymous memory, which no file can give
+back, is the most that the process held while it trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks.training import trainers  # noqa: E402
+from fastgen import conditioning  # noqa: E402
+from fastgen.data import store, weighted  # noqa: E402
+from fastgen.data.rows import Held, Rows  # noqa: E402
+from fastgen.data.store import ROWS, Manifest, Store  # noqa: E402
+from fastgen.data.training import TrainingData  # noqa: E402
+from fastgen.trainer import Trainer  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "stores.jsonl"
+RECIPE, WIDE = "digits_dmd2_1step", "wide"
+ROW_BYTES = 300_000
+CASES = ((2_000, "memory"), (2_000, "disk"), (200_000, "disk"))
+_STEPS, _WARM = 60, 10
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Rows that are read whole and given without their width."""
+
+    rows: Rows
+
+    @property
+    def read_ahead(self) -> bool:
+        return self.rows.read_ahead
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, index: Tensor) -> dict[str, Tensor]:
+        read = self.rows.select(index)
+        assert read[WIDE].isfinite().all()
+        return {key: value for key, value in read.items() if key != WIDE}
+
+
+def prompts(count: int) -> list[str]:
+    return [f"prompt {i}" for i in range(count)]
+
+
+def manifest(count: int, cond: Mapping[str, Tensor]) -> Manifest:
+    fields: dict[str, Any] = {key: ("float", tuple(value.shape[1:])) for key, value in cond.items()}
+    width = (ROW_BYTES - sum(4 * value[0].numel() for value in cond.values())) // 4
+    identity = store.of_texts(prompts(count))
+    return Manifest(kind="prompts", count=count, dtype="fp32", fields={**fields, WIDE: ("float", (width,))}, origin={}, rows=identity)
+
+
+def write_sparse(folder: Path, count: int, cond: Mapping[str, Tensor]) -> None:
+    """Shards whose wide tensors are holes in the file: the first is written, the others are the same but for their prompts."""
+    made = store.create(folder, manifest(count, cond), lambda some: store.of_texts(prompts(some)))
+    texts = prompts(count)
+    wide = made.manifest.fields[WIDE][1]
+
+    def encode(ids: range) -> store.Encoded:
+        rows = torch.tensor([i % len(next(iter(cond.values()))) for i in range(len(ids))])
+        return store.Encoded({**conditioning.select(dict(cond), rows), WIDE: torch.zeros(len(ids), *wide)}, [texts[i] for i in ids], {})
+
+    for shard in made.shards():
+        if shard == 0 or len(made.ids(shard)) < ROWS:
+            made.make(shard, encode)
+            subprocess.run(["fallocate", "--dig-holes", made.file(shard)], check=True)
+        else:
+            subprocess.run(["cp", "--sparse=always", made.file(0), made.file(shard)], check=True)
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no file's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def train(trainer: Trainer, folder: Path, count: int, kept: str, device: torch.device) -> dict[str, Any]:
+    """Open a store as a run does, and train from it."""
+    began = time.perf_counter()
+    texts = prompts(count)
+    opened = store.create(folder, manifest(count, trainer.data.conditioning(trainer.data.prompts)), lambda some: store.of_texts(texts[:some]))
+    assert not opened.missing()
+    rows: Rows = Store(folder, opened.manifest, device)
+    if kept == "memory":
+        rows = Held(conditioning.cat([opened.read(ids) for ids in store.cuts(count)]))
+    trainer.data = TrainingData(texts, Narrow(rows), weighted.cumulative([1.0] * count))
+    next(trainer._batches())
+    opening, most = time.perf_counter() - began, 0
+    for step in range(_STEPS):
+        if step == _WARM:
+            started = time.perf_counter()
+        trainer.train_step()
+        most = max(most, anonymous())
+    rate = (_STEPS - _WARM) * trainer.settings.batch_size / (time.perf_counter() - started)
+    return {"prompts": count, "kept": kept, "opening_seconds": opening, "anonymous_bytes": most, "samples_per_second": rate}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs=2, metavar=("COUNT", "KEPT"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3, help="of each case, in turn")
+    chosen = parser.parse_args()
+    trainer, _ = trainers.of_recipe(RECIPE, ["train.steps=2000", "train.batch_size=32", "train.device=cpu"])
+    cond = trainer.data.conditioning(trainer.data.prompts)
+    if chosen.case:
+        print(json.dumps(train(trainer, chosen.folder, int(chosen.case[0]), chosen.case[1], torch.device("cpu"))))
+        return
+    with tempfile.TemporaryDirectory(prefix="fastgen-stores-") as folder:
+        for count in dict.fromkeys(count for count, _ in CASES):
+            write_sparse(Path(folder) / str(count), count, cond)
+        for turn in range(chosen.rounds):
+            for count, kept in CASES:
+                command = [sys.executable, __file__, "--case", str(count), kept, "--folder", str(Path(folder) / str(count))]
+                found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+                print(json.dumps(found), flush=True)
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**found, "turn": turn, "row_bytes": ROW_BYTES, "torch": torch.__version__}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Training images that are latents already: of a store that `fastgen cache latents` made, or of pairs that a teacher drew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen.data.pair_folder import PairFolder, open_folder
+from fastgen.data.rows import Chosen, Held, Rows
+from fastgen.data.store import FILE, Store, open_store
+from fastgen.errors import UserError
+from fastgen.families import parts_hash
+from fastgen.families.base import Family
+from fastgen.fingerprints import digest
+
+KEY = "recipe key data.images"
+
+
+@dataclass(frozen=True)
+class LatentImages:
+    """captions[i]: every caption of image i with its probability. latents: the rows, on a device. content: what they are, or the first so many.
+    check: UserError where a family, as a recipe's teacher block describes it, does not decode them."""
+
+    captions: list[dict[str, float]]
+    latents: Callable[[torch.device], Rows]
+    content: Callable[..., str]
+    check: Callable[[Family, Mapping[str, Any]], None]
+    warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def latents_in(folder: Path) -> LatentImages | None:
+    """What a folder holds; None where that is neither."""
+    if (folder / "pairs.json").is_file():
+        return _of_pairs(open_folder(folder))
+    for home in (folder, folder / "latents"):
+        if (home / FILE).is_file():
+            return _of_store(home)
+    return None
+
+
+def _of_pairs(pairs: PairFolder) -> LatentImages:
+    drawn = pairs.load()
+
+    def check(family: Family, teacher: Mapping[str, Any]) -> None:
+        pairs.check(teacher if "sha256" in pairs.manifest.teacher else {k: v for k, v in teacher.items() if k != "sha256"}, family.latent.shape, KEY)
+
+    return LatentImages(
+        captions=[{prompt: 1.0} for prompt in drawn.prompts],
+        latents=lambda device: Held({"latents": drawn.x0.to(device)}),
+        content=lambda count=None: pairs.content(len(drawn) if count is None else count),
+        check=check,
+    )
+
+
+def _of_store(home: Path) -> LatentImages:
+    found = open_store(home)
+    assert found is not None
+    path, manifest = found.path, found.manifest
+    if manifest.kind != "latents":
+        raise UserError(f"{KEY}: {str(path)!r} is a store of {manifest.kind}, not of latents")
+    if missing := found.missing():
+        raise UserError(
+            f"{KEY}: {str(path)!r} lacks {len(missing)} of {len(found.shards())} shards; finish it with the same `fastgen cache latents` command"
+        )
+    about = list(found.about())
+
+    def rows(device: torch.device) -> Rows:
+        stored: Rows = Store(path, manifest, device)
+        return stored if len(about) == len(found) else Chosen(stored, torch.tensor([i for i, _ in about]))
+
+    def check(family: Family, teacher: Mapping[str, Any]) -> None:
+        own = {"vae": parts_hash(teacher["pretrained"], teacher.get("revision"), ("vae",)), "teacher.size": list(family.picture_shape[-2:])}
+        for key, needed in own.items():
+            if (there := manifest.origin.get(key)) != needed:
+                raise UserError(f"{KEY}: {str(path)!r} was encoded with {key} {there!r}, this recipe needs {needed!r}")
+
+    return LatentImages(
+        captions=[captions for _, captions in about],
+        latents=rows,
+        content=lambda count=None: digest([manifest.rows, manifest.dtype, manifest.origin, len(about)]),
+        check=check,
+    )
