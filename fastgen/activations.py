@@ -57,7 +57,8 @@ def step_bytes(planned: Plan, step: int) -> int:
     setting = planned.setting({key: value[:1] for key, value in cond.items()})
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
     network = family.load_backbone(meta=True)
-    if planned.tuning is not None and planned.storage.dtype == "bf16":
+    kept_narrow = planned.storage.dtype == "bf16" or planned.storage.quantise is not None
+    if planned.tuning is not None and planned.autocast is not None and kept_narrow:
         narrow(network, torch.bfloat16)  # of which a graph keeps no copies, as of weights that layers hold (surgery/held.py)
     roles = build_roles(
         planned.roles,

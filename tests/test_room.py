@@ -76,6 +76,8 @@ LORA = "student.tune={lora: {rank: 8}}"
         ("digits_dmd2_1step", []),
         ("digits_dmd2_1step", ["train.micro_batch=16"]),
         ("digits_dmd2_1step", [LORA]),
+        ("digits_dmd2_1step", [LORA, "teacher.quantise=int8", "train.precision=bf16"]),
+        ("digits_dmd2_1step", [LORA, "teacher.dtype=bf16"]),
         ("digits_dmd2_1step", ["train.precision=bf16"]),
         ("digits_dmd2_1step", ["train.checkpointing=true"]),
         ("digits_scm_2step", []),
