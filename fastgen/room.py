@@ -78,6 +78,10 @@ CHANGES = (
     Change(
         "adapters in place of whole networks", lambda recipe: [] if isinstance(recipe.student.tune, Tuning) else ["student.tune={lora: {rank: 64}}"]
     ),
+    Change(
+        "the network under adapters in 8 bits",
+        lambda recipe: ["teacher.quantise=int8"] if isinstance(recipe.student.tune, Tuning) and recipe.teacher.quantise is None else [],
+    ),
 )
 
 
@@ -156,7 +160,7 @@ def _encoder_bytes(planned: Plan) -> int:
                 )
             kind, width = ("vae", 4) if name.startswith("vae") else ("text", planned.frozen_dtype.itemsize)
             sizes[kind].append(width * sum(parameter.numel() for parameter in network.parameters()))
-    text = max(sizes["text"]) if planned.recipe.train.device.startswith("cuda") else sum(sizes["text"])
+    text = max(sizes["text"]) if planned.recipe.train.device != "cpu" else sum(sizes["text"])
     return text + sum(sizes["vae"])
 
 
