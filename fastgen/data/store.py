@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,12 +72,20 @@ class Encoded(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """An open shard. checked: places of rows whose hash has been found right."""
+    """An open shard. places: by tensor where in the file its rows begin, and the bytes of one. checked: rows whose hash has been found right."""
 
     file: Path
     tensors: Mapping[str, Any]
-    hashes: Sequence[str]
+    places: Mapping[str, tuple[int, int]]
+    hashes: Sequence[bytes]
     checked: set[int]
+
+    def announce(self, place: int) -> None:
+        """Have the system read a row at once: page by page, as memory that is mapped asks for it, takes ten times as long."""
+        if hasattr(os, "posix_fadvise"):
+            with self.file.open("rb") as file:
+                for start, size in self.places.values():
+                    os.posix_fadvise(file.fileno(), start + place * size, size, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True)
@@ -154,9 +163,11 @@ class Store:
     def _row(self, row: int) -> dict[str, Tensor]:
         shard, place = self._opened(row // ROWS), row % ROWS
         with reading(shard.file):
+            if place not in shard.checked:
+                shard.announce(place)
             tensors = {key: tensor[place : place + 1] for key, tensor in shard.tensors.items()}
         if place not in shard.checked:
-            if _hashes(tensors) != [shard.hashes[place]]:
+            if bytes.fromhex(_hashes(tensors)[0]) != shard.hashes[place]:
                 raise UserError(
                     f"{KEY}: row {row} in {str(shard.file)!r} is not what was written: its hash differs. The disk may be failing; delete the file, "
                     f"and the same `fastgen cache {self.manifest.kind}` command makes it again"
@@ -181,14 +192,14 @@ class Store:
             file = self.file(shard)
             with reading(file):
                 mapped = safe_open(file, "pt")
-                hashes = _header_of(mapped)["sha256"]
+                hashes = [bytes.fromhex(each) for each in _header_of(mapped)["sha256"]]
                 if {*mapped.keys()} != {*self.manifest.fields}:
                     raise ValueError(f"it holds {sorted(mapped.keys())}, not {sorted(self.manifest.fields)}")
                 tensors = {key: mapped.get_slice(key) for key in self.manifest.fields}
                 for key, tensor in tensors.items():
                     if tensor.get_shape() != [len(hashes), *self.manifest.fields[key][1]]:
                         raise ValueError(f"its {key} has the shape {tensor.get_shape()}")
-            self._open[shard] = _Shard(file, tensors, hashes, set())
+            self._open[shard] = _Shard(file, tensors, _places(file, len(hashes)), hashes, set())
         return self._open[shard]
 
     def _header(self, shard: int) -> dict[str, Any]:
@@ -208,6 +219,14 @@ def _header_of(mapped: Any) -> dict[str, Any]:
         return records.parse((mapped.metadata() or {}).get("rows", "null"), _Header)
     except ValueError as error:
         raise ValueError(f"its header: {error}") from error
+
+
+def _places(file: Path, count: int) -> dict[str, tuple[int, int]]:
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+    ranges = {key: value["data_offsets"] for key, value in header.items() if key != "__metadata__"}
+    return {key: (8 + length + start, (end - start) // count) for key, (start, end) in ranges.items()}
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> list[str]:
