@@ -19,6 +19,7 @@ from fastgen.data.images import CaptionedImages, images_of
 from fastgen.data.latents import LatentImages
 from fastgen.data.pair_folder import PairFolder, open_folder
 from fastgen.data.prompts import load_prompts
+from fastgen.data.store import DTYPES
 from fastgen.data.training import prompt_weights
 from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Setting
@@ -39,7 +40,6 @@ from fastgen.surgery.held import Storage
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
 _OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.embedded_guidance", "teacher.shift", "student.steps", "student.grid")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Plan:
     def frozen_dtype(self) -> torch.dtype:
         """Of what nothing trains, as the recipe has it."""
         stated = self.recipe.teacher.dtype
-        return _DTYPES[self.recipe.train.precision if stated == "auto" else stated]
+        return DTYPES[self.recipe.train.precision if stated == "auto" else stated]
 
     def setting(self, negative: Conditioning, decode: Callable[[Tensor], Tensor] | None = None) -> Setting:
         """What the method may know of the run. negative: conditioning of the teacher's negative prompt, on the run's device."""

@@ -22,6 +22,7 @@ from fastgen.surgery.heads import Heads, Taps, choose_taps
 from fastgen.surgery.held import AS_LOADED, Storage, hold
 from fastgen.surgery.log_variance import LogVariance
 from fastgen.surgery.offload import offload
+from fastgen.surgery.precision import narrow
 from fastgen.surgery.recompute import recompute_blocks
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
 
@@ -214,8 +215,7 @@ def build_roles(
     hold(base, family.blocks(base), storage, torch.device("cpu") if offloaded else device)
     base.to("cpu" if offloaded else device)
     if autocast is not None and storage.dtype == "auto":
-        for parameter in base.parameters():  # not its buffers: tables of positions and closed forms stay exact
-            parameter.data = parameter.data.to(autocast)
+        narrow(base, autocast)
     if offloaded:
         offload(base, device)
     return roles

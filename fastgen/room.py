@@ -110,17 +110,16 @@ def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None =
     if limit is not None:
         said |= {"memory": limit, "fits": found.peak <= limit}
         if not said["fits"]:
-            made, enough = changes_that_fit(recipe, limit, progress)
+            made, enough = changes_that_fit(recipe, found, limit, progress)
             said["changes"] = [{"what": change.what, "keys": keys, "peak": after.peak} for change, keys, after in made]
             said["fits_with_changes"] = enough
     return said
 
 
-def changes_that_fit(recipe: Recipe, limit: int, progress: Progress | None = None) -> tuple[list[tuple[Change, list[str], Need]], bool]:
+def changes_that_fit(recipe: Recipe, now: Need, limit: int, progress: Progress | None = None) -> tuple[list[tuple[Change, list[str], Need]], bool]:
     """The changes, one on top of the other, after which a recipe needs at most `limit` bytes, each with its keys and what the recipe needs then;
-    and whether it fits. One that saves nothing is left out, and fewer samples at a time are tried down to one."""
+    and whether it fits. now: what it needs as it is. One that saves nothing is left out, and fewer samples at a time are tried down to one."""
     made, progress = list[tuple[Change, list[str], Need]](), progress or Progress()
-    now = need(plan(recipe, dry=True))
     for change in CHANGES:
         while now.peak > limit and (keys := list(change.keys(recipe))):
             progress.stage(f"the same with {' '.join(keys)}")

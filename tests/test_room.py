@@ -96,8 +96,9 @@ def test_training_holds_what_the_plan_says(name: str, keys: list[str]) -> None:
 
 def test_the_changes_are_tried_in_order_until_the_run_fits() -> None:
     recipe = Recipe.load("digits_dmd2_1step")
-    whole = need(plan(recipe, dry=True)).peak
-    made, fits = changes_that_fit(recipe, whole // 3)
+    now = need(plan(recipe, dry=True))
+    whole = now.peak
+    made, fits = changes_that_fit(recipe, now, whole // 3)
     assert fits and made and made[-1][2].peak <= whole // 3
     assert [CHANGES.index(change) for change, _, _ in made] == sorted(CHANGES.index(change) for change, _, _ in made)
     peaks = [whole, *(after.peak for _, _, after in made)]

@@ -92,7 +92,7 @@ class Keeping:
 
     def _counted(self, encoder: Encoder, progress: Progress, cuts: Sequence[range], make: Callable[[range], object], done: int = 0) -> None:
         """Make the rows of each cut, and say how far it has come where there are several. done: rows of the same that are there already."""
-        if len(cuts) + done == 1:
+        if len(cuts) == 1 and not done:
             make(cuts[0])
             return
         progress.start(f"encoding {encoder.what}", done + sum(map(len, cuts)), done)

@@ -22,12 +22,12 @@ KEY = "recipe key data.images"
 
 @dataclass(frozen=True)
 class LatentImages:
-    """captions[i]: every caption of image i with its probability. latents: the rows, on a device. content: what they are, or the first so many.
+    """captions[i]: every caption of image i with its probability. latents: the rows, on a device. content: what they are.
     check: UserError where a family, as a recipe's teacher block describes it, does not decode them."""
 
     captions: list[dict[str, float]]
     latents: Callable[[torch.device], Rows]
-    content: Callable[..., str]
+    content: Callable[[], str]
     check: Callable[[Family, Mapping[str, Any]], None]
     warnings: tuple[str, ...] = ()
 
@@ -46,15 +46,13 @@ def latents_in(folder: Path) -> LatentImages | None:
 
 
 def _of_pairs(pairs: PairFolder) -> LatentImages:
-    drawn = pairs.load()
-
     def check(family: Family, teacher: Mapping[str, Any]) -> None:
         pairs.check(teacher if "sha256" in pairs.manifest.teacher else {k: v for k, v in teacher.items() if k != "sha256"}, family.latent.shape, KEY)
 
     return LatentImages(
-        captions=[{prompt: 1.0} for prompt in drawn.prompts],
-        latents=lambda device: Held({"latents": drawn.x0.to(device)}),
-        content=lambda count=None: pairs.content(len(drawn) if count is None else count),
+        captions=[{prompt: 1.0} for prompt in pairs.prompts()],
+        latents=lambda device: Held({"latents": pairs.load().x0.to(device)}),
+        content=lambda: pairs.content(pairs.manifest.count),
         check=check,
     )
 
@@ -84,6 +82,6 @@ def _of_store(home: Path) -> LatentImages:
     return LatentImages(
         captions=[captions for _, captions in about],
         latents=rows,
-        content=lambda count=None: digest([manifest.rows, manifest.dtype, manifest.origin, len(about)]),
+        content=lambda: digest([manifest.rows, manifest.dtype, manifest.origin, len(about)]),
         check=check,
     )

@@ -125,6 +125,10 @@ class PairFolder:
         """How many pairs are there already."""
         return sum(min(_held(file), len(ids)) for file, ids in self.shards())
 
+    def prompts(self) -> list[str]:
+        """Each pair's, of those that are there; reads headers only."""
+        return [prompt for file, _ in self.shards() if file.is_file() for prompt in _header(file, "prompts") or ()]
+
     def content(self, count: int) -> str:
         """What the first `count` pairs are, wherever they lie; UserError where there are fewer. Of shards with hashes it reads headers only."""
         if self.manifest.count < count:

@@ -276,8 +276,7 @@ def check(path: Path, manifest: Manifest, prefix: Callable[[int], str] | None) -
 
 def _check_room(path: Path, manifest: Manifest) -> None:
     wanted = Store(path, manifest)
-    there = sum(wanted.file(shard).stat().st_size for shard in wanted.shards() if wanted.file(shard).is_file())
-    needed = manifest.count * manifest.row_bytes + len(wanted.shards()) * _HEADER - there
+    needed = sum(len(wanted.ids(shard)) * manifest.row_bytes + _HEADER for shard in wanted.missing())
     home = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(home).free
     if needed > free:

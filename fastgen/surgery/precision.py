@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def narrow(network: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keep its parameters in `dtype`, None for their own; not its buffers: tables of positions, frequencies and closed forms stay exact."""
-    for parameter in network.parameters() if dtype is not None else ():
+def narrow(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep its parameters in `dtype`; not its buffers: tables of positions, frequencies and closed forms stay exact."""
+    for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -145,3 +145,9 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path, monk
     with pytest.raises(UserError, match=r"^recipe key data\.store: '.*new' needs 0\.54 GB more for 1000000 prompts, and its disk has 0\.00 GB free$"):
         store.create(tmp_path / "new", wanted, prefix)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_whole_store_asks_for_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(0))
+    assert not store.create(tmp_path, manifest(), prefix).missing()
