@@ -36,7 +36,6 @@ window.addEventListener("load", async () => {
     found.requests = performance.getEntriesByType("resource").map(each => each.name).filter(name => !name.startsWith("data:"));
     found.tried = await (async () => { SCRIPT })();
   } catch (error) { found.errors.push(String(error)); }
-  if (window.going) return;
   parent.postMessage(JSON.stringify(found), "*");
 });
 </script>"""
@@ -54,8 +53,7 @@ addEventListener("message", event => {
 
 
 def browse(page: Path, folder: Path, width: int, script: str = "") -> dict[str, Any]:
-    """What a window of this width finds: errors, requests, pictures, what overflows, and, as `tried`, what the body of an async function returns.
-    A script that loads the page again sets `window.going` first."""
+    """What a window of this width finds: errors, requests, pictures, what overflows, and, as `tried`, what the body of an async function returns."""
     assert PROGRAM is not None
     text = page.read_text(encoding="utf-8").replace("<head>", f"<head>{_RECORDER}", 1)
     copy = folder / f"tried_{width}_{page.name}"
