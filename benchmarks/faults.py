@@ -239,7 +239,7 @@ def trained_again(saved: int, said: str) -> bool:
 def held(root: Path) -> int:
     from fastgen.data.pair_folder import open_folder
 
-    return open_folder(root / "pairs").held() if (root / "pairs/pairs.json").is_file() else 0
+    return open_folder(root / "pairs").held() if (root / "pairs/pairs/store.json").is_file() else 0
 
 
 def drawn_again(saved: int, said: str) -> bool:
@@ -323,12 +323,7 @@ def pairs(root: Path) -> list[str]:
 
 
 def pair_contents(root: Path) -> Any:
-    """Not the shards' bytes: safetensors writes the keys of its header in any order."""
-    from fastgen.data.pair_folder import open_folder
-
-    drawn = open_folder(root / "pairs").load()
-    samples = hashlib.sha256(drawn.x0.numpy().tobytes()).hexdigest()
-    return tree(root / "pairs"), hashes(root / "pairs", "pairs.json"), drawn.seeds.tolist(), drawn.prompts, samples
+    return tree(root / "pairs"), hashes(root / "pairs/pairs", "*")
 
 
 def many_prompts(worker: Worker, root: Path) -> None:

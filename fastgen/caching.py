@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.config import Recipe
-from fastgen.data.encoded import of_images, of_prompts
+from fastgen.data.encoded import Keeping
+from fastgen.data.encoders import of_images, of_prompts
 from fastgen.data.images import CaptionedImages, images_of
-from fastgen.data.pair_folder import Manifest, PairFolder, create_folder
+from fastgen.data.latents import LatentImages
+from fastgen.data.pair_folder import Drawing, check_unused, kept_before
 from fastgen.data.pairs import Solver, TeacherSampler
 from fastgen.data.prompts import load_prompts
 from fastgen.data.remote import fetch, is_remote
 from fastgen.data.store import Kind, Store
 from fastgen.data.training import prompt_weights
 from fastgen.errors import UserError
-from fastgen.families import source_hash
 from fastgen.families.base import Family
 from fastgen.generator import load_teacher
 from fastgen.parallel import choose_device
-from fastgen.plan import check_texts, pinned, plan, resolved_teacher
+from fastgen.plan import check_texts, identified_teacher, pinned, plan
 from fastgen.progress import Progress
 from fastgen.run.building import keeping_of
 
@@ -33,51 +35,89 @@ def cache_pairs(
     recipe: Recipe,
     output: Path,
     *,
-    count: int,
+    count: int | None = None,
     steps: int | None = None,
     solver: Solver = "euler",
+    source: Literal["noise", "data"] = "noise",
+    part: tuple[int, int] = (0, 1),
     batch: int | None = None,
     progress: Progress | None = None,
-) -> tuple[PairFolder, int]:
-    """Draw noise-sample pairs from a recipe's guided teacher into the folder `output`; returns it and how many pairs are new.
+) -> tuple[Store, int]:
+    """Draw noise-sample pairs from a recipe's guided teacher into the folder `output`/pairs; returns the store and how many pairs are new.
 
-    Of the recipe it takes teacher, data, train.seed and train.device. steps: by default the teacher's own; batch: by
-    default what training takes at once. A folder of the same drawing is
-    continued, also to a larger count. UserError before anything is written.
+    Of the recipe it takes teacher, data, train.seed and train.device. source: `noise`, whose samples are drawn, or `data`, the images, for each of
+    which the noise is sought that the unguided teacher's ODE leads to. count: 10,000 unless stated; of data, all. steps: by default the teacher's
+    own; batch: by default what training takes at once. part: as for `cache_encoded`. A store of the same drawing is continued, also to a larger
+    count. UserError before anything is written.
     """
     progress, recipe = progress or Progress(), pinned(recipe)
     images = images_of(recipe.data)
     if recipe.data.prompts is None and images is None:
         raise UserError("recipe key data.prompts: missing; pairs are drawn for prompts, or for the captions of data.images")
+    _check_source(recipe, source, images, count)
     prompts = prompt_weights(None if images else load_prompts(str(recipe.data.prompts)), images)
-    block = recipe.teacher
+    check_unused(output)
+    block, device = recipe.teacher, choose_device(recipe.train.device)
     teacher = load_teacher(
         block.pretrained,
         family=block.family,
         steps=steps,
         guidance=block.guidance,
         negative_prompt=block.negative_prompt,
-        device=choose_device(recipe.train.device),
+        device=device,
         **block.options,
     )
-    for warning in (*(images.warnings if images else ()), *check_texts(recipe, teacher.family, prompts)):
+    family, at_once = teacher.family, batch or recipe.train.at_once
+    for warning in (*(images.warnings if images else ()), *check_texts(recipe, family, prompts)):
         progress.warn(f"warning: {warning}")
-    sampler = TeacherSampler(teacher.predict, teacher.times().to(teacher.device), teacher.family.latent.shape, solver)
-    described = resolved_teacher(recipe) | {"sha256": source_hash(block.pretrained, block.revision)}
-    manifest = Manifest.describe(sampler, described, prompts, seed=recipe.train.seed, count=count)
-    folder = create_folder(output, manifest)
-    progress.start("drawing pairs", folder.manifest.count, held := folder.held())
-    try:
-        folder.complete(
-            sampler,
-            lambda texts: _encode(teacher.family, texts),
-            prompts,
-            batch=batch or recipe.train.at_once,
-            progress=lambda done: progress.update(done, {}),
+    by_content = None if source == "noise" or images is None else images.content()
+    drawing = Drawing(teacher.times(), family.latent.shape, solver, identified_teacher(recipe), prompts, recipe.train.seed, by_content)
+
+    def sampler() -> TeacherSampler:
+        return drawing.sampler(teacher.predict, teacher.device)
+
+    def encode(texts: Sequence[str]) -> Conditioning:
+        return _encode(family, texts)
+
+    if source == "noise":
+        encoder = drawing.of_noise(sampler, encode, max(count or 10_000, kept_before(output / "pairs")), at_once)
+    else:
+        assert images is not None
+        latents, captions = _latents(images, family, keeping_in(recipe, output, device), at_once, progress), images.captions
+        encoder = drawing.of_data(sampler, encode, latents, captions, at_once)
+    return keeping_in(recipe, output, device).of_pairs().fill(encoder, progress, part, thorough=True)
+
+
+def _check_source(recipe: Recipe, source: str, images: CaptionedImages | LatentImages | None, count: int | None) -> None:
+    if source == "noise":
+        return
+    if images is None:
+        raise UserError("recipe key data.images: missing; --from data seeks the noise of images")
+    if recipe.teacher.guidance != 1:
+        raise UserError(
+            f"recipe key teacher.guidance: {recipe.teacher.guidance:g}, but only the unguided teacher's flow leads from data to noise; "
+            "--from data needs teacher.guidance=1"
         )
-    finally:  # a bar left running hides the terminal's cursor
-        progress.finish()
-    return folder, folder.manifest.count - held
+    if recipe.data.skip_broken and isinstance(images, CaptionedImages):
+        raise UserError("recipe key data.skip_broken: --from data makes a pair of every image; take out those that are broken")
+    if count is not None and count != len(images):
+        raise UserError(f"--count: {count}, but --from data makes a pair of every image, and there are {len(images)}")
+
+
+def _latents(
+    images: CaptionedImages | LatentImages, family: Family, keeping: Keeping, batch: int, progress: Progress
+) -> Callable[[Sequence[int]], Tensor]:
+    """Latents (B, *shape) of images by their numbers."""
+    if isinstance(images, LatentImages):
+        rows = images.latents(keeping, progress)
+        return lambda ids: rows.select(torch.tensor(ids))["latents"]
+    encoder = of_images(family, images, keeping.device, batch)
+    return lambda ids: encoder.encode(ids).tensors["latents"]
+
+
+def keeping_in(recipe: Recipe, folder: Path, device: torch.device) -> Keeping:
+    """How `fastgen cache` keeps what it makes in a folder, which origin it states itself."""
+    return Keeping(device, recipe.data.model_copy(update={"store": str(folder), "keep": "auto", "encode": "ahead"}))
 
 
 def cache_encoded(kind: Kind, recipe: Recipe, output: Path, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None) -> tuple[Store, int]:

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -17,6 +17,9 @@ from fastgen.cli_gallery import gallery
 from fastgen.errors import TrainingFailed, UserError, one_line
 from fastgen.files import check_writable_file
 from fastgen.printing import put
+
+if TYPE_CHECKING:
+    from fastgen.data.store import Store
 
 app = typer.Typer(
     name="fastgen",
@@ -263,27 +266,35 @@ def protocols_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A s
     terminal.echo(read_text(find_protocol(name, "NAME")).rstrip())
 
 
+StoreDir = Annotated[Path, typer.Option(help="Folder of the store, for data.store; one that holds some of it is continued.")]
+Part = Annotated[str, typer.Option(metavar="i/n", help="Make the shards of one of n parts; the whole is the same whoever makes which.")]
+
+
 @cache_app.command("pairs")
 def cache_pairs(
     recipe: RecipeArgument,
     output: Annotated[Path, typer.Option(help="Folder of the pairs; one that holds some of them is continued.")],
     overrides: Overrides = None,
-    count: Annotated[int, typer.Option(min=1, max=10**9, help="Pairs in all.")] = 10_000,
+    count: Annotated[Optional[int], typer.Option(min=1, max=10**9, help="Pairs in all (default: 10000; of data, all).")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Sampling steps (default: the teacher's).")] = None,  # noqa: UP045
     solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun: order 2, twice the evaluations.")] = "euler",
+    source: Annotated[
+        Literal["noise", "data"],
+        typer.Option("--from", help="data: seek the noise that the unguided teacher's flow leads to from each image of data.images."),
+    ] = "noise",
+    part: Part = "1/1",
     batch: Annotated[Optional[int], typer.Option(min=1, max=2**20, help="Pairs drawn at once (default: the recipe's train.micro_batch).")] = None,  # noqa: UP045
 ) -> None:
     """Draw noise-sample pairs from a recipe's teacher, for data.pairs; the same command goes on where one was interrupted."""
     from fastgen import caching, terminal
     from fastgen.config import Recipe
+    from fastgen.evaluation.settings import part_of
 
-    read = Recipe.load(recipe, overrides or [])
-    folder, made = caching.cache_pairs(read, output, count=count, steps=steps, solver=solver, batch=batch, progress=terminal.progress())
-    terminal.note(f"pairs: {output} holds {folder.manifest.count}, {made} of them new")
-
-
-StoreDir = Annotated[Path, typer.Option(help="Folder of the store, for data.store; one that holds some of it is continued.")]
-Part = Annotated[str, typer.Option(metavar="i/n", help="Make the shards of one of n parts; the whole is the same whoever makes which.")]
+    read, progress = Recipe.load(recipe, overrides or []), terminal.progress()
+    store, made = caching.cache_pairs(
+        read, output, count=count, steps=steps, solver=solver, source=source, part=part_of(part), batch=batch, progress=progress
+    )
+    _note_store(store, made)
 
 
 @cache_app.command("prompts")
@@ -305,8 +316,14 @@ def _cache_encoded(kind: Literal["prompts", "latents"], recipe: str, output: Pat
 
     read = Recipe.load(recipe, overrides or [])
     store, made = caching.cache_encoded(kind, read, output, part=part_of(part), progress=terminal.progress())
+    _note_store(store, made)
+
+
+def _note_store(store: Store, made: int) -> None:
+    from fastgen import terminal
+
     there = len(store) - sum(len(store.ids(shard)) for shard in store.missing())
-    terminal.note(f"{kind}: {store.path} holds {there} of {len(store)}, {made} of them new")
+    terminal.note(f"{store.manifest.kind}: {store.path} holds {there} of {len(store)}, {made} of them new")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fastgen.errors import UserError, nearest, one_line, shown
 from fastgen.files import expanded
@@ -102,13 +102,34 @@ class MethodBlock(BaseModel):
     name: str
 
 
+class PairsBlock(Block):
+    """from: `teacher`, which draws the pairs when the run starts, or a folder made by `fastgen cache pairs`. count: of a folder the first so many,
+    None for all. solver, steps: of the teacher's sampler, None for euler and its own number of steps, or for what a folder was drawn with."""
+
+    model_config = ConfigDict(validate_by_name=False)
+    source: str = Field("teacher", alias="from", min_length=1)
+    count: int | None = Field(None, ge=1, le=10**9)
+    solver: Literal["euler", "heun"] | None = None
+    steps: int | None = Field(None, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _counted(self) -> PairsBlock:
+        if self.folder is None and self.count is None:
+            raise ValueError("count: missing; it says how many pairs the teacher draws")
+        return self
+
+    @property
+    def folder(self) -> str | None:
+        return None if self.source == "teacher" else self.source
+
+
 class DataBlock(Block):
     """background: what transparent pixels of the images lie on, a colour as CSS writes it. caption_key: of their metadata, the key or column
     with the captions. skip_broken: leave out images without caption or that cannot be read. crop: which part of an image of another aspect is
     taken, the middle or a random one. store: a folder that encoded prompts and images are kept in and read from, None for memory. dtype: of what is
     kept. keep: whether a store's rows are read into memory at the start, or each batch when it is needed; `auto`: what fits. encode: all before
-    training, or each batch when it is drawn, by encoders that stay in memory. pairs: how many noise-sample pairs the teacher
-    draws when the run starts, or a folder made by `fastgen cache pairs`."""
+    training, or each batch when it is drawn, by encoders that stay in memory. pairs: noise-sample pairs of the teacher: how many it
+    draws when the run starts, or a folder made by `fastgen cache pairs`, or both with how they are drawn."""
 
     prompts: str | None = None
     images: str | None = None
@@ -120,7 +141,7 @@ class DataBlock(Block):
     dtype: Literal["fp32", "bf16"] = "fp32"
     keep: Literal["auto", "memory", "disk"] = "auto"
     encode: Literal["ahead", "online"] = "ahead"
-    pairs: int | str | None = None
+    pairs: int | str | PairsBlock | None = None
 
     @field_validator("background", mode="before")
     @classmethod
@@ -139,9 +160,18 @@ class DataBlock(Block):
     @classmethod
     def _number_or_folder(cls, pairs: Any) -> Any:
         number = isinstance(pairs, int) and not isinstance(pairs, bool) and pairs >= 1
-        if not (pairs is None or number or (isinstance(pairs, str) and pairs)):
-            raise ValueError("a number of pairs, 1 or more, or a folder made by `fastgen cache pairs`")
+        if not (pairs is None or number or isinstance(pairs, (Mapping, PairsBlock)) or (isinstance(pairs, str) and pairs)):
+            raise ValueError(
+                "a number of pairs, 1 or more, or a folder made by `fastgen cache pairs`, or a block with keys from, count, solver, steps"
+            )
         return pairs
+
+    @property
+    def pairs_asked(self) -> PairsBlock | None:
+        """What `pairs` comes to."""
+        if self.pairs is None or isinstance(self.pairs, PairsBlock):
+            return self.pairs
+        return PairsBlock.model_validate({"count": self.pairs} if isinstance(self.pairs, int) else {"from": self.pairs})
 
 
 class OptimizerBlock(Block):
@@ -243,7 +273,7 @@ class Recipe(Block):
 
     def dump(self) -> dict[str, Any]:
         """Plain data that `validate(Recipe, ...)` reads back to an equal recipe."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.dump(), sort_keys=False, width=120)
@@ -308,7 +338,7 @@ def _without_union_tags(loc: Iterable[Any]) -> list[str]:
 
 
 def _is_union_tag(part: str) -> bool:
-    return part.startswith(("literal[", "list[", "tuple[")) or part in {"Tuning", "constrained-float", "constrained-int"}
+    return part.startswith(("literal[", "list[", "tuple[")) or part in {"Tuning", "PairsBlock", "int", "str", "constrained-float", "constrained-int"}
 
 
 def _fields_at(model: Any, loc: list[str]) -> list[str]:
@@ -318,7 +348,7 @@ def _fields_at(model: Any, loc: list[str]) -> list[str]:
         blocks = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
         if blocks:
             model = blocks[-1]
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastgen.config import Recipe
-from fastgen.data.encoded import Keeping, of_images, of_prompts, origin_of
+from fastgen.data.encoded import Keeping
+from fastgen.data.encoders import of_images, of_prompts, origin_of
 from fastgen.data.images import CaptionedImages
 from fastgen.data.latents import LatentImages
 from fastgen.errors import UserError
@@ -73,7 +74,8 @@ def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images
     block, kept = recipe.data, {"store": recipe.data.store is not None, "keep": recipe.data.keep != "auto", "dtype": recipe.data.dtype != "fp32"}
     if block.encode == "online" and (given := [key for key, is_given in kept.items() if is_given]):
         raise UserError(f"recipe key data.{given[0]}: says how encoded data are kept, and with data.encode: online they are not; remove one of them")
-    if block.keep != "auto" and block.store is None:
+    pairs = block.pairs_asked
+    if block.keep != "auto" and block.store is None and (pairs is None or pairs.folder is None) and not isinstance(images, LatentImages):
         raise UserError("recipe key data.keep: says how data.store is read, and there is none; remove it")
     if block.store is None:
         return

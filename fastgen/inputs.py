@@ -16,6 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from fastgen import checkpoint, records
 from fastgen.config import OptimizerBlock, Recipe, flatten
+from fastgen.data import pair_folder
 from fastgen.errors import UserError, nearest
 from fastgen.evaluation.block import PROTOCOL
 from fastgen.families import source_hash
@@ -61,8 +62,8 @@ def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
     if planned.images is not None:
         hashes["data.images"] = planned.images.content()
     if planned.pairs is not None:
-        pairs = planned.pairs.manifest.count if pairs is None else pairs
-        hashes["data.pairs"] = planned.pairs.content(pairs)
+        pairs = planned.pairs.count if pairs is None else pairs
+        hashes["data.pairs"] = pair_folder.content(planned.pairs, pairs)
     if planned.protocol is not None:
         hashes[PROTOCOL] = planned.protocol.hash()
     if init != "teacher" and not planned.started:  # all that it brings is in the checkpoint of a run that has begun
@@ -161,6 +162,8 @@ def _with_defaults(block: type[BaseModel], before: Any) -> Any:
 def _by_name(then: Mapping[str, Any], now: Mapping[str, Any], by_content: Collection[str]) -> list[str]:
     """Keys that differ and that nothing but their value tells."""
     silent = {"teacher.revision"} if TEACHER in by_content else set()
+    if "data.pairs" in by_content:
+        silent |= {"data.pairs.from"}
     keys = (then.keys() | now.keys()) - silent - set(by_content)
     return [key for key in keys if not key.startswith(_RESUMABLE) and then.get(key) != now.get(key)]
 

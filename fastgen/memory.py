@@ -121,9 +121,12 @@ def data_bytes(planned: Plan) -> int:
     total = _conditioning(family.meta_conditioning(1)) + 8 * len(texts) + held * len(texts) * _conditioning(of_one)
     if images is not None:
         total += held * len(images) * sample * DTYPES[block.dtype].itemsize // 4 + sum(16 * len(captions) for captions in images.captions)
-    count = planned.recipe.data.pairs if pairs is None else pairs.manifest.count
-    if isinstance(count, int):  # at most as many prompts as pairs; a row and a seed for each
-        total += count * (sample + 16) + _conditioning(family.meta_conditioning(min(count, len(texts))))
+    asked = block.pairs_asked
+    if asked is not None:  # a row and a seed for each; those of a folder where they are kept in memory
+        count = asked.count if pairs is None else pairs.count
+        assert count is not None
+        held = (block.store is None and pairs is None) or block.keep == "memory"
+        total += count * (16 + held * sample * DTYPES[block.dtype].itemsize // 4)
     return total
 
 

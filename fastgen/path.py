@@ -50,6 +50,11 @@ class Path(ABC):
 
     t_max: ClassVar[float]
 
+    @property
+    def t_min(self) -> float:
+        """The smallest time that networks are trained at."""
+        return 0.0
+
     @abstractmethod
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t), sigma(t), each shaped like t."""
@@ -285,6 +290,10 @@ class DiscreteVP(Path):
     @property
     def num_steps(self) -> int:
         return len(self.betas)
+
+    @property
+    def t_min(self) -> float:
+        return 1 / self.num_steps
 
     @property
     def zero_snr(self) -> bool:

@@ -15,9 +15,12 @@ from torch import Tensor
 from fastgen import checkpoint, export, foresight
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
+from fastgen.data import pair_folder
+from fastgen.data.encoded import Keeping
 from fastgen.data.images import CaptionedImages, images_of
 from fastgen.data.latents import LatentImages
-from fastgen.data.pair_folder import PairFolder, open_folder
+from fastgen.data.pair_folder import Drawing, PairFolder
+from fastgen.data.pairs import TeacherSampler
 from fastgen.data.prompts import load_prompts
 from fastgen.data.store import DTYPES
 from fastgen.data.training import prompt_weights
@@ -52,14 +55,16 @@ class Plan:
     family: Family
     prompts: dict[str, float] | None
     images: CaptionedImages | LatentImages | None
-    pairs: PairFolder | None = None  # None also where data.pairs is a number
+    pairs: PairFolder | None = None  # None also where the teacher draws them when the run starts
     protocol: Protocol | None = None
     started: bool = False
     warnings: tuple[str, ...] = ()  # what will not go as the recipe may mean it
 
     @property
     def roles(self) -> dict[str, RoleSpec]:
-        return self.method.roles_for(self.method_config)
+        """The method's, and the teacher where it draws pairs when the run starts."""
+        asked, roles = self.recipe.data.pairs_asked, self.method.roles_for(self.method_config)
+        return roles if asked is None or asked.folder is not None else {"teacher": RoleSpec(trainable=False), **roles}
 
     @property
     def optimizers(self) -> dict[str, OptimizerBlock]:
@@ -131,6 +136,8 @@ class Plan:
         data = {**self.recipe.dump(), "distiller": self.method_config.model_dump(mode="json"), "teacher": resolved_teacher(self.recipe)}
         for key in ("prompts", "images", "pairs"):
             data["data"][key] = _absolute(data["data"][key])
+        if isinstance(data["data"]["pairs"], dict):
+            data["data"]["pairs"]["from"] = _absolute(data["data"]["pairs"]["from"])
         if data["data"]["store"] is not None:
             data["data"]["store"] = os.path.abspath(expanded(data["data"]["store"]))
         measuring = data["evaluate"]
@@ -167,16 +174,19 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     _check_inputs(recipe, method.roles_for(config), family)
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     images = images_of(recipe.data)
-    pairs = open_folder(recipe.data.pairs) if isinstance(recipe.data.pairs, str) else None
+    asked = recipe.data.pairs_asked
+    pairs = None if asked is None or asked.folder is None else pair_folder.open_folder(asked.folder, asked)
     if pairs is not None:
-        by_content = {"sha256": _teacher_hash(recipe)} if "sha256" in pairs.manifest.teacher else {}
-        pairs.check(resolved_teacher(recipe) | by_content, family.latent.shape)
+        pair_folder.check(pairs, identified_teacher(recipe), family.latent.shape, recipe.data.dtype)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
     foresight.check_grid(recipe, family)
     if isinstance(images, LatentImages):
-        images.check(family, resolved_teacher(recipe) | {"sha256": _teacher_hash(recipe)})
+        images.check(family, identified_teacher(recipe), recipe.data.dtype)
     else:
         foresight.check_images(images, family)
+    if asked is not None and asked.folder is None and recipe.data.store is not None:
+        keeping = Keeping(torch.device("cpu"), recipe.data).of_pairs()
+        keeping.check(drawing_of(planned).of_noise(_undrawn, family.encode_prompts, asked.count or 0, recipe.train.at_once))
     foresight.check_store(recipe, family, prompt_weights(prompts, images), images, planned.frozen_dtype)
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
@@ -251,6 +261,24 @@ def _teacher_hash(recipe: Recipe) -> str:
 def resolved_teacher(recipe: Recipe) -> dict[str, Any]:
     """The recipe's teacher block, a local folder as its absolute path: who the teacher is, in any folder."""
     return recipe.teacher.model_dump(mode="json") | {"pretrained": _absolute(recipe.teacher.pretrained)}
+
+
+def _undrawn() -> TeacherSampler:
+    raise AssertionError("a plan draws nothing")
+
+
+def drawing_of(planned: Plan) -> Drawing:
+    """What the teacher draws a run's pairs with when it starts."""
+    recipe, family, asked = planned.recipe, planned.family, planned.recipe.data.pairs_asked
+    assert asked is not None and asked.folder is None
+    times = family.grid(asked.steps or family.own_call["num_inference_steps"])
+    prompts = prompt_weights(planned.prompts, planned.images)
+    return Drawing(times, family.latent.shape, asked.solver or "euler", identified_teacher(recipe), prompts, recipe.train.seed)
+
+
+def identified_teacher(recipe: Recipe) -> dict[str, Any]:
+    """The same with the teacher's content as `sha256`."""
+    return resolved_teacher(recipe) | {"sha256": _teacher_hash(recipe)}
 
 
 def _absolute(source: Any) -> Any:

@@ -62,11 +62,20 @@ def _smaller_micro_batch(recipe: Recipe) -> list[str]:
     return [f"train.micro_batch={divisors[-1]}"] if divisors else []
 
 
+def _given(recipe: Recipe) -> bool:
+    """Whether some of the data lie in a folder already, in a dtype of their own."""
+    pairs = recipe.data.pairs_asked
+    return pairs is not None and pairs.folder is not None
+
+
 # From the one that costs least to the one that changes what is trained.
 CHANGES = (
     Change("blocks are computed again in the backward pass", lambda recipe: [] if recipe.train.checkpointing else ["train.checkpointing=true"]),
     Change("fewer samples at a time", _smaller_micro_batch),
-    Change("encoded data in half precision", lambda recipe: [] if recipe.data.dtype == "bf16" else ["data.dtype=bf16"]),
+    Change(
+        "encoded data in half precision",
+        lambda recipe: [] if recipe.data.dtype == "bf16" or _given(recipe) else ["data.dtype=bf16"],
+    ),
     Change(
         "encoded data on disk", lambda recipe: [] if recipe.data.store or recipe.data.encode == "online" else ["data.store=store", "data.keep=disk"]
     ),

@@ -15,7 +15,8 @@ import yaml
 from fastgen import checkpoint, cli, run
 from fastgen.assets import DIGITS_TEACHER
 from fastgen.config import Recipe
-from fastgen.data.pair_folder import Manifest
+from fastgen.data.store import Manifest
+from fastgen.families import source_hash
 from fastgen.fingerprints import sealed
 
 RECIPE = "digits_dmd2_1step"
@@ -109,18 +110,18 @@ def make_files(root: Path) -> None:
 
 def make_pairs(root: Path) -> None:
     """Folders of noise-sample pairs of the bundled teacher, none drawn yet."""
-    teacher = {"pretrained": "fastgen:digits", "guidance": 1.5, "negative_prompt": "", "max_sequence_length": None}
-    drawing: dict[str, Any] = {"solver": "euler", "steps": 1, "grid": (1.0,), "seed": 0, "prompts": "", "count": 3}
-    folders = {
-        "unfinished": Manifest(teacher=teacher, shape=(2, 8, 8), **drawing),
-        "guided": Manifest(teacher=teacher | {"guidance": 9.0}, shape=(2, 8, 8), **drawing),
-        "large": Manifest(teacher=teacher, shape=(16, 128, 128), **drawing),
-    }
-    for name, manifest in folders.items():
-        (root / f"pairs_{name}").mkdir()
-        (root / f"pairs_{name}/pairs.json").write_text(json.dumps(sealed(manifest.model_dump(mode="json"))))
-    (root / "pairs_broken").mkdir()
-    (root / "pairs_broken/pairs.json").write_text("{")
+    teacher = {"teacher.pretrained": source_hash("fastgen:digits"), "teacher.guidance": 1.5, "teacher.negative_prompt": ""}
+    teacher |= {"teacher.max_sequence_length": None, "--solver": "euler", "--steps": 1, "the sampling grid": [1.0], "train.seed": 0}
+    for name, changes, shape in (("unfinished", {}, (2, 8, 8)), ("guided", {"teacher.guidance": 9.0}, (2, 8, 8)), ("large", {}, (16, 128, 128))):
+        fields: Any = {"seed": ("int64", ()), "x0": ("float", shape)}
+        manifest = Manifest(kind="pairs", count=3, dtype="fp32", fields=fields, origin=teacher | changes, rows="", teacher="fastgen:digits")
+        (root / f"pairs_{name}/pairs").mkdir(parents=True)
+        (root / f"pairs_{name}/pairs/store.json").write_text(json.dumps(sealed(manifest.model_dump(mode="json"))))
+    for name in ("broken/pairs/store", "older/pairs"):
+        (root / f"pairs_{name}.json").parent.mkdir(parents=True)
+        (root / f"pairs_{name}.json").write_text("{")
+    (root / "strange/pairs").mkdir(parents=True)
+    (root / "strange/pairs/notes.txt").write_text("mine")
     (root / "reward.py").write_text("NUMBER = 3\ndef flat(pixels, prompts):\n    return pixels.mean((1, 2, 3))\n")
 
 
@@ -243,10 +244,11 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pairs that are a boolean": (dmd("true"), ("recipe key data.pairs", "a number of pairs", "True")),
     "pairs from nowhere": (dmd("nowhere"), ("recipe key data.pairs: 'nowhere' is no folder", "`fastgen cache pairs`")),
     "pairs from another folder": (dmd("full"), ("recipe key data.pairs: 'full' is no folder",)),
-    "pairs that cannot be read": (dmd("pairs_broken"), ("recipe key data.pairs", "cannot read 'pairs_broken/pairs.json'")),
-    "pairs not all there": (dmd("pairs_unfinished"), ("recipe key data.pairs: 'pairs_unfinished' holds 0 of 3",)),
-    "pairs of other guidance": (dmd("pairs_guided"), ("recipe key data.pairs: 'pairs_guided'", "teacher.guidance 9.0", "has 1.5")),
-    "pairs of another shape": (dmd("pairs_large"), ("recipe key data.pairs: 'pairs_large'", "(16, 128, 128)", "(2, 8, 8)")),
+    "pairs that cannot be read": (dmd("pairs_broken"), ("recipe key data.pairs", "'pairs_broken/pairs/store.json'")),
+    "pairs of an older fastgen that cannot be read": (dmd("pairs_older"), ("recipe key data.pairs", "cannot read 'pairs_older/pairs.json'")),
+    "pairs not all there": (dmd("pairs_unfinished"), ("recipe key data.pairs: 'pairs_unfinished/pairs' holds 0 of 3",)),
+    "pairs of other guidance": (dmd("pairs_guided"), ("recipe key data.pairs: 'pairs_guided/pairs'", "teacher.guidance 9.0", "has 1.5")),
+    "pairs of another shape": (dmd("pairs_large"), ("recipe key data.pairs: 'pairs_large/pairs'", "(16, 128, 128)", "(2, 8, 8)")),
     "pairs given to dmd2": (train("data.pairs=100"), ("recipe key data.pairs", "dmd2", "distiller.regression")),
     "pairs for several steps": (train("data.pairs=100", "distiller.regression={}", "student.steps=4"),
         ("recipe key distiller.regression", "student.steps is 4")),
@@ -269,11 +271,14 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cache pairs of no teacher": (cache_pairs("teacher.pretrained=./nowhere"), ("recipe key teacher.pretrained", "'./nowhere'")),
     "cache pairs without prompts": (cache_pairs("data.prompts=null"), ("recipe key data.prompts: missing", "data.images")),
     "cache pairs of prompts that cannot be read": (cache_pairs("data.prompts=unread.txt"), ("recipe key data.prompts: 'blorp qux'",)),
-    "cache pairs over other files": (cache_pairs("--output", "full"), ("--output: 'full'", "other files")),
-    "cache pairs over a file": (cache_pairs("--output", "empty.txt"), ("--output: 'empty.txt'", "is a file")),
-    "cache pairs below a file": (cache_pairs("--output", "empty.txt/x"), ("--output: 'empty.txt/x'", "'", "is a file")),
-    "cache pairs among others": (cache_pairs("--output", "pairs_guided"), ("--output: 'pairs_guided'", "teacher.guidance 9.0, not 1.5")),
-    "cache pairs among unreadable ones": (cache_pairs("--output", "pairs_broken"), ("cannot read 'pairs_broken/pairs.json'",)),
+    "cache pairs over other files": (cache_pairs("--output", "strange"), ("recipe key data.pairs: 'strange/pairs'", "other files")),
+    "cache pairs over a file": (cache_pairs("--output", "empty.txt"), ("recipe key data.pairs: cannot write 'empty.txt/pairs'", "is a file")),
+    "cache pairs below a file": (cache_pairs("--output", "empty.txt/x"), ("recipe key data.pairs: cannot write 'empty.txt/x/pairs'", "is a file")),
+    "cache pairs among others": (cache_pairs("--output", "pairs_guided"), ("data.pairs: 'pairs_guided/pairs'", "teacher.guidance 9.0", "1.5")),
+    "cache pairs among unreadable ones": (cache_pairs("--output", "pairs_broken"), ("'pairs_broken/pairs/store.json'",)),
+    "cache pairs among older ones": (cache_pairs("--output", "pairs_older"), ("--output: 'pairs_older'", "older fastgen", "not continued")),
+    "cache pairs of data without images": (cache_pairs("--from", "data"), ("recipe key data.images: missing; --from data",)),
+    "cache pairs of a part beyond": (cache_pairs("--part", "3/2"), ("--part",)),
     # teachers
     "teacher folder missing": (train("teacher.pretrained=./nowhere"), ("recipe key teacher.pretrained", "'./nowhere'", "hub id")),
     "teacher folder without index": (train("teacher.pretrained=./full"), ("recipe key teacher.pretrained", "'./full'", "model_index.json")),

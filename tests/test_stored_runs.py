@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pair_sets import loaded, samples_of
 from PIL import Image
 from pipelines import sd3_folder as sd3_folder
 from safetensors.torch import load_file
@@ -253,12 +254,13 @@ def test_latents_of_a_store_and_of_pairs_serve_as_images(sd3_folder: Path, sourc
     expected = weights(run.train(pictures, tmp_path / "pictures", only="train"))
     latents = recipe(sd3_folder, source, "images", "scm", images=str(tmp_path / "store"))
     assert same(weights(run.train(latents, tmp_path / "latents", only="train")), expected)
-    (folder, _) = caching.cache_pairs(recipe(sd3_folder, source, "prompts", "dmd2"), tmp_path / "pairs", count=7, steps=2)
-    drawn, built = folder.load(), build(plan(recipe(sd3_folder, source, "images", "scm", images=str(tmp_path / "pairs")), only="train"), Progress())
+    caching.cache_pairs(recipe(sd3_folder, source, "prompts", "dmd2"), tmp_path / "pairs", count=7, steps=2)
+    drawn = loaded(tmp_path / "pairs")
+    built = build(plan(recipe(sd3_folder, source, "images", "scm", images=str(tmp_path / "pairs")), only="train"), Progress())
     batch = next(built.trainer._batches())
     assert batch.latents is not None
     for latent, prompt in zip(batch.latents, batch.prompts, strict=True):
-        index = [torch.equal(latent, x0) for x0 in drawn.x0].index(True)
+        index = [torch.equal(latent, x0) for x0 in samples_of(drawn)].index(True)
         assert drawn.prompts[index] == prompt
 
 

@@ -20,7 +20,7 @@ from fastgen.parallel import launch
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
 from fastgen.roles import build_roles
-from fastgen.run.building import Run, build, load_pairs
+from fastgen.run.building import Run, build, keeping_of, load_pairs
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
@@ -40,7 +40,7 @@ def of_recipe(name: str, overrides: Sequence[str]) -> tuple[Trainer, Plan]:
 
 
 def _with_pairs(run: Run) -> TrainingData:
-    return with_pairs(run.data, load_pairs(run, Progress()), run.plan.family, run.parallel.device)
+    return with_pairs(run.data, load_pairs(run, Progress()), run.plan.family, keeping_of(run.plan, run.parallel.device))
 
 
 def of_network(planned: Plan, network: Network) -> Trainer:

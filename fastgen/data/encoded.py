@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,23 @@ import torch
 from torch import Tensor
 
 from fastgen import conditioning
-from fastgen.config import DataBlock, TeacherBlock
+from fastgen.config import DataBlock
 from fastgen.data import store
-from fastgen.data.images import CaptionedImages
 from fastgen.data.rows import Held, Rows, narrowed
 from fastgen.data.store import DTYPES, Encoded, Kind, Manifest, Store
 from fastgen.errors import UserError
-from fastgen.families import parts_hash
-from fastgen.families.base import Family
 from fastgen.files import expanded
 from fastgen.progress import Progress
 
+_Tell = Callable[[int], None]
 _FITS = 0.25  # of the free memory, up to which a store's rows are read into it
-_MADE_BY: Mapping[Kind, tuple[str, ...]] = {"prompts": ("text_encoder", "tokenizer"), "latents": ("vae",)}
 
 
 @dataclass(frozen=True)
 class Encoder:
     """Encodes one kind of a run's data. identify: the hash of the first so many rows. encode: rows of the whole. left_out: why of those that could
-    not be encoded, where they may be left out; a store's are added."""
+    not be encoded, where they may be left out; a store's are added. batch: rows encoded at once; batches lie inside shards. origin: what decides the
+    rows, where the run's Keeping does not know; teacher: as in a store's manifest."""
 
     kind: Kind
     count: int
@@ -37,10 +35,29 @@ class Encoder:
     identify: Callable[[int], str]
     encode: Callable[[Sequence[int]], Encoded]
     left_out: dict[int, str] | None = None
+    batch: int = 64
+    origin: Mapping[str, Any] | None = None
+    teacher: str = ""
 
     @property
     def what(self) -> str:
-        return "images" if self.kind == "latents" else self.kind
+        return store.what_of(self.kind)
+
+    @property
+    def doing(self) -> str:
+        return f"{'drawing' if self.kind == 'pairs' else 'encoding'} {self.what}"
+
+    def made(self, ids: range, tell: Callable[[int], None] = lambda made: None) -> Encoded:
+        """Rows of the whole, a batch at a time; `tell` hears how many each had."""
+        tensors, about, left_out = list[Mapping[str, Tensor]](), list[Any](), dict[int, str]()
+        for start in range(0, len(ids), self.batch):
+            some = ids[start : start + self.batch]
+            part = self.encode(some)
+            tensors.append(part.tensors)
+            about += part.about
+            left_out |= {start + place: why for place, why in part.left_out.items()}
+            tell(len(some))
+        return Encoded(conditioning.cat([dict(each) for each in tensors]), about, left_out)
 
 
 @dataclass(frozen=True)
@@ -74,48 +91,73 @@ class Keeping:
     def folder(self) -> Path | None:
         return None if self.block.store is None else expanded(self.block.store)
 
+    def beside(self, name: str) -> Keeping:
+        """The same for other rows of the same kinds, whose stores lie in a folder of this name."""
+        return self if self.folder is None else replace(self, block=self.block.model_copy(update={"store": str(self.folder / name)}))
+
+    def of_pairs(self) -> Keeping:
+        """The same for pairs: on the CPU, drawn before training whenever prompts are encoded."""
+        return replace(self, device=torch.device("cpu"), block=self.block.model_copy(update={"encode": "ahead"}))
+
     def rows(self, encoder: Encoder, progress: Progress) -> Rows:
         """All rows of an encoder: made now, as far as they are not there already, or when they are drawn."""
         if self.block.encode == "online":
             return Online(encoder, self.device)
         if self.folder is None:
-            progress.stage(f"encoding {encoder.count} {encoder.what}")
+            progress.stage(f"{encoder.doing.replace(' ', f' {encoder.count} ')}")
             cuts, parts = store.cuts(encoder.count), list[dict[str, Tensor]]()
-            self._counted(encoder, progress, cuts, lambda ids: parts.append(dict(self._narrowed(encoder, ids).tensors)))
+            self._counted(encoder, progress, cuts, lambda ids, tell: parts.append(dict(self._narrowed(encoder, ids, tell).tensors)))
             return self._held(parts)
         kept, _ = self.fill(encoder, progress)
         if encoder.left_out is not None:
             encoder.left_out.update(kept.left_out())
+        return self.opened(kept, progress)
+
+    def opened(self, kept: Store, progress: Progress) -> Rows:
+        """A whole store's rows, read into memory where they fit."""
         held, size = self._fits(kept), f"{kept.manifest.count * kept.manifest.row_bytes / 1e9:.2f} GB"
-        progress.stage(f"{encoder.count} {encoder.what} in {str(kept.path)!r}: {size}, {'read into memory' if held else 'read batch by batch'}")
+        progress.stage(
+            f"{len(kept)} {store.what_of(kept.manifest.kind)} in {str(kept.path)!r}: {size}, {'read into memory' if held else 'read batch by batch'}"
+        )
         return self._held([kept.read(ids) for ids in store.cuts(len(kept))]) if held else kept
 
-    def _counted(self, encoder: Encoder, progress: Progress, cuts: Sequence[range], make: Callable[[range], object], done: int = 0) -> None:
-        """Make the rows of each cut, and say how far it has come where there are several. done: rows of the same that are there already."""
-        if len(cuts) == 1 and not done:
-            make(cuts[0])
+    def _counted(self, encoder: Encoder, progress: Progress, cuts: Sequence[range], make: Callable[[range, _Tell], object], done: int = 0) -> None:
+        """Make the rows of each cut, and say how far it has come where there are several batches. done: rows of the same that are there already."""
+        total = sum(map(len, cuts))
+        if total <= encoder.batch and not done:
+            make(cuts[0], lambda made: None)
             return
-        progress.start(f"encoding {encoder.what}", done + sum(map(len, cuts)), done)
+        progress.start(encoder.doing, done + total, done)
+
+        def tell(made: int) -> None:
+            nonlocal done
+            done += made
+            progress.update(done, {})
+
         try:
             for ids in cuts:
-                make(ids)
-                done += len(ids)
-                progress.update(done, {})
+                make(ids, tell)
         finally:  # a bar left running hides the terminal's cursor
             progress.finish()
 
     def _held(self, parts: list[dict[str, Tensor]]) -> Held:
         return Held(conditioning.to(conditioning.cat(parts), self.device))
 
-    def _narrowed(self, encoder: Encoder, ids: range) -> Encoded:
-        made = encoder.encode(ids)
+    def _narrowed(self, encoder: Encoder, ids: range, tell: _Tell) -> Encoded:
+        made = encoder.made(ids, tell)
         return made._replace(tensors=narrowed(made.tensors, DTYPES[self.block.dtype]))
 
     def manifest(self, encoder: Encoder, *, identified: bool = True) -> Manifest:
         rows = encoder.identify(encoder.count) if identified else ""
         block = self.block
         return Manifest(
-            kind=encoder.kind, count=encoder.count, dtype=block.dtype, fields=dict(encoder.fields), origin=dict(self.origin(encoder.kind)), rows=rows
+            kind=encoder.kind,
+            count=encoder.count,
+            dtype=block.dtype,
+            fields=dict(encoder.fields),
+            origin=dict(self.origin(encoder.kind) if encoder.origin is None else encoder.origin),
+            rows=rows,
+            teacher=encoder.teacher,
         )
 
     def fill(self, encoder: Encoder, progress: Progress, part: tuple[int, int] = (0, 1), *, thorough: bool = False) -> tuple[Store, int]:
@@ -130,14 +172,18 @@ class Keeping:
         if todo:
             cuts = [kept.ids(shard) for shard in todo]
             self._counted(
-                encoder, progress, cuts, lambda ids: kept.make(ids.start // store.ROWS, lambda rows: self._narrowed(encoder, rows)), total - new
+                encoder,
+                progress,
+                cuts,
+                lambda ids, tell: kept.make(ids.start // store.ROWS, lambda rows: self._narrowed(encoder, rows, tell)),
+                total - new,
             )
         return kept, new
 
     def check(self, encoder: Encoder) -> None:
         """UserError where a store cannot take an encoder's rows. Of images it does not read the content, only what encodes them."""
         if self.folder is not None:
-            identified = encoder.kind == "prompts"
+            identified = encoder.kind != "latents"
             manifest = self.manifest(encoder, identified=identified)
             store.check(self.folder / encoder.kind, manifest, encoder.identify if identified else None)
 
@@ -154,54 +200,3 @@ def free_memory(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
-
-
-def origin_of(family: Family, teacher: TeacherBlock, data: DataBlock, dtype: torch.dtype) -> Callable[[Kind], dict[str, Any]]:
-    """What decides each kind's rows, beside what they are made of. A fine-tune with the same encoders has the same. dtype: of the text encoders."""
-
-    def origin(kind: Kind) -> dict[str, Any]:
-        made_by = parts_hash(teacher.pretrained, teacher.revision, _MADE_BY[kind])
-        if kind == "prompts":
-            return {
-                "pipeline": family.pipeline_classes[0],
-                "text encoders": made_by,
-                "teacher.dtype": next(name for name, known in DTYPES.items() if known == dtype),
-                "teacher.max_sequence_length": family.options.get("max_sequence_length"),
-            }
-        return {"vae": made_by, "teacher.size": list(family.picture_shape[-2:]), "data.crop": data.crop, "data.background": data.background}
-
-    return origin
-
-
-def of_prompts(family: Family, texts: Sequence[str], batch: int = 64) -> Encoder:
-    """The conditioning of prompts."""
-
-    def encode(ids: Sequence[int]) -> Encoded:
-        some = [texts[i] for i in ids]
-        return Encoded(family.encode_prompts(some, batch), some, {})
-
-    return Encoder("prompts", len(texts), _fields(family.meta_conditioning(1)), lambda count: store.of_texts(texts[:count]), encode)
-
-
-def of_images(family: Family, images: CaptionedImages, device: torch.device, batch: int = 64) -> Encoder:
-    """The latents of images; of those that cannot be decoded, where they are to be skipped, zeros."""
-    shape = family.latent.shape
-
-    def encode(ids: Sequence[int]) -> Encoded:
-        latents = torch.zeros((len(ids), *shape))
-        for start in range(0, len(ids), batch):
-            some = ids[start : start + batch]
-            found = images.pixels(some, *family.picture_shape[-2:])
-            if found:
-                made = family.encode_latents(torch.stack(list(found.values())).to(device)).cpu()
-                latents[[start + place for place, i in enumerate(some) if i in found]] = made
-        left_out = {place: images.undecodable[i] for place, i in enumerate(ids) if i in images.undecodable}
-        return Encoded({"latents": latents}, [images.captions[i] for i in ids], left_out)
-
-    skipped = images.undecodable if images.skip_broken else None
-    return Encoder("latents", len(images), {"latents": ("float", tuple(shape))}, images.content, encode, skipped)
-
-
-def _fields(cond: Mapping[str, Tensor]) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    kinds = {torch.int64: "int64", torch.bool: "bool"}
-    return {key: ("float" if value.is_floating_point() else kinds[value.dtype], tuple(value.shape[1:])) for key, value in cond.items()}

@@ -9,26 +9,31 @@ from typing import Any
 
 import torch
 
+from fastgen.data import pair_folder
+from fastgen.data.encoded import Keeping
+from fastgen.data.older_pairs import FILE as OLDER_PAIRS
 from fastgen.data.pair_folder import PairFolder, open_folder
-from fastgen.data.rows import Chosen, Held, Rows
+from fastgen.data.rows import Chosen, Column, Rows
 from fastgen.data.store import FILE, Store, open_store
 from fastgen.errors import UserError
 from fastgen.families import parts_hash
 from fastgen.families.base import Family
 from fastgen.fingerprints import digest
+from fastgen.progress import Progress
 
 KEY = "recipe key data.images"
 
 
 @dataclass(frozen=True)
 class LatentImages:
-    """captions[i]: every caption of image i with its probability. latents: the rows, on a device. content: what they are.
-    check: UserError where a family, as a recipe's teacher block describes it, does not decode them."""
+    """captions[i]: every caption of image i with its probability. latents: the rows, as a run keeps them. content: what they are.
+    check: UserError where a family, as a recipe's teacher block describes it, does not decode them, or where they are not in the
+    recipe's data.dtype."""
 
     captions: list[dict[str, float]]
-    latents: Callable[[torch.device], Rows]
+    latents: Callable[[Keeping, Progress], Rows]
     content: Callable[[], str]
-    check: Callable[[Family, Mapping[str, Any]], None]
+    check: Callable[[Family, Mapping[str, Any], str], None]
     warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -37,28 +42,29 @@ class LatentImages:
 
 def latents_in(folder: Path) -> LatentImages | None:
     """What a folder holds; None where that is neither."""
-    if (folder / "pairs.json").is_file():
+    if (folder / OLDER_PAIRS).is_file():
         return _of_pairs(open_folder(folder))
-    for home in (folder, folder / "latents"):
+    for home in (folder, folder / "latents", folder / "pairs"):
         if (home / FILE).is_file():
-            return _of_store(home)
+            found = open_store(home, key=KEY)
+            return _of_pairs(open_folder(home)) if found is not None and found.manifest.kind == "pairs" else _of_store(home)
     return None
 
 
 def _of_pairs(pairs: PairFolder) -> LatentImages:
-    def check(family: Family, teacher: Mapping[str, Any]) -> None:
-        pairs.check(teacher if "sha256" in pairs.manifest.teacher else {k: v for k, v in teacher.items() if k != "sha256"}, family.latent.shape, KEY)
+    def check(family: Family, teacher: Mapping[str, Any], dtype: str) -> None:
+        pair_folder.check(pairs, teacher, family.latent.shape, dtype, KEY)
 
     return LatentImages(
         captions=[{prompt: 1.0} for prompt in pairs.prompts()],
-        latents=lambda device: Held({"latents": pairs.load().x0.to(device)}),
-        content=lambda: pairs.content(pairs.manifest.count),
+        latents=lambda keeping, progress: Column(pairs.load(keeping, progress).rows, "x0", "latents", keeping.device),
+        content=lambda: pair_folder.content(pairs, pairs.count),
         check=check,
     )
 
 
 def _of_store(home: Path) -> LatentImages:
-    found = open_store(home)
+    found = open_store(home, key=KEY)
     assert found is not None
     path, manifest = found.path, found.manifest
     if manifest.kind != "latents":
@@ -69,12 +75,17 @@ def _of_store(home: Path) -> LatentImages:
         )
     about = list(found.about())
 
-    def rows(device: torch.device) -> Rows:
-        stored: Rows = Store(path, manifest, device)
+    def rows(keeping: Keeping, progress: Progress) -> Rows:
+        stored = keeping.opened(Store(path, manifest, keeping.device), progress)
         return stored if len(about) == len(found) else Chosen(stored, torch.tensor([i for i, _ in about]))
 
-    def check(family: Family, teacher: Mapping[str, Any]) -> None:
-        own = {"vae": parts_hash(teacher["pretrained"], teacher.get("revision"), ("vae",)), "teacher.size": list(family.picture_shape[-2:])}
+    def check(family: Family, teacher: Mapping[str, Any], dtype: str) -> None:
+        own: dict[str, Any] = {
+            "vae": parts_hash(teacher["pretrained"], teacher.get("revision"), ("vae",)),
+            "teacher.size": list(family.picture_shape[-2:]),
+        }
+        if manifest.dtype != dtype:
+            raise UserError(f"{KEY}: {str(path)!r} holds latents in {manifest.dtype}, this recipe has data.dtype {dtype!r}")
         for key, needed in own.items():
             if (there := manifest.origin.get(key)) != needed:
                 raise UserError(f"{KEY}: {str(path)!r} was encoded with {key} {there!r}, this recipe needs {needed!r}")

@@ -1,251 +1,265 @@
-"""A folder of noise-sample pairs that several runs share: what they were drawn with, and shards that an interrupted drawing continues.
-
-`pairs.json` says what the folder is meant to hold; `pairs_NNNNNN.safetensors` hold the seeds and samples, and in their header the prompts
-and a hash of each pair. So a shard is whole in itself, and the first pairs of a folder are the same however far it has grown.
-"""
+"""Pairs that lie in a folder, a store of the kind `pairs`: how they are drawn into it, and what a run asks of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
-from safetensors.torch import save
+from torch import Tensor
 
-from fastgen import records
-from fastgen.data.pairs import Encode, Pairs, Solver, TeacherSampler, cat, make_pairs
+from fastgen.config import PairsBlock
+from fastgen.data.encoded import Encoder, Keeping
+from fastgen.data.older_pairs import FILE as OLDER_FILE
+from fastgen.data.older_pairs import Shards, older
+from fastgen.data.pairs import Encode, Pairs, Solver, TeacherSampler, draw, draw_from, drawn_prompts
+from fastgen.data.store import FILE, Encoded, Store, key_of, open_store
 from fastgen.errors import UserError
-from fastgen.files import PARTIAL, expanded, reading, write_atomically
-from fastgen.fingerprints import digest, sealed, unsealed
+from fastgen.files import expanded
+from fastgen.fingerprints import digest
+from fastgen.progress import Progress
+from fastgen.sampling import Predict
 
-KEY = "recipe key data.pairs"
-SHARD = 256  # pairs a file
-_OF_THE_TEACHER = ("pretrained", "guidance", "negative_prompt", "max_sequence_length")
+KEY = key_of("pairs")
+CPU = torch.device("cpu")
+_OF_THE_TEACHER = ("guidance", "negative_prompt", "max_sequence_length")
 _IF_STATED = ("shift", "embedded_guidance")  # the other options, size and frames, are in the samples' shape
 
 
-def _identity(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe's block decides the samples; the content and some options only where they are known."""
-    known = {key: teacher[key] for key in (*_IF_STATED, "sha256") if teacher.get(key) is not None}
-    return {key: teacher[key] for key in _OF_THE_TEACHER} | known
+@dataclass(frozen=True)
+class Drawing:
+    """What pairs are drawn with. times: the sampler's grid (N,), shape: of a sample; teacher: the recipe's block, a local folder as an absolute
+    path, and its content as `sha256`; prompts: the weighted ones drawn from; images: the content of those that noise is sought for, None where
+    samples are sought for noise."""
 
-
-class Manifest(BaseModel):
-    """pairs.json. format: 1 for folders of an older fastgen, which recorded no hashes; teacher: the recipe's block, a local folder as an
-    absolute path, and its content as `sha256`; prompts: hash of the weighted prompts drawn from; count: pairs the folder is to hold."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    format: Literal[1, 2] = 2
-    teacher: dict[str, Any]
-    shape: tuple[Annotated[int, Field(ge=1, le=2**20)], ...]
+    times: Tensor
+    shape: tuple[int, ...]
     solver: Solver
-    steps: Annotated[int, Field(ge=1, le=1000)]
-    grid: tuple[float, ...]
+    teacher: Mapping[str, Any]
+    prompts: Mapping[str, float]
     seed: int
-    prompts: str
-    count: Annotated[int, Field(ge=1, le=10**9)]
+    images: str | None = None
 
-    @classmethod
-    def describe(cls, sampler: TeacherSampler, teacher: Mapping[str, Any], prompts: Mapping[str, float], *, seed: int, count: int) -> Manifest:
-        return cls(
-            teacher=_identity(teacher),
-            shape=sampler.shape,
-            solver=sampler.solver,
-            steps=len(sampler.times),
-            grid=tuple(sampler.times.tolist()),
-            seed=seed,
-            prompts=digest(list(prompts.items()))[:16],
-            count=count,
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What decides each pair, by what messages call it."""
+        known = {key: self.teacher[key] for key in _IF_STATED if self.teacher.get(key) is not None}
+        teacher = {f"teacher.{key}": value for key, value in ({key: self.teacher[key] for key in _OF_THE_TEACHER} | known).items()}
+        drawn = {"--solver": self.solver, "--steps": len(self.times), "the sampling grid": self.times.tolist()}
+        chosen = {"train.seed": self.seed, "data.prompts": digest(list(self.prompts.items()))[:16]}
+        source = {"--from": "noise"} if self.images is None else {"--from": "data", "data.images": self.images}
+        return {"teacher.pretrained": self.teacher["sha256"], **teacher, **drawn, **chosen, **source}
+
+    def sampler(self, predict: Predict, device: torch.device | str) -> TeacherSampler:
+        """The teacher's, by its guided predictions."""
+        return TeacherSampler(predict, self.times.to(device), self.shape, self.solver)
+
+    def of_noise(self, sampler: Callable[[], TeacherSampler], encode: Encode, count: int, batch: int) -> Encoder:
+        """The first `count` pairs whose noise is drawn: their seeds and samples. sampler: asked for when the first are drawn."""
+
+        def make(ids: Sequence[int]) -> Encoded:
+            some = range(ids[0], ids[-1] + 1)
+            prompts = drawn_prompts(self.prompts, some, seed=self.seed)
+            seeds, x0 = draw(sampler(), encode, prompts, some, seed=self.seed)
+            return Encoded({"seed": seeds, "x0": x0}, prompts, {})
+
+        return self._encoder(count, {"seed": ("int64", ()), "x0": ("float", self.shape)}, make, batch)
+
+    def of_data(
+        self,
+        sampler: Callable[[], TeacherSampler],
+        encode: Encode,
+        latents: Callable[[Sequence[int]], Tensor],
+        captions: Sequence[Mapping[str, float]],
+        batch: int,
+    ) -> Encoder:
+        """A pair for every image: its latents, and the noise where the teacher's ODE leads from them under one of its captions."""
+
+        def make(ids: Sequence[int]) -> Encoded:
+            some = range(ids[0], ids[-1] + 1)
+            prompts = [drawn_prompts(captions[i], [i], seed=self.seed)[0] for i in some]
+            x0 = latents(ids)
+            return Encoded({"z": draw_from(sampler(), encode, prompts, x0, some), "x0": x0.float().cpu()}, prompts, {})
+
+        shape = ("float", self.shape)
+        return self._encoder(len(captions), {"z": shape, "x0": shape}, make, batch)
+
+    def _encoder(self, count: int, fields: Mapping[str, Any], make: Callable[[Sequence[int]], Encoded], batch: int) -> Encoder:
+        # Pair i is the same in any number of them.
+        return Encoder("pairs", count, fields, lambda first: digest(self.origin), make, None, batch, self.origin, self.teacher["pretrained"])
+
+
+class PairFolder(Protocol):
+    """A folder of pairs, or the first `count` of one. teacher: what drew them, by keys of a recipe's block."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def teacher(self) -> Mapping[str, Any]: ...
+    @property
+    def drawn(self) -> Mapping[str, Any]:
+        """dtype, solver and steps, and the samples' shape."""
+        ...
+
+    def held(self) -> int:
+        """How many pairs are there; reads headers only."""
+        ...
+
+    def prompts(self) -> list[str]:
+        """Each pair's, of those that are there; reads headers only."""
+        ...
+
+    def hashes(self) -> list[str]:
+        """Each pair's."""
+        ...
+
+    def load(self, keeping: Keeping, progress: Progress) -> Pairs:
+        """UserError for what is broken, when it is read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A folder that `fastgen cache pairs` has made."""
+
+    store: Store
+    count: int
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    @property
+    def teacher(self) -> Mapping[str, Any]:
+        origin = {key.removeprefix("teacher."): value for key, value in self.store.manifest.origin.items() if key.startswith("teacher.")}
+        return {**origin, "pretrained": self.store.manifest.teacher, "sha256": origin["pretrained"]}
+
+    @property
+    def drawn(self) -> Mapping[str, Any]:
+        manifest = self.store.manifest
+        return {
+            "solver": manifest.origin["--solver"],
+            "steps": manifest.origin["--steps"],
+            "shape": manifest.fields["x0"][1],
+            "dtype": manifest.dtype,
+        }
+
+    def held(self) -> int:
+        return len(self.store) - sum(len(self.store.ids(shard)) for shard in self.store.missing())
+
+    def prompts(self) -> list[str]:
+        return [text for i, text in self.store.about() if i < self.count]
+
+    def hashes(self) -> list[str]:
+        return self.store.hashes(self.count)
+
+    def load(self, keeping: Keeping, progress: Progress) -> Pairs:
+        rows = keeping.of_pairs().opened(replace(self.store, device=CPU), progress)
+        pairs = Pairs(rows, tuple(text for _, text in self.store.about()))
+        return pairs if self.count == len(pairs) else pairs.first(self.count)
+
+
+@dataclass(frozen=True)
+class Older:
+    """A folder of an older fastgen."""
+
+    shards: Shards
+    count: int
+
+    @property
+    def path(self) -> Path:
+        return self.shards.path
+
+    @property
+    def teacher(self) -> Mapping[str, Any]:
+        return self.shards.manifest.teacher
+
+    @property
+    def drawn(self) -> Mapping[str, Any]:
+        return {**self.shards.manifest.model_dump(include={"solver", "steps", "shape"}), "dtype": "fp32"}
+
+    def held(self) -> int:
+        return self.shards.held()
+
+    def prompts(self) -> list[str]:
+        return self.shards.prompts(self.count)
+
+    def hashes(self) -> list[str]:
+        return self.shards.hashes(self.count)
+
+    def load(self, keeping: Keeping, progress: Progress) -> Pairs:
+        return Pairs.held(*self.shards.load(self.count))
+
+
+def open_folder(source: str | Path, asked: PairsBlock | None = None) -> PairFolder:
+    """What `data.pairs` names, a folder or the one that `fastgen cache pairs` has made in it; UserError when that is no folder of pairs, or one of
+    other or of fewer pairs than the recipe asks for."""
+    path = expanded(source)
+    found = next(
+        (store for home in (path, path / "pairs") if (store := open_store(home, key=KEY)) is not None and store.manifest.kind == "pairs"), None
+    )
+    if found is not None:
+        folder: PairFolder = Stored(found, len(found))
+    elif (shards := older(path, KEY)) is not None:
+        folder = Older(shards, shards.manifest.count)
+    else:
+        raise UserError(f"{KEY}: {str(source)!r} is no folder made by `fastgen cache pairs`")
+    for name in ("solver", "steps"):
+        wanted = getattr(asked, name, None)
+        if wanted is not None and folder.drawn[name] != wanted:
+            raise UserError(f"{KEY}.{name}: {str(source)!r} was drawn with {folder.drawn[name]!r}, this recipe asks for {wanted!r}")
+    if asked is not None and asked.count is not None:
+        if folder.count < asked.count:
+            raise UserError(f"{KEY}.count: {str(source)!r} is to hold {folder.count} pairs, this recipe asks for {asked.count}")
+        folder = replace(folder, count=asked.count)  # type: ignore[type-var]
+    return folder
+
+
+def check(folder: PairFolder, teacher: Mapping[str, Any], shape: Sequence[int], dtype: str, key: str = KEY) -> None:
+    """UserError, beginning with `key`, where a run's teacher did not draw these pairs, where they are kept in another dtype than the recipe says,
+    or where some are missing; reads headers only. teacher: the resolved block with its content as `sha256`."""
+    there, where = folder.teacher, str(folder.path)
+    differs = _difference(there, teacher)
+    if differs is not None:
+        now = "which has changed since" if there.get(differs) == teacher.get(differs) else f"this recipe has {teacher.get(differs)!r}"
+        raise UserError(f"{key}: {where!r} was drawn with teacher.{differs} {there.get(differs)!r}, {now}")
+    if tuple(folder.drawn["shape"]) != tuple(shape):
+        raise UserError(f"{key}: {where!r} holds latents {tuple(folder.drawn['shape'])}, this recipe's teacher has {tuple(shape)}")
+    if folder.drawn["dtype"] != dtype:
+        raise UserError(f"{key}: {where!r} holds samples in {folder.drawn['dtype']}, this recipe has data.dtype {dtype!r}")
+    if folder.held() < folder.count:
+        raise UserError(f"{key}: {where!r} holds {folder.held()} of {folder.count} pairs; finish it with the same `fastgen cache pairs` command")
+
+
+def content(folder: PairFolder, count: int) -> str:
+    """What the first `count` pairs are, wherever they lie; UserError where there are fewer."""
+    if folder.count < count:
+        raise UserError(f"{KEY}: {str(folder.path)!r} holds {folder.count} pairs, but the run began with {count}")
+    return digest(folder.hashes()[:count])
+
+
+def check_unused(output: Path) -> None:
+    """UserError where a folder holds pairs that are not continued."""
+    if (output / OLDER_FILE).is_file():
+        raise UserError(
+            f"--output: {str(output)!r} holds pairs of an older fastgen, in files of another kind: they can be used, but not continued; "
+            "choose another folder"
         )
 
-    def difference(self, other: Manifest) -> tuple[str, Any, Any] | None:
-        """The first thing, and its value in each, in which two drawings differ beyond the number of pairs."""
-        key = _difference(self.teacher, other.teacher)
-        if key is not None:
-            return f"teacher.{key}", self.teacher.get(key), other.teacher.get(key)
-        for key, value in self._parts().items():
-            if value != other._parts()[key]:
-                return key, value, other._parts()[key]
-        return None
 
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "the latents' shape": self.shape,
-            "--solver": self.solver,
-            "--steps": self.steps,
-            "the sampling grid": self.grid,
-            "train.seed": self.seed,
-            "data.prompts": self.prompts,
-        }
+def kept_before(output: Path) -> int:
+    """How many pairs the store in a folder is to hold already."""
+    found = open_store(output, key=KEY) if (output / FILE).is_file() else None
+    return 0 if found is None else len(found)
 
 
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first key in which two teachers differ. Which one it is counts by content, and by name where one of them has no hash recorded."""
     identity = "sha256" if "sha256" in then and "sha256" in now else "pretrained"
-    return next((key for key in (*_OF_THE_TEACHER, *_IF_STATED) if then.get(by := identity if key == "pretrained" else key) != now.get(by)), None)
-
-
-@dataclass(frozen=True)
-class PairFolder:
-    """A folder with a manifest that could be read."""
-
-    path: Path
-    manifest: Manifest
-
-    def shards(self) -> list[tuple[Path, range]]:
-        """Every file the folder is to hold, with the indices of its pairs."""
-        return [
-            (self.path / f"pairs_{start // SHARD:06d}.safetensors", range(start, min(start + SHARD, self.manifest.count)))
-            for start in range(0, self.manifest.count, SHARD)
-        ]
-
-    def check(self, teacher: Mapping[str, Any], shape: tuple[int, ...], recipe_key: str = KEY) -> None:
-        """UserError, beginning with `recipe_key`, where a run's teacher did not draw these pairs, or where some are missing; reads headers only."""
-        there = self.manifest.teacher
-        key = _difference(there, teacher)
-        if key is not None:
-            now = "which has changed since" if there.get(key) == teacher.get(key) else f"this recipe has {teacher.get(key)!r}"
-            raise UserError(f"{recipe_key}: {str(self.path)!r} was drawn with teacher.{key} {there.get(key)!r}, {now}")
-        if self.manifest.shape != shape:
-            raise UserError(f"{recipe_key}: {str(self.path)!r} holds latents {self.manifest.shape}, this recipe's teacher has {shape}")
-        if self.held() < self.manifest.count:
-            raise UserError(
-                f"{recipe_key}: {str(self.path)!r} holds {self.held()} of {self.manifest.count} pairs; finish it with the same `fastgen cache pairs` "
-                "command"
-            )
-
-    def held(self) -> int:
-        """How many pairs are there already."""
-        return sum(min(_held(file), len(ids)) for file, ids in self.shards())
-
-    def prompts(self) -> list[str]:
-        """Each pair's, of those that are there; reads headers only."""
-        return [prompt for file, _ in self.shards() if file.is_file() for prompt in _header(file, "prompts") or ()]
-
-    def content(self, count: int) -> str:
-        """What the first `count` pairs are, wherever they lie; UserError where there are fewer. Of shards with hashes it reads headers only."""
-        if self.manifest.count < count:
-            raise UserError(f"{KEY}: {str(self.path)!r} holds {self.manifest.count} pairs, but the run began with {count}")
-        hashes = [value for file, ids in self.shards() if ids.start < count for value in self._hashes(file, len(ids))]
-        return digest(hashes[:count])
-
-    def _hashes(self, file: Path, count: int) -> list[str]:
-        recorded = _header(file, "sha256")
-        return _pair_hashes(self._shard(file, count)) if recorded is None else recorded[:count]
-
-    def load(self) -> Pairs:
-        """All pairs; UserError for a broken shard, or one whose pairs are not those that were written."""
-        return cat([self._shard(file, len(ids)) for file, ids in self.shards()])
-
-    def _shard(self, file: Path, count: int) -> Pairs:
-        prompts, recorded = tuple(_header(file, "prompts") or ()), _header(file, "sha256")
-        with reading(file):
-            with safe_open(file, "pt") as shard:
-                seeds, x0 = shard.get_tensor("seeds"), shard.get_tensor("x0")
-            if not len(seeds) == len(x0) == len(prompts) or tuple(x0.shape[1:]) != self.manifest.shape:
-                raise ValueError(f"{len(seeds)} seeds, {len(prompts)} prompts and samples {tuple(x0.shape)} do not fit together")
-            pairs = Pairs(seeds, prompts, x0)
-            if (recorded is not None or self.manifest.format > 1) and _pair_hashes(pairs) != recorded:
-                raise ValueError("its pairs are not those that were written: their hashes differ")
-        return Pairs(seeds[:count], prompts[:count], x0[:count])
-
-    def complete(
-        self,
-        sampler: TeacherSampler,
-        encode: Encode,
-        prompts: Mapping[str, float],
-        *,
-        batch: int = 64,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> None:
-        """Draw the pairs that are not there yet, a shard at a time; `progress` is told the last finished index + 1."""
-        for file, ids in self.shards():
-            held = min(_held(file), len(ids))
-            if held < len(ids):
-                rest = range(ids.start + held, ids.stop)
-                new = make_pairs(sampler, encode, prompts, rest, seed=self.manifest.seed, batch=batch, progress=progress)
-                _write(file, cat([self._shard(file, held), new]) if held else new)
-
-
-def open_folder(source: str | Path) -> PairFolder:
-    """What `data.pairs` names; UserError when that is no folder of pairs."""
-    path = expanded(source)
-    file = path / "pairs.json"
-    if not file.is_file():
-        raise UserError(f"{KEY}: {str(source)!r} is no folder made by `fastgen cache pairs`")
-    try:
-        record = records.read(file)
-        content = unsealed(record) if record.get("format") == 2 else record
-        return PairFolder(path, Manifest.model_validate(content))
-    except ValidationError as error:
-        raise UserError(f"{KEY}: cannot read {str(file)!r}: {records.explained(error)}") from error
-    except UserError as error:
-        raise UserError(f"{KEY}: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{KEY}: cannot read {str(file)!r}: {error}") from error
-
-
-def create_folder(path: Path, manifest: Manifest) -> PairFolder:
-    """A folder that is to hold `manifest.count` pairs: a new one, or one of the same drawing, which keeps what it has.
-
-    UserError naming --output when there is something else, or pairs drawn in another way.
-    """
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise UserError(f"--output: {str(path)!r} cannot be made, because {str(there)!r} is a file")
-    if (path / "pairs.json").is_file():
-        before = open_folder(path).manifest
-        differs = before.difference(manifest)
-        if differs is not None:
-            key, then, now = differs
-            other = "which has changed since" if then == now else f"not {now!r}"  # a teacher of the same name
-            raise UserError(f"--output: {str(path)!r} holds pairs drawn with {key} {then!r}, {other}; choose another folder")
-        manifest = before.model_copy(update={"count": max(manifest.count, before.count)})  # of an older format, if it is
-        if manifest.format == 1 and PairFolder(path, before).held() < manifest.count:
-            raise UserError(
-                f"--output: {str(path)!r} holds pairs of an older fastgen, which drew their seeds otherwise: they can be used, but not continued; "
-                "choose another folder"
-            )
-    elif path.is_dir() and any(not name.startswith(PARTIAL) for name in os.listdir(path)):  # a kill may have left the first file half written
-        raise UserError(f"--output: {str(path)!r} holds other files and no pairs; choose an empty or new folder")
-    record = manifest.model_dump(mode="json")
-    write_atomically(path / "pairs.json", json.dumps(sealed(record) if manifest.format > 1 else record, indent=1) + "\n")
-    return PairFolder(path, manifest)
-
-
-def _held(file: Path) -> int:
-    """Pairs in a shard, 0 when it is not there; UserError when it cannot be read."""
-    if not file.is_file():
-        return 0
-    with reading(file), safe_open(file, "pt") as shard:
-        return shard.get_slice("seeds").get_shape()[0]
-
-
-def _write(file: Path, pairs: Pairs) -> None:
-    tensors: dict[str, torch.Tensor] = {"seeds": pairs.seeds, "x0": pairs.x0.contiguous()}
-    write_atomically(file, save(tensors, metadata={"prompts": json.dumps(pairs.prompts), "sha256": json.dumps(_pair_hashes(pairs))}))
-
-
-def _header(file: Path, key: str) -> Any:
-    """A JSON list in a shard's header, None when it is not there; UserError when it cannot be read."""
-    with reading(file), safe_open(file, "pt") as shard:
-        text = (shard.metadata() or {}).get(key)
-        try:
-            return None if text is None else records.parse(text, list[str])
-        except ValueError as error:
-            raise ValueError(f"{key} in its header: {error}") from error
-
-
-def _pair_hashes(pairs: Pairs) -> list[str]:
-    """SHA-256 of each pair: its seed, its prompt, and the sample's type, shape and bytes."""
-    kind = f"{pairs.x0.dtype} {tuple(pairs.x0.shape[1:])}"
-    heads = [json.dumps([seed, prompt, kind]) for seed, prompt in zip(pairs.seeds.tolist(), pairs.prompts, strict=True)]
-    samples = [x0.contiguous().view(torch.uint8).numpy().tobytes() for x0 in pairs.x0]
-    return [hashlib.sha256(head.encode() + sample).hexdigest() for head, sample in zip(heads, samples, strict=True)]
+    if then.get(identity) != now.get(identity):
+        return "pretrained"
+    return next((key for key in (*_OF_THE_TEACHER, *_IF_STATED) if then.get(key) != now.get(key)), None)

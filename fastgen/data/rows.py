@@ -57,6 +57,48 @@ class Chosen:
         return self.rows.select(self.index[index.to(self.index.device)])
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Others' rows, one after the other."""
+
+    first: Rows
+    second: Rows
+
+    @property
+    def read_ahead(self) -> bool:
+        return self.first.read_ahead or self.second.read_ahead
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def select(self, index: Tensor) -> dict[str, Tensor]:
+        index = index.cpu()
+        places = [torch.nonzero(index < len(self.first)).flatten(), torch.nonzero(index >= len(self.first)).flatten()]
+        some = [(self.first, index[places[0]]), (self.second, index[places[1]] - len(self.first))]
+        parts = [rows.select(own) for rows, own in some if len(own)]
+        return conditioning.select(conditioning.cat(parts), torch.argsort(torch.cat(places)))
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of others' tensors, by another name and on another device."""
+
+    rows: Rows
+    source: str
+    name: str
+    device: torch.device
+
+    @property
+    def read_ahead(self) -> bool:
+        return self.rows.read_ahead
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, index: Tensor) -> dict[str, Tensor]:
+        return {self.name: self.rows.select(index)[self.source].to(self.device)}
+
+
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Half precision as fp32; all else as it is."""
     return {key: value.float() if value.dtype in (torch.bfloat16, torch.float16) else value for key, value in tensors.items()}

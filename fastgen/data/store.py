@@ -28,27 +28,41 @@ from fastgen.errors import UserError
 from fastgen.files import check_writable, reading, write_atomically
 from fastgen.fingerprints import digest, sealed, unsealed
 
-KEY = "recipe key data.store"
 ROWS = 256  # of a shard
 FILE = "store.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _HEADER = 1 << 17  # bytes of a shard beside its rows, about
 
-Kind = Literal["prompts", "latents"]
+Kind = Literal["prompts", "latents", "pairs"]
+
+
+def what_of(kind: Kind) -> str:
+    """What people call the rows of a store of this kind."""
+    return "images" if kind == "latents" else kind
+
+
+def key_of(kind: Kind) -> str:
+    """The recipe key that a store of this kind belongs to, as messages name it."""
+    return f"recipe key data.{'pairs' if kind == 'pairs' else 'store'}"
 
 
 class Manifest(BaseModel):
     """store.json. fields: type and shape of one row's tensors by name, where `float` is kept in `dtype`. origin: what encoded them, by what it is
-    called in messages. rows: hash of what was encoded, in order."""
+    called in messages. rows: hash of what was encoded, in order. teacher: the name of what drew pairs, for messages."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    format: Literal[1] = 1
+    format: Literal[2] = 2  # the headers of format 1 had no seal
     kind: Kind
     count: Annotated[int, Field(ge=1, le=10**10)]
     dtype: Literal["fp32", "bf16"]
     fields: dict[str, tuple[Literal["float", "int64", "bool"], tuple[Annotated[int, Field(ge=1, le=2**20)], ...]]]
     origin: dict[str, Any]
     rows: str
+    teacher: str = ""
+
+    @property
+    def key(self) -> str:
+        return key_of(self.kind)
 
     @property
     def row_bytes(self) -> int:
@@ -59,8 +73,12 @@ class Manifest(BaseModel):
     def difference(self, other: Manifest) -> tuple[str, Any, Any] | None:
         """The first thing, and its value in each, in which two stores differ beyond what was encoded."""
         parts = [{"kind": each.kind, "data.dtype": each.dtype, **each.origin, "the rows' shapes": each.fields} for each in (self, other)]
-        keys = dict.fromkeys([*parts[0], *parts[1]])
-        return next(((key, parts[0].get(key), parts[1].get(key)) for key in keys if parts[0].get(key) != parts[1].get(key)), None)
+        key = next((key for key in dict.fromkeys([*parts[0], *parts[1]]) if parts[0].get(key) != parts[1].get(key)), None)
+        if key is None:
+            return None
+        if key == "teacher.pretrained" and self.teacher:  # compared by content, and said by name
+            return key, self.teacher, other.teacher
+        return key, parts[0].get(key), parts[1].get(key)
 
 
 class Encoded(NamedTuple):
@@ -148,7 +166,7 @@ class Store:
         tensors = {key: value.contiguous() for key, value in encoded.tensors.items()}
         left_out = {str(place): why for place, why in encoded.left_out.items()}
         # One key: safetensors writes several in an order that differs from process to process.
-        header = {"rows": json.dumps({"about": list(encoded.about), "sha256": _hashes(tensors), "left_out": left_out})}
+        header = {"rows": json.dumps(sealed({"about": list(encoded.about), "sha256": _hashes(tensors), "left_out": left_out}))}
         write_atomically(self.file(shard), save(tensors, metadata=header))
 
     def select(self, index: Tensor) -> dict[str, Tensor]:
@@ -169,8 +187,8 @@ class Store:
         if place not in shard.checked:
             if bytes.fromhex(_hashes(tensors)[0]) != shard.hashes[place]:
                 raise UserError(
-                    f"{KEY}: row {row} in {str(shard.file)!r} is not what was written: its hash differs. The disk may be failing; delete the file, "
-                    f"and the same `fastgen cache {self.manifest.kind}` command makes it again"
+                    f"{self.manifest.key}: row {row} in {str(shard.file)!r} is not what was written: its hash differs. The disk may be "
+                    f"failing; delete the file, and the same `fastgen cache {self.manifest.kind}` command makes it again"
                 )
             shard.checked.add(place)
         return {key: value[0] for key, value in tensors.items()}
@@ -186,6 +204,10 @@ class Store:
     def left_out(self) -> dict[int, str]:
         """Of rows that could not be encoded, why."""
         return {shard * ROWS + int(place): why for shard in self.shards() for place, why in self._header(shard)["left_out"].items()}
+
+    def hashes(self, count: int) -> list[str]:
+        """Of the first `count` rows; reads headers only."""
+        return [each for shard in self.shards() if shard * ROWS < count for each in self._header(shard)["sha256"]][:count]
 
     def _opened(self, shard: int) -> _Shard:
         if shard not in self._open:
@@ -216,7 +238,8 @@ class _Header(records.Schema):
 def _header_of(mapped: Any) -> dict[str, Any]:
     """What a shard's header says of its rows."""
     try:
-        return records.parse((mapped.metadata() or {}).get("rows", "null"), _Header)
+        record = records.parse((mapped.metadata() or {}).get("rows", "null"), dict[str, Any])
+        return records.checked(unsealed(record), _Header)
     except ValueError as error:
         raise ValueError(f"its header: {error}") from error
 
@@ -242,17 +265,17 @@ def _hashes(tensors: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def open_store(path: Path, device: torch.device | str = "cpu") -> Store | None:
-    """The store in a folder; None where there is none. UserError for one that cannot be read."""
+def open_store(path: Path, device: torch.device | str = "cpu", key: str = key_of("prompts")) -> Store | None:
+    """The store in a folder; None where there is none. UserError, beginning with `key`, for one that cannot be read."""
     file = path / FILE
     if not file.is_file():
         return None
     try:
         return Store(path, Manifest.model_validate(unsealed(records.read(file))), device)
     except ValidationError as error:
-        raise UserError(f"{KEY}: cannot read {str(file)!r}: {records.explained(error)}") from error
+        raise UserError(f"{key}: cannot read {str(file)!r}: {records.explained(error)}") from error
     except ValueError as error:
-        raise UserError(f"{KEY}: cannot read {str(file)!r}: {error}") from error
+        raise UserError(f"{key}: cannot read {str(file)!r}: {error}") from error
 
 
 def check(path: Path, manifest: Manifest, prefix: Callable[[int], str] | None) -> None:
@@ -260,16 +283,19 @@ def check(path: Path, manifest: Manifest, prefix: Callable[[int], str] | None) -
 
     UserError for rows that something else encoded, or of something else, with both values; and where the disk has no room for what is missing.
     """
-    found = open_store(path)
+    key = manifest.key
+    found = open_store(path, key=key)
     if found is None and path.is_dir() and any(not each.name.startswith(".") for each in path.iterdir()):
-        raise UserError(f"{KEY}: {str(path)!r} holds other files and no store; choose an empty or new folder")
+        raise UserError(f"{key}: {str(path)!r} holds other files and no store; choose an empty or new folder")
     if found is not None:
         if differs := found.manifest.difference(manifest):
-            key, there, wanted = differs
-            raise UserError(f"{KEY}: {str(path)!r} was encoded with {key} {there!r}, this recipe needs {wanted!r}; choose another folder")
+            what, there, wanted = differs
+            now = "which has changed since" if there == wanted else f"this recipe needs {wanted!r}"
+            made = "drawn" if manifest.kind == "pairs" else "encoded"
+            raise UserError(f"{key}: {str(path)!r} was {made} with {what} {there!r}, {now}; choose another folder")
         if prefix and (found.manifest.count > manifest.count or prefix(found.manifest.count) != found.manifest.rows):
             raise UserError(
-                f"{KEY}: {str(path)!r} holds {found.manifest.count} other {manifest.kind} than this recipe's {manifest.count}; choose another folder"
+                f"{key}: {str(path)!r} holds {found.manifest.count} other {manifest.kind} than this recipe's {manifest.count}; choose another folder"
             )
     _check_room(path, manifest)
 
@@ -281,14 +307,17 @@ def _check_room(path: Path, manifest: Manifest) -> None:
     free = shutil.disk_usage(home).free
     if needed > free:
         raise UserError(
-            f"{KEY}: {str(path)!r} needs {needed / 1e9:.2f} GB more for {manifest.count} {manifest.kind}, and its disk has {free / 1e9:.2f} GB free"
+            f"{manifest.key}: {str(path)!r} needs {needed / 1e9:.2f} GB more for {manifest.count} {manifest.kind}, and its disk has "
+            f"{free / 1e9:.2f} GB free"
         )
 
 
 def create(path: Path, manifest: Manifest, prefix: Callable[[int], str], device: torch.device | str = "cpu") -> Store:
     """A folder for `manifest`'s rows: a new one, or one that `check` takes, which keeps what it has."""
     check(path, manifest, prefix)
-    check_writable(path, KEY)
+    check_writable(path, manifest.key)
+    if (found := open_store(path, key=manifest.key)) is not None:  # by the name that the teacher had then
+        manifest = manifest.model_copy(update={"teacher": found.manifest.teacher})
     write_atomically(path / FILE, json.dumps(sealed(manifest.model_dump(mode="json")), indent=1) + "\n")
     return Store(path, manifest, device)
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.data import weighted
-from fastgen.data.encoded import Keeping, of_images, of_prompts
+from fastgen.data.encoded import Keeping
+from fastgen.data.encoders import of_images, of_prompts
 from fastgen.data.images import CaptionedImages
 from fastgen.data.latents import LatentImages
 from fastgen.data.pairs import Pairs
-from fastgen.data.rows import Chosen, Held, Rows
+from fastgen.data.rows import Chosen, Joined, Rows
 from fastgen.families.base import Family
 from fastgen.progress import Progress
 from fastgen.rng import SampleRng
@@ -55,14 +55,13 @@ class PairTable:
 
     def first(self, count: int) -> PairTable:
         """The first `count` pairs."""
-        few = Pairs(self.pairs.seeds[:count], self.pairs.prompts[:count], self.pairs.x0[:count])
-        return PairTable(few, self.rows[:count], self.cond)
+        return PairTable(self.pairs.first(count), self.rows[:count], self.cond)
 
     def draw(self, rng: SampleRng) -> PairBatch:
         """One pair for each of the rng's samples, drawn with replacement."""
         index = _uniform_rows(len(self.pairs), rng.uniform("pair")).cpu()
-        noise, x0 = self.pairs.noise(index).to(rng.device), self.pairs.x0[index].to(rng.device)
-        return PairBatch(noise, x0, self.cond.select(self.rows[index]))
+        noise, x0 = self.pairs.select(index)
+        return PairBatch(noise.to(rng.device), x0.to(rng.device), self.cond.select(self.rows[index]))
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ class TrainingData:
     @property
     def read_ahead(self) -> bool:
         """Whether batches take long enough to be drawn before they are needed."""
-        tables = (self.cond, self.latents, None if self.pairs is None else self.pairs.cond)
+        pairs = () if self.pairs is None else (self.pairs.cond, self.pairs.pairs.rows)
+        tables = (self.cond, self.latents, *pairs)
         return any(rows.read_ahead for rows in tables if rows is not None)
 
     def draw(self, rng: SampleRng) -> Batch:
@@ -140,7 +140,7 @@ def prepare(
     if images is None:
         return TrainingData(texts, cond, cumulative)
     if isinstance(images, LatentImages):
-        latents = images.latents(keeping.device)
+        latents = images.latents(keeping, progress)
     else:
         latents = keeping.rows(of_images(family, images, keeping.device, batch), progress)
         kept = [i for i in range(len(images)) if i not in images.undecodable]
@@ -154,17 +154,14 @@ def prepare(
     return TrainingData(texts, cond, cumulative, latents, captions)
 
 
-def with_pairs(data: TrainingData, pairs: Pairs, family: Family, device: torch.device, *, batch: int = 64) -> TrainingData:
-    """The same data with pairs beside it; their prompts need not be the data's own, and those that are not are encoded now."""
-    row = {text: i for i, text in enumerate(data.prompts)}
-    texts = list(dict.fromkeys(pairs.prompts))
-    if new := [text for text in texts if text not in row]:
-        known = [text for text in texts if text in row]
-        parts = [data.conditioning(known)] if known else []
-        cond: Rows = Held(conditioning.cat([*parts, conditioning.to(family.encode_prompts(new, batch), device)]))
-        row = {text: i for i, text in enumerate([*known, *new])}
-    else:
-        cond = data.cond
+def with_pairs(
+    data: TrainingData, pairs: Pairs, family: Family, keeping: Keeping, progress: Progress | None = None, *, batch: int = 64
+) -> TrainingData:
+    """The same data with pairs beside it; their prompts need not be the data's own, and those that are not are encoded as the data's are."""
+    row, cond = {text: i for i, text in enumerate(data.prompts)}, data.cond
+    if new := [text for text in dict.fromkeys(pairs.prompts) if text not in row]:
+        cond = Joined(cond, keeping.beside("of_pairs").rows(of_prompts(family, new, batch), progress or Progress()))
+        row |= {text: i for i, text in enumerate(new, len(data.prompts))}
     return replace(data, pairs=PairTable(pairs, torch.tensor([row[prompt] for prompt in pairs.prompts]), cond))
 
 

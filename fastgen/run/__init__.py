@@ -20,7 +20,7 @@ from fastgen.files import check_writable, expanded, write_atomically
 from fastgen.outlook import describe
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
-from fastgen.run.building import Run, build, load_pairs
+from fastgen.run.building import Run, build, keeping_of, load_pairs
 from fastgen.run.evaluating import PartDone, evaluate, results_file
 from fastgen.run.events import train_steps
 from fastgen.run.folder import RunFolder
@@ -142,7 +142,8 @@ def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> No
     run.began = began
     if start.planned.recipe.data.pairs is not None:
         pairs, batch = load_pairs(run, progress), start.planned.recipe.train.at_once
-        data = training.with_pairs(run.data, pairs, start.planned.family, run.parallel.device, batch=batch)
+        keeping = keeping_of(start.planned, run.parallel.device)
+        data = training.with_pairs(run.data, pairs, start.planned.family, keeping, progress, batch=batch)
         run.trainer.data = data.with_first_pairs(began.pairs)
     if start.chosen is None:  # also of a run that was killed before its first checkpoint
         folder.begin(None)

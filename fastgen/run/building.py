@@ -10,8 +10,9 @@ import torch
 
 from fastgen import checkpoint, conditioning, inputs
 from fastgen.data import training
-from fastgen.data.encoded import Keeping, origin_of
-from fastgen.data.pairs import Pairs, TeacherSampler, make_pairs
+from fastgen.data.encoded import Keeping
+from fastgen.data.encoders import origin_of
+from fastgen.data.pairs import Pairs, drawn_prompts
 from fastgen.divergence import largest
 from fastgen.errors import UserError
 from fastgen.export import Expert, StudentInfo
@@ -19,7 +20,7 @@ from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
 from fastgen.licensing import license_of
 from fastgen.parallel import SingleProcess, launch
-from fastgen.plan import Plan
+from fastgen.plan import Plan, drawing_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
 from fastgen.surgery.second_time import Defaults
@@ -131,26 +132,18 @@ def build(plan: Plan, progress: Progress) -> Run:
 
 def load_pairs(run: Run, progress: Progress) -> Pairs:
     """The noise-sample pairs that the recipe names: of a folder, or drawn from the teacher now."""
-    recipe, family = run.plan.recipe, run.plan.family
-    if run.plan.pairs is not None:
-        return run.plan.pairs.load()
-    assert isinstance(recipe.data.pairs, int)
-    times = family.grid(family.own_call["num_inference_steps"]).to(run.parallel.device)
-    teacher = TeacherSampler(run.trainer.distiller.setting.guide(run.trainer.models["teacher"]), times, family.latent.shape)
-    weights = training.prompt_weights(run.plan.prompts, run.plan.images)
-    progress.start("drawing pairs", recipe.data.pairs)
-    try:
-        return make_pairs(
-            teacher,
-            run.data.conditioning,
-            weights,
-            range(recipe.data.pairs),
-            seed=recipe.train.seed,
-            batch=recipe.train.at_once,
-            progress=lambda done: progress.update(done, {}),
-        )
-    finally:  # a bar left running hides the terminal's cursor
-        progress.finish()
+    plan = run.plan
+    recipe, asked = plan.recipe, plan.recipe.data.pairs_asked
+    keeping = keeping_of(plan, run.parallel.device)
+    if plan.pairs is not None:
+        return plan.pairs.load(keeping, progress)
+    assert asked is not None and asked.count is not None
+    drawing = drawing_of(plan)
+    predict = run.trainer.distiller.setting.guide(run.trainer.models["teacher"])
+    sampler = drawing.sampler(predict, run.parallel.device)
+    encoder = drawing.of_noise(lambda: sampler, run.data.conditioning, asked.count, recipe.train.at_once)
+    rows = keeping.of_pairs().rows(encoder, progress)
+    return Pairs(rows, tuple(drawn_prompts(drawing.prompts, range(asked.count), seed=drawing.seed)))
 
 
 def spread(items: Sequence[str], count: int) -> list[str]:

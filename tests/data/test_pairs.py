@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from pair_sets import samples_of, seeds_of
 from torch import Tensor
 from toy_runs import MEAN, VARIANCE
 
-from fastgen.data.pairs import Pairs, Solver, TeacherSampler, cat, make_pairs, noise_seeds
+from fastgen.data.pairs import Pairs, Solver, TeacherSampler, make_pairs, noise_seeds
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.errors import TrainingFailed
 from fastgen.families.toy import Toy
@@ -54,11 +55,25 @@ def test_a_pair_is_the_ode_map_of_its_noise(path: Path) -> None:
     for count, solver in runs:
         teacher = sampler(family, karras(count) if isinstance(path, VarianceExploding) else count, solver=solver)
         pairs = made(family, teacher, range(50))
-        exact = gaussian_map(path, pairs.noise(torch.arange(50)), teacher.times[0])
-        errors[count, solver] = (pairs.x0 - exact).square().mean().sqrt().item()
-    assert pairs.x0.dtype == torch.float32
+        exact = gaussian_map(path, pairs.select(torch.arange(50))[0], teacher.times[0])
+        errors[count, solver] = (samples_of(pairs) - exact).square().mean().sqrt().item()
+    assert samples_of(pairs).dtype == torch.float32
     assert errors[40, "heun"] < 0.5 * errors[40, "euler"] < 0.05
     assert errors[80, "heun"] < min(0.4 * errors[40, "heun"], 0.01)  # order 2
+
+
+@pytest.mark.parametrize("path", [Flow(), TrigFlow(), VariancePreserving(), VarianceExploding()], ids=lambda path: type(path).__name__)
+def test_backwards_leads_from_samples_to_their_noise(path: Path) -> None:
+    """The closed form's own map, the other way round; there and back again is where it began."""
+    family = Toy("toy:gaussian", path=path, kind="x0")
+    noise, errors = torch.randn(50, 2, generator=torch.Generator().manual_seed(1)), {}
+    runs: list[tuple[int, Solver]] = [(40, "euler"), (40, "heun"), (160, "heun")]
+    for count, solver in runs:
+        teacher = sampler(family, karras(count) if isinstance(path, VarianceExploding) else count, solver=solver)
+        found = teacher.backwards(gaussian_map(path, noise, teacher.times[0]).float(), family.encode_prompts([""] * 50))
+        errors[count, solver] = (found - noise).square().mean().sqrt().item()
+    assert errors[40, "heun"] < 0.5 * errors[40, "euler"] < 0.2
+    assert errors[160, "heun"] < 0.01
 
 
 def test_no_two_pairs_have_the_same_noise() -> None:
@@ -94,14 +109,14 @@ def test_euler_pairs_are_the_teachers_own_samples_guidance_included() -> None:
     teacher = load_teacher("toy:mixture", steps=6, guidance=2.5, negative_prompt="1")
     family: Any = teacher.family
     pairs = made(family, TeacherSampler(teacher.predict, teacher.times(), family.latent.shape), range(20), WEIGHTED)
-    torch.testing.assert_close(pairs.x0, teacher.latents(pairs.prompts, pairs.seeds.tolist()), rtol=0, atol=1e-6)
-    predict, x = predictor(family), pairs.noise(torch.arange(20))
+    torch.testing.assert_close(samples_of(pairs), teacher.latents(pairs.prompts, seeds_of(pairs).tolist()), rtol=0, atol=1e-6)
+    predict, x = predictor(family), pairs.select(torch.arange(20))[0]
     cond, negative = family.encode_prompts(pairs.prompts), family.encode_prompts(["1"] * 20)
     with torch.no_grad():  # an Euler step of the guided velocity, written out
         for t, t_next in zip(torch.linspace(1, 1 / 6, 6), torch.linspace(5 / 6, 0, 6), strict=True):
             given, without = (predict(x, t.expand(20), c, "velocity") for c in (cond, negative))
             x = x + (t_next - t) * (without + 2.5 * (given - without))
-    torch.testing.assert_close(pairs.x0, x, rtol=0, atol=2e-5)
+    torch.testing.assert_close(samples_of(pairs), x, rtol=0, atol=2e-5)
 
 
 def test_fewer_pairs_are_the_first_of_more_in_any_batches() -> None:
@@ -110,19 +125,19 @@ def test_fewer_pairs_are_the_first_of_more_in_any_batches() -> None:
     many = made(family, teacher, range(37), WEIGHTED, batch=37)
     few = made(family, teacher, range(10), WEIGHTED, batch=4)
     rest = made(family, teacher, range(10, 37), WEIGHTED, batch=5)
-    joined = cat([few, rest])
-    assert len(few) == 10
-    assert torch.equal(joined.seeds, many.seeds)
-    assert joined.prompts == many.prompts
-    torch.testing.assert_close(joined.x0, many.x0, rtol=0, atol=1e-6)
+    assert len(few) == len(many.first(10)) == 10
+    assert torch.equal(torch.cat([seeds_of(few), seeds_of(rest)]), seeds_of(many))
+    assert few.prompts + rest.prompts == many.prompts
+    torch.testing.assert_close(torch.cat([samples_of(few), samples_of(rest)]), samples_of(many), rtol=0, atol=1e-6)
+    assert torch.equal(samples_of(many.first(10)), samples_of(many)[:10])
 
 
 def test_pairs_differ_among_each_other_and_between_seeds() -> None:
     family = Toy("toy:mixture")
     one, other = (made(family, sampler(family, 2), range(200), WEIGHTED, seed=seed) for seed in (3, 4))
-    assert len(set(one.seeds.tolist()) | set(other.seeds.tolist())) == 400
+    assert len(set(seeds_of(one).tolist()) | set(seeds_of(other).tolist())) == 400
     assert one.prompts != other.prompts
-    assert len(one.x0.unique(dim=0)) == 200
+    assert len(samples_of(one).unique(dim=0)) == 200
 
 
 def test_prompts_are_drawn_with_their_weights() -> None:
@@ -140,14 +155,8 @@ def test_each_pair_is_conditioned_on_its_own_prompt() -> None:
         rows = torch.tensor([i for i, given in enumerate(pairs.prompts) if given == prompt])
         mixture = family.mixture
         # A component is a Gaussian: its own map, mean + std noise, from t = 1 on Flow.
-        exact = mixture.means[component] + mixture.variances[component].sqrt() * pairs.noise(rows)
-        assert (pairs.x0[rows] - exact).abs().max() < 0.02
-
-
-def test_progress_is_told_how_far_it_is() -> None:
-    family, seen = Toy("toy:gaussian"), list[int]()
-    made(family, sampler(family, 1), range(5, 18), batch=5, progress=seen.append)
-    assert seen == [10, 15, 18]
+        exact = mixture.means[component] + mixture.variances[component].sqrt() * pairs.select(rows)[0]
+        assert (samples_of(pairs)[rows] - exact).abs().max() < 0.02
 
 
 def test_a_teacher_that_breaks_is_noticed() -> None:

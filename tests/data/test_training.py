@@ -168,7 +168,7 @@ PAIR_PROMPTS = ("0", "6", "0", "", "3")
 def with_five_pairs(data: TrainingData, family: Toy | None = None) -> TrainingData:
     """Pair i has seed 10 + i and x0 = (i, -i)."""
     x0 = torch.arange(5.0)[:, None] * torch.tensor([1.0, -1.0])
-    return with_pairs(data, Pairs(torch.arange(10, 15), PAIR_PROMPTS, x0), family or Toy("toy:ring"), CPU)
+    return with_pairs(data, Pairs.held(torch.arange(10, 15), PAIR_PROMPTS, x0), family or Toy("toy:ring"), KEEP)
 
 
 def test_pairs_are_drawn_evenly_each_with_its_own_noise_and_prompt() -> None:

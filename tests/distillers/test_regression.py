@@ -98,7 +98,7 @@ def test_a_student_that_is_the_teachers_map_has_no_loss() -> None:
     family = Toy("toy:mixture")
     teacher = TeacherSampler(student(family), family.grid(7), (2,))
     made = make_pairs(teacher, family.encode_prompts, {"0": 0.5, "2": 0.5}, range(40), seed=0)
-    data = training.with_pairs(training.prepare(family, {"1": 1.0}, None, Keeping(CPU)), made, family, CPU)
+    data = training.with_pairs(training.prepare(family, {"1": 1.0}, None, Keeping(CPU)), made, family, Keeping(CPU))
 
     class Map:
         path = Flow()
@@ -212,8 +212,8 @@ def test_the_block_refuses_what_it_does_not_know(given: dict[str, Any], message:
 def test_a_pair_table_feeds_the_loss() -> None:
     """The noise a batch carries is that of the pairs' seeds."""
     family = Toy("toy:gaussian")
-    made = Pairs(torch.tensor([5, 9]), ("", ""), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    drawn = training.with_pairs(training.prepare(family, {"": 1.0}, None, Keeping(CPU)), made, family, CPU).draw(rng(30)).pairs
+    made = Pairs.held(torch.tensor([5, 9]), ("", ""), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    drawn = training.with_pairs(training.prepare(family, {"": 1.0}, None, Keeping(CPU)), made, family, Keeping(CPU)).draw(rng(30)).pairs
     assert drawn is not None
     by_sample = {tuple(x0.tolist()): noise for x0, noise in zip(drawn.x0, drawn.noise, strict=True)}
     for seed, x0 in ((5, (1.0, 2.0)), (9, (3.0, 4.0))):
@@ -226,8 +226,8 @@ def test_a_resumed_run_keeps_to_the_pairs_it_began_with(tmp_path: Folder) -> Non
     def run(count: int) -> Trainer:
         family = Toy("toy:gaussian", width=16)
         trainer = toy_trainer(toy_method(DMD, toy_setting(family)), family, optimizers=optimizer_block(lr=1e-2), steps=4)
-        made = Pairs(torch.arange(count), ("",) * count, normal(33, 2)[:count].float())
-        trainer.data = training.with_pairs(trainer.data, made, family, CPU)
+        made = Pairs.held(torch.arange(count), ("",) * count, normal(33, 2)[:count].float())
+        trainer.data = training.with_pairs(trainer.data, made, family, Keeping(CPU))
         return trainer
 
     whole = run(20)

@@ -12,6 +12,7 @@ from toy_runs import CPU, optimizer_block, toy_method, toy_setting, toy_trainer
 
 from fastgen.config import Recipe, shipped_recipes, validate
 from fastgen.data import training
+from fastgen.data.encoded import Keeping
 from fastgen.data.pairs import TeacherSampler, make_pairs
 from fastgen.distillers import distiller_class, distiller_names
 from fastgen.distillers.base import Distiller, Facts
@@ -98,7 +99,7 @@ def rates(method: Any, family: Toy) -> dict[str, dict[int, float]]:
     trainer = toy_trainer(method, family, latents=latents, optimizers=block, steps=method.setting.train_steps)
     teacher = TeacherSampler(trainer.models["teacher"], torch.tensor([1.0, 0.5]), (2,))
     made = make_pairs(teacher, family.encode_prompts, {"": 1.0}, range(8), seed=0)
-    trainer.data = training.with_pairs(trainer.data, made, family, CPU)
+    trainer.data = training.with_pairs(trainer.data, made, family, Keeping(CPU))
     seen: dict[str, dict[int, float]] = {}
     while trainer.step < method.setting.train_steps:
         step = trainer.step

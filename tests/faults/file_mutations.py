@@ -128,7 +128,7 @@ def _dumped(value: Any) -> str:
 def _reseal(folder: Path, damaged: Path) -> None:
     """As if that file had been written so: its record is sealed again, and its hash in a student's is renewed. A checkpoint's is not: weights
     that are finite and wrong diverge, as they may."""
-    for name in ("fastgen.json", "state.json", "inputs.json", "pairs.json"):
+    for name in ("fastgen.json", "state.json", "inputs.json", "store.json"):
         for record in filter(Path.is_file, folder.rglob(name)):
             try:
                 content = json.loads(record.read_text())
