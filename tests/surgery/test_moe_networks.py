@@ -7,7 +7,7 @@ import pytest
 import torch
 from moe_networks import SPLIT, blocks, experts, largest, split, stir
 from tangents import F64, math_tangent, normal, relative
-from torch import Tensor, nn
+from torch import nn
 
 from fastgen.errors import UserError
 from fastgen.jvp import check_tangent, tangent
@@ -43,13 +43,6 @@ def test_experts_that_take_every_token_are_the_dense_mixture(name: str) -> None:
     assert largest(by_expert.call(by_expert.x, by_expert.t), expected) <= 1e-12
     moe.set_active(by_expert.network, 1.5)
     assert largest(by_expert.call(by_expert.x, by_expert.t), expected) > 1e-4
-
-
-@pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers rotates queries and embeds times in fp32 whatever the network's dtype is, which differences of small steps would see; not here."""
-    narrow = Tensor.float
-    monkeypatch.setattr(Tensor, "float", lambda x: x if x.dtype == F64 else narrow(x))
 
 
 @pytest.mark.usefixtures("wide")

@@ -32,10 +32,10 @@ def taylor(layers: Sequence[Structure], batches: Iterable[Callable[[], Tensor]])
     for loss in batches:
         with torch.enable_grad(), _activations(layers) as seen:
             value = loss()
-            flat = [a for parts in seen.values() for a in parts]
-            grads = iter(torch.autograd.grad(value, flat, allow_unused=True))
+            taken = {name: tuple(parts) for name, parts in seen.items()}  # blocks that are computed again for the gradient pass here once more
+            grads = iter(torch.autograd.grad(value, [a for parts in taken.values() for a in parts], allow_unused=True))
         for layer in layers:
-            score = _score([(a, next(grads)) for a in seen[layer.name]], layer)
+            score = _score([(a, next(grads)) for a in taken[layer.name]], layer)
             total[layer.name] = score + total.get(layer.name, torch.zeros_like(score))
         count += 1
     if not count:

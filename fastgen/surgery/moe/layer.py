@@ -158,7 +158,9 @@ def remembered(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
 @torch.no_grad()
 def even_out(network: nn.Module, counts: Mapping[str, Tensor], rate: float = 1e-3) -> None:
     """Raise the selection bias of experts with less than the mean load by `rate`, and lower that of the others (Wang et al. 2024,
-    arXiv:2408.15664); gates, hence outputs of the same choice, stay. counts: of layers by name, over all processes."""
+    arXiv:2408.15664); gates, hence outputs of the same choice, stay. counts: of layers by name, over all processes.
+
+    Between updates: a pass whose gradient is still to come may have to choose again as it did."""
     for layer in expert_layers(network):
         if layer.name in counts:
             load = counts[layer.name].to(layer.selection_bias)
