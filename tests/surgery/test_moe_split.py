@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from moe_networks import blocks, largest, split
 from tangents import F64, normal, relative
 from torch import Tensor, nn
 
+from fastgen.errors import UserError
 from fastgen.surgery import moe
 from fastgen.surgery.moe.split import Partition, deal, select, sizes
 from fastgen.surgery.moe.structures import Structure
@@ -82,6 +84,44 @@ def test_the_experts_of_every_structure_are_the_dense_layer(name: str, importanc
     assert network.block["ff"] is layer and largest(network(x), expected) <= 1e-12
     layer.active = 0
     assert largest(network(x), layer.shared(x)) == 0 and relative(network(x), expected) > 0.01
+
+
+SINGLE = ("flux", "bria", "bria_fibo", "chroma", "hunyuan_video", "hunyuanimage", "longcat_image", "motif_video")
+
+
+def single_block(file: str) -> Any:
+    """The single block that one of diffusers' files defines, 32 wide."""
+    module = pytest.importorskip(f"diffusers.models.transformers.transformer_{file}")
+    cls = next(value for name, value in vars(module).items() if name.endswith("SingleTransformerBlock") and value.__module__ == module.__name__)
+    sizes = {"dim": 32, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 4.0}
+    accepted = {key: value for key, value in sizes.items() if key in inspect.signature(cls).parameters}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls(**accepted).to(F64).eval()
+
+
+@pytest.mark.parametrize("file", SINGLE)
+@torch.no_grad()
+def test_the_experts_of_every_single_block_are_its_dense_layer(file: str) -> None:
+    block = single_block(file)
+    attention, h = normal(2, 5, 32, seed=1), normal(2, 5, 32, seed=2)
+
+    def end() -> Tensor:
+        """As all of these blocks end, whatever they do before."""
+        return block.proj_out(torch.cat([attention, block.act_mlp(block.proj_mlp(h))], dim=2))
+
+    expected, network = end(), nn.ModuleDict({"block": block})
+    layers = moe.to_convert(network, [block], moe.Experts(4, 1.0, 0.25, 4))
+    (layer,) = moe.convert(network, [block], moe.Experts(4, 1.0, 0.25, 4), moe.magnitude(layers))
+    assert largest(end(), expected) <= 1e-12
+    layer.active = 1
+    assert largest(end(), expected) > 1e-3
+
+
+def test_a_single_block_that_gates_is_refused() -> None:
+    network = nn.ModuleDict({"block": single_block("ovis_image")})
+    with pytest.raises(UserError, match=r"block\.proj_mlp \(Linear\) is a feed-forward layer of unknown structure"):
+        moe.to_convert(network, [network], moe.Experts())
 
 
 def test_it_is_split_as_the_paper_splits_flux() -> None:
