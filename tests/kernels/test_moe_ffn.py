@@ -1,96 +1,16 @@
-"""moe_ffn beside a loop over tokens: values, every gradient, tangents beside finite differences; skewed and empty experts, odd sizes."""
+"""moe_ffn beside a loop over tokens: values and every gradient; skewed and empty experts, odd sizes; what else it promises."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from fastgen_kernels.moe_ffn import ACTIVATIONS, describe, is_gated, moe_ffn, moe_ffn_by_expert, products, reference
+from fastgen_kernels.moe_ffn import ACTIVATIONS, describe, moe_ffn, moe_ffn_by_expert, products, reference
+from moe_cases import ALIGNED, F64, ODD, ROUTINGS, Size, assert_alike, by_expert, chosen, gradients, inputs, loop, normal, relative
 from torch import Tensor
-from torch.autograd import forward_ad
-
-F64 = torch.float64
-
-
-class Size(NamedTuple):
-    tokens: int
-    slots: int
-    experts: int
-    width: int
-    hidden: int
-    out: int
-
-
-ODD, ALIGNED = Size(13, 2, 5, 7, 3, 9), Size(24, 3, 4, 8, 16, 12)  # the second are multiples of 16 bytes in fp32
-ROUTINGS = ("random", "skewed", "one", "twice")
-
-
-def normal(*size: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
-
-
-def chosen(size: Size, routing: str) -> Tensor:
-    ids = torch.randint(size.experts, (size.tokens, size.slots), generator=torch.Generator().manual_seed(7))
-    if routing == "skewed":  # all but two tokens at expert 1, and none at the last
-        ids[2:] = 1
-        ids[:2] = ids[:2] % (size.experts - 1)
-    elif routing == "one":
-        ids[:] = size.experts - 1
-    elif routing == "twice":
-        ids[:, 1] = ids[:, 0]
-    return ids
-
-
-def inputs(size: Size, activation: str = "gelu", dtype: torch.dtype = F64) -> dict[str, Tensor]:
-    rows = (1 + is_gated(activation)) * size.hidden  # type: ignore[arg-type]
-    made = {
-        "x": normal(size.tokens, size.width),
-        "gates": normal(size.tokens, size.slots, seed=1).abs(),
-        "w1": normal(size.experts, rows, size.width, seed=2) / size.width**0.5,
-        "b1": normal(size.experts, rows, seed=3),
-        "w2": normal(size.experts, size.out, size.hidden, seed=4) / size.hidden**0.5,
-        "b2": normal(size.experts, size.out, seed=5),
-    }
-    return {name: value.to(dtype).requires_grad_() for name, value in made.items()}
-
-
-def act(h: Tensor, activation: str) -> Tensor:
-    if activation.startswith("gelu"):
-        return F.gelu(h, approximate="tanh" if activation.endswith("approximate") else "none")
-    half = len(h) // 2
-    return h[:half] * (F.gelu(h[half:]) if activation == "geglu" else F.silu(h[half:]))
-
-
-def loop(x: Tensor, ids: Tensor, gates: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str) -> Tensor:
-    """One token and one slot after the other."""
-    out = []
-    for t in range(len(x)):
-        y = x.new_zeros(w2.shape[1])
-        for e, gate in zip(ids[t].tolist(), gates[t], strict=True):
-            h = w1[e] @ x[t] if b1 is None else w1[e] @ x[t] + b1[e]
-            z = w2[e] @ act(h, activation)
-            y = y + gate * (z if b2 is None else z + b2[e])
-        out.append(y)
-    return torch.stack(out)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Of what may be zero throughout, as the gradient of a bias nobody used."""
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm().clamp(min=1e-30))
-
-
-def gradients(out: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    grads = torch.autograd.grad((out * normal(*out.shape, seed=9).to(out)).sum(), list(given.values()), allow_unused=True)
-    return {name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in zip(given.items(), grads, strict=True)}
-
-
-def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor], least: float) -> None:
-    assert {name: relative(found[name], grad) for name, grad in expected.items() if relative(found[name], grad) >= least} == {}
 
 
 @pytest.mark.parametrize("size", [ODD, ALIGNED], ids=["odd", "aligned"])
@@ -125,71 +45,6 @@ def test_in_bf16_it_is_as_near_as_rounding_allows() -> None:
     out, expected = moe_ffn(ids=ids, activation="swiglu", **given), loop(ids=ids, activation="swiglu", **truth)
     assert out.dtype == torch.bfloat16 and relative(out, expected) < 0.01
     assert_alike(gradients(out, given), gradients(expected, truth), 0.02)
-
-
-def pushed(fn: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """torch.func's value and tangent."""
-    out: Any = torch.func.jvp(fn, tuple(at), tuple(along))
-    return out
-
-
-def functional(size: Size, activation: Any, routing: str = "random") -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The op as a function of x, gates, w1, b1, w2, b2, and where."""
-    ids, given = chosen(size, routing), inputs(size, activation)
-    return lambda x, gates, w1, b1, w2, b2: moe_ffn(x, ids, gates, w1, b1, w2, b2, activation=activation), tuple(given.values())
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_gradients_and_tangents_of_all_inputs_are_finite_differences(activation: Any, routing: str) -> None:
-    fn, at = functional(Size(4, 2, 3, 3, 2, 2), activation, routing)
-    assert torch.autograd.gradcheck(fn, at, check_forward_ad=True)
-
-
-def test_second_derivatives_are_finite_differences_too() -> None:
-    fn, at = functional(Size(3, 2, 3, 2, 2, 2), "swiglu", "skewed")
-    assert torch.autograd.gradgradcheck(fn, at, check_fwd_over_rev=True, check_rev_over_rev=True)
-
-
-@pytest.mark.parametrize("constant", [(), (1, 2, 3, 4, 5), (0,)], ids=["none", "all but x", "x"])
-@pytest.mark.parametrize("mode", ["func", "forward_ad"])
-@pytest.mark.parametrize("size", [ODD, ALIGNED], ids=["odd", "aligned"])
-def test_tangents_in_either_interface(size: Size, mode: str, constant: tuple[int, ...]) -> None:
-    fn, at = functional(size, "geglu")
-    along = [torch.zeros_like(x) if i in constant else normal(*x.shape, seed=20 + i) for i, x in enumerate(at)]
-    h = 1e-6
-    expected = (fn(*(x + h * dx for x, dx in zip(at, along, strict=True))) - fn(*(x - h * dx for x, dx in zip(at, along, strict=True)))) / (2 * h)
-    if mode == "func":
-        tangent = pushed(fn, at, along)[1]
-    else:
-        with forward_ad.dual_level():
-            duals = [x if i in constant else forward_ad.make_dual(x, dx) for i, (x, dx) in enumerate(zip(at, along, strict=True))]
-            tangent = forward_ad.unpack_dual(fn(*duals)).tangent
-        assert tangent is not None
-    assert relative(tangent.detach(), expected.detach()) < 1e-8
-
-
-def routed(fn: Callable[..., Tensor], given: dict[str, Tensor], router: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function of tokens whose choice and gates follow from them."""
-    weights = {name: value for name, value in given.items() if name not in ("x", "gates")}
-
-    def call(x: Tensor) -> Tensor:
-        gates, ids = (x @ router.to(x)).softmax(-1).topk(2)
-        return fn(x, ids, gates, **weights, activation="gelu")
-
-    return call
-
-
-@pytest.mark.parametrize(("dtype", "least"), [(F64, 1e-13), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
-def test_a_router_inside_the_tangent_and_the_gradient_after_it(dtype: torch.dtype, least: float) -> None:
-    given, router = inputs(ALIGNED, dtype=dtype), normal(ALIGNED.width, ALIGNED.experts, seed=30)
-    x, dx = given["x"], normal(*given["x"].shape, seed=31, dtype=dtype)
-    out, tangent = pushed(routed(moe_ffn, given, router), (x,), (dx,))
-    expected, expected_tangent = pushed(routed(reference.moe_ffn, given, router), (x,), (dx,))
-    assert relative(tangent, expected_tangent) < least
-    weights = {name: given[name] for name in ("x", "w1", "b1", "w2", "b2")}
-    target = gradients(expected + expected_tangent.square(), weights)  # through the tangent as well
-    assert_alike(gradients(out + tangent.square(), weights), target, 10 * least)
 
 
 def test_a_gradient_that_is_one_number_everywhere() -> None:
@@ -233,12 +88,6 @@ def test_two_runs_agree_bit_for_bit(by_expert: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-def by_expert(capacity: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """What each of four experts chooses of ALIGNED's tokens, each token once at most; and its inputs."""
-    tokens = torch.stack([torch.randperm(ALIGNED.tokens, generator=torch.Generator().manual_seed(e))[:capacity] for e in range(4)])
-    return tokens, inputs(ALIGNED, "swiglu") | {"gates": normal(4, capacity, seed=1).requires_grad_()}
-
-
 @pytest.mark.parametrize("capacity", [1, 5, ALIGNED.tokens])
 def test_experts_that_choose_their_tokens(capacity: int) -> None:
     tokens, given = by_expert(capacity)
@@ -257,19 +106,6 @@ def test_the_two_choices_are_one_where_they_choose_alike() -> None:
     by_token = given | {"gates": given["gates"].gather(1, place).T}
     expected = moe_ffn(ids=ids, activation="swiglu", **by_token)
     assert relative(moe_ffn_by_expert(tokens=tokens, activation="swiglu", **given), expected) < 1e-14
-
-
-def test_tangents_of_experts_that_choose_their_tokens() -> None:
-    tokens, given = by_expert(5)
-    names = list(given)
-
-    def fn(*values: Tensor) -> Tensor:
-        return moe_ffn_by_expert(tokens=tokens, activation="swiglu", **dict(zip(names, values, strict=True)))
-
-    at, along = tuple(given.values()), tuple(normal(*x.shape, seed=40 + i) for i, x in enumerate(given.values()))
-    h = 1e-6
-    expected = (fn(*(x + h * dx for x, dx in zip(at, along, strict=True))) - fn(*(x - h * dx for x, dx in zip(at, along, strict=True)))) / (2 * h)
-    assert relative(pushed(fn, at, along)[1].detach(), expected.detach()) < 1e-8
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (5, 0)], ids=["no tokens", "no slots"])

@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from fastgen.surgery import moe
 from fastgen.surgery.moe.split import Choice
 
+
+class Around(nn.Module):
+    """A network of one block with one layer in it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"ff": layer})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block["ff"](x)
+
+
 BLOCKS = {
     "dit": ["transformer_blocks"],
     "sd15": ["down_blocks", "up_blocks"],
