@@ -1,4 +1,5 @@
-"""Activations computed again in the backward pass instead of kept (Chen et al. 2016, arXiv:1604.06174), on networks whose adapters change."""
+"""Activations computed again in the backward pass instead of kept (Chen et al. 2016, arXiv:1604.06174), on networks whose adapters and
+active experts change."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.errors import UserError
 from fastgen.surgery import lora
+from fastgen.surgery.moe import layer as moe_layer
 
 
 def recompute_blocks(backbone: nn.Module) -> None:
-    """Have each block of a diffusers network keep its inputs alone, and run again in the backward pass with the adapters of its forward.
+    """Have each block of a diffusers network keep its inputs alone, and run again in the backward pass with the adapters and experts of its
+    forward.
 
     UserError for a network whose blocks cannot. Copies of the network do so too.
     """
@@ -23,10 +26,10 @@ def recompute_blocks(backbone: nn.Module) -> None:
 
 
 def _computed_again(block: nn.Module, *args: Any) -> Any:
-    as_now = lora.remembered(block)
+    as_now, experts = lora.remembered(block), moe_layer.remembered(block)
 
     def run(*args: Any) -> Any:
-        with as_now():
+        with as_now(), experts():
             return block(*args)
 
     return checkpoint(run, *args, use_reentrant=False)

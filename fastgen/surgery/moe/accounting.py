@@ -1,0 +1,142 @@
+"""What a network has and what one image costs, by kind of layer; of a dense network or of one that was converted, and on the meta device too.
+
+FLOPs are two for each multiplication with its addition, in linear and convolution layers, experts and scaled dot products; norms, activations,
+linear attention's products and masks, which save nothing here, are left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastgen.surgery.moe.layer import ExpertLayer, expert_layers
+from fastgen.surgery.moe.structures import Structure, walk
+
+Kind = Literal["feed-forward", "router", "attention", "attention products", "modulation", "outside blocks"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass
+class Cost:
+    """parameters: all of them; active: those that one token uses, experts by their number; flops: of one call."""
+
+    parameters: int = 0
+    active: float = 0.0
+    flops: float = 0.0
+
+
+Account = dict[Kind, Cost]
+# A parameter's kinds, each with its share of it and the fraction of that which one token uses.
+Shares = list[tuple[Kind, float, float]]
+
+
+def account(network: nn.Module, blocks: Iterable[nn.Module], call: Callable[[], Any] | None = None) -> Account:
+    """Costs by kind. call: runs the network once, on one image, for the FLOPs, which are 0 without it; tensors of the meta device will do.
+
+    Attention is what blocks hold that is nothing else: projections, and norms with weights. Modulation is blocks' own adaptive norms and tables;
+    what all blocks share lies outside. A layer that fuses attention and feed-forward in a way that `structures` does not know is attention's.
+    """
+    shares = _shares(network, list(blocks))
+    costs: Account = {kind: Cost() for kind in KINDS}
+    for parameter in network.parameters():
+        for kind, share, active in shares[id(parameter)]:
+            costs[kind].parameters += round(share * parameter.numel())
+            costs[kind].active += share * active * parameter.numel()
+    for kind, flops in _flops(network, call, shares).items() if call is not None else ():
+        costs[kind].flops = flops
+    return costs
+
+
+def total(costs: Account, without: Iterable[Kind] = ()) -> Cost:
+    """The sum over kinds, but for some."""
+    kept = [cost for kind, cost in costs.items() if kind not in tuple(without)]
+    return Cost(sum(cost.parameters for cost in kept), sum(cost.active for cost in kept), sum(cost.flops for cost in kept))
+
+
+def _shares(network: nn.Module, blocks: list[nn.Module]) -> Mapping[int, Shares]:
+    shares: dict[int, Shares] = {id(p): [("outside blocks", 1.0, 1.0)] for p in network.parameters()}
+
+    def put(parameters: Iterable[nn.Parameter], kind: Kind, active: float = 1.0) -> None:
+        shares.update({id(p): [(kind, 1.0, active)] for p in parameters})
+
+    for block in blocks:
+        put(block.parameters(), "attention")
+        for name, module in block.named_modules():
+            if _modulates(name, module):
+                put(module.parameters(), "modulation")
+        put((p for name, p in block.named_parameters() if name.endswith("scale_shift_table")), "modulation")
+    for structure, name in walk(network, blocks, strict=False):
+        if structure is not None:
+            _put_dense(shares, structure)
+        elif not isinstance(network.get_submodule(name), (nn.Linear, ExpertLayer)):
+            put(network.get_submodule(name).parameters(), "feed-forward")
+    for layer in expert_layers(network):
+        put(layer.parameters(), "feed-forward")
+        put(layer.router.parameters(), "router")
+        put(layer.parameters(recurse=False), "feed-forward", _mean_active(layer) / layer.num_experts)
+    return shares
+
+
+def _put_dense(shares: dict[int, Shares], structure: Structure) -> None:
+    down = structure.down
+    for layer in (*structure.up, down):
+        shares.update({id(p): [("feed-forward", 1.0, 1.0)] for p in layer.parameters()})
+    if structure.beside:
+        attention = structure.beside / down.in_features
+        shares[id(down.weight)] = [("attention", attention, 1.0), ("feed-forward", 1 - attention, 1.0)]
+        shares[id(down.bias)] = [("attention", 1.0, 1.0)]
+
+
+def _modulates(name: str, module: nn.Module) -> bool:
+    kind, last = type(module).__name__, name.rpartition(".")[2]
+    return "AdaLayerNorm" in kind or "AdaNorm" in kind or kind == "LuminaRMSNormZero" or last in ("img_mod", "txt_mod", "adaLN_modulation")
+
+
+def _mean_active(layer: ExpertLayer) -> float:
+    return float(layer.active) if isinstance(layer.active, int | float) else sum(layer.active) / len(layer.active)
+
+
+def _flops(network: nn.Module, call: Callable[[], Any], shares: Mapping[int, Shares]) -> Mapping[Kind, float]:
+    flops: dict[Kind, float] = defaultdict(float)
+
+    def of_layer(layer: Any, _inputs: Any, output: Tensor) -> None:
+        each = layer.weight.numel() // layer.weight.shape[0]  # of one number of the output
+        for kind, share, _ in shares[id(layer.weight)]:
+            flops[kind] += 2 * share * output.numel() * each
+
+    def of_experts(layer: ExpertLayer, _inputs: Any, output: Tensor) -> None:
+        tokens, each = output.numel() // layer.w2.shape[1], layer.w1[0].numel() + layer.w2[0].numel()
+        flops["feed-forward"] += 2 * tokens * _mean_active(layer) * each
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                stack.callback(module.register_forward_hook(of_layer).remove)
+            elif isinstance(module, ExpertLayer):
+                stack.callback(module.register_forward_hook(of_experts).remove)
+        stack.enter_context(_Attention(flops))
+        call()
+    return flops
+
+
+class _Attention(TorchFunctionMode):
+    """Counts the two products of each `F.scaled_dot_product_attention`."""
+
+    def __init__(self, flops: dict[Kind, float]) -> None:
+        super().__init__()
+        self.flops = flops
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            q, k, v = named["query"], named["key"], named["value"]
+            self.flops["attention products"] += 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        return func(*args, **(kwargs or {}))

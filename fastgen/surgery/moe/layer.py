@@ -1,0 +1,175 @@
+"""The module that takes a feed-forward layer's place: a shared expert, a router and routed experts (Dense2MoE, arXiv:2510.09094)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from fastgen_kernels.moe_ffn import Activation, activate, is_gated, moe_ffn, moe_ffn_by_expert
+from torch import Tensor, nn
+
+from fastgen.surgery.moe import routing
+from fastgen.surgery.moe.routing import Routing
+from fastgen.surgery.moe.split import Experts, Partition, select
+from fastgen.surgery.moe.structures import Dense
+
+Active = float | Sequence[float]
+
+
+class Shared(nn.Module):
+    """The dense layer of the shared expert's neurons, with the whole layer's output bias."""
+
+    def __init__(self, dense: Dense, activation: Activation) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.up, self.down = _linear(dense.w1, dense.b1), _linear(dense.w2, dense.b2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(activate(self.up(x), self.activation))
+
+
+class Router(nn.Linear):
+    """Logits in fp32 or wider whatever the network computes in; zeros at first."""
+
+    def __init__(self, width: int, num_experts: int, like: Tensor) -> None:
+        super().__init__(width, num_experts, bias=False, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+        nn.init.zeros_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        with nullcontext() if input.is_meta else torch.autocast(input.device.type, enabled=False):  # there is none on meta
+            return F.linear(input.to(wide), self.weight.to(wide))
+
+
+class ExpertLayer(nn.Module):
+    """shared(x) + sum over chosen experts of gate * expert(x), tokens x (…, D) or, where experts choose, (B, …, D) with samples first.
+
+    With a router of zeros and all experts active it is the dense layer; with none, that layer without the routed experts' neurons. Tokens see
+    nothing of each other where they choose; where experts choose, those of one sample compete.
+
+    active: experts that a token uses, changed at run time by `set_active`. records: where the layer's passes leave what they chose, or None.
+    selection_bias: (E,), added to probabilities for the choice alone; `even_out` changes it, no gradient does.
+    """
+
+    records: list[Routing] | None
+    selection_bias: Tensor
+
+    def __init__(self, name: str, dense: Dense, activation: Activation, partition: Partition, experts: Experts) -> None:
+        super().__init__()
+        self.name, self.choice, self.num_experts = name, experts.choice, experts.num
+        self.activation: Activation = activation
+        self.active: Active = experts.active
+        self.records = None
+        gated = is_gated(activation)
+        self.shared = Shared(select(dense, partition.shared, gated=gated)._replace(b2=dense.b2), activation)
+        self.router = Router(dense.w1.shape[1], experts.num, dense.w1)
+        routed = select(dense, partition.routed, gated=gated)
+        self.w1, self.w2 = nn.Parameter(routed.w1.contiguous()), nn.Parameter(routed.w2.contiguous())
+        self.b1 = None if routed.b1 is None else nn.Parameter(routed.b1.contiguous())
+        self.register_buffer("selection_bias", torch.zeros(experts.num, device=dense.w1.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.shared(x)
+        if self.active == 0:
+            return out
+        probabilities = self.router(x).softmax(-1)
+        routed = self._by_token(x, probabilities) if self.choice == "token" else self._by_expert(x, probabilities)
+        return out + routed.view(out.shape)
+
+    def _by_token(self, x: Tensor, probabilities: Tensor) -> Tensor:
+        assert isinstance(self.active, int | float)
+        probabilities = probabilities.flatten(0, -2)
+        ids, gates = routing.token_choice(probabilities, self.selection_bias, int(self.active))
+        if self.records is not None:
+            self.records.append(routing.of_token_choice(self.name, probabilities, ids))
+        return moe_ffn(x.flatten(0, -2), ids, gates, self.w1, self.b1, self.w2, activation=self.activation)
+
+    def _by_expert(self, x: Tensor, probabilities: Tensor) -> Tensor:
+        tokens, gates = routing.expert_choice(probabilities.flatten(1, -2), self.active)
+        if self.records is not None:
+            self.records.append(routing.of_expert_choice(self.name, probabilities.flatten(0, -2), tokens))
+        return moe_ffn_by_expert(x.flatten(0, -2), tokens, gates, self.w1, self.b1, self.w2, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} experts of {self.w2.shape[-1]} neurons, {self.active} active, {self.choice} choice, {self.activation}"
+
+
+def expert_layers(network: nn.Module) -> list[ExpertLayer]:
+    return [module for module in network.modules() if isinstance(module, ExpertLayer)]
+
+
+def set_active(network: nn.Module, active: Active | Tensor) -> None:
+    """How many experts tokens use from now on, in every layer; with expert choice also one number for each sample of the batch, such as
+    `scheduled_active` gives. Blocks that are computed again in a backward pass use what they used in their forward pass.
+
+    ValueError for what a layer cannot do.
+    """
+    value = active.tolist() if isinstance(active, Tensor) else active
+    for layer in expert_layers(network):
+        numbers = [value] if isinstance(value, int | float) else list(value)
+        if not all(0 <= k <= layer.num_experts for k in numbers):
+            raise ValueError(f"active: {value}; {layer.name} has {layer.num_experts} experts")
+        if layer.choice == "token" and not (isinstance(value, int | float) and value == int(value)):
+            raise ValueError(f"active: {value}; in {layer.name} tokens choose, so it is one whole number")
+        layer.active = value
+
+
+@contextmanager
+def recording(network: nn.Module) -> Iterator[list[Routing]]:
+    """Inside, each pass through an expert layer appends what it chose, with the graph of its probabilities: for `balance_loss`, statistics,
+    `even_out`. Nothing is kept otherwise. Blocks that are computed again record nothing."""
+    records: list[Routing] = []
+    layers = expert_layers(network)
+    before = [layer.records for layer in layers]
+    for layer in layers:
+        layer.records = records
+    try:
+        yield records
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.records = old
+
+
+def remembered(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """What opens a context in which experts in `module` are as active as at this call; from the second time on they record nothing, for then
+    the module computes a pass again."""
+    layers = expert_layers(module)
+    then = [layer.active for layer in layers]
+    is_again = False
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        nonlocal is_again
+        now = [(layer.active, layer.records) for layer in layers]
+        for layer, active in zip(layers, then, strict=True):
+            layer.active, layer.records = active, None if is_again else layer.records
+        is_again = True
+        try:
+            yield
+        finally:
+            for layer, (active, records) in zip(layers, now, strict=True):
+                layer.active, layer.records = active, records
+
+    return again
+
+
+@torch.no_grad()
+def even_out(network: nn.Module, counts: Mapping[str, Tensor], rate: float = 1e-3) -> None:
+    """Raise the selection bias of experts with less than the mean load by `rate`, and lower that of the others (Wang et al. 2024,
+    arXiv:2408.15664); gates, hence outputs of the same choice, stay. counts: of layers by name, over all processes.
+
+    Between updates: a pass whose gradient is still to come may have to choose again as it did."""
+    for layer in expert_layers(network):
+        if layer.name in counts:
+            load = counts[layer.name].to(layer.selection_bias)
+            layer.selection_bias += rate * (load.mean() - load).sign()
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+    return layer

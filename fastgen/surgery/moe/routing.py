@@ -1,0 +1,94 @@
+"""Who goes where: tokens choose experts, or experts choose tokens; what was chosen; how the load is evened out.
+
+A router's scores are softmax probabilities P in fp32 or wider; gates are num_experts * P, so that a router of zeros weighs every expert by 1.
+Choices are by stable sorting, lower indices first among equals; they have no derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def token_choice(probabilities: Tensor, bias: Tensor, active: int) -> tuple[Tensor, Tensor]:
+    """(ids, gates), each (T, active): the experts with the highest probability, (T, E), plus bias, (E,), which gates do not see."""
+    ids = (probabilities + bias).argsort(dim=-1, descending=True, stable=True)[:, :active]
+    return ids, probabilities.shape[-1] * probabilities.gather(-1, ids)
+
+
+def expert_choice(probabilities: Tensor, active: float | Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(tokens, gates), each (E, C): in each sample of probabilities (B, N, E) every expert takes the ceil(N active / E) tokens that give it the
+    highest probability (Zhou et al. 2022, arXiv:2202.09368, within samples). tokens index B * N. active: one number, or one for each sample."""
+    batch, num_tokens, num_experts = probabilities.shape
+    each = [float(active)] * batch if isinstance(active, int | float) else list(active)
+    if len(each) != batch:
+        raise ValueError(f"active: {len(each)} numbers for {batch} samples")
+    order = probabilities.argsort(dim=1, descending=True, stable=True)
+    taken = [order[b, : capacity(num_tokens, k, num_experts)] + b * num_tokens for b, k in enumerate(each)]
+    tokens = torch.cat(taken).T
+    experts = torch.arange(num_experts, device=tokens.device)[:, None]
+    return tokens, num_experts * probabilities.flatten(0, 1)[tokens, experts]
+
+
+def capacity(num_tokens: int, active: float, num_experts: int) -> int:
+    """How many of a sample's tokens each expert takes, so that a token has `active` experts on average."""
+    return min(num_tokens, math.ceil(round(num_tokens * active / num_experts, 6)))
+
+
+def scheduled_active(t: Tensor, least: float, most: float) -> Tensor:
+    """Experts a token at path time t (B,), 1 = noise: from `least` at noise to `most` at data, linearly. The counterpart for continuous time of
+    the linear schedule in arXiv:2604.01622, where low noise gained most; which end gains here has to be measured on each network."""
+    return least + (most - least) * (1 - t)
+
+
+class Routing(NamedTuple):
+    """What one pass through a layer chose. probabilities: (T, E), with their graph; counts: (E,) fp32, tokens that went to each expert;
+    dropped: the share of tokens that no routed expert took, 0-d, 0 where tokens choose."""
+
+    layer: str
+    probabilities: Tensor
+    counts: Tensor
+    dropped: Tensor
+
+    @property
+    def load(self) -> Tensor:
+        """Each expert's share of all choices, (E,); 1/E is even."""
+        return self.counts / self.counts.sum().clamp(min=1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Of a token's probabilities, in nats, the mean over tokens: ln E where the router has no opinion."""
+        p = self.probabilities.detach()
+        return -torch.xlogy(p, p).sum(-1).mean()
+
+
+def of_token_choice(layer: str, probabilities: Tensor, ids: Tensor) -> Routing:
+    counts = (ids.flatten()[:, None] == torch.arange(probabilities.shape[-1], device=ids.device)).sum(0).float()
+    return Routing(layer, probabilities, counts, counts.new_tensor(0.0 if ids.shape[1] else 1.0))
+
+
+def of_expert_choice(layer: str, probabilities: Tensor, tokens: Tensor) -> Routing:
+    served = torch.zeros(len(probabilities), dtype=torch.bool, device=tokens.device).index_fill_(0, tokens.flatten(), True)
+    counts = torch.full((len(tokens),), float(tokens.shape[1]), device=tokens.device)
+    return Routing(layer, probabilities, counts, 1 - served.float().mean())
+
+
+def balance_loss(routings: Iterable[Routing]) -> Tensor:
+    """E sum_i f_i P_i, the mean over layers and passes, fp32: f_i is expert i's load, a constant, P_i its mean probability. 1 where even, at most
+    E. (Fedus et al. 2021, arXiv:2101.03961, eq. 4; Dense2MoE weighs its balance loss by 1e-2.) ValueError where nothing was routed."""
+    losses = [len(routing.load) * (routing.load * routing.probabilities.mean(0)).sum() for routing in routings]
+    if not losses:
+        raise ValueError("routings: none; they are recorded inside `recording`")
+    return torch.stack(losses).mean().float()
+
+
+def counts(routings: Iterable[Routing]) -> dict[str, Tensor]:
+    """Each layer's counts (E,), over all passes: what processes add up before `even_out`."""
+    total: dict[str, Tensor] = {}
+    for routing in routings:
+        total[routing.layer] = routing.counts + total.get(routing.layer, torch.zeros_like(routing.counts))
+    return total

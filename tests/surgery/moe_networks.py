@@ -1,0 +1,69 @@
+"""The tiny diffusers denoisers that tests of mixtures of experts split, and the splits that divide their layers evenly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers_zoo
+import torch
+from torch import Tensor, nn
+
+from fastgen.surgery import moe
+from fastgen.surgery.moe.split import Choice
+
+
+class Around(nn.Module):
+    """A network of one block with one layer in it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"ff": layer})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block["ff"](x)
+
+
+BLOCKS = {
+    "dit": ["transformer_blocks"],
+    "sd15": ["down_blocks", "up_blocks"],
+    "sd3": ["transformer_blocks"],
+    "flux": ["transformer_blocks", "single_transformer_blocks"],
+    "flux2klein": ["transformer_blocks"],
+    "pixart": ["transformer_blocks"],
+    "sana": ["transformer_blocks"],
+    "wan": ["blocks"],
+    "qwen": ["transformer_blocks"],
+    "zimage": ["noise_refiner", "layers"],
+}
+SPLIT = [name for name in BLOCKS if name not in ("sana",)]
+
+
+def blocks(name: str, network: nn.Module) -> list[nn.Module]:
+    return [block for key in BLOCKS[name] for block in network.get_submodule(key).children()]
+
+
+def experts(name: str, active: float, choice: Choice = "token") -> moe.Experts:
+    """Four routed experts; of Z-Image's 85 hidden neurons each takes a fifth, as flux2klein's of 48 cannot."""
+    return moe.Experts(4, 1.0, 1.0 if name == "zimage" else 0.25, active, choice)
+
+
+def split(
+    name: str, active: float = 4, choice: Choice = "token", dtype: torch.dtype = torch.float64
+) -> tuple[diffusers_zoo.Denoiser, list[moe.ExpertLayer]]:
+    """A tiny denoiser with experts, its routers still at zero."""
+    denoiser = diffusers_zoo.build(name, dtype)
+    how, inside = experts(name, active, choice), blocks(name, denoiser.network)
+    importance = moe.random(moe.to_convert(denoiser.network, inside, how), seed=0)
+    return denoiser, moe.convert(denoiser.network, inside, how, importance)
+
+
+@torch.no_grad()
+def stir(layers: list[moe.ExpertLayer]) -> None:
+    """Random routers, of scores far enough apart that a small step changes no choice."""
+    generator = torch.Generator().manual_seed(4)
+    for layer in layers:
+        layer.router.weight.copy_(torch.randn(layer.router.weight.shape, generator=generator))
+
+
+def largest(a: Tensor, b: Any) -> float:
+    return float((a.detach() - b.detach()).abs().max())

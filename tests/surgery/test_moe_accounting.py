@@ -1,0 +1,124 @@
+"""What FLUX.1-dev and its experts cost, on the meta device, beside numbers known for it; and of other networks, beside PyTorch's own counting."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import diffusers_zoo
+import pytest
+import torch
+from moe_networks import BLOCKS, blocks, experts, split
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgen.surgery import moe
+from fastgen.surgery.moe.accounting import Account, account, total
+
+FLUX_DEV = importlib.import_module("real_sizes").FLUX_DEV  # among the tests of families
+LEFT_OUT = ("router", "modulation", "outside blocks")  # what the numbers of 2510.09094's table leave out
+
+
+def flux_dev(is_split: bool) -> tuple[Any, list[nn.Module]]:
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        network: Any = FluxTransformer2DModel(**FLUX_DEV["transformer"])
+    inside = [*network.transformer_blocks, *network.single_transformer_blocks]
+    if is_split:
+        layers = moe.to_convert(network, inside, moe.Experts())
+        moe.convert(network, inside, moe.Experts(), moe.magnitude(layers))
+    return network, inside
+
+
+def image(network: nn.Module, num_text: int) -> Callable[[], Any]:
+    """A call for one picture of 1024 x 1024."""
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta")
+
+    text = {"encoder_hidden_states": empty(1, num_text, 4096), "pooled_projections": empty(1, 768), "txt_ids": empty(num_text, 3)}
+    return lambda: network(hidden_states=empty(1, 4096, 64), timestep=empty(1), guidance=empty(1), img_ids=empty(4096, 3), **text)
+
+
+def billions(number: float) -> float:
+    return round(number / 1e9, 4)
+
+
+def test_parameters_of_flux() -> None:
+    dense = account(*flux_dev(False))
+    assert billions(total(dense).parameters) == 11.9014 == billions(total(dense).active)
+    assert billions(dense["feed-forward"].parameters) == 5.7389
+    assert billions(dense["modulation"].parameters) == 3.2286
+    assert billions(dense["outside blocks"].parameters) == 0.0641
+    assert total(dense).flops == 0
+
+
+def test_parameters_of_flux_with_experts() -> None:
+    found = account(*flux_dev(True))
+    assert billions(total(found, ["router"]).parameters) == 11.9014
+    assert billions(total(found, ["router"]).active) == 8.3147
+    assert billions(total(found).active) == 8.3175
+    assert round(total(found, ["router", "modulation"]).active / 1e9, 3) == 5.086
+
+
+@pytest.mark.parametrize(("num_text", "dense", "split_up"), [(77, 66.07, 43.62), (512, 74.36, 49.57)])
+def test_flops_of_an_image_of_flux(num_text: int, dense: float, split_up: float) -> None:
+    for is_split, expected in ((False, dense), (True, split_up)):
+        network, inside = flux_dev(is_split)
+        found = account(network, inside, image(network, num_text))
+        assert round(total(found, LEFT_OUT).flops / 1e12, 2) == expected
+        assert 0 < found["outside blocks"].flops + found["modulation"].flops + found["router"].flops < 0.05e12
+
+
+def counted(name: str) -> tuple[Account, float]:
+    """Ours, and PyTorch's, which sees products and attention under the layers."""
+    denoiser = diffusers_zoo.build(name)
+    ours = account(denoiser.network, blocks(name, denoiser.network), lambda: denoiser.call(denoiser.x, denoiser.t))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        denoiser.call(denoiser.x, denoiser.t)
+    return ours, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "pixart", "qwen", "wan", "zimage"])
+def test_flops_are_those_that_pytorch_counts(name: str) -> None:
+    ours, theirs = counted(name)
+    assert total(ours).flops == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_parameter_is_of_one_kind(name: str) -> None:
+    network = diffusers_zoo.build(name).network
+    found = account(network, blocks(name, network))
+    assert total(found).parameters == sum(p.numel() for p in network.parameters())
+    assert found["feed-forward"].parameters > 0 and found["attention"].parameters > 0 and found["router"].parameters == 0
+    if name not in ("sd15", "flux2klein", "sana"):
+        fits = moe.to_convert(network, blocks(name, network), experts(name, 2))
+        in_structures = sum(layer.down.out_features * layer.hidden + sum(up.weight.numel() for up in layer.up) for layer in fits)
+        biases = sum(0 if layer.up[0].bias is None else sum(up.out_features for up in layer.up) for layer in fits)
+        biases += sum(layer.down.out_features for layer in fits if layer.down.bias is not None and not layer.beside)
+        assert found["feed-forward"].parameters == in_structures + biases
+
+
+@pytest.mark.parametrize("active", [0, 1, 2, 4])
+def test_experts_cost_what_is_active_of_them(active: int) -> None:
+    denoiser, layers = split("sd3", active, dtype=torch.float32)
+    dense = diffusers_zoo.build("sd3")
+    before = account(dense.network, blocks("sd3", dense.network), lambda: dense.call(dense.x, dense.t))
+    after = account(denoiser.network, blocks("sd3", denoiser.network), lambda: denoiser.call(denoiser.x, denoiser.t))
+    share = (4 + active) / 8  # half of the neurons are shared, an eighth is each expert's
+    assert after["feed-forward"].flops == pytest.approx(share * before["feed-forward"].flops)
+    output_biases = sum(layer.shared.down.out_features for layer in layers)
+    assert after["feed-forward"].active == pytest.approx(share * (before["feed-forward"].parameters - output_biases) + output_biases)
+    assert after["attention"] == before["attention"] and after["attention products"] == before["attention products"]
+    assert after["router"].parameters == sum(layer.router.weight.numel() for layer in layers)
+
+
+def test_experts_that_choose_cost_their_mean() -> None:
+    denoiser, _ = split("sd3", 2, "expert", torch.float32)
+    fixed = account(denoiser.network, blocks("sd3", denoiser.network), lambda: denoiser.call(denoiser.x, denoiser.t))
+    moe.set_active(denoiser.network, [1.0, 3.0])
+    varied = account(denoiser.network, blocks("sd3", denoiser.network), lambda: denoiser.call(denoiser.x, denoiser.t))
+    assert fixed == varied
