@@ -30,22 +30,22 @@ SMALLEST = 64
 
 
 @functools.cache
-def load_lpips(net: str = "vgg", device: torch.device | str = "cpu") -> Distance:
+def load_lpips(net: str = "vgg", device: torch.device | str = "cpu", key: str = KEY) -> Distance:
     """(a, b), pixels (B, 3, H, W) in [0, 1] -> their distances (B,), fp32, with gradients to both. Frozen, loaded once a process.
 
-    UserError that names distiller.regression.metric when the package or its backbone's weights cannot be had.
+    UserError that begins with `key` when the package or its backbone's weights cannot be had.
     """
-    network = _network(net).to(device)
-    return lambda a, b: distance(network, a, b)
+    network = _network(net, key).to(device)
+    return lambda a, b: distance(network, a, b, key)
 
 
-def distance(network: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+def distance(network: nn.Module, a: Tensor, b: Tensor, key: str = KEY) -> Tensor:
     """LPIPS (B,) of pixels (B, 3, H, W) in [0, 1] by `network`, an `lpips.LPIPS`, which takes them in [-1, 1].
 
     Pictures whose shorter side is below 64 pixels are enlarged to it (bilinear). Values outside [0, 1] are not clamped.
     """
     if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3:
-        raise UserError(f"{KEY}: lpips compares pictures (B, 3, H, W), not {tuple(a.shape)} and {tuple(b.shape)}; `latent` compares anything")
+        raise UserError(f"{key}: lpips compares pictures (B, 3, H, W), not {tuple(a.shape)} and {tuple(b.shape)}; another metric compares anything")
     return network(*(2 * large_enough(pixels.float()) - 1 for pixels in (a, b))).flatten()
 
 
@@ -97,11 +97,11 @@ def network_from(net: str, backbone: Path) -> nn.Module:
     return network
 
 
-def _network(net: str) -> nn.Module:
+def _network(net: str, key: str) -> nn.Module:
     try:
         import lpips  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError(f"{KEY}: lpips needs the package of that name (pip install lpips); `latent` needs nothing") from error
+        raise UserError(f"{key}: lpips needs the package of that name (pip install lpips); other metrics do not") from error
     made: Any = lpips.LPIPS
     try:
         # torchvision warns of the way in which lpips asks for weights, and torch.hub announces a download; a mistake has one line.
@@ -109,4 +109,4 @@ def _network(net: str) -> nn.Module:
             return made(net=net, verbose=False).eval().requires_grad_(False)
     except (OSError, RuntimeError) as error:  # no connection; a file that is broken or of another hash
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{KEY}: cannot get the {net} weights of lpips from torchvision's server ({reason}); `latent` needs none") from error
+        raise UserError(f"{key}: cannot get the {net} weights of lpips from torchvision's server ({reason}); other metrics need none") from error

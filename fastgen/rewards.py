@@ -1,31 +1,20 @@
 """Reward functions: a number for each generated picture and its prompt. Samples of high reward weigh more in the matching (Re-DMD).
 
-A reward is any importable Python function. A plan reads its file without running it (`check_reward`); building a run imports it
-(`load_reward`), which runs its module. No gradient is taken through it.
+A reward is any importable Python function (own_code.py). No gradient is taken through it.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from fastgen import static
 from fastgen.assets.classifier import DigitClassifier, load_classifier
 from fastgen.data import digits
-from fastgen.errors import UserError, nearest
-from fastgen.files import expanded
-from fastgen.fingerprints import digest, known_hash
+from fastgen.errors import UserError
+from fastgen.own_code import Named, absolute
 
 KEY = "recipe key distiller.reward.name"
 # (pixels (B, 3, H, W) in [0, 1], their prompts) -> rewards (B,), higher is better
@@ -42,10 +31,7 @@ class RewardConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _holds_in_any_folder(cls, name: str) -> str:
-        """A file that exists is named by its absolute path, which a resumed run finds from anywhere."""
-        source, colon, function = name.rpartition(":")
-        file = expanded(source)
-        return f"{file.resolve()}:{function}" if colon and file.suffix == ".py" and file.is_file() else name
+        return absolute(name)
 
 
 def log_weights(rewards: Tensor, beta: float) -> Tensor:
@@ -54,13 +40,17 @@ def log_weights(rewards: Tensor, beta: float) -> Tensor:
     return beta * rewards.double()
 
 
+def _named(name: str) -> Named:
+    return Named(KEY, name, "reward", ("pixels", "prompts"), ("digits",))
+
+
 def load_reward(name: str) -> Reward:
     """The reward behind `fastgen:digits`, `module:function` or `path/to/file.py:function`; UserError for anything else.
 
     What it returns is checked at every call: UserError unless it is one finite number a picture.
     """
-    source, function = _parts(name)
-    reward = _bundled(function) if source == "fastgen" else _own(name, _module(name, source), function)
+    named = _named(name)
+    reward = named.load() if named.own() is None else DigitReward(load_classifier())
 
     @torch.no_grad()
     def checked(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -77,103 +67,15 @@ def load_reward(name: str) -> Reward:
 
 def check_reward(name: str, picture: Sequence[int] | None = None) -> None:
     """UserError where `load_reward` surely fails, or a bundled reward does not judge pictures of this shape; runs nothing of the user's."""
-    source, function = _parts(name)
-    if source == "fastgen":
-        _check_bundled(function)
-        if picture is not None:
-            _check_picture(picture)
-        return
-    file = _located(name, source)
-    if file is None or file.suffix != ".py":
-        return
-    try:
-        static.check_function(static.parse(file), function, 2)
-    except SyntaxError as error:
-        raise UserError(f"{KEY}: {name!r}: cannot import {source!r} ({type(error).__name__}: {error})") from error
-    except OSError as error:
-        raise UserError(f"{KEY}: {name!r}: cannot read {str(file)!r} ({error.strerror})") from error
-    except static.Unfit as error:
-        what = f"{source} {error}" if str(error).startswith("has no") else f"no function of (pixels, prompts): {error}"
-        raise UserError(f"{KEY}: {name!r}: {what}") from error
+    named = _named(name)
+    named.check()
+    if named.own() is not None and picture is not None:
+        _check_picture(picture)
 
 
 def content(name: str) -> str:
-    """What a reward is, wherever it lies: SHA-256 of its function's name and of the file of its module; a bundled one is its name."""
-    source, function = _parts(name)
-    file = None if source == "fastgen" else _located(name, source)
-    return name if file is None else digest([function, known_hash(file)])
-
-
-def _parts(name: str) -> tuple[str, str]:
-    """What is left and right of the colon."""
-    source, colon, function = name.rpartition(":")
-    if not colon or not source or not function:
-        raise UserError(f"{KEY}: {name!r} is none of fastgen:digits, module:function, path/to/file.py:function")
-    return source, function
-
-
-def _located(name: str, source: str) -> Path | None:
-    """The file of a reward's module; None where it has none, or where only an import can tell."""
-    file = Path(source).expanduser()
-    if file.suffix == ".py":
-        if not file.is_file():
-            raise UserError(f"{KEY}: {name!r}: no file {source!r}")
-        return file
-    try:
-        return static.source_file(static.find_module(source))
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{KEY}: {name!r}: cannot import {source!r} ({type(error).__name__}: {error})") from error
-
-
-def _check_bundled(name: str) -> None:
-    if name != "digits":
-        raise UserError(f"{KEY}: no bundled reward {'fastgen:' + name!r}; {nearest(name, ['digits'])}")
-
-
-def _bundled(name: str) -> Reward:
-    _check_bundled(name)
-    return DigitReward(load_classifier())
-
-
-def _module(name: str, source: str) -> ModuleType:
-    file = expanded(source)
-    if file.suffix == ".py" and not file.is_file():
-        raise UserError(f"{KEY}: {name!r}: no file {source!r}")
-    try:
-        return _from_file(file) if file.suffix == ".py" else importlib.import_module(source)
-    except Exception as error:  # the user's own code runs here and may raise anything
-        raise UserError(f"{KEY}: {name!r}: cannot import {source!r} ({type(error).__name__}: {error})") from error
-
-
-def _from_file(file: Path) -> ModuleType:
-    return _executed(file.resolve(), file.stat().st_mtime_ns)
-
-
-@lru_cache
-def _executed(file: Path, changed: int) -> ModuleType:
-    """A file run once as long as it does not change: it may load a model."""
-    spec = importlib.util.spec_from_file_location(f"fastgen_reward_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def _own(name: str, module: ModuleType, function: str) -> Callable[..., Any]:
-    found: Any = getattr(module, function, None)
-    if found is None:
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{KEY}: {name!r}: {module.__name__} has no {function!r}; {nearest(function, functions)}")
-    if not callable(found):
-        raise UserError(f"{KEY}: {name!r} is a {type(found).__name__}, not a function of (pixels, prompts)")
-    try:
-        inspect.signature(found).bind(None, None)
-    except TypeError as error:
-        raise UserError(f"{KEY}: {name!r} is no function of (pixels, prompts): {error}") from error
-    except ValueError:  # some builtins do not tell
-        pass
-    return found
+    """What a reward is, wherever it lies."""
+    return _named(name).content()
 
 
 class DigitReward:

@@ -35,8 +35,8 @@ LAYERS = [
         "guidance",
         "tf32",
     }
-    | {"printing", "records", "manifest", "yaml_files", "static", "optional"},
-    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "rewards", "portable"},
+    | {"printing", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
+    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable"},
     {"roles", "ema", "parallel"},
     {"distillers"},
     {"divergence", "optimizers", "trainer", "checkpoint"},

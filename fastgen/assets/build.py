@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from fastgen import run
-from fastgen.assets import DIGITS_CLASSIFIER, DIGITS_TEACHER, SCENES_CLASSIFIER, SCENES_STATISTICS, SCENES_TEACHER
+from fastgen.assets import DIGITS_CLASSIFIER, DIGITS_FEATURES, DIGITS_TEACHER, SCENES_CLASSIFIER, SCENES_FEATURES, SCENES_STATISTICS, SCENES_TEACHER
 from fastgen.assets.classifier import train_digits, train_scenes
 from fastgen.assets.skeleton import DIGITS, SCENES, build_skeleton, train_vae
 from fastgen.evaluation.teacher_statistics import write_statistics
@@ -68,11 +68,13 @@ def build_teacher(name: str, output: Path, seed: int) -> None:
 WORLDS: Mapping[str, Mapping[str, Stage]] = {
     "digits": {
         "classifier": Stage(lambda seed: say(f"classifier: {train_digits(DIGITS_CLASSIFIER, seed)}"), 1),
+        "features": Stage(lambda seed: say(f"features: {train_digits(DIGITS_FEATURES, seed + 1)}"), 1),
         "skeleton": Stage(lambda seed: build_skeleton(DIGITS, WORK / "digits_skeleton", seed), 2),
         "teacher": Stage(lambda seed: build_teacher("digits", DIGITS_TEACHER, seed), 1),
     },
     "scenes": {
         "classifiers": Stage(lambda seed: say(f"classifiers: {train_scenes(SCENES_CLASSIFIER, seed, say)}"), 1),
+        "features": Stage(lambda seed: say(f"features: {train_scenes(SCENES_FEATURES, seed + 1, say)}"), 1),
         "vae": Stage(build_vae, 1),
         "skeleton": Stage(build_scenes_skeleton, 1),
         "teacher": Stage(lambda seed: build_teacher("scenes", SCENES_TEACHER, seed), 2),

@@ -28,9 +28,13 @@ class Classifier(nn.Module):
     trunk: nn.Sequential
     head: nn.Linear
 
+    def seen(self, images: Tensor) -> Tensor:
+        """What of images (B, 3, H, W) goes into the trunk, one or more views of each in turn: (B * V, C, H, W)."""
+        return images
+
     def features(self, images: Tensor) -> Tensor:
         """Penultimate activations (B, D), not negative."""
-        return self.trunk(images)
+        return self.trunk(self.seen(images))
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features)
@@ -52,8 +56,8 @@ class DigitClassifier(Classifier):
         )  # fmt: skip
         self.head = nn.Linear(64, 10)
 
-    def features(self, images: Tensor) -> Tensor:
-        return super().features(images.mean(1, keepdim=True))
+    def seen(self, images: Tensor) -> Tensor:
+        return images.mean(1, keepdim=True)
 
 
 class SceneClassifier(Classifier):
@@ -71,12 +75,14 @@ class SceneClassifier(Classifier):
         )  # fmt: skip
         self.head = nn.Linear(32, ABSENT + 1)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 4 * 32), colour by colour."""
+    def seen(self, images: Tensor) -> Tensor:
         unit = (images + 1) / 2
         mass = scenes.masses(unit)
-        views = torch.stack([mass, unit.amax(1, keepdim=True).expand_as(mass)], 2)
-        return super().features(views.flatten(0, 1)).unflatten(0, mass.shape[:2]).flatten(1)
+        return torch.stack([mass, unit.amax(1, keepdim=True).expand_as(mass)], 2).flatten(0, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 4 * 32), colour by colour."""
+        return super().features(images).unflatten(0, (len(images), -1)).flatten(1)
 
     def logits(self, features: Tensor) -> Tensor:
         return super().logits(features.unflatten(1, (len(scenes.COLOURS), -1)))
@@ -140,7 +146,6 @@ def train_scenes(output: Path, seed: int, say: Callable[[str], None] = lambda li
     found, wanted = predicted(model, held_out.images), slots(held_out)
     right, shown = found == wanted, wanted != ABSENT
     record = {
-        "command": f"python -m fastgen.assets.build scenes classifiers --seed {seed}",
         "seed": seed,
         "held_out": count,
         "held_out_accuracy": {colour: right[:, slot].double().mean().item() for slot, colour in enumerate(scenes.COLOURS)},
