@@ -2,9 +2,9 @@
 configuration of its own, which plain diffusers builds and loads.
 
 A transformer's lists of blocks are found by the option of its configuration that counts them, so what it has besides (Z-Image's refiners, say)
-stays. Blocks of a list map the same stream to itself, and leaving one out is as if it passed on what it got. The exceptions are in the
-configuration too: SD3's last block drops the text, so no other can be the last, and SD3.5 says which of its blocks have a second attention by
-their places, which are counted anew.
+stays. Blocks of a list map the same stream to itself, and leaving one out is as if it passed on what it got. The exceptions: SD3's last block
+drops the text, so no other can be the last; DiT's output reads the time embedding of the first block, so no other can be the first; and SD3.5
+says which of its blocks have a second attention by their places, which are counted anew.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _COUNTED = {
 }
 # Options that hold places in a list, by the option that counts it.
 _PLACES = {"dual_attention_layers": "num_layers"}
+# Classes that read their first block apart from calling it.
+_FIRST_STAYS = ("DiTTransformer2DModel",)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def kept_blocks(teacher: nn.Module, shrink: Shrink) -> dict[str, list[int]]:
         raise UserError(f"recipe key student.shrink.keep.{name}: no list of {type(teacher).__name__}; {nearest(name, lists)}")
     kept = {name: list(given.get(name, range(len(blocks)))) for name, blocks in lists.items()}
     for name, blocks in lists.items():
-        _check_places(kept[name], shrink.depth, name, blocks)
+        _check_places(kept[name], shrink.depth, name, blocks, first_stays=type(teacher).__name__ in _FIRST_STAYS)
     return kept
 
 
@@ -123,8 +125,8 @@ def _count(depth: float | None, name: str, of: int) -> int:
 
 def _by_rule(rule: Rule, count: int, blocks: Sequence[nn.Module]) -> list[int]:
     last = len(blocks) - 1
-    if rule == "even":  # of one, the last; i last / (count - 1) rounded, halves up, in whole numbers
-        kept = [(2 * i * last + count - 1) // (2 * (count - 1)) for i in range(count)] if count > 1 else [last]
+    if rule == "even":  # i last / (count - 1) rounded, halves up, in whole numbers
+        kept = [(2 * i * last + count - 1) // (2 * (count - 1)) for i in range(count)] if count > 1 else [0]
     elif rule == "first":
         kept = list(range(count))
     else:
@@ -132,13 +134,16 @@ def _by_rule(rule: Rule, count: int, blocks: Sequence[nn.Module]) -> list[int]:
     return [*kept[:-1], last] if _last_is_of_its_own(blocks) else kept
 
 
-def _check_places(kept: Sequence[int], depth: float | None, name: str, blocks: Sequence[nn.Module]) -> None:
+def _check_places(kept: Sequence[int], depth: float | None, name: str, blocks: Sequence[nn.Module], *, first_stays: bool) -> None:
     last = len(blocks) - 1
     for place in kept:
         if not 0 <= place <= last:
             raise UserError(f"recipe key student.shrink.keep: no block {place}; the teacher's {name} are 0 to {last}")
     if depth is not None and len(kept) != (count := _count(depth, name, len(blocks))):
         raise UserError(f"recipe key student.shrink.keep: {len(kept)} places do not fit student.shrink.depth = {depth}, {count} of the {name}")
+    if kept[0] != 0 and first_stays:
+        what = f"begins with {kept[0]}, but the network's output reads the time embedding of the first of the teacher's {name}; begin with 0"
+        raise UserError(f"recipe key student.shrink.keep: {what}")
     if kept[-1] != last and _last_is_of_its_own(blocks):
         what = f"ends with {kept[-1]}, but the last of the teacher's {name} is shaped like no other and has to stay the last"
         raise UserError(f"recipe key student.shrink.keep: {what}; end with {last}")
@@ -195,7 +200,7 @@ def _built(network: nn.Module, changes: Mapping[str, Any], device: str) -> nn.Mo
 def _configured(student: Any, changes: Mapping[str, Any]) -> nn.Module:
     """The network with these options in its configuration."""
     defaults = [name for name in student.config.get("_use_default_values", ()) if name not in changes]
-    student.register_to_config(**changes, **({"_use_default_values": defaults} if defaults else {}))
+    student.register_to_config(**changes, **({"_use_default_values": defaults} if "_use_default_values" in student.config else {}))
     return student.eval()
 
 
