@@ -253,7 +253,7 @@ def _origin(recipe: Recipe) -> Origin:
 
 def _check_same_shrink(run_dir: Path, before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
     """UserError where students have other blocks of their teachers. What they began with is no matter: the one takes over the other's weights."""
-    blocks = [None if each is None else (each["depth"], each["keep"]) for each in (before, now)]
+    blocks = [None if each is None else repr((each["depth"], each["keep"])) for each in (before, now)]  # 1 is one block, 1.0 all of them
     if blocks[0] != blocks[1]:
         said = f"{str(run_dir)!r} holds a student with student.shrink {shown(before)}, here {shown(now)}; both need the same"
         raise UserError(f"recipe key student.init: {said}")

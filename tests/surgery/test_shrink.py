@@ -520,3 +520,10 @@ def test_a_student_of_other_blocks_is_refused_with_both(whole: Path, overrides: 
     with pytest.raises(UserError) as caught:
         plan(digits(*SHRINK, f"student.init={whole}", *overrides), only="train")
     assert str(caught.value) == f"recipe key student.init: {str(whole)!r} holds a student with student.shrink {said(had)}; both need the same"
+
+
+def test_one_block_is_not_all_of_them(tmp_path: Path) -> None:
+    keys = ["train.steps=1", "student.shrink.depth=1"]
+    folder = run.train(digits(*keys), tmp_path / "run", only="train")
+    with pytest.raises(UserError, match=r"'depth': 1, .* here \{'depth': 1\.0, .*; both need the same$"):
+        plan(digits(*keys, "student.shrink.depth=1.0", f"student.init={folder}"), only="train")
