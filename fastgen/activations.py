@@ -65,6 +65,7 @@ def step_bytes(planned: Plan, step: int) -> int:
         family,
         network,
         tuning=planned.tuning,
+        shrink=planned.shrink,
         autocast=planned.autocast,
         defaults=defaults,
         recompute=recipe.train.checkpointing,

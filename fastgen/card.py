@@ -15,6 +15,7 @@ from fastgen.errors import UserError
 from fastgen.families import is_hub_id
 from fastgen.generator import ADAPTER_FILE
 from fastgen.printing import printable
+from fastgen.surgery.shrink import in_words
 
 # What a LoRA student's scheduler is where its fastgen.json does not name another.
 SCHEDULER = "FlowMapEulerDiscreteScheduler"
@@ -157,6 +158,8 @@ def model_card(manifest: dict[str, Any]) -> str:
     guided = "without classifier-free guidance" if guidance == 1 else f"with guidance {guidance}"
     version, method = manifest["versions"]["fastgen"], manifest["method"]
     what = f"Made by fastgen {version} with {_code(method)} from {_code(teacher['pretrained'])} (guidance {teacher['guidance']})."
+    if manifest.get("shrink"):
+        what += f" It is smaller than its teacher: {in_words(manifest['shrink'])}."
     if license := teacher.get("license"):
         what += f" Its licence is its teacher's: {_code(license.get('license_name') or license.get('license') or license['license_link'])}."
     how = (

@@ -72,13 +72,47 @@ class Tuning(Block):
     lora: LoraBlock
 
 
+class ShrinkBlock(Block):
+    """depth: how many of the teacher's blocks the student has, as a share with a point in it (0.5, and 1.0 for all) or as a number (1 for one).
+    keep: which: `even`, `first`, `ends`, or places from 0; of a network with several lists of blocks, by their names. init: `pruned`, with the
+    teacher's weights, or `random`."""
+
+    depth: int | float | None = None
+    keep: Literal["even", "first", "ends"] | list[int] | dict[str, list[int]] = Field("even", validate_default=True)
+    init: Literal["pruned", "random"] = "pruned"
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _share_or_number(cls, depth: Any) -> Any:
+        share, number = isinstance(depth, float) and 0 < depth <= 1, isinstance(depth, int) and not isinstance(depth, bool) and 1 <= depth <= 1000
+        if not (depth is None or share or number):
+            raise ValueError("a share of the blocks in (0, 1], such as 0.5, or a number of them, 1 or more")
+        return depth
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_fits(cls, keep: Any, info: ValidationInfo) -> Any:
+        depth = info.data.get("depth", 1.0)  # absent when it is itself a mistake
+        if isinstance(keep, str) and depth is None:
+            raise ValueError(f"{keep} of how many blocks? give student.shrink.depth too")
+        for places in [keep] if isinstance(keep, list) else keep.values() if isinstance(keep, dict) else []:
+            if not places:
+                raise ValueError("leaves no block")
+            if places[0] < 0 or any(a >= b for a, b in pairwise(places)):
+                raise ValueError("places of blocks must ascend from 0, each once")
+        if isinstance(keep, list) and isinstance(depth, int) and len(keep) != depth:
+            raise ValueError(f"{len(keep)} places do not fit student.shrink.depth = {depth}")
+        return keep
+
+
 class StudentBlock(Block):
-    """init: `teacher`, or the folder of a finished run, whose averaged students are taken over. steps: network evaluations at inference.
-    grid: the export scheduler's own times, or explicit ones in (0, 1], descending. sampler: how a sample moves between them, keeping its own
-    noise (`euler`) or drawing it anew (`stochastic`)."""
+    """init: `teacher`, or the folder of a finished run, whose averaged students are taken over. shrink: a student of fewer blocks than its
+    teacher. steps: network evaluations at inference. grid: the export scheduler's own times, or explicit ones in (0, 1], descending. sampler: how
+    a sample moves between them, keeping its own noise (`euler`) or drawing it anew (`stochastic`)."""
 
     init: str = "teacher"
     tune: Literal["full"] | Tuning = "full"
+    shrink: ShrinkBlock | None = None
     steps: int = Field(ge=1, le=1000)
     grid: Literal["auto"] | list[float] = "auto"
     sampler: Sampler = "euler"
@@ -338,7 +372,8 @@ def _without_union_tags(loc: Iterable[Any]) -> list[str]:
 
 
 def _is_union_tag(part: str) -> bool:
-    return part.startswith(("literal[", "list[", "tuple[")) or part in {"Tuning", "PairsBlock", "int", "str", "constrained-float", "constrained-int"}
+    tags = {"Tuning", "PairsBlock", "int", "str", "constrained-float", "constrained-int"}
+    return part.startswith(("literal[", "list[", "tuple[", "dict[")) or part in tags
 
 
 def _fields_at(model: Any, loc: list[str]) -> list[str]:

@@ -63,6 +63,7 @@ class StudentInfo:
     sampler: Sampler = "euler"
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
     unfinished: dict[str, dict[str, int]] = field(default_factory=dict)  # {role: {step, of}} where training was not over
+    smaller: dict[str, Any] | None = None  # what it has of its teacher, where that is not all (`shrink.summary`)
 
 
 class Expert(NamedTuple):
@@ -287,6 +288,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "teacher": info.teacher | {"pretrained": source_name(info.teacher["pretrained"])},
         **({"loading": loading} if loading else {}),
         **({"unfinished": info.unfinished} if info.unfinished else {}),
+        **({"shrink": info.smaller} if info.smaller else {}),
         **more,
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},

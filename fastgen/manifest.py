@@ -73,6 +73,19 @@ class Expert(Schema):
     where: str
 
 
+_Number = Annotated[int, Field(ge=0)]
+
+
+class Smaller(Schema):
+    """Of a student of fewer blocks than its teacher: the places of those that it has, by the names of their lists, and how many there were."""
+
+    init: Literal["pruned", "random"]
+    kept: dict[str, list[_Number]]
+    of: dict[str, _Number]
+    parameters: _Number
+    teacher_parameters: _Number
+
+
 class _Record(Schema):
     weights: Literal["full", "lora"]
     steps: Steps
@@ -88,6 +101,7 @@ class _Record(Schema):
     scheduler: str = ""
     loading: dict[str, str | None] = Field(default_factory=dict)  # what from_pretrained must be passed, of an adapter's teacher or of the student
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
+    shrink: Smaller | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from fastgen.data.store import DTYPES
 from fastgen.data.training import prompt_weights
 from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Setting
-from fastgen.errors import UserError, nearest
+from fastgen.errors import UserError, nearest, shown
 from fastgen.evaluation.block import protocol_of
 from fastgen.evaluation.protocol import Protocol, shipped_protocols
 from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
@@ -39,6 +40,7 @@ from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 from fastgen.surgery import formats
 from fastgen.surgery.held import Storage
+from fastgen.surgery.shrink import Shrink, shrunk, summary
 
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
 _OF_AN_EXPERT = ("teacher.guidance", "teacher.negative_prompt", "teacher.embedded_guidance", "teacher.shift", "student.steps", "student.grid")
@@ -93,6 +95,15 @@ class Plan:
             return None
         targets = self.family.lora_targets if tune.lora.targets == "auto" else tuple(tune.lora.targets)
         return LoraTuning(tune.lora.rank, tune.lora.alpha or tune.lora.rank, targets, self.recipe.train.seed)
+
+    @property
+    def shrink(self) -> Shrink | None:
+        block = self.recipe.student.shrink
+        return None if block is None else Shrink(block.depth, block.keep, block.init, self.recipe.train.seed)
+
+    def smaller(self) -> dict[str, Any] | None:
+        """What the student has of its teacher (`shrink.summary`); None where that is all."""
+        return None if self.shrink is None else summary(self.family.load_backbone(meta=True), self.shrink)
 
     def check_lora(self, key: str) -> None:
         """UserError where adapters alone cannot hold the student; key: what asks for them."""
@@ -191,6 +202,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
     _check_storage(planned)
+    _check_shrink(planned)
     _check_networks(planned)
     warnings = [*_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
     return planned if started else replace(planned, warnings=(*warnings, *check_texts(recipe, family, prompt_weights(prompts, images))))
@@ -228,6 +240,7 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         sampler=student.sampler,
         linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
+        shrunk=student.shrink is not None,
     )
 
 
@@ -237,6 +250,7 @@ def _origin(recipe: Recipe) -> Origin:
     trained, before = checkpoint.trained_students(run_dir)
     if not trained:
         raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no student whose training is over")
+    _check_same_shrink(run_dir, before["student"].get("shrink"), recipe.dump()["student"]["shrink"])
     old, new = flatten(before), flatten({"teacher": resolved_teacher(recipe), "student": recipe.dump()["student"]})
     content = checkpoint.read_state(checkpoint.latest(run_dir))["inputs"].get("teacher.pretrained")
     who = "teacher.pretrained"
@@ -245,6 +259,14 @@ def _origin(recipe: Recipe) -> Origin:
     here = {key: "which has changed since" if old.get(key) == new[key] else f"here {new[key]!r}" for key in changed}
     differs = [f"{key} {old.get(key)!r}, {here[key]}" for key in changed]
     return Origin(str(run_dir), trained, before["distiller"], tuple(differs))
+
+
+def _check_same_shrink(run_dir: Path, before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+    """UserError where students have other blocks of their teachers. What they began with is no matter: the one takes over the other's weights."""
+    blocks = [None if each is None else repr((each["depth"], each["keep"])) for each in (before, now)]  # 1 is one block, 1.0 all of them
+    if blocks[0] != blocks[1]:
+        said = f"{str(run_dir)!r} holds a student with student.shrink {shown(before)}, here {shown(now)}; both need the same"
+        raise UserError(f"recipe key student.init: {said}")
 
 
 def pinned(recipe: Recipe) -> Recipe:
@@ -321,6 +343,16 @@ def _check_storage(planned: Plan) -> None:
         formats.check_installed(storage.quantise, "teacher.quantise")
 
 
+def _check_shrink(planned: Plan) -> None:
+    """UserError where the teacher's network cannot be made smaller so, or the student would share it."""
+    if planned.shrink is None:
+        return
+    if planned.tuning is not None:
+        said = "adapters (student.tune.lora) share the teacher's network, of which they have every block; train with student.tune: full, or remove it"
+        raise UserError(f"recipe key student.shrink: {said}")
+    shrunk(planned.family.load_backbone(meta=True), planned.shrink)
+
+
 def _check_networks(planned: Plan) -> None:
     """Read the header of every weights file, and find the layers that adapters go to."""
     if planned.family.exportable:
@@ -331,7 +363,8 @@ def _check_networks(planned: Plan) -> None:
     recompute = planned.recipe.train.checkpointing
     if recompute or planned.tuning is not None or any(spec.heads for spec in planned.roles.values()):
         network = planned.family.load_backbone(meta=True)
-        build_roles(planned.roles, planned.family, network, tuning=planned.tuning, recompute=recompute, storage=planned.storage)
+        asked: Any = {"tuning": planned.tuning, "shrink": planned.shrink, "recompute": recompute, "storage": planned.storage}
+        build_roles(planned.roles, planned.family, network, **asked)
 
 
 def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:

@@ -25,6 +25,7 @@ from fastgen.surgery.offload import offload
 from fastgen.surgery.precision import narrow
 from fastgen.surgery.recompute import recompute_blocks
 from fastgen.surgery.second_time import Defaults, Input, ScalarInputs
+from fastgen.surgery.shrink import Shrink, shrunk
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ def build_roles(
     base: nn.Module,
     *,
     tuning: LoraTuning | None = None,
+    shrink: Shrink | None = None,
     autocast: torch.dtype | None = None,
     defaults: Defaults | None = None,
     seed: int = 0,
@@ -195,7 +197,8 @@ def build_roles(
     offloaded: bool = False,
 ) -> Roles:
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
-    adapter shares keeps its parameters in the compute dtype. defaults: of scalar inputs, for calls that do not give them. seed: of what
+    adapter shares keeps its parameters in the compute dtype. shrink: what those that are exported have of the teacher's blocks; the others have
+    all. defaults: of scalar inputs, for calls that do not give them. seed: of what
     a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but compute them again. storage: of
     weights that no role trains. device: where the roles are made; None: where `base` is, of which only what they keep is moved. offloaded: the frozen
     network of full fine-tuning stays on the CPU, see surgery/offload.py."""
@@ -205,12 +208,13 @@ def build_roles(
     device = next(base.parameters()).device if device is None else device
     additions = {name: _additions(name, spec, family, base, defaults, seed, device) for name, spec in specs.items()}
     if tuning is not None:
+        assert shrink is None, "the plan refuses adapters on a smaller network"
         hold(base, family.blocks(base), storage, device)
         base.to(device)
         return _shared_roles(specs, family, base, tuning, autocast, additions)
     roles = Roles()
     for name, spec in specs.items():
-        backbone = copy.deepcopy(base).to(device) if spec.trains_network else base
+        backbone = _own_network(base, shrink if spec.averaged else None, recompute=recompute).to(device) if spec.trains_network else base
         roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trains_network), family, autocast=autocast, **additions[name]))
     hold(base, family.blocks(base), storage, torch.device("cpu") if offloaded else device)
     base.to("cpu" if offloaded else device)
@@ -219,6 +223,16 @@ def build_roles(
     if offloaded:
         offload(base, device)
     return roles
+
+
+def _own_network(base: nn.Module, shrink: Shrink | None, *, recompute: bool) -> nn.Module:
+    """What a role starts from that trains a whole network."""
+    if shrink is None:
+        return copy.deepcopy(base)
+    network = shrunk(base, shrink)
+    if recompute:  # a new network does not know of it
+        recompute_blocks(network)
+    return network
 
 
 def _additions(

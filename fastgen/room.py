@@ -85,7 +85,8 @@ CHANGES = (
     ),
     Change("mixed precision, and frozen weights in half", lambda recipe: [] if recipe.train.precision == "bf16" else ["train.precision=bf16"]),
     Change(
-        "adapters in place of whole networks", lambda recipe: [] if isinstance(recipe.student.tune, Tuning) else ["student.tune={lora: {rank: 64}}"]
+        "adapters in place of whole networks",
+        lambda recipe: [] if isinstance(recipe.student.tune, Tuning) or recipe.student.shrink else ["student.tune={lora: {rank: 64}}"],
     ),
     Change(
         "the network under adapters in 8 bits",
@@ -96,7 +97,8 @@ CHANGES = (
 
 def need(planned: Plan) -> Need:
     """What a plan comes to, from shapes alone."""
-    roles = build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), tuning=planned.tuning, storage=planned.storage)
+    asked: Any = {"tuning": planned.tuning, "shrink": planned.shrink, "storage": planned.storage}
+    roles = build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), **asked)
     parts = held(planned, roles)
     return Need(parts, data_bytes(planned), step_bytes(planned, parts.step), _encoder_bytes(planned))
 
@@ -108,9 +110,11 @@ def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None =
     progress.stage("taking a training step on tensors without content")
     found = need(planned)
     held_bytes = {name: getattr(found.held, name) for name in ("frozen", "trained", "buffers", "gradients", "optimizers", "averages")}
+    smaller = planned.smaller()
     said: dict[str, Any] = {
         "teacher": recipe.teacher.pretrained,
         "method": recipe.distiller.name,
+        **({"student": smaller} if smaller else {}),
         "bytes": {**held_bytes, "data": found.data, "step": found.step, "encoders": found.encoders},
         "stages": found.stages,
         "peak": found.peak,

@@ -20,6 +20,7 @@ from fastgen import run
 from fastgen.evaluation.results import read_results, remarks
 from fastgen.evaluation.table import summary_table
 from fastgen.printing import Unfailing, printable, put
+from fastgen.surgery.shrink import in_words
 
 _SHOWN = ("loss/", "grad_norm/student", "eval/")
 _FIRST, _LONGEST = 5.0, 60.0  # seconds until the first line of progress, and at most between two
@@ -245,6 +246,8 @@ _PARTS = {
 def print_need(found: Mapping[str, Any]) -> None:
     """The outcome of `fastgen plan`."""
     note(f"{found['method']} on {found['teacher']}")
+    if "student" in found:
+        note(f"student: {in_words(found['student'])}")
     for name, what in _PARTS.items():
         note(f"  {what:34s}{_size(found['bytes'][name])}")
     note("at its peak")
@@ -274,6 +277,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     """The outcome of --dry-run."""
     note(f"method      {plan['method']}, {plan['steps']} steps")
     note(f"teacher     {plan['teacher']} ({plan['family']})")
+    if "student" in plan:
+        note(f"student     {in_words(plan['student'])}")
     width = max(12, *(len(name) + 2 for name in plan["roles"]))
     for name, role in plan["roles"].items():
         note(f"role        {name:<{width}}{role['tuning']:14s}{role['trains']:>14,} trained parameters")

@@ -112,6 +112,7 @@ class Facts:
     picture: tuple[int, ...] | None = None  # shape of what a sample decodes to, (3, H, W) unless the teacher makes vectors
     exported: bool = False  # whether the student becomes a pipeline, which moves between its steps as its sampler does
     sampler: Sampler = "euler"  # student.sampler
+    shrunk: bool = False  # whether the student has fewer blocks than its teacher, and than roles that start as the teacher does
     linear_guidance: bool = True  # whether the pipeline's guidance is n + w (c - n), of predictions of any kind
 
 

@@ -113,6 +113,10 @@ class DMD2(Distiller):
         for key, uses in (("gan", config.gan is not None), ("inputs: data", config.inputs == "data")):
             if uses and not facts.images:
                 raise UserError(f"recipe key distiller.{key}: needs real data; give data.images in place of data.prompts")
+        if config.ida and facts.shrunk:
+            raise UserError(
+                f"recipe key student.shrink: distiller.ida ({config.ida}) moves the fake score towards a student of its own shape; remove one"
+            )
         if config.regression is not None:
             regression.check(config.regression, facts)
         if config.gan is not None and config.gan.start >= (steps := cls.matching_steps(config, facts)):

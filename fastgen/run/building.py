@@ -55,6 +55,7 @@ class Run:
             prompts=spread(self.data.prompts, 8),
             recipe=resolved,
             unfinished=self.unfinished(),
+            smaller=self.plan.smaller(),
         )
 
     def unfinished(self) -> dict[str, dict[str, int]]:
@@ -114,6 +115,7 @@ def build(plan: Plan, progress: Progress) -> Run:
         family,
         backbone,
         tuning=plan.tuning,
+        shrink=plan.shrink,
         autocast=plan.autocast,
         defaults=defaults,
         seed=recipe.train.seed,

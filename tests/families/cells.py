@@ -22,6 +22,7 @@ from fastgen.plan import plan
 from fastgen.roles import LoraTuning, build_roles, student
 from fastgen.surgery.held import Storage
 from fastgen.surgery.precision import narrow
+from fastgen.surgery.shrink import Shrink, kept_blocks
 
 METHODS = ("dmd2", "scm", "lcm", "tbcm")
 PROMPTS = ["a red cat", "two boats at sea"]
@@ -56,6 +57,27 @@ def check_cell(
     assert result.passed, result
     task = "unconditional-image-generation" if "class_labels" in planned.family.call_inputs(prompts) else "text-to-image"
     assert f"\npipeline_tag: {'text-to-video' if 'frames' in teacher else task}\n" in (output / "README.md").read_text()
+
+
+def check_smaller(source: Path, folder: Path, *, prompts: Sequence[str] = PROMPTS, **teacher: Any) -> None:
+    """A student of two of three blocks of each list trains beside a fake score of all, is exported, and plain diffusers draws what we draw."""
+    data = recipe(source, "dmd2", folder, prompts=prompts, **teacher).dump()
+    data["student"]["shrink"] = {"depth": 0.67}
+    running = run.build(plan(validate(Recipe, data)), run.Progress())
+    family, networks = running.plan.family, {name: role.denoiser.backbone for name, role in running.roles.items()}
+    kept = kept_blocks(networks["teacher"], Shrink(0.67))
+    assert set(map(tuple, kept.values())) == {(0, 2)}
+    depths = {name: {len(network.get_submodule(blocks)) for blocks in kept} for name, network in networks.items()}  # type: ignore[arg-type]
+    assert depths == {"student": {2}, "fake_score": {3}, "teacher": {3}}
+    before = _copied(running, "student")
+    running.trainer.train_step()
+    assert [name for name, parameter in running.roles["student"].parameters().items() if not torch.equal(parameter, before[name])]
+    export_student(running.averaged(), family, running.info(), folder / "student")
+    with verifying_here():
+        result = verify(folder / "student", seeds=(0, 1))
+    assert result.passed, result
+    loaded = find_family(folder / "student", **family.options).load_backbone()
+    assert {name: value.shape for name, value in loaded.named_parameters()} == {name: value.shape for name, value in before.items()}
 
 
 def trained(source: Path, folder: Path, *, checkpointing: bool, prompts: Sequence[str], **teacher: Any) -> dict[str, Tensor]:

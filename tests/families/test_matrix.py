@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cells import METHODS, PROMPTS, check_cell, on_rounded_weights, pictures, recipe, texts, trained
+from cells import METHODS, PROMPTS, check_cell, check_smaller, on_rounded_weights, pictures, recipe, texts, trained
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
+from tiny_parts import from_seed, stirred
 from tiny_pixart import tiny_pixart
 from tiny_qwen import tiny_qwen
 from tiny_sana import tiny_sana
@@ -96,6 +97,34 @@ def test_one_cell_of_a_family(family: str, method: str, tuning: str, folders: An
 @pytest.mark.parametrize(("family", "method", "tuning"), [cell for cell in CELLS if cell not in DEFAULT])
 def test_every_other_cell(family: str, method: str, tuning: str, folders: Any, tmp_path: Path, child: Any) -> None:
     run_cell(family, method, tuning, folders(family), tmp_path, in_child=True)
+
+
+UNETS = ("sd", "sd2", "sdxl")
+
+
+def deeper(pipeline: Any, blocks: int = 3) -> Any:
+    """The pipeline with a new random network of so many blocks in each list."""
+    network = pipeline.transformer
+    config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
+    changes = {key: blocks for key in ("num_layers", "num_single_layers", "n_layers") if key in config}
+    with from_seed(1):
+        pipeline.register_modules(transformer=type(network).from_config(config | changes))
+        return stirred(pipeline)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNETS])
+def test_a_smaller_student(family: str, tmp_path: Path) -> None:
+    row, source = FAMILIES[family], tmp_path / "teacher"
+    deeper(row.build()).save_pretrained(source)
+    check_smaller(source, tmp_path, prompts=row.prompts, **row.teacher)
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_no_smaller_unet(family: str, folders: Any, tmp_path: Path) -> None:
+    data = recipe(folders(family), "dmd2", tmp_path, **FAMILIES[family].teacher).dump()
+    data["student"]["shrink"] = {"depth": 0.5}
+    with pytest.raises(UserError, match=r"^recipe key student\.shrink: UNet2DConditionModel has no list of alike blocks"):
+        plan(validate(Recipe, data))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
