@@ -11,11 +11,11 @@ Interpolants. `constant`: x_t = alpha_t x0 + sigma_t eps, so that an exact stude
 needs the paper's own sampler between the ends of a window, so it is refused unless each window is one step. The paper's other target,
 `diff_eps`, whose prediction is no eps to a stock scheduler even at a window's start, is left out.
 
-Windows begin at the student's own sampling times: its steps must hit their ends, for across one the target jumps. Extra steps lie inside. A
-network that is smooth in t is slow to learn that jump, and sampling asks for just the times at it: a student that is trained at them alone
-(`at: grid`) learns no jump, but is made for its own number of steps only.
-The first begins at the noise end. Evenly spaced training steps (Stable Diffusion), or flow times with the teacher's shift, make them the
-paper's uniform windows.
+Windows begin at the student's own sampling times, the first at the noise end: its steps must hit their ends, for across one the target
+jumps. Extra steps lie inside. Evenly spaced training steps (Stable Diffusion), or flow times with the teacher's shift, make them the paper's
+uniform windows. A network that is smooth in t is slow to learn the jump, and sampling asks for just the times at it: after 300 steps on the
+bundled digits a student's four steps at the edges were no nearer to real digits than the teacher's (FD 4.5), the same student's .02 below
+them were (3.3). One that is trained at the sampling times alone (`at: grid`; 3.3 again) learns no jump, but is made for its own number of steps.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _DROP = 0.1
 
 class PeRFlowConfig(MethodConfig):
     """windows: how many, each of as many of the student's steps; null: one a step. edges: instead, where they begin and end, as fractions of
-    the path's range from 1 down to 0. points: where windows are entered, at noised `data` or on the `teacher_trajectory` from noise, whose
-    windows before it are solved anew for each sample. solver, solver_steps: of the teacher's ODE through one window.
+    the path's range from 1 down to 0. points: where windows are entered, at noised `data` or on the `teacher_trajectory` from noise, which takes
+    as many of the teacher's steps for each sample as all windows have. solver, solver_steps: of the teacher's ODE through one window.
 
     guidance: `fixed`, the teacher's steps have teacher.guidance and the student is sampled without; `synchronised`, the teacher's steps have
     none and the student is sampled with teacher.guidance. drop: share of prompts replaced by the negative prompt, which guided sampling
-    asks for; null: .1 where the student is guided, otherwise none. at: where in its window a student trains, at `times` drawn from the whole range,
-    as in the paper, or at its own sampling times alone, the `grid`. huber: c of the pseudo-Huber
-    distance, a grey value or latent unit; null for squared error. weight: `reciprocal` is the paper's 1/(2.3 max(1 - t, .1)), t = 1 noise."""
+    asks for; null: .1 where the student is guided, otherwise none. at: where a student trains, at `times` drawn from the whole range as in the
+    paper, or at its own sampling times alone, the `grid`. huber: c of the pseudo-Huber distance, a grey value or latent unit; null for squared
+    error. weight: `reciprocal` is the paper's 1/(2.3 max(1 - t, .1)), t = 1 noise."""
 
     windows: int | None = Field(default=None, ge=1, le=1000)
     edges: tuple[float, ...] | None = None
