@@ -117,6 +117,16 @@ class Path(ABC):
         _refuse_zero(det, f"{kind!r} does not determine x0 and eps at a singular end of {self} (t = {_span(t)})")
         return (b * x - sigma * pred) / det, (alpha * pred - a * x) / det
 
+    def through(self, x_s: Tensor, x_e: Tensor, s: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The constant pair (x0, eps) of the line alpha x0 + sigma eps that passes x_s (B, ...) at time s and x_e at time e, each (B,): the
+        prediction whose DDIM step leads from one to the other (Salimans & Ho 2022, algorithm 2). ValueError where both have one noise ratio,
+        as at s = e. At e = 0 x0 is x_e. On another path the same two samples (`retime`) have the same pair."""
+        (alpha_s, sigma_s), (alpha_e, sigma_e) = self.coeffs(s), self.coeffs(e)
+        det = alpha_s * sigma_e - alpha_e * sigma_s
+        _refuse_zero(det, f"one noise level of {self} determines no x0 and eps (t = {_span(s)} and {_span(e)})")
+        alpha_s, sigma_s, alpha_e, sigma_e, det = (expand_time(c, x_s) for c in (alpha_s, sigma_s, alpha_e, sigma_e, det))
+        return (sigma_e * x_s - sigma_s * x_e) / det, (alpha_s * x_e - alpha_e * x_s) / det
+
     def convert(self, pred: Tensor, x: Tensor, t: Tensor, src: Kind, dst: Kind) -> Tensor:
         """Turn a prediction of kind `src` at x_t into kind `dst`; x: (B, ...), t: (B,) or (B, T).
 

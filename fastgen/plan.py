@@ -86,7 +86,7 @@ class Plan:
     @property
     def guidance(self) -> float:
         """Guidance the trained network is sampled with."""
-        return self.recipe.teacher.guidance if self.method.student_is_guided else 1.0
+        return self.recipe.teacher.guidance if self.method.student_is_guided(self.method_config) else 1.0
 
     @property
     def tuning(self) -> LoraTuning | None:
@@ -238,6 +238,7 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         images=recipe.data.images is not None,
         exported=family.exportable,
         sampler=student.sampler,
+        path=family.path,
         linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
         shrunk=student.shrink is not None,

@@ -355,6 +355,60 @@ def test_paths_compare_by_value() -> None:
     assert Flow() == Flow() != TrigFlow()
 
 
+# The pair behind two samples
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["2-D", "4-D", "5-D"])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_samples_of_one_line_give_its_pair_back(name: str, shape: tuple[int, ...]) -> None:
+    """At times inside the range, and to data, where x0 is the sample."""
+    schedule, x0, eps, s = oracle.SCHEDULES[name], normal(*shape), normal(*shape, seed=1), inner_times(name)
+    for e in (0.4 * s, torch.zeros_like(s)):
+        x_s, x_e = schedule.noisy(x0, eps, s), schedule.noisy(x0, eps, e)
+        found = PATHS[name].through(x_s, x_e, s, e)
+        for value, expected in zip(found, (x0, eps), strict=True):
+            assert_near(value, expected, 1e-9)
+    assert_near(found[0], x_e, 1e-15)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_noise_is_the_eps_of_its_pair(name: str) -> None:
+    path, noise, x_e = PATHS[name], normal(1, 2), normal(1, 2, seed=1)
+    end, zero = torch.tensor([path.t_max], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    x0, eps = path.through(noise, x_e, end, zero)
+    assert_near(x0, x_e, 1e-15)
+    assert_near(eps, noise, 1e-15)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_two_samples_lie_on_the_line_of_their_pair(name: str) -> None:
+    """Also where nothing has made them from one, per frame, and in half precision."""
+    path, schedule, s = PATHS[name], oracle.SCHEDULES[name], inner_times(name, 4)
+    x_s, x_e = normal(1, 2, 4, 3, 2), normal(1, 2, 4, 3, 2, seed=1)
+    x0, eps = path.through(x_s, x_e, s[None], 0.3 * s[None])
+    assert_near(schedule.noisy(x0, eps, s[None]), x_s, 1e-9)
+    assert_near(schedule.noisy(x0, eps, 0.3 * s[None]), x_e, 1e-9)
+    half = path.through(normal(4, 2).bfloat16(), normal(4, 2, seed=1).bfloat16(), s.float(), 0.3 * s.float())
+    assert [value.dtype for value in half] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("other", NAMES)
+def test_a_pair_is_the_same_on_every_path(other: str) -> None:
+    """Two samples of Flow, carried to another path at equal noise ratio."""
+    s, e = torch.tensor([0.8, 0.5], dtype=torch.float64), torch.tensor([0.3, 0.45], dtype=torch.float64)
+    x_s, x_e = normal(2, 3), normal(2, 3, seed=1)
+    (y_s, t_s), (y_e, t_e) = (Flow().retime(x, t, PATHS[other]) for x, t in ((x_s, s), (x_e, e)))
+    for value, expected in zip(PATHS[other].through(y_s, y_e, t_s, t_e), Flow().through(x_s, x_e, s, e), strict=True):
+        assert_near(value, expected, 1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_noise_level_has_no_pair(name: str) -> None:
+    t = inner_times(name)
+    with pytest.raises(ValueError, match=r"one noise level of .* determines no x0 and eps"):
+        PATHS[name].through(normal(3, 2), normal(3, 2), t, torch.cat([t[:2] / 2, t[2:]]))  # one singular sample is enough
+
+
 # From one noise level to another
 
 

@@ -44,6 +44,8 @@ FROM_IMAGES: dict[str, dict[str, Any]] = {
     "mean_flow": TWO,
     "lcm": TWO,
     "tscd": TWO,
+    "perflow": {**TWO, "distiller": {"solver_steps": 2}},
+    "progressive": {**TWO, "distiller": {"halvings": 2}},
     "flow_matching": TWO,
     "f_distill": {**GAN, "distiller": {"gan": {}}},
     "dmd2": {**GAN, "distiller": {"gan": {}}},

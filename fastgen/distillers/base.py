@@ -17,7 +17,7 @@ from fastgen.data.training import Batch
 from fastgen.denoiser import Predictor, guided
 from fastgen.guidance import GuidanceRule, linear
 from fastgen.manifest import Sampler
-from fastgen.path import Kind, Path
+from fastgen.path import Flow, Kind, Path
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec
 from fastgen.sampling import Experts, Predict
@@ -113,6 +113,7 @@ class Facts:
     exported: bool = False  # whether the student becomes a pipeline, which moves between its steps as its sampler does
     sampler: Sampler = "euler"  # student.sampler
     shrunk: bool = False  # whether the student has fewer blocks than its teacher, and than roles that start as the teacher does
+    path: Path = field(default_factory=Flow)  # the teacher's
     linear_guidance: bool = True  # whether the pipeline's guidance is n + w (c - n), of predictions of any kind
 
 
@@ -141,7 +142,6 @@ class Distiller(ABC):
     """A method. Its `Config` holds the keys of the recipe's `distiller:` block."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    student_is_guided: ClassVar[bool] = False  # whether the trained network is sampled with the teacher's guidance
     samplers: ClassVar[tuple[Sampler, ...]] = ("euler", "stochastic")  # that its students are made for
     roles: ClassVar[dict[str, RoleSpec]]  # all it can ask for; `roles_for` says which a configuration uses
 
@@ -154,6 +154,11 @@ class Distiller(ABC):
     def roles_for(cls, config: Any) -> dict[str, RoleSpec]:
         """The roles that a run with this Config has."""
         return cls.roles
+
+    @classmethod
+    def student_is_guided(cls, config: Any) -> bool:
+        """Whether the trained network is sampled with the teacher's guidance."""
+        return False
 
     @classmethod
     def needs_latents(cls, config: Any) -> bool:

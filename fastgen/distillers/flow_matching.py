@@ -29,9 +29,12 @@ class FlowMatching(Distiller):
     """Role: student. Needs latents."""
 
     Config = FlowMatchingConfig
-    student_is_guided = True
     roles: ClassVar = {"student": student()}
     config: FlowMatchingConfig
+
+    @classmethod
+    def student_is_guided(cls, config: FlowMatchingConfig) -> bool:
+        return True
 
     @classmethod
     def needs_latents(cls, config: FlowMatchingConfig) -> bool:

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from fastgen.conditioning import Conditioning
+from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Distiller, Facts, Loss, Models, Update
 from fastgen.distillers.solver import SolverConfig, Step, draw_step, move, teacher_step
 from fastgen.errors import UserError
@@ -92,5 +93,5 @@ class LCM(Distiller):
 
 
 def pseudo_huber(x: Tensor, target: Tensor, c: float) -> Tensor:
-    """Mean over elements of sqrt(d^2 + c^2) - c (as LCM's released code; Charbonnier et al. 1997): |d| far away, d^2/2c close by."""
-    return (((x - target).square() + c**2).sqrt() - c).mean()
+    """Mean over elements of the pseudo-Huber distance."""
+    return losses.charbonnier(x - target, c).mean()

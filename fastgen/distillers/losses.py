@@ -20,6 +20,12 @@ def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().mean()
 
 
+def charbonnier(difference: Tensor, c: float) -> Tensor:
+    """sqrt(d^2 + c^2) - c of each element, the pseudo-Huber distance (as LCM's released code; Charbonnier et al. 1997): |d| far away, d^2/2c
+    close by."""
+    return (difference.square() + c**2).sqrt() - c
+
+
 def log_variance_weighted(per_sample: Tensor, log_variance: Tensor) -> Tensor:
     """Scalar mean of e exp(-l) + l: least at l = log E[e | t], where every noise level counts the same (Karras et al. 2024, eq. 21).
     per_sample, log_variance: (B,)."""
