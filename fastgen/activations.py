@@ -97,6 +97,8 @@ def _without_pixels(config: MethodConfig) -> MethodConfig:
     regression: Any = getattr(config, "regression", None)
     if regression is not None and regression.metric == "lpips":
         changed["regression"] = regression.model_copy(update={"metric": "latent"})
+    if getattr(config, "perceptual", None) is not None:
+        changed["perceptual"] = None
     return config.model_copy(update=changed)
 
 

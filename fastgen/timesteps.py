@@ -63,13 +63,14 @@ def down_to(end: float, num_steps: int, *, t_max: float = 1.0, shift: float = 1.
 
 
 class TimeSampling(BaseModel, extra="forbid", frozen=True):
-    """Recipe block for a training-time distribution: draw, then shift, then squeeze into [lo, hi]."""
+    """Recipe block for a training-time distribution: draw, then shift, then squeeze into [lo, hi]. mean, std: of `logit_normal`; a: of `u_shaped`."""
 
     name: Literal["uniform", "logit_normal", "u_shaped"] = "uniform"
     lo: float = Field(default=0.0, ge=0, le=1)
     hi: float = Field(default=1.0, ge=0, le=1)
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
+    a: float = Field(default=4.0, gt=0, le=50)
     shift: Annotated[float, Field(ge=1e-3, le=1e3)] | Literal["teacher"] = "teacher"
 
     @model_validator(mode="after")
@@ -83,7 +84,7 @@ class TimeSampling(BaseModel, extra="forbid", frozen=True):
         draws: dict[str, Callable[[Tensor], Tensor]] = {
             "uniform": uniform,
             "logit_normal": lambda v: logit_normal(v, mean=self.mean, std=self.std),
-            "u_shaped": u_shaped,
+            "u_shaped": lambda v: u_shaped(v, a=self.a),
         }
         shift = teacher_shift if self.shift == "teacher" else float(self.shift)
         return self.lo + (self.hi - self.lo) * shifted(draws[self.name](u), shift)

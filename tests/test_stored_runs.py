@@ -37,6 +37,8 @@ FROM_PROMPTS: dict[str, dict[str, Any]] = {
     "phased_dmd": {**SCORE, **TWO, "distiller": {"phases": [{"start": 1.0, "end": 0.75, "share": 0.5}, {"start": 0.75, "end": 0.0, "share": 0.5}]}},
     "tbcm": {"train": {"batch_size": 4, "micro_batch": 2}},
     "dmd": {**SCORE, "data": {"pairs": 6}},
+    "reflow": {"data": {"pairs": {"count": 6, "solver": "heun", "steps": 3}}},
+    "slimflow": {"data": {"pairs": 6}, "distiller": {"two_step": {}, "anneal": {"steps": 3}}},
 }
 FROM_IMAGES: dict[str, dict[str, Any]] = {
     "scm": TWO,
