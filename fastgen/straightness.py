@@ -14,11 +14,12 @@ v is the field at x_t = (1 - t) x0' + t z'. With v* = E[u | x_t] and V = 1/e int
     1/e int E||u - v||^2 = V + 1/e int E||v - v*||^2                                          (`crossing`)
     crossing + S - (E||u||^2 - E||Z_1 - Z_0||^2) = 1/e int (E||v - v*||^2 + E||v(Z_t)||^2 - E||v*(x_t)||^2)     (`residual`).
 
-A field is exact for its own samples, v = v*, where crossing = V and residual = 0, E||u||^2 - E||Z_1 - Z_0||^2 = S + V. Else neither V nor
-the fit error E||v - v*||^2 can be had alone: v* is unknown. The residual shows that there is one, but is not its size. It is twice
-the fit error where Z_t and x_t have the same laws (v - v* then is orthogonal to v*, a gradient), of first order in v - v* with
-either sign where they have not, and 0 for the straight flow that scales a centred Gaussian, though that one is exact for
-another coupling alone. With guidance v is no conditional mean and both are left out.
+Where the field is exact for its own samples, v = v*, crossing is V and residual 0: E||u||^2 - E||Z_1 - Z_0||^2 = S + V (if e < 1, but for
+what the path leaves of data in x_e, which the sampler's start lacks). Else neither V nor the fit error E||v - v*||^2 can be had alone: v* is
+unknown. The residual shows that there is one, but is not its size. It is twice the fit error where Z_t and x_t have the same laws (v - v*
+then is orthogonal to v*, a gradient), of first order in v - v* with either sign where they have not, and 0 for the straight flow that
+scales a centred Gaussian, though that one is exact for another coupling alone. With guidance v is no conditional mean and both are left
+out.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.errors import NotFinite, UserError
 from fastgen.families.toy import Mixture, Toy
+from fastgen.fingerprints import SEAL
 from fastgen.generator import ImageGenerator
 from fastgen.path import DiscreteVP, Flow, Kind, Path, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.sampling import Predict
@@ -369,3 +370,11 @@ def test_the_command_refuses(asked: str, capfd: pytest.CaptureFixture[str], tmp_
     out, err = capfd.readouterr()
     last = err.splitlines()[-1]
     assert out == "" and last.startswith("error: ") and REFUSED[asked] in last
+
+
+def test_the_command_refuses_a_student_of_its_own_times_alone(tmp_path: File, capfd: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((File(cli.__file__).parent / "assets" / "digits" / "fastgen.json").read_text(encoding="utf-8"))
+    text = json.dumps(manifest | {SEAL: None, "own_steps_only": True})
+    (tmp_path / "fastgen.json").write_text(text, encoding="utf-8")
+    assert cli.main(["straightness", str(tmp_path), "--prompts", "fastgen:digits"]) == 2
+    assert "serves its own 25 steps alone, so it has no flow to follow" in capfd.readouterr().err
