@@ -14,6 +14,7 @@ import typer
 
 from fastgen.cli_evaluate import MOST_STEPS, evaluate
 from fastgen.cli_gallery import gallery
+from fastgen.cli_straightness import straightness
 from fastgen.errors import TrainingFailed, UserError, one_line
 from fastgen.files import check_writable_file
 from fastgen.printing import put
@@ -206,6 +207,7 @@ def sample(
 
 app.command()(evaluate)
 app.command()(gallery)
+app.command()(straightness)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -133,12 +133,26 @@ def ode(
     VP and VE end above 0. Not what pictures are drawn with: `walk` and `few_step` jump through x0, which off Flow and VE are other steps
     than `euler` here, and `few_step` ends at data.
     """
+    for _, after in ode_steps(predict, x, times, cond, solver=solver):
+        x = after
+    return x
+
+
+def ode_steps(
+    predict: Predict,
+    x: Tensor,
+    times: Tensor,
+    cond: Conditioning,
+    *,
+    solver: Literal["euler", "heun"] = "heun",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The steps of `ode`, one by one: the velocity at each one's start, and the sample at its end, both (B, ...)."""
     for t, t_next in pairwise(times):
         step = (t_next - t).to(x)
-        slope = predict(x, t.expand(len(x)), cond, "velocity")
+        velocity = slope = predict(x, t.expand(len(x)), cond, "velocity")
         ahead = x + step * slope
         if solver == "heun":
             slope = 0.5 * (slope + predict(ahead, t_next.expand(len(x)), cond, "velocity"))
             ahead = x + step * slope
         x = ahead.to(x.dtype)
-    return x
+        yield velocity, x

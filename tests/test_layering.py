@@ -41,11 +41,11 @@ LAYERS = [
     {"distillers"},
     {"divergence", "optimizers", "trainer", "checkpoint"},
     {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"}
-    | {"report_quality", "report_nearest", "pages", "gallery", "votes"},
+    | {"report_quality", "report_nearest", "pages", "gallery", "votes", "straightness"},
     {"foresight", "plan", "inputs", "licensing", "memory", "outlook", "activations", "room"},
     {"run"},
     {"caching"},
-    {"terminal", "cli", "cli_evaluate", "cli_gallery", "__main__"},
+    {"terminal", "cli", "cli_evaluate", "cli_gallery", "cli_straightness", "__main__"},
 ]
 # A script that trains the bundled teacher with the whole package; nothing imports it.
 SCRIPTS = {"assets.build": len(LAYERS) - 1}
