@@ -1,5 +1,6 @@
 """Dense networks to mixtures of experts (Dense2MoE, arXiv:2510.09094): find feed-forward layers, measure their neurons, split, route, account."""
 
+from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, mix_blocks, recording_blocks, set_kept
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import magnitude, random, taylor
 from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, recording, set_active
@@ -7,19 +8,25 @@ from fastgen.surgery.moe.routing import Routing, balance_loss, counts, scheduled
 from fastgen.surgery.moe.split import Experts
 
 __all__ = [
+    "BlockRouter",
     "ExpertLayer",
     "Experts",
+    "Groups",
     "Routing",
     "balance_loss",
+    "block_routers",
     "convert",
     "counts",
     "even_out",
     "expert_layers",
     "magnitude",
+    "mix_blocks",
     "random",
     "recording",
+    "recording_blocks",
     "scheduled_active",
     "set_active",
+    "set_kept",
     "taylor",
     "to_convert",
 ]
