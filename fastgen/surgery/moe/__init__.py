@@ -4,6 +4,7 @@ from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, mix_b
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import magnitude, random, taylor
 from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, recording, set_active
+from fastgen.surgery.moe.modulation import Slim, find_modulation, slim
 from fastgen.surgery.moe.routing import Routing, balance_loss, counts, scheduled_active
 from fastgen.surgery.moe.split import Experts
 
@@ -13,12 +14,14 @@ __all__ = [
     "Experts",
     "Groups",
     "Routing",
+    "Slim",
     "balance_loss",
     "block_routers",
     "convert",
     "counts",
     "even_out",
     "expert_layers",
+    "find_modulation",
     "magnitude",
     "mix_blocks",
     "random",
@@ -27,6 +30,7 @@ __all__ = [
     "scheduled_active",
     "set_active",
     "set_kept",
+    "slim",
     "taylor",
     "to_convert",
 ]
