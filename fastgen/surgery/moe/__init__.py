@@ -5,6 +5,7 @@ from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import magnitude, random, taylor
 from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, recording, set_active
 from fastgen.surgery.moe.modulation import Slim, find_modulation, slim
+from fastgen.surgery.moe.operators import gradient_utility, prune, remove, resize, upcycle, weight_utility
 from fastgen.surgery.moe.routing import Routing, balance_loss, counts, scheduled_active
 from fastgen.surgery.moe.split import Experts
 
@@ -22,15 +23,21 @@ __all__ = [
     "even_out",
     "expert_layers",
     "find_modulation",
+    "gradient_utility",
     "magnitude",
     "mix_blocks",
+    "prune",
     "random",
     "recording",
     "recording_blocks",
+    "remove",
+    "resize",
     "scheduled_active",
     "set_active",
     "set_kept",
     "slim",
     "taylor",
     "to_convert",
+    "upcycle",
+    "weight_utility",
 ]
