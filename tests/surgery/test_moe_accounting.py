@@ -127,8 +127,8 @@ def test_experts_that_choose_cost_their_mean() -> None:
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart", "qwen", "wan", "zimage"])
 @pytest.mark.parametrize("kept", [1, 2])
 def test_flops_of_blocks_in_groups_are_those_of_the_blocks_that_run(name: str, kept: int) -> None:
-    """Routers of zero have both samples keep the first blocks, which cost what others of their list do. Not DiT with fewer blocks: a group embeds time
-    and class once more for its router, which is counted as the first block's."""
+    """Routers of zero have both samples keep the first blocks, which cost what others of their list do. Not DiT: with fewer blocks its groups embed
+    time and class once more for their routers, which is counted as the first block's."""
     denoiser, routers = grouped(name, kept, dtype=torch.float32, random=False)
     ours, theirs = counted(name, denoiser)
     assert total(ours).flops == pytest.approx(theirs, rel=1e-9)

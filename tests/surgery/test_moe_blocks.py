@@ -9,8 +9,9 @@ import diffusers_zoo
 import pytest
 import torch
 from moe_networks import DEEP, deep, grouped, largest
-from tangents import F64, normal, relative
+from tangents import F64, math_tangent, normal, relative
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgen.errors import UserError
 from fastgen.jvp import tangent
@@ -170,6 +171,20 @@ def test_exact_tangents_are_finite_differences(name: str, grad: bool) -> None:
     if grad:
         out.square().sum().backward()
         assert all(p.grad is not None and p.grad.any() for router in routers for p in router.parameters())
+
+
+def test_tangents_of_torch_func_leave_routers_their_gradient() -> None:
+    (network, call, x, t), routers = grouped("sd3", 1)
+    dx, expected = normal(*x.shape, seed=1), math_tangent(call, (x, t), (normal(*x.shape, seed=1), None))[1]
+    grads = []
+    for through_func in (False, True):
+        network.requires_grad_(True)
+        with sdpa_kernel(SDPBackend.MATH):
+            both: Any = torch.func.jvp(lambda x: call(x, t), (x,), (dx,)) if through_func else (call(x, t), expected)
+        out, d_out = both
+        grads.append(torch.autograd.grad(out.square().sum(), [p for router in routers for p in router.parameters()]))
+        assert relative(d_out, expected) < 1e-12
+    assert all(relative(a, b) < 1e-10 for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

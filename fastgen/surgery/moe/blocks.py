@@ -69,7 +69,8 @@ class BlockRouter(nn.Module):
         keep = torch.zeros(probabilities.shape, dtype=torch.bool, device=best.device).scatter(1, best, True)
         runs_all = keep.is_meta or self.kept == self.size
         is_kept = [[True] * len(keep)] * self.size if runs_all else keep.T.tolist()
-        has_gradient = torch.is_grad_enabled() and probabilities.requires_grad
+        # Inside torch.func a tensor does not say whether the weights outside want a gradient.
+        has_gradient = torch.is_grad_enabled() and (probabilities.requires_grad or self.tokens.weight.requires_grad)
         self.choice = Choice(keep, is_kept, _Opened.apply(probabilities) * keep if has_gradient else None)  # type: ignore[operator]
         if self.records is not None:
             counts = keep.sum(0).float()
