@@ -16,8 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgen.errors import UserError
 from fastgen.jvp import tangent
 from fastgen.surgery import moe
+from fastgen.surgery.lora import add_adapter
 from fastgen.surgery.moe.blocks import grouped_blocks
 from fastgen.surgery.moe.streams import seen, streams_of
+from fastgen.surgery.offload import offload
 from fastgen.surgery.recompute import recompute_blocks
 
 
@@ -33,6 +35,18 @@ def test_with_all_blocks_kept_it_is_the_dense_network_to_the_bit(name: str, grad
     assert largest(denoiser.call(denoiser.x, denoiser.t), dense.call(dense.x, dense.t)) > 1e-4
     added = sum(p.numel() for router in routers for p in router.parameters())
     assert sum(p.numel() for p in denoiser.network.parameters()) == sum(p.numel() for p in dense.network.parameters()) + added
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("grad", [False, True])
+def test_under_autocast_too(name: str, grad: bool) -> None:
+    dense, _ = deep(name, torch.float32)
+    denoiser, _ = grouped(name, 2, dtype=torch.float32)
+    dense.network.requires_grad_(grad)
+    denoiser.network.requires_grad_(grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = denoiser.call(denoiser.x, denoiser.t), dense.call(dense.x, dense.t)
+    assert out.dtype == expected.dtype and torch.equal(out, expected)
 
 
 class Skipped(nn.Module):
@@ -244,6 +258,21 @@ def test_blocks_with_experts_are_grouped_too() -> None:
             moe.mix_blocks(denoiser.network, inside, moe.Groups(2, 2))
         assert len(moe.expert_layers(denoiser.network)) == 13
         assert largest(denoiser.call(denoiser.x, denoiser.t), dense) <= 1e-12
+
+
+def test_adapters_and_offloading_work_on_blocks_in_groups() -> None:
+    denoiser, routers = grouped("flux", 1)
+    expected = denoiser.call(denoiser.x, denoiser.t)
+    add_adapter(denoiser.network, "student", rank=2, alpha=2, targets=["to_q", "norm1.linear"])
+    adapters = [p for name, p in denoiser.network.named_parameters() if "lora_B" in name]
+    assert torch.equal(denoiser.call(denoiser.x, denoiser.t), expected) and len(adapters) == 4 + 4 + 5
+    with torch.no_grad():
+        for p in adapters:
+            p.fill_(0.1)
+    assert largest(denoiser.call(denoiser.x, denoiser.t), expected) > 1e-4
+    offloaded, _ = grouped("flux", 1)
+    offload(offloaded.network, torch.device("cpu"))
+    assert torch.equal(offloaded.call(offloaded.x, offloaded.t), expected) and len(routers) == 4
 
 
 def test_text_that_a_mask_hides_does_not_count() -> None:

@@ -134,9 +134,8 @@ class GroupedBlock(nn.Module):
 
 def _mixed(old: Tensor, new: Tensor, choice: Choice, index: int) -> Tensor:
     assert old.shape == new.shape, f"a block's output is {tuple(new.shape)}, what it replaces {tuple(old.shape)}"
-    of_samples = (-1, *[1] * (new.ndim - 1))
-    every = all(choice.is_kept[index])
-    out = new if every else torch.where(choice.keep[:, index].view(of_samples), new, old.to(new.dtype))
+    old, of_samples = old.to(new.dtype), (-1, *[1] * (new.ndim - 1))
+    out = new if all(choice.is_kept[index]) else torch.where(choice.keep[:, index].view(of_samples), new, old)
     return out if choice.gates is None else out + choice.gates[:, index].view(of_samples).to(new.dtype) * (new - old)
 
 
