@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
@@ -110,7 +111,8 @@ class Membership(NamedTuple):
 
 class GroupedBlock(nn.Module):
     """Mixed into a subclass of a block's class. A sample that skips the block has its streams as they were, to the bit; a block that none of a
-    batch's samples keeps does not run; otherwise it runs for all of them, and its outputs count for those that keep it."""
+    batch's samples keeps does not run, unless several processes train it; otherwise it runs for all of them, and its outputs count for those that
+    keep it."""
 
     membership: Membership
 
@@ -124,12 +126,18 @@ class GroupedBlock(nn.Module):
         if index == router.size - 1:
             router.choice = None
         out: list[Tensor] = [given[name] for name in streams.outputs]
-        if any(choice.is_kept[index]):
+        if any(choice.is_kept[index]) or _others_may_train(self):
             after = super().forward(*args, **kwargs)
             assert isinstance(after, tuple) == (len(out) > 1), f"{type(self).__name__} gives other streams than `streams` says"
             pairs = zip(out, after if isinstance(after, tuple) else (after,), strict=True)
             out = [_mixed(old, new, choice, index) for old, new in pairs]
         return tuple(out) if len(out) > 1 else out[0]
+
+
+def _others_may_train(block: nn.Module) -> bool:
+    """Whether another process may run this block for a gradient: without one from here too, sharded weights wait for it forever."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
 
 
 def _mixed(old: Tensor, new: Tensor, choice: Choice, index: int) -> Tensor:
