@@ -25,11 +25,14 @@ class Denoiser(NamedTuple):
     t: Tensor
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> Denoiser:
-    """From a fixed seed: the same weights and inputs in every dtype."""
+def build(name: str, dtype: torch.dtype = torch.float32, **config: Any) -> Denoiser:
+    """From a fixed seed: the same weights and inputs in every dtype. config: what the network has otherwise, such as more layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network, shape, time, call = BUILDERS[name]()
+        if config:
+            kind: Any = type(network)
+            network = kind.from_config({**network.config, **config})  # type: ignore[dict-item]
         network.eval().requires_grad_(False)
         for parameter in network.parameters():
             if not parameter.any() or parameter.eq(1).all():  # initial zeros and ones hide the layers behind them

@@ -10,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.errors import UserError
 from fastgen.surgery import lora
+from fastgen.surgery.moe import blocks as moe_blocks
 from fastgen.surgery.moe import layer as moe_layer
 
 
 def recompute_blocks(backbone: nn.Module) -> None:
-    """Have each block of a diffusers network keep its inputs alone, and run again in the backward pass with the adapters and experts of its
-    forward.
+    """Have each block of a diffusers network keep its inputs alone, and run again in the backward pass with the adapters, experts and choice of
+    blocks of its forward.
 
     UserError for a network whose blocks cannot. Copies of the network do so too.
     """
@@ -26,10 +27,10 @@ def recompute_blocks(backbone: nn.Module) -> None:
 
 
 def _computed_again(block: nn.Module, *args: Any) -> Any:
-    as_now, experts = lora.remembered(block), moe_layer.remembered(block)
+    as_now, experts, groups = lora.remembered(block), moe_layer.remembered(block), moe_blocks.remembered(block)
 
     def run(*args: Any) -> Any:
-        with as_now(), experts():
+        with as_now(), experts(), groups():
             return block(*args)
 
     return checkpoint(run, *args, use_reentrant=False)

@@ -67,3 +67,38 @@ def stir(layers: list[moe.ExpertLayer]) -> None:
 
 def largest(a: Tensor, b: Any) -> float:
     return float((a.detach() - b.detach()).abs().max())
+
+
+# More of the tiny networks' blocks, so that there are groups of them.
+DEEP: dict[str, dict[str, int]] = {
+    "dit": {"num_layers": 4},
+    "sd3": {"num_layers": 5},
+    "flux": {"num_layers": 4, "num_single_layers": 5},
+    "flux2klein": {"num_layers": 2, "num_single_layers": 4},
+    "pixart": {"num_layers": 4},
+    "sana": {"num_layers": 4},
+    "wan": {"num_layers": 4},
+    "qwen": {"num_layers": 4},
+    "zimage": {},
+}
+LISTS = {**BLOCKS, "flux2klein": ["transformer_blocks", "single_transformer_blocks"]}
+
+
+def deep(name: str, dtype: torch.dtype = torch.float64) -> tuple[diffusers_zoo.Denoiser, list[nn.Module]]:
+    """A denoiser and its blocks, of all its lists."""
+    denoiser = diffusers_zoo.build(name, dtype, **DEEP[name])
+    return denoiser, [block for key in LISTS[name] for block in denoiser.network.get_submodule(key).children()]
+
+
+def grouped(
+    name: str, kept: int, size: int = 2, dtype: torch.dtype = torch.float64, *, random: bool = True
+) -> tuple[diffusers_zoo.Denoiser, list[moe.BlockRouter]]:
+    """Its blocks in groups, whose routers are random, so that the two samples choose unlike, or at zero."""
+    denoiser, inside = deep(name, dtype)
+    routers = moe.mix_blocks(denoiser.network, inside, moe.Groups(size, kept))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for router in routers if random else []:
+            for parameter in router.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return denoiser, routers

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers_zoo
 import pytest
 import torch
-from moe_networks import BLOCKS, blocks, experts, split
+from moe_networks import BLOCKS, blocks, deep, experts, grouped, split
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,9 +73,9 @@ def test_flops_of_an_image_of_flux(num_text: int, dense: float, split_up: float)
         assert 0 < found["outside blocks"].flops + found["modulation"].flops + found["router"].flops < 0.05e12
 
 
-def counted(name: str) -> tuple[Account, float]:
-    """Ours, and PyTorch's, which sees products and attention under the layers."""
-    denoiser = diffusers_zoo.build(name)
+def counted(name: str, denoiser: diffusers_zoo.Denoiser | None = None) -> tuple[Account, float]:
+    """Ours, and PyTorch's, which sees products and attention under the layers that run."""
+    denoiser = diffusers_zoo.build(name) if denoiser is None else denoiser
     ours = account(denoiser.network, blocks(name, denoiser.network), lambda: denoiser.call(denoiser.x, denoiser.t))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         denoiser.call(denoiser.x, denoiser.t)
@@ -122,3 +122,72 @@ def test_experts_that_choose_cost_their_mean() -> None:
     moe.set_active(denoiser.network, [1.0, 3.0])
     varied = account(denoiser.network, blocks("sd3", denoiser.network), lambda: denoiser.call(denoiser.x, denoiser.t))
     assert fixed == varied
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart", "qwen", "wan", "zimage"])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_flops_of_blocks_in_groups_are_those_of_the_blocks_that_run(name: str, kept: int) -> None:
+    """Routers of zero have both samples keep the first blocks, which cost what others of their list do. Not DiT: with fewer blocks its groups embed
+    time and class once more for their routers, which is counted as the first block's."""
+    denoiser, routers = grouped(name, kept, dtype=torch.float32, random=False)
+    ours, theirs = counted(name, denoiser)
+    assert total(ours).flops == pytest.approx(theirs, rel=1e-9)
+    assert [router.kept for router in routers] == [kept] * len(routers)
+    assert ours["router"].flops == sum(2 * 2 * p.numel() for router in routers for p in router.parameters())
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+def test_a_group_has_its_share_of_each_kind_active(name: str) -> None:
+    denoiser, routers = grouped(name, 1)
+    dense, inside = deep(name)
+    found, all_kept = account(denoiser.network, blocks(name, denoiser.network)), account(dense.network, inside)
+    assert found["router"].active == found["router"].parameters == sum(p.numel() for router in routers for p in router.parameters())
+    assert total(found, ["router"]).parameters == total(all_kept).parameters
+    alone = account(*alone_in_groups(name))
+    for kind in ("attention", "feed-forward", "modulation"):
+        assert found[kind].active == pytest.approx(all_kept[kind].active - alone[kind].active / 2)
+    assert found["outside blocks"] == all_kept["outside blocks"]
+
+
+def alone_in_groups(name: str) -> tuple[nn.Module, list[nn.Module]]:
+    """The blocks of a dense network that are in groups of two, and nothing else."""
+    _, inside = deep(name)
+    last = {"sd3": [4], "flux": [8], "qwen": []}[name]
+    rest = nn.ModuleList(block for i, block in enumerate(inside) if i not in last)
+    return rest, list(rest)
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "qwen", "zimage"])
+@pytest.mark.parametrize("how", [moe.Slim(3), moe.Slim(0, shared=True), moe.Slim(2, shared=True)])
+def test_slim_modulation_costs_its_factors(name: str, how: moe.Slim) -> None:
+    denoiser, inside = deep(name, torch.float32)
+    before = account(denoiser.network, inside)
+    layers = [each.layer for each in moe.find_modulation(denoiser.network, inside)]
+    common = {(each.place, each.layer.weight.shape) for each in moe.find_modulation(denoiser.network, inside)} if how.shared else ()
+    moe.slim(denoiser.network, inside, how)
+    ours, theirs = counted(name, denoiser)
+    saved = sum(layer.weight.numel() - how.rank * sum(layer.weight.shape) for layer in layers) - sum(shape.numel() for _, shape in common)
+    assert ours["modulation"].parameters == before["modulation"].parameters - saved
+    assert all(ours[kind].parameters == before[kind].parameters for kind in before if kind != "modulation")
+    assert total(ours).flops == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("how", "single", "active", "tera"),
+    [
+        (moe.Slim(48), None, 5.15, 43.62),  # the paper's L: 5.15 and 43.42
+        (moe.Slim(0, shared=True), None, 5.23, 43.62),
+        (moe.Slim(48), (3, 2), 3.14, 27.55),  # 10 double and 26 single blocks; its S: 3.19 and 26.43
+        (moe.Slim(48), (2, 1), 2.68, 22.19),  # 10 and 19; its XS: 2.64 and 20.26
+    ],
+)
+def test_flux_in_all_its_sizes(how: moe.Slim, single: tuple[int, int] | None, active: float, tera: float) -> None:
+    network, inside = flux_dev(True)
+    moe.slim(network, inside, how)
+    if single:
+        moe.mix_blocks(network, network.transformer_blocks, moe.Groups(2, 1))
+        moe.mix_blocks(network, network.single_transformer_blocks, moe.Groups(*single))
+    found = account(network, inside, image(network, 77))
+    assert round(total(found).active / 1e9, 2) == active
+    assert round(total(found, LEFT_OUT).flops / 1e12, 2) == tera
+    assert total(found).parameters < 8.83e9

@@ -1,25 +1,43 @@
 """Dense networks to mixtures of experts (Dense2MoE, arXiv:2510.09094): find feed-forward layers, measure their neurons, split, route, account."""
 
+from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, mix_blocks, recording_blocks, set_kept
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import magnitude, random, taylor
 from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, recording, set_active
+from fastgen.surgery.moe.modulation import Slim, find_modulation, slim
+from fastgen.surgery.moe.operators import gradient_utility, prune, remove, resize, upcycle, weight_utility
 from fastgen.surgery.moe.routing import Routing, balance_loss, counts, scheduled_active
 from fastgen.surgery.moe.split import Experts
 
 __all__ = [
+    "BlockRouter",
     "ExpertLayer",
     "Experts",
+    "Groups",
     "Routing",
+    "Slim",
     "balance_loss",
+    "block_routers",
     "convert",
     "counts",
     "even_out",
     "expert_layers",
+    "find_modulation",
+    "gradient_utility",
     "magnitude",
+    "mix_blocks",
+    "prune",
     "random",
     "recording",
+    "recording_blocks",
+    "remove",
+    "resize",
     "scheduled_active",
     "set_active",
+    "set_kept",
+    "slim",
     "taylor",
     "to_convert",
+    "upcycle",
+    "weight_utility",
 ]

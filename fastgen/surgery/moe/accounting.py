@@ -1,15 +1,17 @@
 """What a network has and what one image costs, by kind of layer; of a dense network or of one that was converted, and on the meta device too.
 
 FLOPs are two for each multiplication with its addition, in linear and convolution layers, experts and scaled dot products; norms, activations,
-linear attention's products and masks, which save nothing here, are left out.
+linear attention's products and masks, which save nothing here, are left out. Blocks in groups count by how many of their group a sample keeps,
+whichever these are.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastgen.surgery.moe.layer import ExpertLayer, expert_layers
+from fastgen.surgery.moe.blocks import BlockRouter, block_routers, grouped_blocks, set_kept
+from fastgen.surgery.moe.layer import ExpertLayer, Shared, expert_layers
+from fastgen.surgery.moe.modulation import Common, is_adaptive_norm
 from fastgen.surgery.moe.structures import Structure, walk
 
 Kind = Literal["feed-forward", "router", "attention", "attention products", "modulation", "outside blocks"]
@@ -26,7 +30,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass
 class Cost:
-    """parameters: all of them; active: those that one token uses, experts by their number; flops: of one call."""
+    """parameters: all of them; active: those that one token uses, experts and blocks in groups by their number; flops: of one call."""
 
     parameters: int = 0
     active: float = 0.0
@@ -41,8 +45,9 @@ Shares = list[tuple[Kind, float, float]]
 def account(network: nn.Module, blocks: Iterable[nn.Module], call: Callable[[], Any] | None = None) -> Account:
     """Costs by kind. call: runs the network once, on one image, for the FLOPs, which are 0 without it; tensors of the meta device will do.
 
-    Attention is what blocks hold that is nothing else: projections, and norms with weights. Modulation is blocks' own adaptive norms and tables;
-    what all blocks share lies outside. A layer that fuses attention and feed-forward in a way that `structures` does not know is attention's.
+    Attention is what blocks hold that is nothing else: projections, and norms with weights. Modulation is blocks' own adaptive norms and tables,
+    and what `slim` has them share; what else all blocks share lies outside. A layer that fuses attention and feed-forward in a way that
+    `structures` does not know is attention's.
     """
     shares = _shares(network, list(blocks))
     costs: Account = {kind: Cost() for kind in KINDS}
@@ -78,10 +83,20 @@ def _shares(network: nn.Module, blocks: list[nn.Module]) -> Mapping[int, Shares]
             _put_dense(shares, structure)
         elif not isinstance(network.get_submodule(name), (nn.Linear, ExpertLayer)):
             put(network.get_submodule(name).parameters(), "feed-forward")
+    for module in network.modules():
+        if isinstance(module, Shared):  # alone, where a network was pruned
+            put(module.parameters(), "feed-forward")
+        elif isinstance(module, Common):
+            put(module.parameters(), "modulation")
     for layer in expert_layers(network):
         put(layer.parameters(), "feed-forward")
         put(layer.router.parameters(), "router")
         put(layer.parameters(recurse=False), "feed-forward", _mean_active(layer) / layer.num_experts)
+    for block, router in grouped_blocks(network):
+        kept = router.kept / router.size
+        shares.update({id(p): [(kind, share, kept * active) for kind, share, active in shares[id(p)]] for p in block.parameters()})
+    for router in block_routers(network):
+        put(router.parameters(), "router")
     return shares
 
 
@@ -96,8 +111,7 @@ def _put_dense(shares: dict[int, Shares], structure: Structure) -> None:
 
 
 def _modulates(name: str, module: nn.Module) -> bool:
-    kind, last = type(module).__name__, name.rpartition(".")[2]
-    return "AdaLayerNorm" in kind or "AdaNorm" in kind or kind == "LuminaRMSNormZero" or last in ("img_mod", "txt_mod", "adaLN_modulation")
+    return is_adaptive_norm(module) or name.rpartition(".")[2] in ("img_mod", "txt_mod", "adaLN_modulation")
 
 
 def _mean_active(layer: ExpertLayer) -> float:
@@ -105,16 +119,16 @@ def _mean_active(layer: ExpertLayer) -> float:
 
 
 def _flops(network: nn.Module, call: Callable[[], Any], shares: Mapping[int, Shares]) -> Mapping[Kind, float]:
-    flops: dict[Kind, float] = defaultdict(float)
+    counter = _Counter()
 
     def of_layer(layer: Any, _inputs: Any, output: Tensor) -> None:
         each = layer.weight.numel() // layer.weight.shape[0]  # of one number of the output
         for kind, share, _ in shares[id(layer.weight)]:
-            flops[kind] += 2 * share * output.numel() * each
+            counter.add(kind, 2 * share * output.numel() * each)
 
     def of_experts(layer: ExpertLayer, _inputs: Any, output: Tensor) -> None:
         tokens, each = output.numel() // layer.w2.shape[1], layer.w1[0].numel() + layer.w2[0].numel()
-        flops["feed-forward"] += 2 * tokens * _mean_active(layer) * each
+        counter.add("feed-forward", 2 * tokens * _mean_active(layer) * each)
 
     with ExitStack() as stack, torch.no_grad():
         for module in network.modules():
@@ -122,21 +136,62 @@ def _flops(network: nn.Module, call: Callable[[], Any], shares: Mapping[int, Sha
                 stack.callback(module.register_forward_hook(of_layer).remove)
             elif isinstance(module, ExpertLayer):
                 stack.callback(module.register_forward_hook(of_experts).remove)
-        stack.enter_context(_Attention(flops))
+        for module, kept in _fractions(network):
+            stack.callback(module.register_forward_pre_hook(partial(counter.enter, kept)).remove)
+            stack.callback(module.register_forward_hook(counter.leave).remove)
+        stack.enter_context(_all_kept(network))
+        stack.enter_context(_Attention(counter))
         call()
-    return flops
+    return counter.flops
+
+
+class _Counter:
+    """Adds FLOPs up, those inside a block in a group by the fraction of the group that a sample keeps."""
+
+    def __init__(self) -> None:
+        self.flops: dict[Kind, float] = defaultdict(float)
+        self.fractions = [1.0]
+
+    def add(self, kind: Kind, flops: float) -> None:
+        self.flops[kind] += self.fractions[-1] * flops
+
+    def enter(self, fraction: float, *_: Any) -> None:
+        self.fractions.append(fraction)
+
+    def leave(self, *_: Any) -> None:
+        self.fractions.pop()
+
+
+def _fractions(network: nn.Module) -> list[tuple[nn.Module, float]]:
+    """Blocks in groups, and routers inside them, which always run."""
+    blocks: list[tuple[nn.Module, float]] = [(block, router.kept / router.size) for block, router in grouped_blocks(network)]
+    return blocks + [(router, 1.0) for router in block_routers(network)]
+
+
+@contextmanager
+def _all_kept(network: nn.Module) -> Iterator[None]:
+    """Inside, every block runs, so that each is counted, whatever a router says."""
+    routers: list[BlockRouter] = block_routers(network)
+    before = [router.kept for router in routers]
+    for router in routers:
+        set_kept(router, router.size)
+    try:
+        yield
+    finally:
+        for router, kept in zip(routers, before, strict=True):
+            set_kept(router, kept)
 
 
 class _Attention(TorchFunctionMode):
     """Counts the two products of each `F.scaled_dot_product_attention`."""
 
-    def __init__(self, flops: dict[Kind, float]) -> None:
+    def __init__(self, counter: _Counter) -> None:
         super().__init__()
-        self.flops = flops
+        self.counter = counter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             q, k, v = named["query"], named["key"], named["value"]
-            self.flops["attention products"] += 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+            self.counter.add("attention products", 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
         return func(*args, **(kwargs or {}))

@@ -51,6 +51,8 @@ class ExpertLayer(nn.Module):
 
     active: experts that a token uses, changed at run time by `set_active`. records: where the layer's passes leave what they chose, or None.
     selection_bias: (E,), added to probabilities for the choice alone; `even_out` changes it, no gradient does.
+    gate_scale: what gates are times their probability, the number of experts that the layer was split into; it stays when experts are added or
+    removed (operators.py). The router may have rows for more than there are, which come last: removed ones keep their share of the softmax.
     """
 
     records: list[Routing] | None
@@ -61,6 +63,7 @@ class ExpertLayer(nn.Module):
         self.name, self.choice, self.num_experts = name, experts.choice, experts.num
         self.activation: Activation = activation
         self.active: Active = experts.active
+        self.gate_scale = float(experts.num)
         self.records = None
         gated = is_gated(activation)
         self.shared = Shared(select(dense, partition.shared, gated=gated)._replace(b2=dense.b2), activation)
@@ -74,23 +77,27 @@ class ExpertLayer(nn.Module):
         out = self.shared(x)
         if self.active == 0:
             return out
-        probabilities = self.router(x).softmax(-1)
+        probabilities = self.router(x).softmax(-1)[..., : self.num_experts]
         routed = self._by_token(x, probabilities) if self.choice == "token" else self._by_expert(x, probabilities)
         return out + routed.view(out.shape)
 
     def _by_token(self, x: Tensor, probabilities: Tensor) -> Tensor:
         assert isinstance(self.active, int | float)
         probabilities = probabilities.flatten(0, -2)
-        ids, gates = routing.token_choice(probabilities, self.selection_bias, int(self.active))
+        ids, gates = routing.token_choice(probabilities, self.selection_bias, int(self.active), self.gate_scale)
         if self.records is not None:
-            self.records.append(routing.of_token_choice(self.name, probabilities, ids))
+            self.records.append(routing.of_token_choice(self.name, self._of_those_left(probabilities), ids))
         return moe_ffn(x.flatten(0, -2), ids, gates, self.w1, self.b1, self.w2, activation=self.activation)
 
     def _by_expert(self, x: Tensor, probabilities: Tensor) -> Tensor:
-        tokens, gates = routing.expert_choice(probabilities.flatten(1, -2), self.active)
+        tokens, gates = routing.expert_choice(probabilities.flatten(1, -2), self.active, self.gate_scale)
         if self.records is not None:
-            self.records.append(routing.of_expert_choice(self.name, probabilities.flatten(0, -2), tokens))
+            self.records.append(routing.of_expert_choice(self.name, self._of_those_left(probabilities).flatten(0, -2), tokens))
         return moe_ffn_by_expert(x.flatten(0, -2), tokens, gates, self.w1, self.b1, self.w2, activation=self.activation)
+
+    def _of_those_left(self, probabilities: Tensor) -> Tensor:
+        """Summing to 1 again where experts were removed: else a router would balance its load by preferring those."""
+        return probabilities if self.router.out_features == self.num_experts else probabilities / probabilities.sum(-1, keepdim=True)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts of {self.w2.shape[-1]} neurons, {self.active} active, {self.choice} choice, {self.activation}"

@@ -1,6 +1,7 @@
 """Who goes where: tokens choose experts, or experts choose tokens; what was chosen; how the load is evened out.
 
-A router's scores are softmax probabilities P in fp32 or wider; gates are num_experts * P, so that a router of zeros weighs every expert by 1.
+A router's scores are softmax probabilities P in fp32 or wider; gates are `scale` * P, which is the number of experts unless experts were added or
+removed since, so that a router of zeros weighs every expert by 1.
 Choices are by stable sorting, lower indices first among equals; they have no derivative.
 """
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 
-def token_choice(probabilities: Tensor, bias: Tensor, active: int) -> tuple[Tensor, Tensor]:
+def token_choice(probabilities: Tensor, bias: Tensor, active: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """(ids, gates), each (T, active): the experts with the highest probability, (T, E), plus bias, (E,), which gates do not see."""
     ids = (probabilities + bias).argsort(dim=-1, descending=True, stable=True)[:, :active]
-    return ids, probabilities.shape[-1] * probabilities.gather(-1, ids)
+    return ids, (scale or probabilities.shape[-1]) * probabilities.gather(-1, ids)
 
 
-def expert_choice(probabilities: Tensor, active: float | Sequence[float]) -> tuple[Tensor, Tensor]:
+def expert_choice(probabilities: Tensor, active: float | Sequence[float], scale: float | None = None) -> tuple[Tensor, Tensor]:
     """(tokens, gates), each (E, C): in each sample of probabilities (B, N, E) every expert takes the ceil(N active / E) tokens that give it the
     highest probability (Zhou et al. 2022, arXiv:2202.09368, within samples). tokens index B * N. active: one number, or one for each sample."""
     batch, num_tokens, num_experts = probabilities.shape
@@ -31,7 +32,7 @@ def expert_choice(probabilities: Tensor, active: float | Sequence[float]) -> tup
     taken = [order[b, : capacity(num_tokens, k, num_experts)] + b * num_tokens for b, k in enumerate(each)]
     tokens = torch.cat(taken).T
     experts = torch.arange(num_experts, device=tokens.device)[:, None]
-    return tokens, num_experts * probabilities.flatten(0, 1)[tokens, experts]
+    return tokens, (scale or num_experts) * probabilities.flatten(0, 1)[tokens, experts]
 
 
 def capacity(num_tokens: int, active: float, num_experts: int) -> int:
