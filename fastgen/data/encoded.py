@@ -114,8 +114,8 @@ class Keeping:
         return self.opened(kept, progress)
 
     def opened(self, kept: Store, progress: Progress) -> Rows:
-        """A whole store's rows, read into memory where they fit."""
-        held, size = self._fits(kept), f"{kept.manifest.count * kept.manifest.row_bytes / 1e9:.2f} GB"
+        """A store's rows, read into memory where it is whole and they fit."""
+        held, size = not kept.missing() and self._fits(kept), f"{kept.manifest.count * kept.manifest.row_bytes / 1e9:.2f} GB"
         progress.stage(
             f"{len(kept)} {store.what_of(kept.manifest.kind)} in {str(kept.path)!r}: {size}, {'read into memory' if held else 'read batch by batch'}"
         )

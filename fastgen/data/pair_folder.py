@@ -15,6 +15,7 @@ from fastgen.data.encoded import Encoder, Keeping
 from fastgen.data.older_pairs import FILE as OLDER_FILE
 from fastgen.data.older_pairs import Shards, older
 from fastgen.data.pairs import Encode, Pairs, Solver, TeacherSampler, draw, draw_from, drawn_prompts
+from fastgen.data.rows import Chosen
 from fastgen.data.store import FILE, Encoded, Store, key_of, open_store
 from fastgen.errors import UserError
 from fastgen.files import expanded
@@ -106,7 +107,7 @@ class PairFolder(Protocol):
         ...
 
     def held(self) -> int:
-        """How many pairs are there; reads headers only."""
+        """How many of them are there; reads headers only."""
         ...
 
     def prompts(self) -> list[str]:
@@ -149,18 +150,18 @@ class Stored:
         }
 
     def held(self) -> int:
-        return len(self.store) - sum(len(self.store.ids(shard)) for shard in self.store.missing())
+        missing = [self.store.ids(shard) for shard in self.store.missing()]
+        return self.count - sum(max(0, min(ids.stop, self.count) - ids.start) for ids in missing)
 
     def prompts(self) -> list[str]:
-        return [text for i, text in self.store.about() if i < self.count]
+        return [text for i, text in self.store.about(self.count) if i < self.count]
 
     def hashes(self) -> list[str]:
         return self.store.hashes(self.count)
 
     def load(self, keeping: Keeping, progress: Progress) -> Pairs:
         rows = keeping.of_pairs().opened(replace(self.store, device=CPU), progress)
-        pairs = Pairs(rows, tuple(text for _, text in self.store.about()))
-        return pairs if self.count == len(pairs) else pairs.first(self.count)
+        return Pairs(rows if self.count == len(self.store) else Chosen(rows, torch.arange(self.count)), tuple(self.prompts()))
 
 
 @dataclass(frozen=True)

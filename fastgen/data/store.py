@@ -193,9 +193,9 @@ class Store:
             shard.checked.add(place)
         return {key: value[0] for key, value in tensors.items()}
 
-    def about(self) -> Iterator[tuple[int, Any]]:
-        """Every row's text or captions, with its number; left-out ones apart."""
-        for shard in self.shards():
+    def about(self, count: int | None = None) -> Iterator[tuple[int, Any]]:
+        """The text or captions of every row, or of the shards that hold the first `count`, with its number; left-out ones apart."""
+        for shard in self.shards()[: None if count is None else math.ceil(count / ROWS)]:
             header = self._header(shard)
             for place, each in enumerate(header["about"]):
                 if str(place) not in header["left_out"]:

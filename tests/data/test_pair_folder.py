@@ -216,6 +216,9 @@ def test_what_a_recipe_says_of_its_pairs_must_be_so(tmp_path: Path) -> None:
     few = open_folder(tmp_path, asked(tmp_path, count=11))
     assert few.count == 11 and len(few.prompts()) == len(few.hashes()) == 11
     assert_equal(few.load(Keeping(CPU), Progress()), drawn(11))
+    (tmp_path / "pairs/shard_000002.safetensors").unlink()  # of pairs that are not asked for
+    check(few, TEACHER, SHAPE, "fp32")
+    assert_equal(few.load(Keeping(CPU), Progress()), drawn(11))
     for keys, message in (
         ({"solver": "heun"}, r"\.solver: .* was drawn with 'euler', this recipe asks for 'heun'"),
         ({"steps": 4}, r"\.steps: .* was drawn with 3, this recipe asks for 4"),
