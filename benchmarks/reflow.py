@@ -71,7 +71,7 @@ def main() -> None:
     ]
     rows = kept.read(file)
     rows, failed = measure(asked, rows, keep, work=arguments.work / arguments.world, jobs=arguments.jobs, threads=arguments.threads)
-    between(LOG, arguments.world, table(arguments.world, rows))
+    LOG.write_text(between(LOG.read_text(encoding="utf-8"), arguments.world, table(arguments.world, rows)), encoding="utf-8")
     print(table(arguments.world, rows))
     if failed:
         raise SystemExit("\n".join(["", *failed]))
