@@ -26,7 +26,7 @@ from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
 from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, Sampler, Student, upgraded
 from fastgen.portable import is_local, source_name
-from fastgen.sampling import Experts, Predict, few_step, walk
+from fastgen.sampling import Experts, Predict, Renoise, few_step, walk
 from fastgen.yaml_files import read_yaml
 
 
@@ -84,6 +84,16 @@ class ImageGenerator:
             self.predict = guided(predict, guidance, negative, family.guidance_rule, family.guidance_kind)
         self._encoded: dict[str, Conditioning] = {}
         self._first: FirstStep | None = None
+        self.renoise: Renoise = sampler
+
+    def with_fixed_noise(self) -> ImageGenerator:
+        """The same student, which goes back to its first noise between its steps (Lee et al. 2024, arXiv:2405.20320, section 4.3): the same on a
+        straight flow, elsewhere a rule of its own, which no stock pipeline has. UserError for a student that draws new noise at each step."""
+        if self.sampler != "euler":
+            raise UserError(f"--fixed-noise: {self.name} draws new noise at each step; the rule is for students of deterministic steps")
+        fixed = copy.copy(self)
+        fixed.renoise = "fixed"
+        return fixed
 
     def with_first_step(self, teacher: ImageGenerator, steps: int) -> ImageGenerator:
         """The same student with its first evaluation replaced by its teacher (Gandikota & Bau 2025, arXiv:2503.10637): no training.
@@ -130,7 +140,7 @@ class ImageGenerator:
             times = self.times_after_first(steps)
             way = timesteps.down_to(times[0].item(), count, t_max=teacher.family.path.t_max, shift=teacher.family.shift)
             start = teacher._partly_denoised(noise, prompts, way).to(self.device)
-        return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), draws, renoise=self.sampler, start=start)
+        return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), draws, renoise=self.renoise, start=start)
 
     def _partly_denoised(self, noise: Tensor, prompts: Sequence[str], times: Tensor) -> Tensor:
         """Samples (B, *shape) at times[-1] after evaluations at the times before it."""

@@ -76,20 +76,21 @@ def walk(
 
     Each prediction is moved to the next noise level: `euler` keeps its own eps (deterministic; on Flow exactly x + (t' - t) velocity,
     i.e. DDIM on any path), `stochastic` draws fresh noise from `rng` (consistency sampling, Song et al. 2023, alg. 1), `fixed` reuses
-    the initial noise. start: the sample (B, ...) at times[0] where something else has brought it there; unit noise at the path's scale
-    if None.
+    the first evaluation's eps, which is the initial noise where the path reaches it (Lee et al. 2024, arXiv:2405.20320, section 4.3). start: the
+    sample (B, ...) at times[0] where something else has brought it there, from that noise; unit noise at the path's scale if None.
     """
     if renoise == "stochastic" and rng is None:
         raise ValueError("stochastic renoising needs an rng")
     path = predict.path
     x = initial(path, noise, times) if start is None else start
+    kept = None if renoise == "fixed" and start is None else noise
     for i in range(len(times) - 1):
         t = times[i].expand(len(x))
         x0 = predict(x, t, cond)
-        if renoise == "euler":
-            eps = path.convert(x0, x, t, "x0", "eps")
+        if renoise == "euler" or kept is None:
+            eps = kept = path.convert(x0, x, t, "x0", "eps")
         else:
-            eps = noise if renoise == "fixed" or rng is None else rng.normal(f"renoise/{i}", noise.shape[1:])
+            eps = kept if renoise == "fixed" or rng is None else rng.normal(f"renoise/{i}", noise.shape[1:])
         x = path.mix(x0, eps, times[i + 1].expand(len(x))).to(noise.dtype)
     return x
 

@@ -121,9 +121,10 @@ def _teacher(
     return lambda: subject_of(str(teacher_dir), asked.of_teacher(), device=device, name="teacher")
 
 
-def results_file(model: str) -> Path:
+def results_file(model: str, *, fixed_noise: bool = False) -> Path:
     """Where results go: beside a student, and otherwise into the current folder."""
-    return expanded(model) / "results.json" if is_student(model) else Path(re.sub("[/:]", "_", f"{source_name(model)}.results.json"))
+    own = "results.fixed_noise.json" if fixed_noise else "results.json"
+    return expanded(model) / own if is_student(model) else Path(re.sub("[/:]", "_", f"{source_name(model)}.results.json"))
 
 
 def _subjects(model: Subject, steps: Sequence[int] | None) -> list[Subject]:

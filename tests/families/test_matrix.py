@@ -155,13 +155,18 @@ def test_cells_that_are_refused_say_why(family: str, method: str, folders: Any, 
 
 
 @pytest.mark.parametrize(("family", "name"), RECIPES)
-def test_a_shipped_recipe_is_planned_from_its_teachers_configurations(family: str, name: str, folders: Any, tmp_path: Path) -> None:
+def test_a_shipped_recipe_is_planned_from_its_teachers_configurations(
+    family: str, name: str, folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgen.perceptual.load_lpips", lambda *_, **__: None)  # weights of torchvision's server
     row = FAMILIES[family]
     source = shutil.copytree(folders(family), tmp_path / "configurations", ignore=shutil.ignore_patterns("*.safetensors"))
     shipped = Recipe.load(name)
     here = {key: value for key, value in shipped.teacher.options.items() if key in ("shift", "embedded_guidance")} | row.teacher
     teacher = {"pretrained": str(source), "guidance": shipped.teacher.guidance, "negative_prompt": shipped.teacher.negative_prompt, **here}
-    data = {key: value if value is None else str(made(tmp_path, row.prompts)) for key, value, made in given(shipped)}
+    data: dict[str, Any] = {key: value if value is None else str(made(tmp_path, row.prompts)) for key, value, made in given(shipped)}
+    if (pairs := shipped.data.pairs_asked) is not None:  # drawn by the tiny teacher, for those of the recipe's own are not here
+        data |= {"pairs": pairs.model_dump(by_alias=True) | {"from": "teacher", "count": 8}}
     recipe = validate(Recipe, shipped.dump() | {"teacher": teacher, "data": data})
     outcome = dry_run(recipe, tmp_path / "run")
     assert len(outcome["grid"]) == shipped.student.steps

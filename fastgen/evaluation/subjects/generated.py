@@ -58,8 +58,8 @@ class GeneratorSubject(Subject):
             "pipeline": family.pipeline_classes[0] if family.pipeline_classes else type(family).__name__,
             "steps": self.steps,
             "grid": self.times,
-            "sampler": generator.sampler,
-            **({"scheduler": self._scheduler()} if family.exportable else {}),
+            "sampler": generator.renoise,
+            **({"scheduler": self._scheduler()} if family.exportable and generator.renoise == generator.sampler else {}),
             "guidance": generator.guidance,
             "options": family.options,
             "dtype": self.dtype,
@@ -91,12 +91,20 @@ class GeneratorSubject(Subject):
 
 
 def student_subject(
-    folder: Path, *, steps: int | None = None, dtype: str = "fp32", device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
+    folder: Path,
+    *,
+    steps: int | None = None,
+    dtype: str = "fp32",
+    device: torch.device | str = "cpu",
+    teacher_dir: str | Path | None = None,
+    fixed_noise: bool = False,
 ) -> GeneratorSubject:
-    """An exported student. UserError where its files are not those that were exported, as of `load_student`."""
+    """An exported student; fixed_noise: which goes back to its first noise between its steps. UserError where its files are not those that were
+    exported, as of `load_student`."""
     manifest = read_manifest(folder)
     check_student(folder, manifest)
     generator = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
+    generator = generator.with_fixed_noise() if fixed_noise else generator
     told = {"negative_prompt": manifest["teacher"]["negative_prompt"]} | {key: manifest[key] for key in ("method", "unfinished") if manifest.get(key)}
     if manifest["weights"] == "lora":
         told["teacher"] = manifest["teacher"].get("sha256") or source_hash(*teacher_source(folder, manifest["teacher"], teacher_dir))
