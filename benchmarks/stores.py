@@ -1,23 +1,26 @@
 """What a store costs: 200,000 prompts of 300 kB each, 60 GB, beside 2,000 of them on disk and in memory.
 
-    python benchmarks/stores.py        # five minutes; appends to benchmarks/results/stores.jsonl
+    python benchmarks/stores.py            # five minutes; appends to benchmarks/results/stores.jsonl
+    python benchmarks/stores.py --pairs    # 100,000 noise-sample pairs of SD3's latents at 512 pixels, 26 GB, beside 2,000 of them
 
 Prompts are the bundled digits', each with a tensor beside it that makes it as wide as those of a large model. Shards are sparse files, so they
 take no room. A process each: it opens the store as a run does, then trains digits with dmd2, which reads every row's 300 kB from the store and
 uses what the digits' teacher knows of it. Seconds are from the start of opening to the first batch; anonymous memory, which no file can give
-back, is the most that the process held while it trained.
+back, is the most that the process held while it trained. Of pairs batches are drawn alone, by the prefetching thread, with their noise and
+conditioning: the bundled teachers' latents are too small to tell anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +32,24 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.training import trainers  # noqa: E402
 from fastgen import conditioning  # noqa: E402
+from fastgen.config import DataBlock  # noqa: E402
 from fastgen.data import store, weighted  # noqa: E402
+from fastgen.data.encoded import Encoder, Keeping  # noqa: E402
+from fastgen.data.feed import feed  # noqa: E402
+from fastgen.data.pair_folder import Stored  # noqa: E402
 from fastgen.data.rows import Held, Rows  # noqa: E402
-from fastgen.data.store import ROWS, Manifest, Store  # noqa: E402
-from fastgen.data.training import TrainingData  # noqa: E402
+from fastgen.data.store import ROWS, Manifest, Store, open_store  # noqa: E402
+from fastgen.data.training import PairTable, TrainingData  # noqa: E402
+from fastgen.progress import Progress  # noqa: E402
+from fastgen.rng import SampleRng  # noqa: E402
 from fastgen.trainer import Trainer  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "stores.jsonl"
 RECIPE, WIDE = "digits_dmd2_1step", "wide"
 ROW_BYTES = 300_000
 CASES = ((2_000, "memory"), (2_000, "disk"), (200_000, "disk"))
+PAIR_CASES, LATENT = ((2_000, "disk"), (100_000, "disk")), (16, 64, 64)
+CPU = torch.device("cpu")
 _STEPS, _WARM = 60, 10
 
 
@@ -117,27 +128,83 @@ def train(trainer: Trainer, folder: Path, count: int, kept: str, device: torch.d
     return {"prompts": count, "kept": kept, "opening_seconds": opening, "anonymous_bytes": most, "samples_per_second": rate}
 
 
+def pair_encoder(count: int) -> Encoder:
+    zeros = torch.zeros(ROWS, *LATENT)
+
+    def encode(ids: Sequence[int]) -> store.Encoded:
+        return store.Encoded({"seed": torch.arange(len(ids)), "x0": zeros[: len(ids)]}, [f"prompt {i % 1000}" for i in ids], {})
+
+    return Encoder("pairs", count, {"seed": ("int64", ()), "x0": ("float", LATENT)}, lambda some: "pairs", encode, None, ROWS, {}, "none")
+
+
+def write_sparse_pairs(folder: Path, count: int) -> None:
+    kept = Keeping(CPU, DataBlock(store=str(folder), keep="disk"))
+    encoder = pair_encoder(count)
+    made = store.create(folder / "pairs", kept.manifest(encoder), encoder.identify)
+    for shard in made.shards():
+        if shard == 0 or len(made.ids(shard)) < ROWS:
+            made.make(shard, lambda ids: encoder.made(ids))
+            subprocess.run(["fallocate", "--dig-holes", made.file(shard)], check=True)
+        else:
+            subprocess.run(["cp", "--sparse=always", made.file(0), made.file(shard)], check=True)
+
+
+def draw_pairs(folder: Path, count: int, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Open pairs as a run does, and draw batches."""
+    began = time.perf_counter()
+    found = open_store(folder / "pairs")
+    assert found is not None
+    pairs = Stored(found, count).load(Keeping(CPU, DataBlock(keep="disk")), Progress())
+    texts = [f"prompt {i}" for i in range(1000)]
+    rows = torch.arange(1000) % len(next(iter(cond.values())))
+    data = TrainingData(texts, Held(conditioning.select(dict(cond), rows)), weighted.cumulative([1.0] * 1000))
+    row = {text: i for i, text in enumerate(texts)}
+    data = replace(data, pairs=PairTable(pairs, torch.tensor([row[prompt] for prompt in pairs.prompts]), data.cond))
+    batches = feed(data, (SampleRng(0, (step,), range(32)) for step in range(_STEPS + 1)))
+    next(batches)
+    opening, most, started = time.perf_counter() - began, 0, time.perf_counter()
+    for batch in batches:
+        assert batch.pairs is not None
+        most = max(most, anonymous())
+    rate = 32 * _STEPS / (time.perf_counter() - started)
+    return {"pairs": count, "kept": "disk", "opening_seconds": opening, "anonymous_bytes": most, "samples_per_second": rate}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs=2, metavar=("COUNT", "KEPT"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", action="store_true", help="pairs instead of prompts")
     parser.add_argument("--rounds", type=int, default=3, help="of each case, in turn")
     chosen = parser.parse_args()
     trainer, _ = trainers.of_recipe(RECIPE, ["train.steps=2000", "train.batch_size=32", "train.device=cpu"])
     cond = trainer.data.conditioning(trainer.data.prompts)
+    if chosen.case and chosen.pairs:
+        print(json.dumps(draw_pairs(chosen.folder, int(chosen.case[0]), cond)))
+        return
     if chosen.case:
         print(json.dumps(train(trainer, chosen.folder, int(chosen.case[0]), chosen.case[1], torch.device("cpu"))))
         return
     with tempfile.TemporaryDirectory(prefix="fastgen-stores-") as folder:
-        for count in dict.fromkeys(count for count, _ in CASES):
-            write_sparse(Path(folder) / str(count), count, cond)
+        cases = PAIR_CASES if chosen.pairs else CASES
+        for count in dict.fromkeys(count for count, _ in cases):
+            if chosen.pairs:
+                write_sparse_pairs(Path(folder) / str(count), count)
+            else:
+                write_sparse(Path(folder) / str(count), count, cond)
         for turn in range(chosen.rounds):
-            for count, kept in CASES:
+            for count, kept in cases:
                 command = [sys.executable, __file__, "--case", str(count), kept, "--folder", str(Path(folder) / str(count))]
+                command += ["--pairs"] * chosen.pairs
                 found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
                 print(json.dumps(found), flush=True)
                 with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**found, "turn": turn, "row_bytes": ROW_BYTES, "torch": torch.__version__}) + "\n")
+                    file.write(
+                        json.dumps(
+                            {**found, "turn": turn, "row_bytes": 8 + 4 * math.prod(LATENT) if chosen.pairs else ROW_BYTES, "torch": torch.__version__}
+                        )
+                        + "\n"
+                    )
 
 
 if __name__ == "__main__":

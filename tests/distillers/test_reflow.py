@@ -17,15 +17,17 @@ from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.pairs import TeacherSampler, make_pairs
 from fastgen.data.training import PairBatch
+from fastgen.denoiser import Denoiser, Predictor
 from fastgen.distillers import premetrics
 from fastgen.distillers.base import Batch, Facts
 from fastgen.distillers.premetrics import PerceptualConfig, VelocityConfig
 from fastgen.distillers.reflow import FLOW, Line, Reflow, ReflowConfig, line_of, start_time
 from fastgen.distillers.slimflow import AnnealConfig, SlimFlow, SlimFlowConfig
 from fastgen.errors import UserError
-from fastgen.families.toy import Toy
+from fastgen.families.toy import Mixture, Toy
 from fastgen.path import DiscreteVP, Flow, Kind, Path, TrigFlow, VarianceExploding, VariancePreserving
 from fastgen.sampling import few_step, initial
+from fastgen.straightness import flow_times, follow
 from fastgen.timesteps import TimeSampling
 
 STABLE = DiscreteVP.scaled_linear(1000, 0.00085, 0.012)  # SD 1.x, which ends at flow time .936
@@ -385,3 +387,31 @@ def trained(method: str, steps: int = 600, **keys: Any) -> tuple[float, float]:
 def test_a_straightened_student_lands_in_one_step_where_its_teacher_lands_in_many(method: str, keys: dict[str, Any]) -> None:
     student, teacher = trained(method, **keys)
     assert student < teacher / 3
+
+
+def test_reflow_straightens_two_modes() -> None:
+    """The page's own toy: S falls from .59 to a few thousandths, and the error of one step by more than twenty times."""
+    family = Toy(Mixture([0.5, 0.5], [[2.0, 0.0], [-2.0, 0.0]], [[0.09, 0.09]] * 2), width=128)
+    teacher = Predictor(Denoiser(family.load_backbone(), family), family)
+    sampler = TeacherSampler(teacher, family.grid(60), (2,), "heun")
+    trainer = toy_trainer(
+        toy_method(Reflow, replace(toy_setting(family), train_steps=1500)),
+        family,
+        optimizers=optimizer_block(name="adam", lr=2e-3, schedule="cosine"),
+        steps=1500,
+        batch_size=256,
+        ema=0.98,
+    )
+    pairs = make_pairs(sampler, family.encode_prompts, {"": 1.0}, range(8192), seed=1, batch=8192)
+    trainer.data = training.with_pairs(trainer.data, pairs, family, Keeping(CPU))
+    trainer.run([])
+    trainer.ema.settle()
+    fresh = make_pairs(sampler, family.encode_prompts, {"": 1.0}, range(1024), seed=2, batch=1024)
+    noise, cond = fresh.select(torch.arange(1024))[0], family.encode_prompts([""] * 1024)
+    curvature, error = [], []
+    with torch.no_grad():
+        for predict in (teacher, trainer.models["student"]):
+            curvature.append(follow(predict, noise, flow_times(FLOW, 64), cond).curvature.mean().item() / 2)
+            error.append((few_step(predict, noise, family.grid(1), cond, renoise="euler") - samples_of(fresh)).square().mean().item())
+    assert curvature[0] == pytest.approx(0.59, abs=0.05) and curvature[1] < 0.02
+    assert error[1] < error[0] / 20
