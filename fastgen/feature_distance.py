@@ -81,12 +81,12 @@ def _bundled(name: str, device: str) -> Callable[[Tensor], list[Tensor]]:
 
 
 def unit_activations(network: Classifier, images: Tensor) -> list[Tensor]:
-    """Activations of every layer of images (B, 3, H, W) in [-1, 1], each position's channels scaled to unit length, as LPIPS compares them
-    (Zhang et al. 2018, eq. 1)."""
+    """Activations of every layer of images (B, 3, H, W) in [-1, 1], each position's channels scaled to a mean square of 1: so the mean of their
+    squared differences is the sum over channels of those of unit vectors, as in LPIPS (Zhang et al. 2018, eq. 1), without its learned weights."""
     x, found = network.seen(images), list[Tensor]()
     for module in network.trunk:
         x = module(x)
         if isinstance(module, nn.ReLU):
-            unit = x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt()
+            unit = x / (x.square().mean(1, keepdim=True) + 1e-10).sqrt()
             found.append(unit.unflatten(0, (len(images), -1)))
     return found

@@ -285,7 +285,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     note(f"parameters  {plan['parameters']:,} in all")
     networks, data, at_once = plan["network_bytes"] / 2**20, plan["data_bytes"] / 2**20, plan["micro_batch"]
     note(f"memory      {networks:,.1f} MiB of weights, buffers, gradients, optimizer states and averages, {data:,.1f} MiB of encoded data")
-    note(f"            on top come activations, text encoders and VAE, which take {at_once} sample{'s' * (at_once > 1)} at a time")
+    note(f"            on top come activations, text encoders and VAE, which take {at_once} sample{'s' * (at_once > 1)} at a time: `fastgen plan`")
     note(f"grid        {plan['grid']} ({len(plan['grid'])} network evaluations)")
     note(f"batch       {plan['batch']} samples a step in {plan['micro_batches']} micro-batch{'es' * (plan['micro_batches'] > 1)} on 1 process")
     for warning in plan["warnings"]:

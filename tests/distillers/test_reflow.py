@@ -415,3 +415,20 @@ def test_reflow_straightens_two_modes() -> None:
             error.append((few_step(predict, noise, family.grid(1), cond, renoise="euler") - samples_of(fresh)).square().mean().item())
     assert curvature[0] == pytest.approx(0.59, abs=0.05) and curvature[1] < 0.02
     assert error[1] < error[0] / 20
+
+
+def test_bundled_features_are_compared_as_lpips_compares_its_own() -> None:
+    """Sums over channels of unit vectors' squared differences, averaged over positions, then over layers."""
+    from fastgen.assets import DIGITS_FEATURES
+    from fastgen.assets.classifier import load_classifier
+    from fastgen.feature_distance import load_distance
+
+    network, images = load_classifier(DIGITS_FEATURES), torch.rand(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = []
+    x, y = (2 * each.mean(1, keepdim=True) - 1 for each in images)
+    for module in network.trunk:
+        x, y = module(x), module(y)
+        if isinstance(module, torch.nn.ReLU):
+            apart = torch.nn.functional.normalize(x, dim=1) - torch.nn.functional.normalize(y, dim=1)
+            expected.append(apart.square().sum(1).flatten(1).mean(1) if apart.ndim > 2 else apart.square().sum(1))
+    torch.testing.assert_close(load_distance("fastgen:digits")(*images), torch.stack(expected).mean(0), rtol=1e-4, atol=1e-6)
