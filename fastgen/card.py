@@ -21,6 +21,7 @@ from fastgen.surgery.shrink import in_words
 SCHEDULER = "FlowMapEulerDiscreteScheduler"
 
 
+TEACHER_LORA = "teacher_lora"  # where in an adapter's folder those of its teacher lie
 TEACHER_DIR = "TEACHER_DIR"  # stands for the folder of a teacher that is not on the hub
 
 
@@ -73,8 +74,11 @@ def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: st
     if "experts" in manifest:
         names = [_quoted(expert["where"]) for expert in manifest["experts"]]
         adapters = [f'{place}, subfolder={name}, weight_name="{ADAPTER_FILE}", adapter_name={name}' for name in names]
+    elif manifest["teacher"].get("lora"):
+        adapters = [f'{place}, weight_name="{ADAPTER_FILE}", adapter_name={_quoted(_STUDENT)}']
     else:
         adapters = [place]
+    adapters = [*_teachers(manifest, place), *adapters]
     revision = None if teacher else manifest["teacher"].get("revision")
     base = teacher or (manifest["base"] if is_hub_id(manifest["base"]) else TEACHER_DIR)
     commit = "" if revision is None else f"revision={_quoted(revision)}, "
@@ -84,8 +88,36 @@ def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: st
         f"import torch\nfrom diffusers import {pipeline}, {scheduler}\n\n"
         f"pipe = {pipeline}.from_pretrained({_quoted(base)}, {commit}{without}torch_dtype=torch.float32{told})\n"
         + "".join(f"pipe.load_lora_weights({arguments})\n" for arguments in adapters)
+        + ("" if "experts" in manifest or len(adapters) == 1 else f"pipe.set_adapters({_together(manifest, _quoted(_STUDENT))})\n")
         + f'pipe.scheduler = {scheduler}.from_pretrained({place}, subfolder="scheduler")\n'
     )
+
+
+_STUDENT = "student"
+
+
+def teacher_adapter(place: int) -> str:
+    """What one of a teacher's adapters is called on the pipeline."""
+    return f"teacher_{place + 1}"
+
+
+def _teachers(manifest: dict[str, Any], folder: str) -> list[str]:
+    """The arguments that load the teacher's own adapters; folder: the student's, as Python."""
+    loads = []
+    for place, adapter in enumerate(manifest["teacher"].get("lora", ())):
+        subfolder, _, file = str(adapter.get("file")).rpartition("/")
+        named = f"adapter_name={_quoted(teacher_adapter(place))}"
+        loads.append(f"{folder}, subfolder={_quoted(subfolder)}, weight_name={_quoted(file)}, {named}")
+    return loads
+
+
+def _together(manifest: dict[str, Any], own: str) -> str:
+    """The arguments of `set_adapters` for the teacher's and one of the student's, the Python expression `own`."""
+    lora = manifest["teacher"].get("lora", ())
+    if not lora:
+        return own
+    names = ", ".join([*(_quoted(teacher_adapter(place)) for place in range(len(lora))), own])
+    return f"[{names}], [{', '.join([*(repr(float(adapter['weight'])) for adapter in lora), '1.0'])}]"
 
 
 # A pipeline reads its network anew at each step, and calls back after it: the next step is `step + 1`.
@@ -107,7 +139,8 @@ def switch(pipe, step, timestep, kwargs):
 def _switching(manifest: dict[str, Any], folder: str) -> str:
     first, *others = manifest["experts"]
     if manifest["weights"] == "lora":
-        experts, use = [_quoted(expert["where"]) for expert in manifest["experts"]], "pipe.set_adapters({})"
+        experts = [_quoted(expert["where"]) for expert in manifest["experts"]]
+        use = f"pipe.set_adapters({_together(manifest, '{}')})"
     else:
         network = f"pipe.{_identifier(first['where'])}"
         load = f"type({network}).from_pretrained({_quoted(folder)}, subfolder={{}})"
@@ -158,6 +191,8 @@ def model_card(manifest: dict[str, Any]) -> str:
     guided = "without classifier-free guidance" if guidance == 1 else f"with guidance {guidance}"
     version, method = manifest["versions"]["fastgen"], manifest["method"]
     what = f"Made by fastgen {version} with {_code(method)} from {_code(teacher['pretrained'])} (guidance {teacher['guidance']})."
+    if lora := teacher.get("lora"):
+        what += f" {_lora_text(lora, manifest['weights'])}"
     if manifest.get("shrink"):
         what += f" It is smaller than its teacher: {in_words(manifest['shrink'])}."
     if license := teacher.get("license"):
@@ -174,6 +209,16 @@ def model_card(manifest: dict[str, Any]) -> str:
     base = [_base_text(teacher["pretrained"]), ""] if manifest["weights"] == "lora" and not on_hub else []
     snippet = f"```python\n{call_snippet(manifest)}```"
     return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, *base, how, "", snippet, ""])
+
+
+def _lora_text(lora: Sequence[dict[str, Any]], weights: str) -> str:
+    """The teacher's own adapters."""
+    named = " and ".join(f"{_code(each['name'])} at weight {each['weight']:g} (SHA-256 {each['sha256'][:16]}…)" for each in lora)
+    text = f"The teacher was tuned with the LoRA {named}"
+    if weights == "full":
+        return f"{text}, which is merged into these weights."
+    both = "the student's adapter goes on top, so the code below loads both"
+    return f"{text}; {both}. `{TEACHER_LORA}/` holds the teacher's, whose licence is its author's."
 
 
 def _base_text(teacher: str) -> str:

@@ -31,7 +31,7 @@ import fastgen
 from fastgen import card
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
-from fastgen.families import resolve_source
+from fastgen.families import adapters, resolve_source
 from fastgen.families.base import Family
 from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
@@ -202,14 +202,25 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
     scheduler = family.sampling_scheduler(info.steps, info.grid, info.sampler)
     pipeline = family.load_pipeline(experts[0].role.denoiser.backbone, scheduler)
     places = [f"expert_{k}" for k in range(1, len(experts) + 1)] if len(experts) > 1 else [""]
+    # The student's adapter is right on its teacher's alone, so they go with it.
+    files = [f"{card.TEACHER_LORA}/{card.teacher_adapter(k)}.safetensors" for k in range(len(adapters.of(family)))]
+    told = replace(info, teacher=_with_files(info.teacher, files))
     division = _division([expert.end for expert in experts], _shares(experts, family.sampling_times(info.steps, info.grid, info.sampler)), places)
 
     def write(folder: Path) -> None:
         for expert, place in zip(experts, places, strict=True):
             _save_adapter(type(pipeline), family, expert.role, folder / place)
         scheduler.save_pretrained(folder / "scheduler")
+        for adapter, file in zip(adapters.of(family), files, strict=True):
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(adapter.file, folder / file)
 
-    return _publish(output, write, lambda folder: _manifest(folder, info, family, "lora", "fp32", division | _base(info, scheduler)))
+    return _publish(output, write, lambda folder: _manifest(folder, told, family, "lora", "fp32", division | _base(info, scheduler)))
+
+
+def _with_files(teacher: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
+    lora = teacher.get("lora", [])
+    return teacher | ({"lora": [adapter | {"file": file} for adapter, file in zip(lora, files, strict=True)]} if lora else {})
 
 
 def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, method: str, key: str = "--lora") -> None:
