@@ -273,9 +273,8 @@ def _teacher_adapter(student: Path, place: int, adapter: dict[str, Any]) -> dict
     candidates = [str(student / adapter["file"])] if adapter.get("file") else [*([said] if isinstance(said, str) else []), str(around)]
     path = next((path for path in candidates if expanded(path).exists()), None)
     if path is None and (adapter.get("file") or not adapters.is_on_hub(name)):
-        raise UserError(
-            f"{str(student)!r}: its teacher's adapter {name!r} is not there, nor does a run around the student say where; put it into {str(around.parent)!r}"
-        )
+        said = f"its teacher's adapter {name!r} is not there, nor does a run around the student say where"
+        raise UserError(f"{str(student)!r}: {said}; put it into {str(around.parent)!r}")
     found = {"path": path or name, "weight": adapter["weight"]}
     if adapters.find([found])[0].sha256 != adapter["sha256"]:
         raise UserError(f"{str(student)!r}: its teacher's adapter {found['path']!r} has changed since the student was trained (its SHA-256 differs)")

@@ -134,13 +134,18 @@ def check(source: Source, adapters: Sequence[Adapter]) -> list[str]:
         pipeline = _around(source, {})
         parts = {name: part for name in pipeline._lora_loadable_modules if (part := getattr(pipeline, name, None)) is not None}
         before = {name: dict(part.config) if isinstance(part.config, Mapping) else None for name, part in parts.items()}
+        keys = _noting_keys(pipeline)
         said = _load(pipeline, adapter, "fits")
-        if not any(_adapted(part) for part in parts.values()):
-            raise UserError(f"{adapter.key}.path: {adapter.name!r} fits no layer of this {source.pipeline_class}: it was made for another model")
+        adapted = [name for name, part in parts.items() if _adapted(part)]
+        elsewhere = sorted({key.partition(".")[0] for key in keys} - parts.keys())  # which the loader passes over without a word
+        if not adapted or (elsewhere and all(name.startswith("text") for name in adapted)):
+            other = f"its keys are of {' and '.join(elsewhere)[:60]}" if elsewhere else "it was made for another model"
+            raise UserError(f"{adapter.key}.path: {adapter.name!r} fits no layer of this {source.pipeline_class}'s network: {other}")
         for name, part in parts.items():
             if hasattr(part, "_transformer_norm_layers") or (before[name] is not None and dict(part.config) != before[name]):
                 raise UserError(f"{adapter.key}.path: {adapter.name!r} changes the shape of the {name}, as control adapters do; fastgen takes none")
-        warnings += [f"{KEY}: of {adapter.name!r} some is not used: {line}" for line in said if "unexpected" in line.lower()]
+        unused = [line for line in said if "unexpected" in line.lower()] + ([f"keys of {' and '.join(elsewhere)[:60]}"] if elsewhere else [])
+        warnings += [f"{KEY}: of {adapter.name!r} some is not used: {line}" for line in unused]
     return warnings
 
 
@@ -181,6 +186,20 @@ def _load(pipeline: Any, adapter: Adapter, name: str) -> list[str]:
     except UserError as error:
         raise UserError(f"{adapter.key}.path: {adapter.name!r} does not fit this {type(pipeline).__name__}: {_why(error)}") from error
     return lines
+
+
+def _noting_keys(pipeline: Any) -> list[str]:
+    """The keys of what the pipeline's next `load_lora_weights` reads, in its own dialect, once it has."""
+    noted: list[str] = []
+    own = pipeline.lora_state_dict
+
+    def read(*given: Any, **told: Any) -> Any:
+        found = own(*given, **told)
+        noted.extend(found if isinstance(found, dict) else found[0])
+        return found
+
+    pipeline.lora_state_dict = read
+    return noted
 
 
 def _why(error: UserError) -> str:
