@@ -43,13 +43,14 @@ def _inputs(inputs: dict[str, Any]) -> str:
     return ", ".join(f"{_identifier(key)}={value!r}" for key, value in alone.items())
 
 
-def loading(manifest: dict[str, Any], folder: str, teacher: str = "") -> str:
-    """Python that loads the student as `pipe`; teacher: the folder of an adapter's teacher, else its hub id, else TEACHER_DIR. Where callers
+def loading(manifest: dict[str, Any], folder: str, teacher: str = "", *, comfy: bool = False) -> str:
+    """Python that loads the student as `pipe`; teacher: the folder of an adapter's teacher, else its hub id, else TEACHER_DIR; comfy: by the
+    files that are for other programs. Where callers
     change experts themselves it also defines `switch`, which does so between steps, and starts with the first; UserError for names that are
     no identifiers."""
     told = "".join(f", {_identifier(key)}={value!r}" for key, value in manifest.get("loading", {}).items())
     if manifest["weights"] == "lora":
-        loaded = _load_adapters(manifest, folder, teacher, told)
+        loaded = _load_adapters(manifest, folder, teacher, told, comfy=comfy)
     else:
         loaded = f"import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({_quoted(folder)}{told})\n"
     return loaded + (_switching(manifest, folder) if switched_by_caller(manifest) else "")
@@ -69,16 +70,9 @@ def switched_by_caller(manifest: dict[str, Any]) -> bool:
     return "experts" in manifest and "boundary_ratio" not in manifest
 
 
-def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: str) -> str:
+def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: str, *, comfy: bool) -> str:
     pipeline, scheduler, place = _identifier(manifest["pipeline"]), _identifier(manifest.get("scheduler", SCHEDULER)), _quoted(folder)
-    if "experts" in manifest:
-        names = [_quoted(expert["where"]) for expert in manifest["experts"]]
-        adapters = [f'{place}, subfolder={name}, weight_name="{ADAPTER_FILE}", adapter_name={name}' for name in names]
-    elif manifest["teacher"].get("lora"):
-        adapters = [f'{place}, weight_name="{ADAPTER_FILE}", adapter_name={_quoted(_STUDENT)}']
-    else:
-        adapters = [place]
-    adapters = [*_teachers(manifest, place), *adapters]
+    adapters = [*_teachers(manifest, place), *_students(manifest, place, comfy=comfy)]
     revision = None if teacher else manifest["teacher"].get("revision")
     base = teacher or (manifest["base"] if is_hub_id(manifest["base"]) else TEACHER_DIR)
     commit = "" if revision is None else f"revision={_quoted(revision)}, "
@@ -109,6 +103,19 @@ def _teachers(manifest: dict[str, Any], folder: str) -> list[str]:
         named = f"adapter_name={_quoted(teacher_adapter(place))}"
         loads.append(f"{folder}, subfolder={_quoted(subfolder)}, weight_name={_quoted(file)}, {named}")
     return loads
+
+
+def _students(manifest: dict[str, Any], folder: str, *, comfy: bool) -> list[str]:
+    """The arguments that load the student's own adapters, by name where there are others."""
+    names = [_quoted(expert["where"]) for expert in manifest["experts"]] if "experts" in manifest else []
+    if comfy:
+        places = [file.rpartition("/") for file in manifest["comfyui"]["files"]]
+        loads = [f"{folder}, subfolder={_quoted(place)}, weight_name={_quoted(file)}" for place, _, file in places]
+    else:
+        loads = [f'{folder}, subfolder={name}, weight_name="{ADAPTER_FILE}"' for name in names] or [folder]
+    if not names and manifest["teacher"].get("lora"):
+        names, loads = [_quoted(_STUDENT)], loads if comfy else [f'{folder}, weight_name="{ADAPTER_FILE}"']
+    return [f"{load}, adapter_name={name}" for load, name in zip(loads, names, strict=True)] if names else loads
 
 
 def _together(manifest: dict[str, Any], own: str) -> str:
@@ -206,9 +213,10 @@ def model_card(manifest: dict[str, Any]) -> str:
         how = f"{how[:-1]}, and other numbers of steps give no sensible picture:"
     experts = [_experts_text(manifest), ""] if "experts" in manifest else []
     unfinished = [unfinished_text(manifest), ""] if "unfinished" in manifest else []
+    comfy = ["", _comfy_text(manifest)] if manifest.get("comfyui") else []
     base = [_base_text(teacher["pretrained"]), ""] if manifest["weights"] == "lora" and not on_hub else []
     snippet = f"```python\n{call_snippet(manifest)}```"
-    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, *base, how, "", snippet, ""])
+    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, *base, how, "", snippet, *comfy, ""])
 
 
 def _lora_text(lora: Sequence[dict[str, Any]], weights: str) -> str:
@@ -219,6 +227,18 @@ def _lora_text(lora: Sequence[dict[str, Any]], weights: str) -> str:
         return f"{text}, which is merged into these weights."
     both = "the student's adapter goes on top, so the code below loads both"
     return f"{text}; {both}. `{TEACHER_LORA}/` holds the teacher's, whose licence is its author's."
+
+
+def _comfy_text(manifest: dict[str, Any]) -> str:
+    files = " and ".join(_code(file) for file in manifest["comfyui"]["files"])
+    keys = "kohya's keys, by diffusers' converter" if manifest["comfyui"]["keys"] == "kohya" else "diffusers' keys"
+    text = (
+        f"For ComfyUI and other programs: {files} in {keys}, with `modelspec.*` metadata. diffusers reads the same pictures from it. "
+        "It was not tried in ComfyUI itself."
+    )
+    if manifest["teacher"].get("lora"):
+        text += f" Load what lies in `{TEACHER_LORA}/` with it, at the weights above."
+    return f"{text} Each expert is for its own steps alone." if "experts" in manifest else text
 
 
 def _base_text(teacher: str) -> str:

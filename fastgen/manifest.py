@@ -97,6 +97,13 @@ class Smaller(Schema):
     teacher_parameters: _Number
 
 
+class Comfy(Schema):
+    """The same adapters for other programs: in whose keys, and in which files, one for each expert."""
+
+    keys: Literal["kohya", "diffusers"]
+    files: list[str] = Field(min_length=1, max_length=1000)
+
+
 class _Record(Schema):
     weights: Literal["full", "lora"]
     steps: Steps
@@ -113,6 +120,7 @@ class _Record(Schema):
     loading: dict[str, str | None] = Field(default_factory=dict)  # what from_pretrained must be passed, of an adapter's teacher or of the student
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
     shrink: Smaller | None = None
+    comfyui: Comfy | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pipelines import same_interpreter as same_interpreter
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
@@ -94,9 +95,15 @@ def test_thick_digits_have_more_ink() -> None:
     assert (thick(images) >= images).all()
 
 
+@pytest.mark.usefixtures("same_interpreter")
+def test_a_few_steps_begin_where_the_tuned_teacher_is(tmp_path: Path) -> None:
+    found = shares(tmp_path, style_steps=40, overrides=["train.steps=4", "train.batch_size=32"])
+    assert found["tuned"] > found["teacher"] + 0.1, found
+    assert found["student"] > found["teacher"] + 0.6 * (found["tuned"] - found["teacher"]), found
+
+
 @pytest.mark.slow
 def test_a_student_carries_the_style_of_its_teachers_adapter(tmp_path: Path) -> None:
     found = shares(tmp_path, style_steps=400, overrides=[])
-    print(found)
     assert found["tuned"] > found["teacher"] + 0.12, found
     assert abs(found["student"] - found["tuned"]) < 0.3 * (found["tuned"] - found["teacher"]), found

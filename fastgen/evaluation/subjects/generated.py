@@ -16,8 +16,9 @@ from fastgen.evaluation.subjects.base import Subject
 from fastgen.export import DTYPES
 from fastgen.families import source_hash
 from fastgen.fingerprints import folder_hash
-from fastgen.generator import ImageGenerator, check_student, load_teacher, load_teacher_of, open_student, read_manifest, teacher_lora, teacher_source
+from fastgen.generator import ImageGenerator, check_student, load_teacher, load_teacher_of, open_student, read_manifest
 from fastgen.portable import source_name
+from fastgen.provenance import teacher_lora, teacher_source
 
 
 class GeneratorSubject(Subject):
