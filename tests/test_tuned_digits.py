@@ -37,7 +37,7 @@ def ink(pictures: Tensor) -> float:
 
 
 def drawn_ink(generator: Any) -> float:
-    return ink(generator(TEXTS * 4, list(range(4 * len(TEXTS)))))
+    return ink(generator(TEXTS * 2, list(range(2 * len(TEXTS)))))
 
 
 def thick_folder(folder: Path) -> Path:
@@ -52,16 +52,16 @@ def thick_folder(folder: Path) -> Path:
     return folder
 
 
-def style(root: Path, steps: int) -> Path:
+def style(root: Path, steps: int, *, lr: float = 2e-3, batch: int = 64) -> Path:
     """A run's folder of the adapter alone, which `teacher.lora` takes as it is."""
-    block = {"name": "adamw", "lr": 2e-3, "betas": [0.9, 0.99], "schedule": "cosine"}
+    block = {"name": "adamw", "lr": lr, "betas": [0.9, 0.99], "schedule": "cosine"}
     recipe = {
         "teacher": {"pretrained": "fastgen:digits", "guidance": 1.5},
         "student": {"steps": 25, "tune": {"lora": {"rank": 8}}},
         "distiller": {"name": "flow_matching", "drop": 0.1},
         "data": {"images": str(thick_folder(root / "thick"))},
         "optimizer": {"student": block},
-        "train": {"steps": steps, "batch_size": 64, "ema": 0.9, "checkpoint_every": 0, "sample_every": 0, "device": "cpu"},
+        "train": {"steps": steps, "batch_size": batch, "ema": 0.9, "checkpoint_every": 0, "sample_every": 0, "device": "cpu"},
         "evaluate": {"protocol": None},
         "export": {"weights": "lora"},
     }
@@ -75,9 +75,8 @@ def distilled(root: Path, lora: Path, overrides: Sequence[str]) -> Path:
     return run.train(Recipe.load("digits_dmd2_1step", keys), root / "run") / "student"
 
 
-def shares(root: Path, *, style_steps: int, overrides: Sequence[str]) -> dict[str, float]:
-    """Ink of the teacher, of the tuned teacher, of its one-step student, and of the teacher in one step; the run verifies its student."""
-    lora = style(root, style_steps)
+def shares(root: Path, lora: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Ink of the teacher, of the tuned teacher and of its one-step student, which the run verifies."""
     folder = distilled(root, lora, overrides)
     assert [each["name"] for each in read_manifest(folder)["teacher"]["lora"]] == ["student"]
     tuned: dict[str, Any] = {"lora": [{"path": str(lora), "weight": 1.0}]}
@@ -91,19 +90,19 @@ def shares(root: Path, *, style_steps: int, overrides: Sequence[str]) -> dict[st
 def test_thick_digits_have_more_ink() -> None:
     images, _ = digits.load_images()
     plain, wide = (ink((each + 1) / 2) for each in (images, thick(images)))
-    assert abs(plain - 0.3055) < 1e-3 and abs(wide - 0.5094) < 1e-3
+    assert abs(plain - 0.3053) < 1e-3 and abs(wide - 0.5140) < 1e-3
     assert (thick(images) >= images).all()
 
 
 @pytest.mark.usefixtures("same_interpreter")
 def test_a_few_steps_begin_where_the_tuned_teacher_is(tmp_path: Path) -> None:
-    found = shares(tmp_path, style_steps=40, overrides=["train.steps=4", "train.batch_size=32"])
+    found = shares(tmp_path, style(tmp_path, 40, lr=1e-2, batch=32), ["train.steps=4", "train.batch_size=16"])
     assert found["tuned"] > found["teacher"] + 0.1, found
     assert found["student"] > found["teacher"] + 0.6 * (found["tuned"] - found["teacher"]), found
 
 
 @pytest.mark.slow
 def test_a_student_carries_the_style_of_its_teachers_adapter(tmp_path: Path) -> None:
-    found = shares(tmp_path, style_steps=400, overrides=[])
+    found = shares(tmp_path, style(tmp_path, 400))
     assert found["tuned"] > found["teacher"] + 0.12, found
     assert abs(found["student"] - found["tuned"]) < 0.3 * (found["tuned"] - found["teacher"]), found
