@@ -203,7 +203,8 @@ def _noting_keys(pipeline: Any) -> list[str]:
 
 
 def _why(error: UserError) -> str:
-    text = str(error.__cause__ or error)
+    cause = error.__cause__ or error
+    text = str(cause) or f"diffusers' reader of its keys ends in {type(cause).__name__}"
     shape = r"torch\.Size\(\[([\d, ]+)\]\)"
     sizes = re.search(rf"size mismatch for (\S+?)(?:\.fits|\.tuned)?\.weight: .*?{shape}.*?{shape}", text, re.DOTALL)
     if sizes:

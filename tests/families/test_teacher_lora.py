@@ -24,7 +24,7 @@ from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
 from tiny_wan import tiny_wan
 from tiny_zimage import tiny_zimage
-from tuned import diffusers, factors, kohya, peft, saved, stock_with
+from tuned import diffusers, factors, kohya, native_wan, peft, saved, stock_with, xlabs_flux
 
 from fastgen import load_teacher
 from fastgen.config import Recipe, validate
@@ -76,6 +76,18 @@ def test_it_draws_what_stock_draws_with_the_same_adapters(name: str, dialect: An
     pictures = check_pictures(family, stock, steps=2)
     plain = drawn_by_stock(family, BUILD[name](), steps=2)
     assert (pictures - plain).abs().max() > 0.003, "the adapters must show"
+
+
+@pytest.mark.parametrize(("name", "state"), [("flux", xlabs_flux(32)), ("wan", native_wan(24, 2))], ids=["XLabs", "Wan's own"])
+def test_keys_of_other_trainers_are_what_stock_takes_them_for(name: str, state: Any, folders: Any, tmp_path: Path) -> None:
+    own = (saved(state, tmp_path / "own.safetensors"), 0.6)
+    family = find_family(folders(name), lora=lora(own), **OPTIONS[name])
+    assert not family.warnings
+    x, t, cond = torch.randn(2, *family.latent.shape), torch.tensor([0.9, 0.4]), family.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        ours = family.call(family.load_backbone(), x, t, cond)
+        theirs, plain = (family.call(each.transformer, x, t, cond) for each in (stock_with(folders(name), own), BUILD[name]()))
+    assert (ours - theirs).abs().max() <= 2e-6 and (ours - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
@@ -132,9 +144,9 @@ def test_another_adapter_is_another_teacher(folders: Any, tmp_path: Path) -> Non
 
 
 def tuned_recipe(folders: Any, tmp_path: Path, name: str = "sd", *, lora: Any, tune: bool = False, **teacher: Any) -> Recipe:
-    (tmp_path / "cell").mkdir(exist_ok=True)
-    data = recipe(folders(name), "dmd2", tmp_path / "cell", lora=tune, **{**OPTIONS[name], **teacher}).dump()
-    data["teacher"]["lora"] = lora
+    (tmp_path / "cell").mkdir(parents=True, exist_ok=True)
+    data = recipe(folders(name), "dmd2", tmp_path / "cell", lora=tune, **OPTIONS[name]).dump()
+    data["teacher"] |= {"lora": lora, **teacher}
     return validate(Recipe, data)
 
 
@@ -230,6 +242,23 @@ def test_an_empty_list_is_none() -> None:
 REST: dict[str, Any] = yaml.safe_load(
     "{student: {steps: 1}, distiller: {name: dmd2}, data: {}, optimizer: {student: {lr: 1}}, train: {steps: 1, batch_size: 1}}"
 )
+
+
+def test_a_dry_run_needs_the_configurations_alone(folders: Any, tmp_path: Path) -> None:
+    bare = shutil.copytree(folders("sd"), tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    fits, other = saved(factors(tiny_sd15()), tmp_path / "a.safetensors"), saved(wrong_width(factors(tiny_sd15())), tmp_path / "b.safetensors")
+    dry_run(tuned_recipe(folders, tmp_path, lora=lora((fits, 1.0)), pretrained=str(bare)), tmp_path / "run")
+    with pytest.raises(UserError, match=r"^recipe key teacher\.lora\.1\.path: 'b\.safetensors' does not fit"):
+        dry_run(tuned_recipe(folders, tmp_path / "b", lora=lora((fits, 1.0), (other, 1.0)), pretrained=str(bare)), tmp_path / "run")
+
+
+def test_encoders_in_half_precision_are_tuned_too(folders: Any, tmp_path: Path) -> None:
+    file = saved(factors(tiny_sd15(), parts=("text_encoder",)), tmp_path / "a.safetensors")
+    family = find_family(folders("sd"), lora=lora((file, 0.5)))
+    single, plain = family.encode_prompts(PROMPTS), find_family(folders("sd")).encode_prompts(PROMPTS)
+    family.encode_with(torch.device("cpu"), torch.bfloat16)
+    for key, half in family.encode_prompts(PROMPTS).items():
+        assert (half - single[key]).abs().max() < 0.1 * (plain[key] - single[key]).abs().max()
 
 
 def test_what_is_used_in_part_is_said(folders: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from fastgen.evaluation.subjects.generated import student_subject, teacher_subje
 from fastgen.export import Expert, export_lora, verify
 from fastgen.families import adapters, find_family, source_hash
 from fastgen.generator import ADAPTER_FILE, open_student, read_manifest
-from fastgen.plan import plan
+from fastgen.plan import _origin, plan
 from fastgen.roles import LoraTuning, build_roles, student
 
 torch.set_num_threads(1)
@@ -161,6 +162,17 @@ def test_a_run_without_adapters_does_not_go_on_with_some(tmp_path: Path) -> None
     run_dir = run.train(validate(Recipe, data), tmp_path / "run", only="train")
     with pytest.raises(UserError, match=r"^--resume: recipe key teacher\.lora is \[\{.*the run in .* has None"):
         inputs.check_same(run_dir, plan(given, only="train"), None)
+
+
+def test_a_student_of_another_adapter_is_taken_over_from_another_teacher(tmp_path: Path) -> None:
+    given = tuned_recipe("sd", tmp_path, tune=True)
+    run_dir = run.train(given, tmp_path / "run", only="train")
+    data = given.dump()
+    data["student"]["init"] = str(run_dir)
+    assert _origin(validate(Recipe, data)).differs == ()
+    data["teacher"]["lora"][0]["weight"] = 0.5
+    (differs,) = _origin(validate(Recipe, data)).differs
+    assert re.match(r"teacher\.lora \[\{.*0\.8.*\}\], here \[\{.*0\.5.*\}\]", differs)
 
 
 def test_the_adapter_of_a_tuned_teacher_is_right_on_its_sum(tmp_path: Path) -> None:

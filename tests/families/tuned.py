@@ -53,6 +53,29 @@ def kohya(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: torch.tensor(ALPHA) if key.endswith(".alpha") else value for key, value in convert_state_dict_to_kohya(dict(state)).items()}
 
 
+def xlabs_flux(width: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """Of the first block of a Flux network of a width, in XLabs' keys, whose factors are of q, k and v together."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, out in (("qkv_lora1", 3 * width), ("proj_lora1", width), ("qkv_lora2", 3 * width), ("proj_lora2", width)):
+        for kind, shape in (("down", (RANK, width)), ("up", (out, RANK))):
+            state[f"double_blocks.0.processor.{name}.{kind}.weight"] = 0.3 * torch.randn(shape, generator=generator)
+    return state
+
+
+def native_wan(width: int, blocks: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """Of Wan's own names, as LightX2V and others write them, with an alpha that is not the rank."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for layer in (f"{block}.{kind}_attn.{name}" for block in range(blocks) for kind in ("self", "cross") for name in "qkvo"):
+        key = f"diffusion_model.blocks.{layer}"
+        for kind in ("down", "up"):
+            shape = (RANK, width) if kind == "down" else (width, RANK)
+            state[f"{key}.lora_{kind}.weight"] = 0.2 * torch.randn(shape, generator=generator)
+        state[f"{key}.alpha"] = torch.tensor(ALPHA)
+    return state
+
+
 def saved(state: dict[str, Tensor], file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous().clone() for key, value in state.items()}, file)
