@@ -21,6 +21,7 @@ from fastgen.surgery.shrink import in_words
 SCHEDULER = "FlowMapEulerDiscreteScheduler"
 
 
+TEACHER_LORA = "teacher_lora"  # where in an adapter's folder those of its teacher lie
 TEACHER_DIR = "TEACHER_DIR"  # stands for the folder of a teacher that is not on the hub
 
 
@@ -42,13 +43,14 @@ def _inputs(inputs: dict[str, Any]) -> str:
     return ", ".join(f"{_identifier(key)}={value!r}" for key, value in alone.items())
 
 
-def loading(manifest: dict[str, Any], folder: str, teacher: str = "") -> str:
-    """Python that loads the student as `pipe`; teacher: the folder of an adapter's teacher, else its hub id, else TEACHER_DIR. Where callers
+def loading(manifest: dict[str, Any], folder: str, teacher: str = "", *, comfy: bool = False) -> str:
+    """Python that loads the student as `pipe`; teacher: the folder of an adapter's teacher, else its hub id, else TEACHER_DIR; comfy: by the
+    files that are for other programs. Where callers
     change experts themselves it also defines `switch`, which does so between steps, and starts with the first; UserError for names that are
     no identifiers."""
     told = "".join(f", {_identifier(key)}={value!r}" for key, value in manifest.get("loading", {}).items())
     if manifest["weights"] == "lora":
-        loaded = _load_adapters(manifest, folder, teacher, told)
+        loaded = _load_adapters(manifest, folder, teacher, told, comfy=comfy)
     else:
         loaded = f"import torch\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({_quoted(folder)}{told})\n"
     return loaded + (_switching(manifest, folder) if switched_by_caller(manifest) else "")
@@ -68,13 +70,9 @@ def switched_by_caller(manifest: dict[str, Any]) -> bool:
     return "experts" in manifest and "boundary_ratio" not in manifest
 
 
-def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: str) -> str:
+def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: str, *, comfy: bool) -> str:
     pipeline, scheduler, place = _identifier(manifest["pipeline"]), _identifier(manifest.get("scheduler", SCHEDULER)), _quoted(folder)
-    if "experts" in manifest:
-        names = [_quoted(expert["where"]) for expert in manifest["experts"]]
-        adapters = [f'{place}, subfolder={name}, weight_name="{ADAPTER_FILE}", adapter_name={name}' for name in names]
-    else:
-        adapters = [place]
+    adapters = [*_teachers(manifest, place), *_students(manifest, place, comfy=comfy)]
     revision = None if teacher else manifest["teacher"].get("revision")
     base = teacher or (manifest["base"] if is_hub_id(manifest["base"]) else TEACHER_DIR)
     commit = "" if revision is None else f"revision={_quoted(revision)}, "
@@ -84,8 +82,49 @@ def _load_adapters(manifest: dict[str, Any], folder: str, teacher: str, told: st
         f"import torch\nfrom diffusers import {pipeline}, {scheduler}\n\n"
         f"pipe = {pipeline}.from_pretrained({_quoted(base)}, {commit}{without}torch_dtype=torch.float32{told})\n"
         + "".join(f"pipe.load_lora_weights({arguments})\n" for arguments in adapters)
+        + ("" if "experts" in manifest or len(adapters) == 1 else f"pipe.set_adapters({_together(manifest, _quoted(_STUDENT))})\n")
         + f'pipe.scheduler = {scheduler}.from_pretrained({place}, subfolder="scheduler")\n'
     )
+
+
+_STUDENT = "student"
+
+
+def teacher_adapter(place: int) -> str:
+    """What one of a teacher's adapters is called on the pipeline."""
+    return f"teacher_{place + 1}"
+
+
+def _teachers(manifest: dict[str, Any], folder: str) -> list[str]:
+    """The arguments that load the teacher's own adapters; folder: the student's, as Python."""
+    loads = []
+    for place, adapter in enumerate(manifest["teacher"].get("lora", ())):
+        subfolder, _, file = str(adapter.get("file")).rpartition("/")
+        named = f"adapter_name={_quoted(teacher_adapter(place))}"
+        loads.append(f"{folder}, subfolder={_quoted(subfolder)}, weight_name={_quoted(file)}, {named}")
+    return loads
+
+
+def _students(manifest: dict[str, Any], folder: str, *, comfy: bool) -> list[str]:
+    """The arguments that load the student's own adapters, by name where there are others."""
+    names = [_quoted(expert["where"]) for expert in manifest["experts"]] if "experts" in manifest else []
+    if comfy:
+        places = [file.rpartition("/") for file in manifest["comfyui"]["files"]]
+        loads = [f"{folder}, subfolder={_quoted(place)}, weight_name={_quoted(file)}" for place, _, file in places]
+    else:
+        loads = [f'{folder}, subfolder={name}, weight_name="{ADAPTER_FILE}"' for name in names] or [folder]
+    if not names and manifest["teacher"].get("lora"):
+        names, loads = [_quoted(_STUDENT)], loads if comfy else [f'{folder}, weight_name="{ADAPTER_FILE}"']
+    return [f"{load}, adapter_name={name}" for load, name in zip(loads, names, strict=True)] if names else loads
+
+
+def _together(manifest: dict[str, Any], own: str) -> str:
+    """The arguments of `set_adapters` for the teacher's and one of the student's, the Python expression `own`."""
+    lora = manifest["teacher"].get("lora", ())
+    if not lora:
+        return own
+    names = ", ".join([*(_quoted(teacher_adapter(place)) for place in range(len(lora))), own])
+    return f"[{names}], [{', '.join([*(repr(float(adapter['weight'])) for adapter in lora), '1.0'])}]"
 
 
 # A pipeline reads its network anew at each step, and calls back after it: the next step is `step + 1`.
@@ -107,7 +146,8 @@ def switch(pipe, step, timestep, kwargs):
 def _switching(manifest: dict[str, Any], folder: str) -> str:
     first, *others = manifest["experts"]
     if manifest["weights"] == "lora":
-        experts, use = [_quoted(expert["where"]) for expert in manifest["experts"]], "pipe.set_adapters({})"
+        experts = [_quoted(expert["where"]) for expert in manifest["experts"]]
+        use = f"pipe.set_adapters({_together(manifest, '{}')})"
     else:
         network = f"pipe.{_identifier(first['where'])}"
         load = f"type({network}).from_pretrained({_quoted(folder)}, subfolder={{}})"
@@ -158,6 +198,8 @@ def model_card(manifest: dict[str, Any]) -> str:
     guided = "without classifier-free guidance" if guidance == 1 else f"with guidance {guidance}"
     version, method = manifest["versions"]["fastgen"], manifest["method"]
     what = f"Made by fastgen {version} with {_code(method)} from {_code(teacher['pretrained'])} (guidance {teacher['guidance']})."
+    if lora := teacher.get("lora"):
+        what += f" {_lora_text(lora, manifest['weights'])}"
     if manifest.get("shrink"):
         what += f" It is smaller than its teacher: {in_words(manifest['shrink'])}."
     if license := teacher.get("license"):
@@ -171,9 +213,32 @@ def model_card(manifest: dict[str, Any]) -> str:
         how = f"{how[:-1]}, and other numbers of steps give no sensible picture:"
     experts = [_experts_text(manifest), ""] if "experts" in manifest else []
     unfinished = [unfinished_text(manifest), ""] if "unfinished" in manifest else []
+    comfy = ["", _comfy_text(manifest)] if manifest.get("comfyui") else []
     base = [_base_text(teacher["pretrained"]), ""] if manifest["weights"] == "lora" and not on_hub else []
     snippet = f"```python\n{call_snippet(manifest)}```"
-    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, *base, how, "", snippet, ""])
+    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, *base, how, "", snippet, *comfy, ""])
+
+
+def _lora_text(lora: Sequence[dict[str, Any]], weights: str) -> str:
+    """The teacher's own adapters."""
+    named = " and ".join(f"{_code(each['name'])} at weight {each['weight']:g} (SHA-256 {each['sha256'][:16]}…)" for each in lora)
+    text = f"The teacher was tuned with the LoRA {named}"
+    if weights == "full":
+        return f"{text}, which is merged into these weights."
+    both = "the student's adapter goes on top, so the code below loads both"
+    return f"{text}; {both}. `{TEACHER_LORA}/` holds the teacher's, whose licence is its author's."
+
+
+def _comfy_text(manifest: dict[str, Any]) -> str:
+    files = " and ".join(_code(file) for file in manifest["comfyui"]["files"])
+    keys = "kohya's keys, by diffusers' converter" if manifest["comfyui"]["keys"] == "kohya" else "diffusers' keys"
+    text = (
+        f"For ComfyUI and other programs: {files} in {keys}, with `modelspec.*` metadata. diffusers reads the same pictures from it. "
+        "It was not tried in ComfyUI itself."
+    )
+    if manifest["teacher"].get("lora"):
+        text += f" Load what lies in `{TEACHER_LORA}/` with it, at the weights above."
+    return f"{text} Each expert is for its own steps alone." if "experts" in manifest else text
 
 
 def _base_text(teacher: str) -> str:

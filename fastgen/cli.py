@@ -126,6 +126,9 @@ def export(
         typer.Option("--lora/--full", help="Write the LoRA adapter alone, or the whole pipeline (default: as the recipe's export.weights says)."),
     ] = None,
     unfinished: Annotated[bool, typer.Option("--unfinished", help="Also a student whose phase has begun and is not over.")] = False,
+    comfy: Annotated[
+        bool, typer.Option("--comfy", help="Write the LoRA adapter, and the same for ComfyUI and other programs; diffusers reads it back.")
+    ] = False,
 ) -> None:
     """Write the averaged student of a run's newest checkpoint as a diffusers pipeline."""
     from fastgen import card, run, terminal
@@ -133,7 +136,7 @@ def export(
 
     terminal.quiet()
     weights: Any = None if lora is None else "lora" if lora else "full"
-    folder = run.export(run_dir, output, weights=weights, unfinished=unfinished)
+    folder = run.export(run_dir, output, weights=weights, unfinished=unfinished, for_comfy=comfy)
     terminal.note(f"student: {folder}")
     if "unfinished" in (manifest := read_manifest(folder)):
         terminal.note(card.unfinished_text(manifest))

@@ -32,13 +32,21 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class AdapterBlock(Block):
+    """path: a .safetensors file, a folder with one, or `owner/name` or `owner/name/FILE` of the hub. weight: of the adapter's effect."""
+
+    path: str = Field(min_length=1)
+    weight: float = Field(1.0, ge=-1e4, le=1e4)
+
+
 class TeacherBlock(Block):
     """revision: of a hub id, a commit, branch or tag; None: its newest. guidance: classifier-free guidance n + w (c - n); 1 is none. None for
     all else: the pipeline's own. size: [height, width] in pixels; resolution: the same for squares. frames: of a video. embedded_guidance: what
     the network is told of guidance, where it was trained with such an input. shift: of the teacher's times, None for what its scheduler
     says; stated, it goes before that, and the scheduler may be of any kind. dtype: of weights that nothing trains, the network's under adapters
     among them, and of the text encoders; `auto`: that of train.precision. quantise: the format of those in the network's blocks instead.
-    offload: the network lies on the CPU, and its blocks come to the device one at a time."""
+    offload: the network lies on the CPU, and its blocks come to the device one at a time. lora: adapters that are fused into the pipeline's network
+    and text encoders before anything else: the teacher is the tuned one."""
 
     pretrained: str
     revision: str | None = Field(None, min_length=1)
@@ -54,12 +62,19 @@ class TeacherBlock(Block):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     quantise: Literal["fp8", "int8", "nf4"] | None = None
     offload: bool = Field(default=False, strict=True)
+    lora: list[AdapterBlock] | None = Field(None, min_length=1, max_length=64)
 
     @property
     def options(self) -> dict[str, Any]:
         """What a family is told beside its source."""
         names = ("revision", "max_sequence_length", "size", "resolution", "frames", "embedded_guidance", "shift")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {**given, "lora": self.adapters} if self.adapters else given
+
+    @property
+    def adapters(self) -> list[dict[str, Any]]:
+        """`lora` as families take it."""
+        return [adapter.model_dump() for adapter in self.lora or ()]
 
 
 class LoraBlock(Block):

@@ -28,16 +28,17 @@ import torch
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import card
+from fastgen import adapter_files, card, comfy
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.families import resolve_source
 from fastgen.families.base import Family
 from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
-from fastgen.generator import check_student, open_student, read_manifest, teacher_source
+from fastgen.generator import check_student, open_student, read_manifest
 from fastgen.manifest import FORMAT, Sampler
 from fastgen.portable import forget_origins, portable, source_name
+from fastgen.provenance import teacher_source
 from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
@@ -193,28 +194,35 @@ def _load_encoders_as_fp32(folder: Path) -> None:
             path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
-def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentInfo, output: Path) -> Path:
+def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentInfo, output: Path, *, for_comfy: bool = False) -> Path:
     """Write the student's adapter alone, or its experts' adapters, with the scheduler that goes with them; they load on the plain
-    teacher pipeline. UserError where adapters cannot hold the student."""
+    teacher pipeline. for_comfy: and the same for other programs. UserError where adapters cannot hold the student."""
     experts = _experts(student)
     tuned = all(expert.role.denoiser.adapter is not None for expert in experts)
     check_lora([expert.role.spec for expert in experts], family, tuned=tuned, method=info.method)
     scheduler = family.sampling_scheduler(info.steps, info.grid, info.sampler)
     pipeline = family.load_pipeline(experts[0].role.denoiser.backbone, scheduler)
     places = [f"expert_{k}" for k in range(1, len(experts) + 1)] if len(experts) > 1 else [""]
+    told = replace(info, teacher=adapter_files.with_files(info.teacher))
     division = _division([expert.end for expert in experts], _shares(experts, family.sampling_times(info.steps, info.grid, info.sampler)), places)
 
     def write(folder: Path) -> None:
         for expert, place in zip(experts, places, strict=True):
-            _save_adapter(type(pipeline), family, expert.role, folder / place)
+            adapter_files.save(type(pipeline), family, expert.role, folder / place)
         scheduler.save_pretrained(folder / "scheduler")
+        adapter_files.save_teachers(family, folder)
+        if for_comfy:
+            stated = info.teacher.get("license", {})
+            license = stated.get("license_name") or stated.get("license")
+            more["comfyui"] = comfy.write(folder, places, family, method=info.method, steps=info.steps, guidance=info.guidance, license=license)
 
-    return _publish(output, write, lambda folder: _manifest(folder, info, family, "lora", "fp32", division | _base(info, scheduler)))
+    more = division | _base(info, scheduler)
+    return _publish(output, write, lambda folder: _manifest(folder, told, family, "lora", "fp32", more))
 
 
 def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, method: str, key: str = "--lora") -> None:
     """UserError where adapters alone cannot hold a student of these roles. tuned: whether they have adapters; key: what asks for them."""
-    way_on = "export it without --lora" if key == "--lora" else "`export.weights: full` merges it"
+    way_on = f"export it without {key}" if key.startswith("--") else "`export.weights: full` merges it"
     if not family.loads_lora:
         raise UserError(f"{key}: {family.pipeline_classes[0]} loads no LoRA files; {way_on}")
     if not tuned:
@@ -227,24 +235,6 @@ def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, met
             f"{key}: the teacher's {family.pipeline_classes[0]} divides sampling between two networks, and the student's adapters belong to one; "
             f"{way_on}"
         )
-
-
-def _save_adapter(pipeline_class: Any, family: Family, role: Role, folder: Path) -> None:
-    """`pytorch_lora_weights.safetensors` in diffusers' key format; its header holds the rank, and says nothing that changes the network."""
-    assert role.denoiser.adapter is not None
-    layers, config = lora.exported(role.denoiser.backbone, role.denoiser.adapter)
-    layers = {key: value.contiguous() for key, value in layers.items()}
-    pipeline_class.save_lora_weights(
-        folder, **{f"{family.component}_lora_layers": layers, f"{family.component}_lora_adapter_metadata": _plain(config)}
-    )
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items() if _is_json(value)}
-
-
-def _is_json(value: Any) -> bool:
-    return isinstance(value, (str, int, float, bool, list, set, dict, type(None)))
 
 
 def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Path], dict[str, Any]]) -> Path:
@@ -361,6 +351,7 @@ def verify(
     job = {"inputs": card.chosen(manifest["inputs"], shown), "seeds": list(seeds)}
     place = "" if (str(device), dtype) == ("cpu", "fp32") else f"pipe.to({str(device)!r}, {DTYPES[dtype]})\n"
     images, timesteps, sigmas = _plain_diffusers(folder, manifest, job, place, teacher_dir)
+    others = [_plain_diffusers(folder, manifest, job, place, teacher_dir, by_comfy=True)[0]] if manifest.get("comfyui") else []
     student = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
     family, ours = student.family, student(prompts, seeds).movedim(1, -1).numpy()
     if images.shape != ours.shape or len(timesteps) != manifest["steps"]:
@@ -372,18 +363,19 @@ def verify(
     grid_error = max(np.abs(stock - grid).max(), np.abs(student.times().numpy() - grid).max())
     # Pictures lie in [0, 1]: a tolerance of 1 would let anything pass.
     tolerance = min(_TOLERANCES[dtype] * family.amplification(manifest["grid"][0]), 0.3)
-    return Verification(float(grid_error), float(np.abs(images - ours).max()), len(ours), tolerance)
+    return Verification(float(grid_error), float(max(np.abs(each - ours).max() for each in (images, *others))), len(ours), tolerance)
 
 
 def _plain_diffusers(
-    folder: Path, manifest: dict[str, Any], job: dict[str, Any], place: str, teacher_dir: str | Path | None
+    folder: Path, manifest: dict[str, Any], job: dict[str, Any], place: str, teacher_dir: str | Path | None, *, by_comfy: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures, timesteps and sigmas of the stock pipeline. job: what it is given; place: code that moves it."""
+    """Pictures, timesteps and sigmas of the stock pipeline. job: what it is given; place: code that moves it; by_comfy: with the adapters that
+    are for other programs."""
     # One for each prompt: StableDiffusionPipeline takes no text beside a list.
     told = {key: f"[{value!r}] * len(generators)" for key, value in manifest["call"].items() if key.startswith("negative_prompt")}
     drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"', **told)
     teacher = _teacher_folder(folder, manifest, teacher_dir) if manifest["weights"] == "lora" else ""
-    program = f"{card.loading(manifest, str(folder.resolve()), teacher)}{place}{_AS_DRAWN}images = {drawn}[0]\n"
+    program = f"{card.loading(manifest, str(folder.resolve()), teacher, comfy=by_comfy)}{place}{_AS_DRAWN}images = {drawn}[0]\n"
     with tempfile.TemporaryDirectory() as scratch:
         job = {**job, "program": program, "output": f"{scratch}/plain.npz"}
         # `-P` keeps the current folder off the path; the child needs nothing of ours.

@@ -22,11 +22,12 @@ from fastgen.evaluation.subjects.generated import GeneratorSubject, teacher_subj
 from fastgen.families import find_family
 from fastgen.files import expanded, write_atomically
 from fastgen.fingerprints import sealed
-from fastgen.generator import read_manifest, student_family, teacher_source
+from fastgen.generator import read_manifest, student_family
 from fastgen.pages import image_uri, rendered, short_names
 from fastgen.pictures import picture_row, png
 from fastgen.portable import source_name
 from fastgen.progress import Progress
+from fastgen.provenance import teacher_source
 from fastgen.rng import derive_seed
 
 LETTERS = "ABCDEFGHI"  # what models are called in a blind gallery; as many as there are keys

@@ -7,7 +7,6 @@ draws when it is given one such generator per prompt. So seed by seed the pictur
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +19,13 @@ from fastgen import conditioning, records, timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import NotFinite, UserError
-from fastgen.families import find_family, resolve_source, source_hash
+from fastgen.families import find_family, resolve_source
 from fastgen.families.base import Family
 from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
 from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, Sampler, Student, upgraded
-from fastgen.portable import is_local, source_name
+from fastgen.provenance import teacher_lora, teacher_source
 from fastgen.sampling import Experts, Predict, Renoise, few_step, walk
-from fastgen.yaml_files import read_yaml
 
 
 class SeededDraws:
@@ -232,39 +230,6 @@ def check_if_exported(folder: Path) -> None:
         check_student(folder, read_manifest(folder))
 
 
-def teacher_source(student: Path, recorded: dict[str, Any], given: str | Path | None = None) -> tuple[str, str | None]:
-    """Where a student's teacher is, and at which revision: `given`, what its fastgen.json["teacher"] says, or, where that is the name of
-    a local folder, what the recipe of the run that the student lies in says. UserError where there is none, or one whose files are others
-    than the student was trained with; those of an older fastgen do not know them."""
-    name = recorded["pretrained"]
-    source = str(given) if given is not None else _of_its_run(student, name) if is_local(name) else name
-    revision = recorded.get("revision") if source == name else None
-    try:
-        fits = recorded.get("sha256") in (None, source_hash(source, revision))
-    except UserError as error:
-        reason = str(error).removeprefix("recipe key teacher.pretrained: ")
-        said = f"--teacher: {reason}" if given is not None else f"{str(student)!r}: its teacher: {reason}; {_GIVE_TEACHER}"
-        raise UserError(said) from error
-    if not fits and given is not None:
-        raise UserError(f"--teacher: {source!r} is not the teacher {name!r} that {str(student)!r} was trained with: its SHA-256 differs")
-    if not fits:
-        raise UserError(f"{str(student)!r}: its teacher {source!r} has changed since the student was trained; {_GIVE_TEACHER}")
-    return source, revision
-
-
-_GIVE_TEACHER = "give the folder of the one it was trained with: --teacher DIR"
-
-
-def _of_its_run(student: Path, name: str) -> str:
-    """The folder `name` that a run's recipe.yaml says, for the student in its folder."""
-    recipe = Path(os.path.abspath(student)).parent / "recipe.yaml"
-    block = read_yaml(recipe).get("teacher") if recipe.is_file() else None
-    source = block.get("pretrained") if isinstance(block, dict) else None
-    if not isinstance(source, str) or source_name(source) != name:
-        raise UserError(f"{str(student)!r}: its teacher {name!r} was a local folder, and no run around the student says where; {_GIVE_TEACHER}")
-    return source
-
-
 def load_student(folder: str | Path, *, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None) -> ImageGenerator:
     """An exported student (full weights or LoRA folder, one network or several experts) with the settings of its fastgen.json.
 
@@ -310,7 +275,7 @@ def student_family(folder: Path, manifest: dict[str, Any], teacher_dir: str | Pa
     options = manifest["options"]
     if manifest["weights"] == "lora":
         source, revision = teacher_source(folder, manifest["teacher"], teacher_dir)
-        return find_family(source, revision=revision, **options)
+        return find_family(source, revision=revision, lora=teacher_lora(folder, manifest["teacher"]), **options)
     # Its own scheduler says the shift, and for a student on explicit times there is none.
     return find_family(folder, **{key: value for key, value in options.items() if key != "shift"})
 
@@ -350,6 +315,7 @@ def load_teacher_of(
         negative_prompt=recorded["negative_prompt"],
         device=device,
         revision=revision,
+        lora=teacher_lora(Path(student), recorded),
         **manifest["options"],
     )
 

@@ -19,14 +19,14 @@ from fastgen.config import OptimizerBlock, Recipe, flatten
 from fastgen.data import pair_folder
 from fastgen.errors import UserError, nearest
 from fastgen.evaluation.block import PROTOCOL
-from fastgen.families import source_hash
+from fastgen.families import lora_hash, source_hash
 from fastgen.files import expanded, reading, write_atomically
 from fastgen.fingerprints import digest, sealed, unsealed
 from fastgen.plan import Plan
 from fastgen.yaml_files import read_yaml
 
 FILE = "inputs.json"
-TEACHER, INIT = "teacher.pretrained", "student.init"
+TEACHER, LORA, INIT = "teacher.pretrained", "teacher.lora", "student.init"
 # What no continuation can change: beginnings of keys.
 _FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs")
 # What may differ between a run and its continuation: nothing that changes a number.
@@ -56,7 +56,9 @@ class Inputs:
 def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
     """A plan's inputs, of its pairs the first `pairs` (None: all). Reads every file once, large ones only where they are not known yet."""
     teacher, init = planned.recipe.teacher, planned.recipe.student.init
-    hashes = {TEACHER: source_hash(teacher.pretrained, teacher.revision), **planned.method.files(planned.method_config)}
+    hashes = {TEACHER: source_hash(teacher.pretrained, teacher.revision, teacher.adapters), **planned.method.files(planned.method_config)}
+    if teacher.lora is not None:
+        hashes[LORA] = lora_hash(teacher.adapters)
     if planned.prompts is not None:
         hashes["data.prompts"] = digest(list(planned.prompts.items()))
     if planned.images is not None:
@@ -196,5 +198,8 @@ def at_its_commit(recipe: Recipe, before: Mapping[str, Any] | None) -> Recipe:
 def check_teacher(began: Mapping[str, str], planned: Plan) -> None:
     """UserError where a run's teacher is another than it was, so that what it exports would be another student."""
     teacher = planned.recipe.teacher
-    if TEACHER in began and began[TEACHER] != source_hash(teacher.pretrained, teacher.revision):
-        raise UserError(f"recipe key {TEACHER}: {teacher.pretrained!r} has changed since the run began; the student would be another")
+    if TEACHER in began and began[TEACHER] != source_hash(teacher.pretrained, teacher.revision, teacher.adapters):
+        key, what = (TEACHER, repr(teacher.pretrained))
+        if LORA in began and began[LORA] != lora_hash(teacher.adapters):
+            key, what = LORA, "one of the teacher's adapters"
+        raise UserError(f"recipe key {key}: {what} has changed since the run began; the student would be another")

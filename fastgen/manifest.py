@@ -55,8 +55,18 @@ class _FormerStudentCall(_Arguments):
     guidance_scale: Guidance
 
 
+class Adapter(Schema):
+    """That a teacher is tuned with. name: without the folders above it, or of the hub; file: where it lies in a student's folder."""
+
+    name: str
+    weight: Guidance
+    sha256: Hash
+    file: str | None = None
+
+
 class Teacher(Schema):
-    """shift: of formats 1 and 2, where the recipe stated one. license: as its own card states it, by the hub's keys."""
+    """shift: of formats 1 and 2, where the recipe stated one. license: as its own card states it, by the hub's keys. sha256: of the teacher as
+    it taught, so with its adapters where it has some."""
 
     pretrained: str
     guidance: Guidance
@@ -65,6 +75,7 @@ class Teacher(Schema):
     revision: str | None = None
     sha256: str | None = None
     license: dict[str, str] = Field(default_factory=dict)
+    lora: list[Adapter] = Field(default_factory=list, max_length=64)
 
 
 class Expert(Schema):
@@ -86,6 +97,13 @@ class Smaller(Schema):
     teacher_parameters: _Number
 
 
+class Comfy(Schema):
+    """The same adapters for other programs: in whose keys, and in which files, one for each expert."""
+
+    keys: Literal["kohya", "diffusers"]
+    files: list[str] = Field(min_length=1, max_length=1000)
+
+
 class _Record(Schema):
     weights: Literal["full", "lora"]
     steps: Steps
@@ -102,6 +120,7 @@ class _Record(Schema):
     loading: dict[str, str | None] = Field(default_factory=dict)  # what from_pretrained must be passed, of an adapter's teacher or of the student
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
     shrink: Smaller | None = None
+    comfyui: Comfy | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
 

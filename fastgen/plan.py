@@ -30,7 +30,7 @@ from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Sett
 from fastgen.errors import UserError, nearest, shown
 from fastgen.evaluation.block import protocol_of
 from fastgen.evaluation.protocol import Protocol, shipped_protocols
-from fastgen.families import find_family, pinned_revision, resolve_source, source_hash
+from fastgen.families import adapters, find_family, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
@@ -204,7 +204,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     _check_storage(planned)
     _check_shrink(planned)
     _check_networks(planned)
-    warnings = [*_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
+    warnings = [*family.warnings, *_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
     return planned if started else replace(planned, warnings=(*warnings, *check_texts(recipe, family, prompt_weights(prompts, images))))
 
 
@@ -256,6 +256,8 @@ def _origin(recipe: Recipe) -> Origin:
     content = checkpoint.read_state(checkpoint.latest(run_dir))["inputs"].get("teacher.pretrained")
     who = "teacher.pretrained"
     same_teacher = old.get(who) == new[who] if content is None else content == _teacher_hash(recipe)
+    if old.get(who) == new[who] and old.get("teacher.lora") != new["teacher.lora"]:
+        who = "teacher.lora"
     changed = ([] if same_teacher else [who]) + [key for key in _OF_AN_EXPERT if old.get(key) != new[key]]
     here = {key: "which has changed since" if old.get(key) == new[key] else f"here {new[key]!r}" for key in changed}
     differs = [f"{key} {old.get(key)!r}, {here[key]}" for key in changed]
@@ -278,12 +280,15 @@ def pinned(recipe: Recipe) -> Recipe:
 
 
 def _teacher_hash(recipe: Recipe) -> str:
-    return source_hash(recipe.teacher.pretrained, recipe.teacher.revision)
+    return source_hash(recipe.teacher.pretrained, recipe.teacher.revision, recipe.teacher.adapters)
 
 
 def resolved_teacher(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's teacher block, a local folder as its absolute path: who the teacher is, in any folder."""
-    return recipe.teacher.model_dump(mode="json") | {"pretrained": _absolute(recipe.teacher.pretrained)}
+    """The recipe's teacher block, local folders and files as their absolute paths: who the teacher is, in any folder."""
+    data = recipe.teacher.model_dump(mode="json") | {"pretrained": _absolute(recipe.teacher.pretrained)}
+    for adapter in data["lora"] or ():
+        adapter["path"] = _absolute(adapter["path"])
+    return data
 
 
 def _undrawn() -> TeacherSampler:
@@ -300,8 +305,9 @@ def drawing_of(planned: Plan) -> Drawing:
 
 
 def identified_teacher(recipe: Recipe) -> dict[str, Any]:
-    """The same with the teacher's content as `sha256`."""
-    return resolved_teacher(recipe) | {"sha256": _teacher_hash(recipe)}
+    """The same by content: its own as `sha256`, that of its adapters in place of their paths."""
+    lora = [{"weight": each.weight, "sha256": each.sha256} for each in adapters.find(recipe.teacher.adapters)]
+    return resolved_teacher(recipe) | {"sha256": _teacher_hash(recipe), "lora": lora or None}
 
 
 def _absolute(source: Any) -> Any:

@@ -29,7 +29,8 @@ from fastgen.families import resolve_source
 from fastgen.families.base import Family
 from fastgen.families.sd3 import SD3
 from fastgen.fingerprints import SEAL, file_hashes, sealed
-from fastgen.generator import read_manifest, teacher_source
+from fastgen.generator import read_manifest
+from fastgen.provenance import teacher_source
 from fastgen.roles import LoraTuning, Role, build_roles, trainable
 
 CLIP_TOKENS = 24

@@ -36,11 +36,11 @@ LAYERS = [
         "tf32",
     }
     | {"printing", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
-    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable"},
+    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"},
     {"roles", "ema", "parallel"},
     {"distillers"},
     {"divergence", "optimizers", "trainer", "checkpoint"},
-    {"export", "evaluation", "report", "report_table", "card", "curves", "pictures", "doctor", "diagnostics", "runlog"}
+    {"export", "evaluation", "report", "report_table", "card", "comfy", "adapter_files", "curves", "pictures", "doctor", "diagnostics", "runlog"}
     | {"report_quality", "report_nearest", "pages", "gallery", "votes", "straightness"},
     {"foresight", "plan", "inputs", "licensing", "memory", "outlook", "activations", "room"},
     {"run"},

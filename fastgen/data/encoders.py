@@ -23,7 +23,8 @@ def origin_of(family: Family, teacher: TeacherBlock, data: DataBlock, dtype: tor
     """What decides each kind's rows, beside what they are made of. A fine-tune with the same encoders has the same. dtype: of the text encoders."""
 
     def origin(kind: Kind) -> dict[str, Any]:
-        made_by = parts_hash(teacher.pretrained, teacher.revision, _MADE_BY[kind])
+        tuned = teacher.adapters if kind == "prompts" else []  # adapters go into text encoders too, and never into the VAE
+        made_by = parts_hash(teacher.pretrained, teacher.revision, _MADE_BY[kind], tuned)
         if kind == "prompts":
             return {
                 "pipeline": family.pipeline_classes[0],

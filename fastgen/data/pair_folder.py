@@ -26,7 +26,7 @@ from fastgen.sampling import Predict
 KEY = key_of("pairs")
 CPU = torch.device("cpu")
 _OF_THE_TEACHER = ("guidance", "negative_prompt", "max_sequence_length")
-_IF_STATED = ("shift", "embedded_guidance")  # the other options, size and frames, are in the samples' shape
+_IF_STATED = ("shift", "embedded_guidance", "lora")  # the other options, size and frames, are in the samples' shape
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,8 @@ def kept_before(output: Path) -> int:
 
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first key in which two teachers differ. Which one it is counts by content, and by name where one of them has no hash recorded."""
+    if then.get("lora") != now.get("lora"):
+        return "lora"
     identity = "sha256" if "sha256" in then and "sha256" in now else "pretrained"
     if then.get(identity) != now.get(identity):
         return "pretrained"

@@ -8,15 +8,18 @@ from typing import Any
 
 from fastgen.discovery import find_class, module_names
 from fastgen.errors import UserError, nearest
+from fastgen.families import adapters
 from fastgen.families.base import Family
 from fastgen.families.complete import check_complete, has_no_weights, is_variant, variants
 from fastgen.families.components import check_sizes, read_index
 from fastgen.files import expanded
-from fastgen.fingerprints import file_names, folder_hash, known_hash
+from fastgen.fingerprints import digest, file_names, folder_hash, known_hash
+
+Lora = Sequence[Mapping[str, Any]]  # adapters of a teacher, `{path, weight}` each
 
 # Modules that are no family.
 _SHARED = (
-    *("base", "betas", "codec", "complete", "components", "discrete", "fitting", "packing", "pipelined", "schedules", "source"),
+    *("adapters", "base", "betas", "codec", "complete", "components", "discrete", "fitting", "packing", "pipelined", "schedules", "source"),
     *("stock_samplers", "unet", "weights"),
 )
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}
@@ -33,9 +36,9 @@ def family_class(name: str) -> type[Family]:
     return find_class(__name__, name, Family, names, f"recipe key teacher.family: {name!r} is not a family")
 
 
-def find_family(source: Any, name: str = "auto", *, revision: str | None = None, planning: bool = False, **options: Any) -> Family:
+def find_family(source: Any, name: str = "auto", *, revision: str | None = None, lora: Lora = (), planning: bool = False, **options: Any) -> Family:
     """The family of a teacher or student. source: `fastgen:NAME`, `toy:NAME`, a diffusers folder, a hub id, or a live pipeline;
-    revision: of a hub id. planning: a folder of configurations without any weights will do."""
+    revision: of a hub id. lora: adapters that it is tuned with. planning: a folder of configurations without any weights will do."""
     if revision is not None:
         source = resolve_source(source, revision)
     if name == "auto":
@@ -46,6 +49,8 @@ def find_family(source: Any, name: str = "auto", *, revision: str | None = None,
         check_sizes(folder)
     family = family_class(name)(source, **options)
     _ = family.shift  # read now, so that a schedule which cannot be followed is refused before anything is loaded
+    if lora:
+        family.warnings = family.tune_with(lora)
     return family
 
 
@@ -83,8 +88,9 @@ def pinned_revision(source: str, revision: str | None) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else revision
 
 
-def source_hash(source: str, revision: str | None = None) -> str:
-    """What a teacher is, wherever it lies: SHA-256 of the files that its pipeline is loaded from. A closed-form teacher is its name.
+def source_hash(source: str, revision: str | None = None, lora: Lora = ()) -> str:
+    """What a teacher is, wherever it lies: SHA-256 of the files that its pipeline is loaded from, and of its adapters with their weights. A
+    closed-form teacher is its name.
 
     Files that do not count: those outside the pipeline's components, pickles and other frameworks' weights, variants such as fp16 of
     components that have weights without one; a hub's cache may hold any of them. Hashes of large files are remembered (`fingerprints.known_hash`).
@@ -92,16 +98,27 @@ def source_hash(source: str, revision: str | None = None) -> str:
     if source.startswith("toy:"):
         return source
     folder = resolve_source(source, revision)
-    return folder_hash(folder, _loaded(folder), of=known_hash)
+    return _tuned(folder_hash(folder, _loaded(folder), of=known_hash), lora)
 
 
-def parts_hash(source: str, revision: str | None, prefixes: Sequence[str]) -> str:
-    """The same of the components alone whose names begin so, which several teachers may share; of the whole where there are none."""
+def lora_hash(lora: Lora) -> str:
+    """What a teacher's adapters are, wherever they lie, with their weights, in their order."""
+    return digest([adapter.identity for adapter in adapters.find(lora)])
+
+
+def _tuned(base: str, lora: Lora) -> str:
+    return digest([base, lora_hash(lora)]) if lora else base
+
+
+def parts_hash(source: str, revision: str | None, prefixes: Sequence[str], lora: Lora = ()) -> str:
+    """The same of the components alone whose names begin so, which several teachers may share; of the whole where there are none. lora: where
+    adapters may change these components."""
     if source.startswith("toy:"):
         return source
     folder = resolve_source(source, revision)
     names = _loaded(folder)
-    return folder_hash(folder, [name for name in names if "/" in name and name.startswith(tuple(prefixes))] or names, of=known_hash)
+    chosen = [name for name in names if "/" in name and name.startswith(tuple(prefixes))] or names
+    return _tuned(folder_hash(folder, chosen, of=known_hash), lora)
 
 
 def _loaded(folder: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError, shown
+from fastgen.families.adapters import KEY
 from fastgen.guidance import linear
 from fastgen.legibility import Legibility
 from fastgen.manifest import Sampler
@@ -53,6 +54,7 @@ class Family(ABC):
     frame_rate: ClassVar[float] = 16  # of videos, a second
     # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.
     samplers: ClassVar[tuple[Sampler, ...]] = ("euler",)
+    warnings: Sequence[str] = ()  # of how its source is taken
     encoding: tuple[torch.device, torch.dtype] = (torch.device("cpu"), torch.float32)  # see encode_with
     exportable: ClassVar[bool] = True  # False: closed-form teachers without a diffusers pipeline
     time_projection: ClassVar[str | None] = None  # name of the time embedding's last nn.Linear, where scalar inputs are added; None: no place
@@ -96,6 +98,11 @@ class Family(ABC):
     def has(self, component: str) -> bool:
         """Whether the pipeline has a component, rather than going without it; what is no pipeline has none."""
         return False
+
+    def tune_with(self, lora: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Have LoRA adapters (`{path, weight}` each) fused into whatever is loaded from now on; warnings. UserError, before anything is loaded,
+        for what is no adapter of this pipeline."""
+        raise UserError(f"recipe key {KEY}: does not apply to a closed-form teacher")
 
     @abstractmethod
     def load_backbone(self, *, meta: bool = False) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastgen import manifest
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
-from fastgen.families import fitting, schedules
+from fastgen.families import adapters, fitting, schedules
 from fastgen.families.base import OPTIONS, Family, LatentSpec
 from fastgen.families.codec import Codec
 from fastgen.families.components import Component, of_teacher
@@ -204,6 +204,18 @@ class Pipelined(Family):
 
     def has(self, component: str) -> bool:
         return self.source.has(component)
+
+    def tune_with(self, lora: Sequence[Mapping[str, Any]]) -> list[str]:
+        if not self.loads_lora:
+            merged = "merge the adapter with peft and save the pipeline"
+            raise UserError(f"recipe key {adapters.KEY}: {self.pipeline_classes[0]} loads no LoRA files; {merged}")
+        if self.folder is None:
+            raise UserError(f"recipe key {adapters.KEY}: applies to a folder or a hub id; a live pipeline is taken as it is, so fuse it there")
+        found = adapters.find(lora)
+        self.load_backbone(meta=True)  # which says what is wrong with the pipeline itself
+        warnings = adapters.check(self.source, found)
+        self.source.adapters, self._encoders = found, None
+        return warnings
 
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
         if not self._checked and self.folder is not None:

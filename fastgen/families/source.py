@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from fastgen.errors import UserError
+from fastgen.families import adapters
+from fastgen.families.adapters import Adapter
 from fastgen.families.complete import variants
 from fastgen.families.components import Component, read_component, read_index
 from fastgen.files import loading
@@ -34,6 +37,7 @@ class Source:
         self.live = None if isinstance(source, (str, Path)) else source
         self.folder = resolve_source(source) if self.live is None else None
         self.family, self.pipeline_class, self.optional = family, pipeline_class, optional
+        self.adapters: tuple[Adapter, ...] = ()  # that are fused into whatever is loaded
 
     @cached_property
     def variants(self) -> dict[str, str]:
@@ -85,17 +89,38 @@ class Source:
         if self.live is not None:
             return copy.deepcopy(getattr(self.live, name)).float().eval()
         with self.reading(name):
-            return (
+            network = (
                 self._diffusers(class_name)
                 .from_pretrained(self.folder, subfolder=name, use_safetensors=True, variant=self.variants.get(name))
                 .float()
                 .eval()
             )
+        self._fuse({name: network})
+        return network
 
     def meta_network(self, component: Component, class_name: str) -> Any:
         """The same as its configuration describes it, without weights."""
         with loading((self.folder or Path()) / component.name), torch.device("meta"):
             return self._diffusers(class_name).from_config(dict(component.given)).eval()
+
+    def meta_part(self, name: str) -> Any:
+        """A component of a folder that is a network, as its class and its configuration in there describe it, without weights."""
+        assert self.folder is not None
+        library, class_name = read_index(self.folder)[name]
+        cls: Any = getattr(importlib.import_module(library), class_name)
+        with loading(self.folder / name), torch.device("meta"):
+            if library == "transformers":
+                return cls(cls.config_class.from_pretrained(self.folder / name)).eval()
+            return cls.from_config(cls.load_config(self.folder, subfolder=name)).eval()
+
+    def _fuse(self, parts: Mapping[str, nn.Module]) -> None:
+        if self.adapters and (taking := {name: part for name, part in parts.items() if name in self.taking_adapters}):
+            adapters.fuse(self, self.adapters, taking)
+
+    @property
+    def taking_adapters(self) -> Sequence[str]:
+        """The pipeline's components that adapters go into."""
+        return adapters.loadable(self._diffusers(self.pipeline_class))
 
     def pipeline(self, *, scheduler: Any = None, without: Sequence[str] = (), dtype: torch.dtype = torch.float32, **components: Any) -> Any:
         """The whole pipeline around other components and without some, in half precision as diffusers loads it; a live one's own are shared as they
@@ -110,6 +135,7 @@ class Source:
             given |= {} if dtype == torch.float32 else {"torch_dtype": dtype}
             pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
         pipeline.register_modules(scheduler=scheduler)
+        self._fuse({name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name not in given})
         for module in filter(lambda part: isinstance(part, nn.Module), pipeline.components.values()):
             if dtype == torch.float32:
                 module.float()  # the pipeline's `to` warns of layers that are to stay in fp32

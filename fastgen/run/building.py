@@ -16,6 +16,7 @@ from fastgen.data.pairs import Pairs, drawn_prompts
 from fastgen.divergence import largest
 from fastgen.errors import UserError
 from fastgen.export import Expert, StudentInfo
+from fastgen.families import adapters
 from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
 from fastgen.licensing import license_of
@@ -43,6 +44,8 @@ class Run:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
         teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt")}
         teacher["sha256"] = self.began.hashes.get(inputs.TEACHER)
+        if lora := adapters.find(self.plan.recipe.teacher.adapters):
+            teacher["lora"] = [adapter.record for adapter in lora]
         if stated := license_of(teacher["pretrained"], teacher["revision"]):
             teacher["license"] = stated
         return StudentInfo(

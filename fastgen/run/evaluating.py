@@ -22,10 +22,11 @@ from fastgen.evaluation.subjects.base import Subject
 from fastgen.evaluation.subjects.found import Asked, is_student, kind_of, subject_of
 from fastgen.evaluation.subjects.generated import teacher_subject
 from fastgen.files import check_writable, expanded
-from fastgen.generator import read_manifest, teacher_source
+from fastgen.generator import read_manifest
 from fastgen.parallel import choose_device
 from fastgen.portable import source_name
 from fastgen.progress import Progress
+from fastgen.provenance import teacher_source
 
 
 class PartDone(Exception):

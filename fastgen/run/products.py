@@ -79,16 +79,16 @@ def require_verified(result: Verification, folder: Path) -> None:
         )
 
 
-def _write_student(run: Run, output: Path, weights: Literal["full", "lora"]) -> Path:
+def _write_student(run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool = False) -> Path:
     student, family, info = run.averaged(), run.plan.family, run.info()
     if weights == "lora":
-        return export_lora(student, family, info, output)
+        return export_lora(student, family, info, output, for_comfy=for_comfy)
     return export_student(student, family, info, output, dtype=run.plan.recipe.export.dtype)
 
 
-def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | None = None, unfinished: bool = False) -> Path:
+def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | None = None, unfinished: bool = False, for_comfy: bool = False) -> Path:
     """Export the averaged student of a run's newest checkpoint; fastgen.json and the card say so where it trains on after that. weights:
-    None for the form that the run's recipe names.
+    None for the form that the run's recipe names. for_comfy: the adapter, and the same for other programs, which plain diffusers then reads back.
 
     UserError for a student none of whose steps have been trained, and, unless `unfinished`, for one that is no good before its own
     training is over, such as the expert of a phase.
@@ -103,13 +103,20 @@ def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | No
     state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
     planned = plan(validate(Recipe, state["recipe"]), only="export", started=True)
     inputs.check_teacher(state["inputs"], planned)
-    if weights == "lora":
-        planned.check_lora("--lora")
+    if for_comfy and weights == "full":
+        raise UserError("--comfy: writes the student's adapter for other programs, and --full merges it; leave out one of them")
+    if for_comfy or weights == "lora":
+        planned.check_lora("--comfy" if for_comfy else "--lora")
+        weights = "lora"
     run = build(planned, Progress())
     _check_trained(run.trainer.distiller, state["step"], run_dir, unfinished=unfinished)
     run.began = inputs.Inputs(state["inputs"])
     checkpoint.load(chosen, run.trainer, state)
-    return _write_student(run, output, weights or planned.recipe.export.weights)
+    folder = _write_student(run, output, weights or planned.recipe.export.weights, for_comfy=for_comfy)
+    if for_comfy:
+        teacher = planned.recipe.teacher
+        require_verified(verify(folder, teacher_dir=teacher.pretrained if teacher.revision is None else None), folder)
+    return folder
 
 
 def _check_trained(distiller: Distiller, step: int, run_dir: Path, *, unfinished: bool) -> None:

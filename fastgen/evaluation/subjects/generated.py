@@ -16,8 +16,9 @@ from fastgen.evaluation.subjects.base import Subject
 from fastgen.export import DTYPES
 from fastgen.families import source_hash
 from fastgen.fingerprints import folder_hash
-from fastgen.generator import ImageGenerator, check_student, load_teacher, load_teacher_of, open_student, read_manifest, teacher_source
+from fastgen.generator import ImageGenerator, check_student, load_teacher, load_teacher_of, open_student, read_manifest
 from fastgen.portable import source_name
+from fastgen.provenance import teacher_lora, teacher_source
 
 
 class GeneratorSubject(Subject):
@@ -107,7 +108,7 @@ def student_subject(
     generator = generator.with_fixed_noise() if fixed_noise else generator
     told = {"negative_prompt": manifest["teacher"]["negative_prompt"]} | {key: manifest[key] for key in ("method", "unfinished") if manifest.get(key)}
     if manifest["weights"] == "lora":
-        told["teacher"] = manifest["teacher"].get("sha256") or source_hash(*teacher_source(folder, manifest["teacher"], teacher_dir))
+        told["teacher"] = manifest["teacher"].get("sha256") or _teacher_hash(folder, manifest["teacher"], teacher_dir)
     taught_by, content = manifest["teacher"].get("sha256"), folder_hash(folder)
     return GeneratorSubject(generator, "student", content=content, source=str(folder), steps=steps, dtype=dtype, told=told, taught_by=taught_by)
 
@@ -120,7 +121,14 @@ def teacher_subject(
     source, revision = teacher_source(student, recorded, teacher_dir)
     generator = load_teacher_of(student, device=device, teacher_dir=teacher_dir)
     told = {"negative_prompt": recorded["negative_prompt"], **({} if revision is None else {"revision": revision})}
-    return GeneratorSubject(generator, "teacher", content=source_hash(source, revision), source=source, steps=steps, told=told)
+    if recorded.get("lora"):
+        told["lora"] = [{key: adapter[key] for key in ("name", "weight", "sha256")} for adapter in recorded["lora"]]
+    content = _teacher_hash(student, recorded, teacher_dir)
+    return GeneratorSubject(generator, "teacher", content=content, source=source, steps=steps, told=told)
+
+
+def _teacher_hash(student: Path, recorded: dict[str, Any], teacher_dir: str | Path | None) -> str:
+    return source_hash(*teacher_source(student, recorded, teacher_dir), teacher_lora(student, recorded))
 
 
 def bundled_subject(source: str, *, steps: int | None = None, guidance: float | None = None, device: torch.device | str = "cpu") -> GeneratorSubject:
