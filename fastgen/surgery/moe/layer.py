@@ -117,6 +117,22 @@ def set_active(network: nn.Module, active: Active | Tensor) -> None:
 
 
 @contextmanager
+def using(network: nn.Module, active: float | None) -> Iterator[None]:
+    """Inside, tokens use so many experts in every layer; None: as many as they do."""
+    if active is None:
+        yield
+        return
+    layers = expert_layers(network)
+    before = [layer.active for layer in layers]
+    set_active(network, active)
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.active = old
+
+
+@contextmanager
 def recording(network: nn.Module) -> Iterator[list[Routing]]:
     """Inside, each pass through an expert layer appends what it chose, with the graph of its probabilities: for `balance_loss`, statistics,
     `even_out`. Nothing is kept otherwise. Blocks that are computed again record nothing."""
@@ -126,7 +142,7 @@ def recording(network: nn.Module) -> Iterator[list[Routing]]:
     for layer in layers:
         layer.records = records
     try:
-        yield records
+        yield records  # nothing without layers
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.records = old
