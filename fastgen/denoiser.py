@@ -79,15 +79,15 @@ class Denoiser(nn.Module):
         x: Tensor,
         t: Tensor,
         cond: Conditioning,
-        taps: Sequence[int] = (),
+        taps: Sequence[int] | None = (),
         *,
         judge: bool = False,
         streams: bool = False,
         active: float | None = None,
     ) -> Output:
-        """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks; judge: also the heads' logits.
-        streams: features of all streams of a tap, one after the other, not of the picture's alone. active: experts that a token uses in this
-        pass, None for as many as the network has active.
+        """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks, None for all; judge: also the heads'
+        logits. streams: features of all streams of a tap, one after the other, not of the picture's alone. active: experts that a token uses in
+        this pass, None for as many as the network has active.
 
         cond may hold values of scalar inputs (surgery/second_time.py), which stay out of every cast. ValueError for one that this
         network does not have.
@@ -97,6 +97,7 @@ class Denoiser(nn.Module):
         cond, values = second_time.split(cond)
         heads = self.heads if judge else None
         assert heads is not None or not judge, "this network has no discriminator heads"
+        taps = range(len(self.family.blocks(self.backbone))) if taps is None else taps
         tapped = [*taps, *(heads.taps if heads else ())]
         with ExitStack() as stack:
             stack.enter_context(moe.using(self.backbone, active))
@@ -257,9 +258,9 @@ class Predictor:
         out = self._evaluated(at.x, at.t, cond)
         return out._replace(prediction=at.told(out.prediction, self.family.kind, kind))
 
-    def features(self, x: Tensor, t: Tensor, cond: Conditioning, taps: Sequence[int]) -> Output:
-        """The network's own prediction at x (B, ...), t (B,) on its own path, with features of all streams of the tapped blocks."""
-        return self._evaluated(x, t, cond, taps=tuple(taps), streams=True)
+    def features(self, x: Tensor, t: Tensor, cond: Conditioning, taps: Sequence[int] | None) -> Output:
+        """The network's own prediction at x (B, ...), t (B,) on its own path, with features of all streams of the tapped blocks; None: of all."""
+        return self._evaluated(x, t, cond, taps=taps, streams=True)
 
     def using(self, active: float) -> Predictor:
         """The same network with so many experts active for a token."""

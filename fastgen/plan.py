@@ -274,6 +274,8 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         path=family.path,
         linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
+        experts=None if student.moe is None else student.moe.active,
+        num_blocks=None if student.moe is None else len(family.blocks(family.load_backbone(meta=True))),
         reshaped="student.shrink" if student.shrink is not None else "student.moe" if student.moe is not None else None,
     )
 

@@ -115,6 +115,8 @@ class Facts:
     exported: bool = False  # whether the student becomes a pipeline, which moves between its steps as its sampler does
     sampler: Sampler = "euler"  # student.sampler
     reshaped: str | None = None  # the recipe key by which the student's network is of another shape than roles that start as the teacher does
+    experts: float | None = None  # student.moe.active; None: a dense student
+    num_blocks: int | None = None  # of the teacher's network; known where its layers are split
     path: Path = field(default_factory=Flow)  # the teacher's
     linear_guidance: bool = True  # whether the pipeline's guidance is n + w (c - n), of predictions of any kind
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from fastgen.surgery.moe.split import Experts, Partition, select
 from fastgen.surgery.moe.structures import Dense
 
 Active = float | Sequence[float]
+Part = Literal["shared", "experts"]
 
 
 class Shared(nn.Module):
@@ -94,6 +97,13 @@ class ExpertLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts of {self.w2.shape[-1]} neurons, {self.active} active, {self.choice} choice, {self.activation}"
+
+
+def part(name: str) -> Part | None:
+    """Whether a parameter, by its name in a network, is a shared expert's, or a routed one's or its router's; None for what is no expert's."""
+    if re.search(r"(^|\.)shared\.(up|down)\.(weight|bias)$", name):
+        return "shared"
+    return "experts" if re.search(r"(^|\.)(w1|b1|w2|router\.weight)$", name) else None
 
 
 def expert_layers(network: nn.Module) -> list[ExpertLayer]:
