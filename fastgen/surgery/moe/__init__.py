@@ -3,7 +3,7 @@
 from fastgen.surgery.moe.conversion import Conversion, converted
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import magnitude, random, taylor
-from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, recording, set_active, using
+from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, part, recording, set_active, using
 from fastgen.surgery.moe.routing import Routing, balance_loss, counts, scheduled_active
 from fastgen.surgery.moe.split import Experts
 
@@ -19,6 +19,7 @@ __all__ = [
     "even_out",
     "expert_layers",
     "magnitude",
+    "part",
     "random",
     "recording",
     "scheduled_active",
