@@ -104,8 +104,8 @@ class Dense2MoE(Distiller):
         output = losses.mean_squared_error(got.prediction, wanted.prediction)
         if not got.features:
             return Loss(output)
-        features = self_weighted(got.features, wanted.features, output)
-        return Loss(output + self.config.features * features, {"output": output.detach(), "features": features.detach()})
+        logs = {"output": output.detach(), "features": relative_error(got.features, wanted.features)}
+        return Loss(output + self.config.features * self_weighted(got.features, wanted.features, output), logs)
 
     def _points(self, models: Models, batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor, conditioning.Conditioning]:
         """Samples on the network's own path, with their times and conditioning."""
@@ -133,6 +133,14 @@ def self_weighted(features: Sequence[Tensor], wanted: Sequence[Tensor], output: 
         weights = (output / errors.clamp(min=tiny)) * (norms.mean() / norms.clamp(min=tiny))
         weights = torch.where((errors > 0) & (norms > 0), weights, 0.0)
     return (weights * errors).sum()
+
+
+@torch.no_grad()
+def relative_error(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """The mean over layers of |f - f'|^2 / |f'|^2, (): what to watch, for the weighted loss is as large as the output's by its making."""
+    pairs = [(_wide(own), _wide(theirs)) for own, theirs in zip(features, wanted, strict=True)]
+    errors = [(own - theirs).square().sum() / theirs.square().sum().clamp(min=torch.finfo(theirs.dtype).tiny) for own, theirs in pairs]
+    return torch.stack(errors).mean()
 
 
 def _wide(x: Tensor) -> Tensor:

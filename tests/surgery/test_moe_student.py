@@ -226,7 +226,8 @@ def test_what_is_no_split_is_refused_by_its_key(overrides: list[str], message: s
         (["student.moe.leave=[ff, ff_context]"], ": SD3Transformer2DModel has no feed-forward layer in its blocks that is not left dense"),
         (
             ["student.moe.experts=12", "student.tune.lora.rank=2"],
-            ": adapters (student.tune.lora) share the teacher's network, whose layers they are named after; train with student.tune: full, or remove it",
+            ": adapters (student.tune.lora) share the teacher's network, whose layers they are named after; train with student.tune: full, or "
+            "remove it",
         ),
         (
             ["student.moe.experts=12", "student.shrink.depth=2"],
