@@ -197,3 +197,9 @@ def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> Non
 
 def test_a_pruned_student_is_one_without_routed_experts() -> None:
     plan(digits("student.moe.active=0", "distiller.shared=1"), only="train")
+
+
+def test_without_noise_in_routers_every_token_chooses_the_same_experts_at_first() -> None:
+    rows = [built(f"student.moe.router_std={std}", "distiller.shared=0", "train.batch_size=32").trainer.train_step() for std in (0, 0.02)]
+    assert rows[0]["experts/student/idle"] == pytest.approx(10 / 12, abs=1e-4)
+    assert rows[1]["experts/student/idle"] < 0.05
