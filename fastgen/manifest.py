@@ -96,6 +96,8 @@ class Sparse(Schema):
     parameters: _Number
     active_parameters: _Number
     dense_parameters: _Number
+    flops: _Number
+    dense_flops: _Number
 
 
 class _Record(Schema):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen import checkpoint, export, foresight
 from fastgen.conditioning import Conditioning
@@ -40,8 +40,9 @@ from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 from fastgen.surgery import formats
 from fastgen.surgery.held import Storage
-from fastgen.surgery.moe.conversion import Conversion, converted
-from fastgen.surgery.moe.conversion import summary as moe_summary
+from fastgen.surgery.moe import conversion
+from fastgen.surgery.moe.accounting import Account, account
+from fastgen.surgery.moe.conversion import Conversion
 from fastgen.surgery.moe.split import Experts
 from fastgen.surgery.shrink import Shrink, shrunk, summary
 
@@ -131,11 +132,22 @@ class Plan:
 
     def sparse(self) -> dict[str, Any] | None:
         """What a student of experts has (`moe.conversion.summary`); None for a dense one."""
-        if self.experts is None:
-            return None
+        return None if self.experts is None else conversion.summary(self._converted(), *self.accounts())
+
+    def accounts(self) -> tuple[Account, Account]:
+        """What a student of experts has and costs, by kind of layer, for one evaluation on one sample; and its dense teacher."""
+        ours, theirs = (self._account(network) for network in (self._converted(), self.family.load_backbone(meta=True)))
+        return ours, theirs
+
+    def _converted(self) -> nn.Module:
+        assert self.experts is not None
         dense = self.family.load_backbone(meta=True)
-        network = converted(dense, self.family.blocks(dense), self.experts)
-        return moe_summary(network, self.family.blocks(network))
+        return conversion.converted(dense, self.family.blocks(dense), self.experts)
+
+    def _account(self, network: nn.Module) -> Account:
+        family = self.family
+        x, t = torch.empty(1, *family.latent.shape, device="meta"), torch.empty(1, device="meta")
+        return account(network, family.blocks(network), lambda: family.call(network, x, t, family.meta_conditioning(1)))
 
     def check_lora(self, key: str) -> None:
         """UserError where adapters alone cannot hold the student; key: what asks for them."""

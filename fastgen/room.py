@@ -19,6 +19,7 @@ from fastgen.memory import Held, data_bytes, held
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
 from fastgen.roles import build_roles
+from fastgen.surgery.moe.conversion import by_kind
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -117,7 +118,7 @@ def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None =
         "teacher": recipe.teacher.pretrained,
         "method": recipe.distiller.name,
         **({"student": smaller} if smaller else {}),
-        **({"experts": sparse} if sparse else {}),
+        **({"experts": sparse, "layers": by_kind(*planned.accounts())} if sparse else {}),
         "bytes": {**held_bytes, "data": found.data, "step": found.step, "encoders": found.encoders},
         "stages": found.stages,
         "peak": found.peak,

@@ -20,6 +20,7 @@ from fastgen import run
 from fastgen.evaluation.results import read_results, remarks
 from fastgen.evaluation.table import summary_table
 from fastgen.printing import Unfailing, printable, put
+from fastgen.surgery.moe.conversion import flops_in_words
 from fastgen.surgery.moe.conversion import in_words as moe_in_words
 from fastgen.surgery.shrink import in_words
 
@@ -251,6 +252,10 @@ def print_need(found: Mapping[str, Any]) -> None:
         note(f"student: {in_words(found['student'])}")
     if "experts" in found:
         note(f"student: {moe_in_words(found['experts'])}")
+        for kind, row in found["layers"].items():
+            ours, theirs = row["student"], row["dense"]
+            active = f"{ours['active']:>15,} of {ours['parameters']:>15,} parameters ({theirs['parameters']:,})"
+            note(f"  {kind:20s}{active}, {flops_in_words(ours['flops'])} ({flops_in_words(theirs['flops'])})")
     for name, what in _PARTS.items():
         note(f"  {what:34s}{_size(found['bytes'][name])}")
     note("at its peak")

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastgen import cli, load_student, run
 from fastgen.config import Recipe
-from fastgen.denoiser import Denoiser
 from fastgen.distillers.base import Batch, Loss, Update
 from fastgen.errors import UserError
 from fastgen.export import export_student, verify
@@ -29,7 +28,8 @@ from fastgen.roles import Roles, build_roles, frozen, student, trainable
 from fastgen.room import answer
 from fastgen.run.building import Run
 from fastgen.surgery import moe
-from fastgen.surgery.moe.conversion import in_words, summary
+from fastgen.surgery.moe.accounting import account
+from fastgen.surgery.moe.conversion import flops_in_words, in_words, summary
 
 EXPERTS = ["student.moe={experts: 12, shared: 1.0, routed: 0.25, active: 2, calibration: 2}"]
 DENSE, SPLIT = 586120, 591496  # parameters of the digits teacher, and with seven routers of 12 x 64
@@ -250,13 +250,18 @@ def test_what_cannot_be_trained_so_is_refused_by_the_plan(overrides: list[str], 
 
 def test_a_dry_run_and_a_plan_say_what_a_token_uses(capsys: pytest.CaptureFixture[str]) -> None:
     found = dry_run(digits(*EXPERTS))
+    hidden = 7 * 10 * 16  # neurons of routed experts that a token does not use
+    # The same per token: 16 of the picture in four layers, 16 of the text in three, two products of 64; and routers of 12 x 64.
+    flops, dense_flops = found["experts"].pop("flops"), found["experts"].pop("dense_flops")
+    tokens = 4 * 16 + 3 * 16
+    assert flops - dense_flops == 2 * tokens * (12 * 64 - 160 * 2 * 64)
     assert found["experts"] == {
         "layers": 7,
         "experts": 12,
         "active": 2.0,
         "choice": "token",
         "parameters": SPLIT,
-        "active_parameters": SPLIT - 7 * 10 * 16 * (64 + 64 + 1),  # ten experts of 16 neurons: a row, its bias and a column
+        "active_parameters": SPLIT - hidden * (64 + 64 + 1),  # of each a row, its bias and a column
         "dense_parameters": DENSE,
     }
     assert {name: role["trains"] for name, role in found["roles"].items()} == {"student": SPLIT, "fake_score": DENSE, "teacher": 0}
@@ -272,6 +277,17 @@ def test_a_step_is_measured_with_experts(router: str) -> None:
     assert split["bytes"]["step"] > dense["bytes"]["step"] / 2
     assert split["bytes"]["trained"] - dense["bytes"]["trained"] == 4 * (SPLIT - DENSE)
     assert split["experts"]["choice"] == router
+    rows = split["layers"]
+    assert rows["router"] == {
+        "dense": {"parameters": 0, "active": 0, "flops": 0.0},
+        "student": {"parameters": 5376, "active": 5376, "flops": 2.0 * 112 * 12 * 64},
+    }
+    for whose, total in (("dense", "dense_flops"), ("student", "flops")):
+        assert sum(row[whose]["flops"] for row in rows.values()) == pytest.approx(split["experts"][total], abs=1)
+
+
+def test_flops_have_the_largest_unit_of_which_there_is_one() -> None:
+    assert [flops_in_words(value) for value in (66.07e12, 4.2e9, 8.6e6)] == ["66.07 TFLOPs", "4.2 GFLOPs", "8.6 MFLOPs"]
 
 
 # From recipe to student
@@ -421,7 +437,7 @@ def test_few_step_methods_train_it_unchanged(recipe: str, keys: list[str], tmp_p
 
 def test_a_summary_is_of_the_network_itself() -> None:
     roles = made(moe.Conversion(moe.Experts(choice="expert", active=1.5)))
-    denoiser: Denoiser = roles["student"].denoiser
-    found = summary(denoiser.backbone, denoiser.family.blocks(denoiser.backbone))
+    costs = [account(network(role), role.denoiser.family.blocks(network(role))) for role in (roles["student"], roles["teacher"])]
+    found = summary(network(roles["student"]), *costs)
     assert (found["active"], found["choice"]) == (1.5, "expert")
     assert "1.5 on average of 12 routed experts" in in_words(found)

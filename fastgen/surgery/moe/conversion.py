@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from fastgen.errors import UserError
 from fastgen.rng import seeded
 from fastgen.surgery.moe import importance as neurons
-from fastgen.surgery.moe.accounting import account, total
+from fastgen.surgery.moe.accounting import KINDS, Account, total
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import Importance
 from fastgen.surgery.moe.layer import ExpertLayer, expert_layers
@@ -90,20 +90,23 @@ def keep_routers_wide(network: Any) -> None:
     network._keep_in_fp32_modules = [*(getattr(network, "_keep_in_fp32_modules", None) or ()), "router", "selection_bias"]
 
 
-def summary(network: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, Any]:
+def summary(network: nn.Module, costs: Account, dense: Account) -> dict[str, Any]:
     """What a network of experts has, which may be a meta network, as JSON has it: `layers`, and what they have in common (`experts`, `active`,
-    `choice`; of several values the first layer's); `parameters`, `active_parameters` of a token, `dense_parameters` before."""
-    layers, costs = expert_layers(network), total(account(network, blocks))
-    first, routers = layers[0], sum(layer.router.weight.numel() for layer in layers)
+    `choice`; of several values the first layer's); `parameters`, `active_parameters` of a token, `dense_parameters` before; `flops` of one
+    evaluation on one sample, `dense_flops`. costs, dense: accounts of it and of the dense network."""
+    layers, ours, theirs = expert_layers(network), total(costs), total(dense)
+    first = layers[0]
     assert isinstance(first.active, int | float)
     return {
         "layers": len(layers),
         "experts": first.num_experts,
         "active": float(first.active),
         "choice": first.choice,
-        "parameters": costs.parameters,
-        "active_parameters": round(costs.active),
-        "dense_parameters": costs.parameters - routers,
+        "parameters": ours.parameters,
+        "active_parameters": round(ours.active),
+        "dense_parameters": theirs.parameters,
+        "flops": round(ours.flops),
+        "dense_flops": round(theirs.flops),
     }
 
 
@@ -111,4 +114,17 @@ def in_words(found: dict[str, Any]) -> str:
     """A `summary` in one line."""
     active = f"{found['active']:g}{' on average' if found['choice'] == 'expert' else ''}"
     who = f"1 shared and {active} of {found['experts']} routed experts a token in {found['layers']} feed-forward layers"
-    return f"{who}, {found['active_parameters']:,} of {found['parameters']:,} parameters active ({found['dense_parameters']:,} dense)"
+    active = f"{found['active_parameters']:,} of {found['parameters']:,} parameters active (dense: {found['dense_parameters']:,})"
+    return f"{who}, {active}, {flops_in_words(found['flops'])} an evaluation (dense: {flops_in_words(found['dense_flops'])})"
+
+
+def flops_in_words(flops: float) -> str:
+    """In the largest unit of which there is one."""
+    unit, size = next((pair for pair in (("T", 1e12), ("G", 1e9)) if flops >= pair[1]), ("M", 1e6))
+    return f"{flops / size:.4g} {unit}FLOPs"
+
+
+def by_kind(costs: Account, dense: Account) -> dict[str, dict[str, dict[str, float]]]:
+    """Two accounts of one network, before and after, as JSON has them: by kind of layer what is not 0."""
+    rows = {kind: {"dense": dense[kind], "student": costs[kind]} for kind in KINDS if costs[kind].parameters or costs[kind].flops}
+    return {kind: {whose: {**asdict(cost), "active": round(cost.active)} for whose, cost in row.items()} for kind, row in rows.items()}
