@@ -21,6 +21,7 @@ from fastgen.run.building import Run
 from fastgen.surgery import moe
 
 KEYS = ["train.batch_size=4", "train.sample_every=0", "train.device=cpu", "evaluate.protocol=null", "student.moe.calibration=2"]
+KEYS += ["distiller.others=frozen"]
 
 
 def digits(*overrides: str) -> Recipe:

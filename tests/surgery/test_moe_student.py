@@ -252,6 +252,7 @@ def test_a_dry_run_and_a_plan_say_what_a_token_uses(capsys: pytest.CaptureFixtur
     found = dry_run(digits(*EXPERTS))
     hidden = 7 * 10 * 16  # neurons of routed experts that a token does not use
     # The same per token: 16 of the picture in four layers, 16 of the text in three, two products of 64; and routers of 12 x 64.
+    line = f"student     {in_words(found['experts'])}\n"
     flops, dense_flops = found["experts"].pop("flops"), found["experts"].pop("dense_flops")
     tokens = 4 * 16 + 3 * 16
     assert flops - dense_flops == 2 * tokens * (12 * 64 - 160 * 2 * 64)
@@ -265,7 +266,6 @@ def test_a_dry_run_and_a_plan_say_what_a_token_uses(capsys: pytest.CaptureFixtur
         "dense_parameters": DENSE,
     }
     assert {name: role["trains"] for name, role in found["roles"].items()} == {"student": SPLIT, "fake_score": DENSE, "teacher": 0}
-    line = f"student     {in_words(found['experts'])}\n"
     assert "1 shared and 2 of 12 routed experts a token in 7 feed-forward layers" in line
     assert cli.main(["train", "digits_dmd2_1step", *EXPERTS, "--dry-run"]) == 0
     assert line in capsys.readouterr().out
