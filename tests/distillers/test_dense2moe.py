@@ -112,7 +112,7 @@ def test_features_of_both_streams_count() -> None:
     )
     assert [feature.shape[1:] for feature in got] == [(tokens, width), (16, width)] * 3 + [(16, width)]  # the last block drops the text
     assert [feature.shape[1] for feature in models["teacher"].features(x, t, cond, [1, 3]).features] == [tokens, 16, 16]
-    torch.testing.assert_close(models["teacher"].features(x, t, cond, ()).prediction, models["teacher"](x, t, cond, models["teacher"].kind))
+    torch.testing.assert_close(models["teacher"].features(x, t, cond, ()).prediction, models["teacher"](x, t, cond, models["teacher"].kind).float())
 
 
 def test_layers_weigh_as_the_paper_says() -> None:
