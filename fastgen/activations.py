@@ -64,8 +64,7 @@ def step_bytes(planned: Plan, step: int) -> int:
         planned.roles,
         family,
         network,
-        tuning=planned.tuning,
-        shrink=planned.shrink,
+        **planned.student,
         autocast=planned.autocast,
         defaults=defaults,
         recompute=recipe.train.checkpointing,
@@ -78,10 +77,11 @@ def step_bytes(planned: Plan, step: int) -> int:
     most = 0
     for index, update in enumerate(distiller.updates(step)):
         rng = SampleRng(0, (step, index), range(size))
-        with Live(there) as live, roles.training(update.trains):
+        with Live(there) as live, roles.training(update.trains, update.only):
             for _ in range(min(micro_batches, 2)):  # from the second on with gradients beside
                 for term in update.terms:
-                    term(models, batch, rng.at(term.__name__), step).value.backward()
+                    value = term(models, batch, rng.at(term.__name__), step).value
+                    sum((own.value for name in update.trains if (own := models[name].take_auxiliary()) is not None), value).backward()
         most = max(most, live.peak)
         for role in roles.values():
             for parameter in role.parameters().values():

@@ -15,6 +15,7 @@ from fastgen.errors import UserError
 from fastgen.families import is_hub_id
 from fastgen.generator import ADAPTER_FILE
 from fastgen.printing import printable
+from fastgen.surgery.moe.conversion import in_words as moe_in_words
 from fastgen.surgery.shrink import in_words
 
 # What a LoRA student's scheduler is where its fastgen.json does not name another.
@@ -22,6 +23,10 @@ SCHEDULER = "FlowMapEulerDiscreteScheduler"
 
 
 TEACHER_LORA = "teacher_lora"  # where in an adapter's folder those of its teacher lie
+_TRUST = (
+    "No class of diffusers has them, so the folder brings one, in plain PyTorch, which `trust_remote_code=True` lets diffusers run; read it before."
+)
+
 TEACHER_DIR = "TEACHER_DIR"  # stands for the folder of a teacher that is not on the hub
 
 
@@ -202,6 +207,8 @@ def model_card(manifest: dict[str, Any]) -> str:
         what += f" {_lora_text(lora, manifest['weights'])}"
     if manifest.get("shrink"):
         what += f" It is smaller than its teacher: {in_words(manifest['shrink'])}."
+    if manifest.get("moe"):
+        what += f" Its feed-forward layers are mixtures of experts: {moe_in_words(manifest['moe'])}. {_TRUST}"
     if license := teacher.get("license"):
         what += f" Its licence is its teacher's: {_code(license.get('license_name') or license.get('license') or license['license_link'])}."
     how = (

@@ -120,14 +120,44 @@ class ShrinkBlock(Block):
         return keep
 
 
+class MoEBlock(Block):
+    """experts, shared, routed: how many routed experts each feed-forward layer is split into, beside a shared one, and how wide either is, in one
+    unit: of a layer's hidden size H the shared one takes H shared / (shared + experts routed). active: routed experts that a token uses, on
+    average where router is `expert`, and then it may be a fraction. router: whether tokens choose experts or, within a sample, experts choose
+    tokens. blocks: places of those whose layers are split. leave: ends of names of layers that stay dense. importance: what neurons are dealt
+    by; calibration: of `taylor`, how many batches it is measured on. router_std: of the router's logits at the start, for inputs of unit
+    variance; 0 lets every token choose the same experts at first. balance: weight of the balance loss."""
+
+    experts: int = Field(12, ge=1, le=4096)
+    shared: float = Field(1.0, gt=0, le=4096)
+    routed: float = Field(0.25, gt=0, le=4096)
+    active: float = Field(2, ge=0, le=4096)
+    router: Literal["token", "expert"] = "token"
+    blocks: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=1)] = "all"
+    leave: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    importance: Literal["taylor", "magnitude", "random"] = "taylor"
+    calibration: int = Field(8, le=10**6)
+    router_std: float = Field(0.02, ge=0, le=1e3)
+    balance: float = Field(0.01, ge=0, le=1e6)
+
+    @field_validator("calibration")
+    @classmethod
+    def _some_batches(cls, calibration: int, info: ValidationInfo) -> int:
+        if calibration < 1 and info.data.get("importance") == "taylor":
+            raise ValueError("importance is measured on 1 batch or more; for none, set student.moe.importance to magnitude or random")
+        return calibration
+
+
 class StudentBlock(Block):
     """init: `teacher`, or the folder of a finished run, whose averaged students are taken over. shrink: a student of fewer blocks than its
-    teacher. steps: network evaluations at inference. grid: the export scheduler's own times, or explicit ones in (0, 1], descending. sampler: how
-    a sample moves between them, keeping its own noise (`euler`) or drawing it anew (`stochastic`)."""
+    teacher. moe: a student whose feed-forward layers are split into experts. steps: network evaluations at inference. grid: the export
+    scheduler's own times, or explicit ones in (0, 1], descending. sampler: how a sample moves between them, keeping its own noise (`euler`) or
+    drawing it anew (`stochastic`)."""
 
     init: str = "teacher"
     tune: Literal["full"] | Tuning = "full"
     shrink: ShrinkBlock | None = None
+    moe: MoEBlock | None = None
     steps: int = Field(ge=1, le=1000)
     grid: Literal["auto"] | list[float] = "auto"
     sampler: Sampler = "euler"

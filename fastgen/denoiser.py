@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,20 +17,29 @@ from fastgen.families.base import Family
 from fastgen.guidance import GuidanceRule, linear
 from fastgen.path import Kind, Path
 from fastgen.sampling import Predict
-from fastgen.surgery import lora, second_time
+from fastgen.surgery import lora, moe, second_time
 from fastgen.surgery.heads import Heads
 from fastgen.surgery.log_variance import LogVariance
 from fastgen.surgery.second_time import ScalarInputs
 
 
+class Auxiliary(NamedTuple):
+    """What a network adds to any loss that trains it. value: scalar fp32, already weighted; logs: detached scalars."""
+
+    value: Tensor
+    logs: dict[str, Tensor]
+
+
 class Output(NamedTuple):
-    """prediction (B, ...) fp32 of the family's kind; features: one tensor a tap; log_variance (B,) of a network that learns its loss's;
-    logits (B, num_taps) of a network with discriminator heads, when they were asked for."""
+    """prediction (B, ...) fp32 of the family's kind; features: one tensor a tap, or one for each stream of a tap; log_variance (B,) of a network
+    that learns its loss's; logits (B, num_taps) of a network with discriminator heads, when they were asked for; auxiliary: of a network with
+    experts, in passes with gradients."""
 
     prediction: Tensor
     features: tuple[Tensor, ...] = ()
     log_variance: Tensor | None = None
     logits: Tensor | None = None
+    auxiliary: Auxiliary | None = None
 
 
 class Denoiser(nn.Module):
@@ -37,7 +48,8 @@ class Denoiser(nn.Module):
     adapter: the LoRA adapter this view of a shared backbone runs with; None runs the bare base weights.
     autocast: dtype of mixed-precision compute, or None for the weights' own.
     inputs: scalar inputs beside the time, with parameters of their own, for a family that names its `time_projection`.
-    log_variance: a learned log-variance of the loss. heads: discriminator heads on features of its blocks.
+    log_variance: a learned log-variance of the loss. heads: discriminator heads on features of its blocks. balance: weight of the balance loss
+    of its experts, where it has any.
     """
 
     def __init__(
@@ -50,6 +62,7 @@ class Denoiser(nn.Module):
         inputs: ScalarInputs | None = None,
         log_variance: LogVariance | None = None,
         heads: Heads | None = None,
+        balance: float = 0.0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -59,23 +72,54 @@ class Denoiser(nn.Module):
         self.inputs = inputs
         self.log_variance = log_variance
         self.heads = heads
+        self.balance = balance
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, taps: Sequence[int] = (), *, judge: bool = False) -> Output:
-        """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks; judge: also the heads' logits.
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        taps: Sequence[int] | None = (),
+        *,
+        judge: bool = False,
+        streams: bool = False,
+        active: float | None = None,
+    ) -> Output:
+        """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks, None for all; judge: also the heads'
+        logits. streams: features of all streams of a tap, one after the other, not of the picture's alone. active: experts that a token uses in
+        this pass, None for as many as the network has active.
 
         cond may hold values of scalar inputs (surgery/second_time.py), which stay out of every cast. ValueError for one that this
         network does not have.
         """
+        assert not (judge and streams), "heads listen to the picture's stream alone"
         lora.activate(self.backbone, self.adapter)
         cond, values = second_time.split(cond)
         heads = self.heads if judge else None
         assert heads is not None or not judge, "this network has no discriminator heads"
-        with self._tapped([*taps, *(heads.taps if heads else ())]) as features, self._with_inputs(t, values), self._autocast(x.device):
+        taps = range(len(self.family.blocks(self.backbone))) if taps is None else taps
+        tapped = [*taps, *(heads.taps if heads else ())]
+        with ExitStack() as stack:
+            stack.enter_context(moe.using(self.backbone, active))
+            routings = stack.enter_context(self._routed())
+            features = stack.enter_context(self._tapped(tapped, streams=streams))
+            stack.enter_context(self._with_inputs(t, values))
+            stack.enter_context(self._autocast(x.device))
             prediction = self.family.call(self.backbone, x.to(self.dtype), t, conditioning.to(cond, dtype=self.dtype))
         prediction = prediction.float() if prediction.dtype != torch.float64 else prediction
         log_variance = self.log_variance(second_time.noise_fraction(self.family.path, t)) if self.log_variance else None
-        logits = heads([features[i] for i in heads.taps]) if heads else None
-        return Output(prediction, tuple(features[i] for i in taps), log_variance, logits)
+        logits = heads([features[i][-1] for i in heads.taps]) if heads else None
+        auxiliary = _auxiliary(routings, self.balance) if routings else None
+        return Output(prediction, tuple(stream for i in taps for stream in features[i]), log_variance, logits, auxiliary)
+
+    @contextmanager
+    def _routed(self) -> Iterator[list[moe.Routing]]:
+        """What experts choose inside, in passes with gradients alone."""
+        if not torch.is_grad_enabled():
+            yield []
+            return
+        with moe.recording(self.backbone) as records:
+            yield records
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,12 +166,15 @@ class Denoiser(nn.Module):
         self.inputs = None
 
     @contextmanager
-    def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        features: dict[int, Tensor] = {}
+    def _tapped(self, taps: Sequence[int], *, streams: bool) -> Iterator[dict[int, tuple[Tensor, ...]]]:
+        features: dict[int, tuple[Tensor, ...]] = {}
         blocks = self.family.blocks(self.backbone) if taps else []
 
         def keep(tap: int) -> Callable[[nn.Module, Any, Any], None]:
-            return lambda _module, _inputs, output: features.__setitem__(tap, self.family.block_feature(output))
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                features[tap] = self.family.block_streams(output) if streams else (self.family.block_feature(output),)
+
+            return hook
 
         handles = [blocks[tap].register_forward_hook(keep(tap)) for tap in dict.fromkeys(taps)]
         try:
@@ -135,6 +182,24 @@ class Denoiser(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _auxiliary(routings: Sequence[moe.Routing], weight: float) -> Auxiliary:
+    """The weighted balance loss of one pass, and what its routers do. Means over layers: `balance` of the loss itself, 1 where even; `entropy` of
+    a token's probabilities over that of a router without opinion; `idle` of the share of experts that nobody chose; `dropped` of tokens
+    without a routed expert; `busiest`: the largest load of any expert over an even one."""
+    loss = moe.balance_loss(routings)
+    with torch.no_grad():
+        counts = moe.counts(routings)
+        each = [count * len(count) / count.sum().clamp(min=1) for count in counts.values()]
+        logs = {
+            "balance": loss.detach(),
+            "entropy": torch.stack([routing.entropy / math.log(max(2, routing.probabilities.shape[-1])) for routing in routings]).mean(),
+            "idle": torch.stack([(count == 0).float().mean() for count in counts.values()]).mean(),
+            "dropped": torch.stack([routing.dropped for routing in routings]).mean(),
+            "busiest": torch.stack([load.max() for load in each]).max(),
+        }
+    return Auxiliary(weight * loss, logs)
 
 
 @contextmanager
@@ -171,6 +236,8 @@ class Predictor:
     def __init__(self, denoiser: Callable[..., Output], family: Family) -> None:
         self.denoiser = denoiser
         self.family = family
+        self._told: dict[str, Any] = {}
+        self._auxiliaries: list[Auxiliary] = []
 
     @property
     def path(self) -> Path:
@@ -188,12 +255,37 @@ class Predictor:
     def output(self, x: Tensor, t: Tensor, cond: Conditioning, kind: Kind = "x0", path: Path | None = None) -> Output:
         """The same with all else that the network gives."""
         at = _Place(self.family.path, x, t, path)
-        out = self.denoiser(at.x, at.t, cond)
+        out = self._evaluated(at.x, at.t, cond)
         return out._replace(prediction=at.told(out.prediction, self.family.kind, kind))
+
+    def features(self, x: Tensor, t: Tensor, cond: Conditioning, taps: Sequence[int] | None) -> Output:
+        """The network's own prediction at x (B, ...), t (B,) on its own path, with features of all streams of the tapped blocks; None: of all."""
+        return self._evaluated(x, t, cond, taps=taps, streams=True)
+
+    def using(self, active: float) -> Predictor:
+        """The same network with so many experts active for a token."""
+        other = copy.copy(self)
+        other._told = {**self._told, "active": active}
+        return other
+
+    def take_auxiliary(self) -> Auxiliary | None:
+        """What the network asks to have added to a loss, the mean over passes that a gradient goes through, since the last call; None for nothing."""
+        found = [*self._auxiliaries]
+        self._auxiliaries.clear()
+        if not found:
+            return None
+        logs = {name: torch.stack([each.logs[name] for each in found]).mean() for name in found[0].logs}
+        return Auxiliary(torch.stack([each.value for each in found]).mean(), logs)
+
+    def _evaluated(self, x: Tensor, t: Tensor, cond: Conditioning, **asked: Any) -> Output:
+        out = self.denoiser(x, t, cond, **self._told, **asked)
+        if out.auxiliary is not None and out.auxiliary.value.requires_grad:
+            self._auxiliaries.append(out.auxiliary)
+        return out
 
     def logits(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Logits (B, num_taps) of the discriminator heads at x (B, ...), t (B,) on the network's own path; differentiable in x."""
-        logits = self.denoiser(x, t, cond, judge=True).logits
+        logits = self._evaluated(x, t, cond, judge=True).logits
         assert logits is not None
         return logits
 

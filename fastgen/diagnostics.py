@@ -1,6 +1,6 @@
 """What goes wrong when distributions are matched, told from the numbers that a run logs: drift from the teacher, and the known ways to collapse.
 
-`drift` compares pictures. `Watch` reads the rows of metrics.jsonl one by one and warns of five signatures, with the numbers that
+`drift` compares pictures. `Watch` reads the rows of metrics.jsonl one by one and warns of six signatures, with the numbers that
 show it and what helps. The thresholds come from runs on the digits teacher (shipped recipes of one to four steps, and ones made to
 fail) and on the closed-form ring of eight modes. Saturation, mode loss and a discriminator that wins were not seen there.
 """
@@ -46,6 +46,11 @@ RECOVERING = 0.9
 LOGITS_APART = 8.0
 # Student steps on which they have been so far apart in a row: a discriminator may win for a while.
 LOGITS_PATIENCE = 50
+# Share of a student's experts that no token of a batch chose: the digits recipe stays below .05 from its first routed step on, and at 128 tokens a
+# step, where chance leaves some out, below .08; without noise in its routers, at first every token chooses the same and it is .83.
+IDLE = 0.1
+# Student steps on which it has been so large in a row.
+IDLE_PATIENCE = 50
 
 
 def drift(student: Tensor, teacher: Tensor, prompts: Sequence[str]) -> dict[str, float]:
@@ -97,6 +102,7 @@ class Watch:
             "mode loss": ModeLoss(),
             "mean shift": MeanShift(),
             "discriminator won": DiscriminatorWon(),
+            "dead experts": DeadExperts(),
         }
 
     def __call__(self, row: Mapping[str, Any]) -> list[str]:
@@ -239,3 +245,21 @@ class DiscriminatorWon:
         if self._steps < LOGITS_PATIENCE:
             return None
         return f"for {self._steps} steps the mean logits have been more than {LOGITS_APART:g} apart, real {real:.3g} and fake {fake:.3g} now"
+
+
+class DeadExperts:
+    """Some of a student's experts get no tokens any more, so that they learn nothing either."""
+
+    remedy = "raise student.moe.balance, or student.moe.router_std, which keeps tokens from all choosing the same experts at first"
+
+    def __init__(self) -> None:
+        self._steps: dict[str, int] = {}
+
+    def seen(self, numbers: Numbers) -> str | None:
+        for name, idle in numbers.items():
+            if name.startswith("experts/") and name.endswith("/idle"):
+                self._steps[name] = self._steps.get(name, 0) + 1 if idle >= IDLE else 0
+                if self._steps[name] >= IDLE_PATIENCE:
+                    whose = name.split("/")[1]
+                    return f"for {IDLE_PATIENCE} steps at least {IDLE:.0%} of the experts of {whose} got no token of a batch, {idle:.0%} now"
+        return None

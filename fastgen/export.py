@@ -43,6 +43,7 @@ from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
 from fastgen.surgery.held import is_held
+from fastgen.surgery.moe import expert_layers, stored
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 1e-5  # of fp32
@@ -65,6 +66,7 @@ class StudentInfo:
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
     unfinished: dict[str, dict[str, int]] = field(default_factory=dict)  # {role: {step, of}} where training was not over
     smaller: dict[str, Any] | None = None  # what it has of its teacher, where that is not all (`shrink.summary`)
+    sparse: dict[str, Any] | None = None  # what it has of experts, where it has any (`moe.conversion.summary`)
 
 
 class Expert(NamedTuple):
@@ -101,9 +103,12 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
             pipeline.register_to_config(boundary_ratio=boundary)
         _converted(pipeline, DTYPES[dtype]).save_pretrained(folder, safe_serialization=True)
         for k, place in enumerate(places):
+            part: Any = getattr(pipeline, place, None)
             if place not in (family.component, family.second_component):
-                expert: Any = _in_dtype(network(k), DTYPES[dtype])
-                expert.save_pretrained(folder / place, safe_serialization=True)
+                part = _in_dtype(network(k), DTYPES[dtype])
+                part.save_pretrained(folder / place, safe_serialization=True)
+            if expert_layers(part):
+                stored.write_beside(folder / place, part, index=folder / "model_index.json" if hasattr(pipeline, place) else None)
         _load_encoders_as_fp32(folder)
         forget_origins(folder)
 
@@ -181,7 +186,7 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     changed = copy.deepcopy(module)
     for name, tensor in [*changed.named_parameters(), *changed.named_buffers()]:
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(wanted.get(name, dtype))
+            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
     return changed
 
 
@@ -260,6 +265,8 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
     """more: what only some students have."""
     negative = info.teacher["negative_prompt"] or None
     loading = {key: value for key, value in family.loading_arguments.items() if weights == "lora" or key != "variant"}  # which is the teacher's
+    if any(folder.glob("*/modeling_*.py")):
+        loading["trust_remote_code"] = True
     return {
         "format": FORMAT,
         "weights": weights,
@@ -279,6 +286,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         **({"loading": loading} if loading else {}),
         **({"unfinished": info.unfinished} if info.unfinished else {}),
         **({"shrink": info.smaller} if info.smaller else {}),
+        **({"moe": info.sparse} if info.sparse else {}),
         **more,
         "prompts": list(info.prompts)[:8],
         "versions": {"fastgen": fastgen.__version__, **{name: metadata.version(name) for name in ("diffusers", "torch")}},
@@ -346,6 +354,7 @@ def verify(
     """
     manifest = read_manifest(folder)
     check_student(folder, manifest)
+    stored.check_code(folder)
     shown = [i % len(manifest["prompts"]) for i in range(len(seeds))]
     prompts = [manifest["prompts"][i] for i in shown]
     job = {"inputs": card.chosen(manifest["inputs"], shown), "seeds": list(seeds)}

@@ -21,6 +21,7 @@ from fastgen.denoiser import Denoiser, Predictor, guided
 from fastgen.errors import NotFinite, UserError
 from fastgen.families import find_family, resolve_source
 from fastgen.families.base import Family
+from fastgen.families.source import load_network
 from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
 from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, Sampler, Student, upgraded
@@ -297,7 +298,7 @@ def _load_networks(family: Family, folder: Path, places: Sequence[str]) -> list[
     networks = [first]
     for place in places[1:]:
         with loading(folder / place):
-            networks.append(type(first).from_pretrained(folder, subfolder=place, use_safetensors=True).float().eval())
+            networks.append(load_network(type(first), folder, place))
     return [Denoiser(network, family) for network in networks]
 
 

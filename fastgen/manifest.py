@@ -104,6 +104,20 @@ class Comfy(Schema):
     files: list[str] = Field(min_length=1, max_length=1000)
 
 
+class Sparse(Schema):
+    """Of a student of experts: how many layers were split and how, and its parameters."""
+
+    layers: _Number
+    experts: _Number
+    active: Annotated[float, Field(ge=0)]
+    choice: Literal["token", "expert"]
+    parameters: _Number
+    active_parameters: _Number
+    dense_parameters: _Number
+    flops: _Number
+    dense_flops: _Number
+
+
 class _Record(Schema):
     weights: Literal["full", "lora"]
     steps: Steps
@@ -117,10 +131,13 @@ class _Record(Schema):
     pipeline: str = ""
     base: str = ""
     scheduler: str = ""
-    loading: dict[str, str | None] = Field(default_factory=dict)  # what from_pretrained must be passed, of an adapter's teacher or of the student
+    loading: dict[str, str | bool | None] = Field(
+        default_factory=dict
+    )  # what from_pretrained must be passed, of an adapter's teacher or of the student
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
     shrink: Smaller | None = None
     comfyui: Comfy | None = None
+    moe: Sparse | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
 

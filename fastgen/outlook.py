@@ -20,17 +20,19 @@ def dry_run(recipe: Recipe, *, only: Literal["train"] | None = None) -> dict[str
 def describe(planned: Plan) -> dict[str, Any]:
     """What a run would do: roles, parameters, memory, grid, batch."""
     recipe, family = planned.recipe, planned.family
-    asked: Any = {"tuning": planned.tuning, "shrink": planned.shrink, "storage": planned.storage}
+    asked: Any = planned.student | {"storage": planned.storage}
     roles = build_roles(planned.roles, family, family.load_backbone(meta=True), **asked)
     trained = {name: sum(p.numel() for p in role.parameters().values()) for name, role in roles.items()}
     parameters = {id(p): p for role in roles.values() for p in role.denoiser.parameters()}
     networks, data, smaller = network_bytes(planned, roles), data_bytes(planned), planned.smaller()
+    sparse = planned.sparse()
     return {
         "method": recipe.distiller.name,
         "teacher": recipe.teacher.pretrained,
         "family": type(family).__name__,
         "roles": {name: {"trains": trained[name], "tuning": _tuning_name(planned, name)} for name in roles},
         **({"student": smaller} if smaller else {}),
+        **({"experts": sparse} if sparse else {}),
         "parameters": sum(p.numel() for p in parameters.values()) + num_held(role.denoiser for role in roles.values()),
         "bytes": networks + data,
         "network_bytes": networks,

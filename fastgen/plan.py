@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen import checkpoint, export, foresight
 from fastgen.conditioning import Conditioning
@@ -40,6 +40,10 @@ from fastgen.parallel import launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 from fastgen.surgery import formats
 from fastgen.surgery.held import Storage
+from fastgen.surgery.moe import conversion
+from fastgen.surgery.moe.accounting import Account, account
+from fastgen.surgery.moe.conversion import Conversion
+from fastgen.surgery.moe.split import Experts
 from fastgen.surgery.shrink import Shrink, shrunk, summary
 
 # What an expert was trained for, beside its phase and who its teacher is; another shape or tuning does not load.
@@ -101,9 +105,49 @@ class Plan:
         block = self.recipe.student.shrink
         return None if block is None else Shrink(block.depth, block.keep, block.init, self.recipe.train.seed)
 
+    @property
+    def student(self) -> dict[str, Any]:
+        """What makes students other networks than their teacher, as `build_roles` takes it."""
+        return {"tuning": self.tuning, "shrink": self.shrink, "experts": self.experts}
+
     def smaller(self) -> dict[str, Any] | None:
         """What the student has of its teacher (`shrink.summary`); None where that is all."""
         return None if self.shrink is None else summary(self.family.load_backbone(meta=True), self.shrink)
+
+    @property
+    def experts(self) -> Conversion | None:
+        block, train = self.recipe.student.moe, self.recipe.train
+        if block is None:
+            return None
+        return Conversion(
+            Experts(block.experts, block.shared, block.routed, block.active, block.router),
+            None if block.blocks == "all" else tuple(block.blocks),
+            tuple(block.leave),
+            block.importance,
+            block.calibration,
+            block.router_std,
+            block.balance,
+            train.seed,
+        )
+
+    def sparse(self) -> dict[str, Any] | None:
+        """What a student of experts has (`moe.conversion.summary`); None for a dense one."""
+        return None if self.experts is None else conversion.summary(self._converted(), *self.accounts())
+
+    def accounts(self) -> tuple[Account, Account]:
+        """What a student of experts has and costs, by kind of layer, for one evaluation on one sample; and its dense teacher."""
+        ours, theirs = (self._account(network) for network in (self._converted(), self.family.load_backbone(meta=True)))
+        return ours, theirs
+
+    def _converted(self) -> nn.Module:
+        assert self.experts is not None
+        dense = self.family.load_backbone(meta=True)
+        return conversion.converted(dense, self.family.blocks(dense), self.experts)
+
+    def _account(self, network: nn.Module) -> Account:
+        family = self.family
+        x, t = torch.empty(1, *family.latent.shape, device="meta"), torch.empty(1, device="meta")
+        return account(network, family.blocks(network), lambda: family.call(network, x, t, family.meta_conditioning(1)))
 
     def check_lora(self, key: str) -> None:
         """UserError where adapters alone cannot hold the student; key: what asks for them."""
@@ -203,6 +247,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     _check_export(planned)
     _check_storage(planned)
     _check_shrink(planned)
+    _check_experts(planned)
     _check_networks(planned)
     warnings = [*family.warnings, *_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
     return planned if started else replace(planned, warnings=(*warnings, *check_texts(recipe, family, prompt_weights(prompts, images))))
@@ -241,7 +286,9 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         path=family.path,
         linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
-        shrunk=student.shrink is not None,
+        experts=None if student.moe is None else student.moe.active,
+        num_blocks=None if student.moe is None else len(family.blocks(family.load_backbone(meta=True))),
+        reshaped="student.shrink" if student.shrink is not None else "student.moe" if student.moe is not None else None,
     )
 
 
@@ -252,6 +299,7 @@ def _origin(recipe: Recipe) -> Origin:
     if not trained:
         raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no student whose training is over")
     _check_same_shrink(run_dir, before["student"].get("shrink"), recipe.dump()["student"]["shrink"])
+    _check_same_experts(run_dir, before["student"].get("moe"), recipe.dump()["student"]["moe"])
     old, new = flatten(before), flatten({"teacher": resolved_teacher(recipe), "student": recipe.dump()["student"]})
     content = checkpoint.read_state(checkpoint.latest(run_dir))["inputs"].get("teacher.pretrained")
     who = "teacher.pretrained"
@@ -269,6 +317,14 @@ def _check_same_shrink(run_dir: Path, before: dict[str, Any] | None, now: dict[s
     blocks = [None if each is None else repr((each["depth"], each["keep"])) for each in (before, now)]  # 1 is one block, 1.0 all of them
     if blocks[0] != blocks[1]:
         said = f"{str(run_dir)!r} holds a student with student.shrink {shown(before)}, here {shown(now)}; both need the same"
+        raise UserError(f"recipe key student.init: {said}")
+
+
+def _check_same_experts(run_dir: Path, before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+    """UserError where students' layers are split in other ways. How many experts are active, and how they began, is no matter."""
+    shapes = [None if each is None else [each[key] for key in ("experts", "shared", "routed", "blocks", "leave")] for each in (before, now)]
+    if shapes[0] != shapes[1]:
+        said = f"{str(run_dir)!r} holds a student with student.moe {shown(before)}, here {shown(now)}; both need the same split"
         raise UserError(f"recipe key student.init: {said}")
 
 
@@ -360,6 +416,21 @@ def _check_shrink(planned: Plan) -> None:
     shrunk(planned.family.load_backbone(meta=True), planned.shrink)
 
 
+def _check_experts(planned: Plan) -> None:
+    """UserError where the teacher's layers cannot be split so, or the student would share them."""
+    if planned.experts is None:
+        return
+    if planned.tuning is not None:
+        said = (
+            "adapters (student.tune.lora) share the teacher's network, whose layers they are named after; train with student.tune: full, or remove it"
+        )
+        raise UserError(f"recipe key student.moe: {said}")
+    if planned.shrink is not None:
+        raise UserError("recipe key student.moe: the student has fewer blocks than its teacher (student.shrink); remove one of them")
+    network = planned.family.load_backbone(meta=True)
+    planned.experts.layers(network, planned.family.blocks(network))
+
+
 def _check_networks(planned: Plan) -> None:
     """Read the header of every weights file, and find the layers that adapters go to."""
     if planned.family.exportable:
@@ -370,7 +441,7 @@ def _check_networks(planned: Plan) -> None:
     recompute = planned.recipe.train.checkpointing
     if recompute or planned.tuning is not None or any(spec.heads for spec in planned.roles.values()):
         network = planned.family.load_backbone(meta=True)
-        asked: Any = {"tuning": planned.tuning, "shrink": planned.shrink, "recompute": recompute, "storage": planned.storage}
+        asked: Any = planned.student | {"recompute": recompute, "storage": planned.storage}
         build_roles(planned.roles, planned.family, network, **asked)
 
 

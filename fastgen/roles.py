@@ -7,7 +7,7 @@ adapter, the teacher is the base with every adapter off.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from fastgen.surgery import lora
 from fastgen.surgery.heads import Heads, Taps, choose_taps
 from fastgen.surgery.held import AS_LOADED, Storage, hold
 from fastgen.surgery.log_variance import LogVariance
+from fastgen.surgery.moe.conversion import Conversion, converted
+from fastgen.surgery.moe.importance import Importance
 from fastgen.surgery.offload import offload
 from fastgen.surgery.precision import narrow
 from fastgen.surgery.recompute import recompute_blocks
@@ -145,10 +147,15 @@ class Roles(dict[str, Role]):
         return {name: role for name, role in self.items() if role.spec.trainable}
 
     @contextmanager
-    def training(self, names: Iterable[str]) -> Iterator[None]:
-        """Only the named roles' parameters require gradients inside, so a turn cannot leak gradients into another role."""
+    def training(self, names: Iterable[str], only: Callable[[str], bool] | None = None) -> Iterator[None]:
+        """Only the named roles' parameters require gradients inside, so a turn cannot leak gradients into another role. only: of these, those whose
+        names it accepts."""
         names = set(names)
-        parameters = [(p, name in names) for name, role in self.trained.items() for p in role.parameters().values()]
+
+        def trains(role: str, parameter: str) -> bool:
+            return role in names and (only is None or only(parameter))
+
+        parameters = [(p, trains(name, key)) for name, role in self.trained.items() for key, p in role.parameters().items()]
         before = [parameter.requires_grad for parameter, _ in parameters]
         try:
             for parameter, train in parameters:
@@ -188,6 +195,8 @@ def build_roles(
     *,
     tuning: LoraTuning | None = None,
     shrink: Shrink | None = None,
+    experts: Conversion | None = None,
+    importance: Importance | None = None,
     autocast: torch.dtype | None = None,
     defaults: Defaults | None = None,
     seed: int = 0,
@@ -198,7 +207,8 @@ def build_roles(
 ) -> Roles:
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
     adapter shares keeps its parameters in the compute dtype. shrink: what those that are exported have of the teacher's blocks; the others have
-    all. defaults: of scalar inputs, for calls that do not give them. seed: of what
+    all. experts: what becomes of their feed-forward layers, by the neurons' importance; None where weights are
+    loaded afterwards. defaults: of scalar inputs, for calls that do not give them. seed: of what
     a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but compute them again. storage: of
     weights that no role trains. device: where the roles are made; None: where `base` is, of which only what they keep is moved. offloaded: the frozen
     network of full fine-tuning stays on the CPU, see surgery/offload.py."""
@@ -208,14 +218,19 @@ def build_roles(
     device = next(base.parameters()).device if device is None else device
     additions = {name: _additions(name, spec, family, base, defaults, seed, device) for name, spec in specs.items()}
     if tuning is not None:
-        assert shrink is None, "the plan refuses adapters on a smaller network"
+        assert shrink is None and experts is None, "the plan refuses adapters on another network than the teacher's"
         hold(base, family.blocks(base), storage, device)
         base.to(device)
         return _shared_roles(specs, family, base, tuning, autocast, additions)
     roles = Roles()
     for name, spec in specs.items():
-        backbone = _own_network(base, shrink if spec.averaged else None, recompute=recompute).to(device) if spec.trains_network else base
-        roles[name] = Role(name, spec, Denoiser(backbone.requires_grad_(spec.trains_network), family, autocast=autocast, **additions[name]))
+        backbone, balance = base, 0.0
+        if spec.trains_network and spec.averaged and experts is not None:
+            backbone, balance = converted(base, family.blocks(base), experts, importance).to(device), experts.balance
+        elif spec.trains_network:
+            backbone = _own_network(base, shrink if spec.averaged else None, recompute=recompute).to(device)
+        backbone.requires_grad_(spec.trains_network)
+        roles[name] = Role(name, spec, Denoiser(backbone, family, autocast=autocast, balance=balance, **additions[name]))
     hold(base, family.blocks(base), storage, torch.device("cpu") if offloaded else device)
     base.to("cpu" if offloaded else device)
     if autocast is not None and storage.dtype == "auto":

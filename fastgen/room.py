@@ -19,6 +19,7 @@ from fastgen.memory import Held, data_bytes, held
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
 from fastgen.roles import build_roles
+from fastgen.surgery.moe.conversion import by_kind
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -86,7 +87,9 @@ CHANGES = (
     Change("mixed precision, and frozen weights in half", lambda recipe: [] if recipe.train.precision == "bf16" else ["train.precision=bf16"]),
     Change(
         "adapters in place of whole networks",
-        lambda recipe: [] if isinstance(recipe.student.tune, Tuning) or recipe.student.shrink else ["student.tune={lora: {rank: 64}}"],
+        lambda recipe: (
+            [] if isinstance(recipe.student.tune, Tuning) or recipe.student.shrink or recipe.student.moe else ["student.tune={lora: {rank: 64}}"]
+        ),
     ),
     Change(
         "the network under adapters in 8 bits",
@@ -97,7 +100,7 @@ CHANGES = (
 
 def need(planned: Plan) -> Need:
     """What a plan comes to, from shapes alone."""
-    asked: Any = {"tuning": planned.tuning, "shrink": planned.shrink, "storage": planned.storage}
+    asked: Any = planned.student | {"storage": planned.storage}
     roles = build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), **asked)
     parts = held(planned, roles)
     return Need(parts, data_bytes(planned), step_bytes(planned, parts.step), _encoder_bytes(planned))
@@ -110,11 +113,12 @@ def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None =
     progress.stage("taking a training step on tensors without content")
     found = need(planned)
     held_bytes = {name: getattr(found.held, name) for name in ("frozen", "trained", "buffers", "gradients", "optimizers", "averages")}
-    smaller = planned.smaller()
+    smaller, sparse = planned.smaller(), planned.sparse()
     said: dict[str, Any] = {
         "teacher": recipe.teacher.pretrained,
         "method": recipe.distiller.name,
         **({"student": smaller} if smaller else {}),
+        **({"experts": sparse, "layers": by_kind(*planned.accounts())} if sparse else {}),
         "bytes": {**held_bytes, "data": found.data, "step": found.step, "encoders": found.encoders},
         "stages": found.stages,
         "peak": found.peak,

@@ -20,6 +20,8 @@ from fastgen import run
 from fastgen.evaluation.results import read_results, remarks
 from fastgen.evaluation.table import summary_table
 from fastgen.printing import Unfailing, printable, put
+from fastgen.surgery.moe.conversion import flops_in_words
+from fastgen.surgery.moe.conversion import in_words as moe_in_words
 from fastgen.surgery.shrink import in_words
 
 _SHOWN = ("loss/", "grad_norm/student", "eval/")
@@ -248,6 +250,12 @@ def print_need(found: Mapping[str, Any]) -> None:
     note(f"{found['method']} on {found['teacher']}")
     if "student" in found:
         note(f"student: {in_words(found['student'])}")
+    if "experts" in found:
+        note(f"student: {moe_in_words(found['experts'])}")
+        for kind, row in found["layers"].items():
+            ours, theirs = row["student"], row["dense"]
+            active = f"{ours['active']:>15,} of {ours['parameters']:>15,} parameters ({theirs['parameters']:,})"
+            note(f"  {kind:20s}{active}, {flops_in_words(ours['flops'])} ({flops_in_words(theirs['flops'])})")
     for name, what in _PARTS.items():
         note(f"  {what:34s}{_size(found['bytes'][name])}")
     note("at its peak")
@@ -279,6 +287,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     note(f"teacher     {plan['teacher']} ({plan['family']})")
     if "student" in plan:
         note(f"student     {in_words(plan['student'])}")
+    if "experts" in plan:
+        note(f"student     {moe_in_words(plan['experts'])}")
     width = max(12, *(len(name) + 2 for name in plan["roles"]))
     for name, role in plan["roles"].items():
         note(f"role        {name:<{width}}{role['tuning']:14s}{role['trains']:>14,} trained parameters")

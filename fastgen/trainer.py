@@ -132,7 +132,7 @@ class Trainer:
             self.ema[name].settle()
         for blend in update.blends:
             self.roles[blend.target].blend(self.roles[blend.source], blend.weight)
-        with self.roles.training(update.trains):
+        with self.roles.training(update.trains, update.only):
             metrics = self._backward(update, index, batches)
             for name in update.trains:
                 metrics |= self._optimizer_step(name, update)
@@ -148,14 +148,18 @@ class Trainer:
             batch, share = next(batches), len(rng.ids) / count
             for k, term in enumerate(update.terms):
                 loss = term(self.models, batch, rng.at(term.__name__), self.step)
-                if not bool(torch.isfinite(loss.value)):
+                own = {name: taken for name in update.trains if (taken := self.models[name].take_auxiliary()) is not None}
+                value = sum((auxiliary.value for auxiliary in own.values()), loss.value)
+                if not bool(torch.isfinite(value)):
                     trained = " and ".join(repr(name) for name in update.trains)
-                    raise self._failed(f"the loss of term {term.__name__!r}, which trains role {trained}, is {loss.value.item()}", batch)
+                    raise self._failed(f"the loss of term {term.__name__!r}, which trains role {trained}, is {value.item()}", batch)
                 last = m == len(micro_batches) - 1 and k == len(update.terms) - 1
                 with self.parallel.gradients(modules, synchronise=last):
-                    (loss.value * share).backward()
-                for name, value in {f"loss/{term.__name__}": loss.value, **{f"{term.__name__}/{n}": v for n, v in loss.logs.items()}}.items():
-                    logs.setdefault(name, _Mean()).add(value.detach(), batch.size)
+                    (value * share).backward()
+                found = {f"loss/{term.__name__}": loss.value, **{f"{term.__name__}/{n}": v for n, v in loss.logs.items()}}
+                found |= {f"experts/{name}/{n}": v for name, auxiliary in own.items() for n, v in auxiliary.logs.items()}
+                for name, number in found.items():
+                    logs.setdefault(name, _Mean()).add(number.detach(), batch.size)
         means = {name: self.parallel.mean(mean.value).item() for name, mean in logs.items()}
         return {name: value for name, value in means.items() if not math.isnan(value)}
 

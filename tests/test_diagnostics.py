@@ -14,7 +14,7 @@ import pytest
 import torch
 from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer
 
-from fastgen.config import OptimizerBlock
+from fastgen.config import MoEBlock, OptimizerBlock
 from fastgen.diagnostics import Watch, drift
 from fastgen.distillers import distiller_names
 from fastgen.distillers.dmd2 import DMD2
@@ -213,6 +213,16 @@ def test_a_discriminator_that_stays_far_ahead() -> None:
     ((at, warning),) = watched([level] + [ahead] * 80)
     assert (at, warning[:17]) == (50, "discriminator won")
     assert "for 50 steps" in warning and "real 6 and fake -3" in warning
+
+
+def test_experts_that_nobody_chooses() -> None:
+    dead, healthy = ({"experts/student/idle": idle} for idle in (0.25, 0.02))
+    assert watched([dead] * 49 + [healthy] + [dead] * 49 + [healthy] * 60) == []
+    ((at, warning),) = watched([healthy] + [dead] * 80)
+    assert (at, warning.split(":")[0]) == (50, "dead experts")
+    assert "for 50 steps at least 10% of the experts of student got no token of a batch, 25% now" in warning
+    keys = re.findall(r"student\.moe\.([a-z_]+)", warning)
+    assert set(keys) == {"balance", "router_std"} <= MoEBlock.model_fields.keys()
 
 
 def test_numbers_that_are_not_finite_and_what_is_no_number_are_passed_over() -> None:

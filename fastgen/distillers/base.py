@@ -50,13 +50,15 @@ class Blend:
 class Update:
     """One optimizer step of the roles `trains`, on the sum of `terms`; each term's graph is freed before the next is built.
 
-    Before it, roles in `settles` take their average for their weights, and then `blends` are made.
+    Before it, roles in `settles` take their average for their weights, and then `blends` are made. only: of their parameters it trains those
+    whose names (`Role.parameters`) it accepts; the others stay as they are.
     """
 
     trains: tuple[str, ...]
     terms: tuple[Term, ...]
     blends: tuple[Blend, ...] = ()
     settles: tuple[str, ...] = ()
+    only: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ class Facts:
     picture: tuple[int, ...] | None = None  # shape of what a sample decodes to, (3, H, W) unless the teacher makes vectors
     exported: bool = False  # whether the student becomes a pipeline, which moves between its steps as its sampler does
     sampler: Sampler = "euler"  # student.sampler
-    shrunk: bool = False  # whether the student has fewer blocks than its teacher, and than roles that start as the teacher does
+    reshaped: str | None = None  # the recipe key by which the student's network is of another shape than roles that start as the teacher does
+    experts: float | None = None  # student.moe.active; None: a dense student
+    num_blocks: int | None = None  # of the teacher's network; known where its layers are split
     path: Path = field(default_factory=Flow)  # the teacher's
     linear_guidance: bool = True  # whether the pipeline's guidance is n + w (c - n), of predictions of any kind
 

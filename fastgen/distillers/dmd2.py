@@ -113,9 +113,9 @@ class DMD2(Distiller):
         for key, uses in (("gan", config.gan is not None), ("inputs: data", config.inputs == "data")):
             if uses and not facts.images:
                 raise UserError(f"recipe key distiller.{key}: needs real data; give data.images in place of data.prompts")
-        if config.ida and facts.shrunk:
+        if config.ida and facts.reshaped:
             raise UserError(
-                f"recipe key student.shrink: distiller.ida ({config.ida}) moves the fake score towards a student of its own shape; remove one"
+                f"recipe key {facts.reshaped}: distiller.ida ({config.ida}) moves the fake score towards a student of its own shape; remove one"
             )
         if config.regression is not None:
             regression.check(config.regression, facts)

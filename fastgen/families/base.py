@@ -124,6 +124,10 @@ class Family(ABC):
         """The image stream in a block's output: tokens (B, N, C), or vectors (B, C)."""
         return output[-1] if isinstance(output, tuple) else output
 
+    def block_streams(self, output: Any) -> tuple[Tensor, ...]:
+        """All streams in a block's output, text before picture: tensors (B, N, C), or vectors (B, C)."""
+        return tuple(part for part in output if isinstance(part, Tensor)) if isinstance(output, tuple) else (output,)
+
     @abstractmethod
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         """Channels C of each block's `block_feature`, in the order of `blocks`; from shapes alone, so that a meta network will do."""

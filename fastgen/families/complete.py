@@ -11,6 +11,7 @@ from typing import Any
 from fastgen.errors import UserError
 from fastgen.families.components import of_teacher, read_index
 from fastgen.families.weights import WeightsIndex
+from fastgen.surgery.moe import stored
 
 _LIBRARIES = ("diffusers", "transformers")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -34,7 +35,7 @@ def check_complete(folder: Path, optional: Sequence[str] = (), *, weights: bool 
     for name, (library, cls) in there.items():
         if name == "scheduler":
             continue
-        if library not in _LIBRARIES and not _of_diffusers(library):
+        if library not in _LIBRARIES and not _of_diffusers(library) and not _of_experts(folder / name, library, cls):
             raise _refusal(f"its {name} is a {library}.{cls}, which is none of {' and '.join(_LIBRARIES)}; fastgen runs no code of a pipeline's own")
         if not (folder / name).is_dir() or not any((folder / name).iterdir()):
             raise _refusal(f"its model_index.json names a {name} ({cls}), but there is nothing in {str(folder / name)!r}; get the pipeline whole")
@@ -45,7 +46,7 @@ def check_complete(folder: Path, optional: Sequence[str] = (), *, weights: bool 
             if not (folder / name / "config.json").is_file():
                 raise _refusal(f"there is no {str(folder / name / 'config.json')!r}; get the pipeline whole")
             if weights:
-                _check_weights(folder / name, _STEMS.get(library, "model"))
+                _check_weights(folder / name, _STEMS["diffusers"] if _of_experts(folder / name, library, cls) else _STEMS.get(library, "model"))
     if len(names := set(variants(folder).values())) > 1:
         raise _refusal(f"{str(folder)!r} has weights as the variants {' and '.join(sorted(names))} alone, and diffusers loads one")
 
@@ -61,7 +62,7 @@ def variants(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, entry in read_index(folder).items():
         if isinstance(entry, list) and entry[0] is not None and (folder / name).is_dir():
-            stem = _STEMS.get(entry[0], "model")
+            stem = _STEMS["diffusers"] if _of_experts(folder / name, *entry) else _STEMS.get(entry[0], "model")
             if not any((folder / name / f"{stem}.{ending}").is_file() for ending in ("safetensors", "safetensors.index.json")):
                 names = sorted(file.name for file in (folder / name).iterdir())
                 pattern = re.compile(rf"{stem}\.(?:([^.-]+)\.safetensors|safetensors\.index\.([^.]+)\.json)")
@@ -94,6 +95,13 @@ def _of_diffusers(library: str) -> bool:
     from diffusers import pipelines
 
     return library.isidentifier() and hasattr(pipelines, library)
+
+
+def _of_experts(folder: Path, library: str, cls: str) -> bool:
+    """Whether it is a network as fastgen itself exports it, which is loaded without the code that lies beside it."""
+    file = folder / "config.json"
+    experts = of_teacher(file).get("experts") if file.is_file() else None
+    return isinstance(experts, dict) and [library, cls] == stored.entry(str(experts.get("dense")))
 
 
 def _check_weights(folder: Path, stem: str) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastgen import records
 from fastgen.errors import UserError
+from fastgen.surgery.moe import stored
 
 # What a scheduler's owner can change after it was built, and where the stock `set_timesteps` then reads it.
 _SET_LATER = {"shift": "_shift", "scale_factors": "_scale_factors"}
@@ -33,6 +34,7 @@ class Component:
     classes: tuple[str, ...]
     given: Mapping[str, Any]
     file: Path | None = None  # None: of a live pipeline
+    experts: Mapping[str, Any] | None = None  # of a network whose layers were split (`moe.stored.Description`)
 
     def check(self, schema: type[records.Schema]) -> None:
         """UserError unless the options that are given are as a schema says, which has bounds for what sizes a network."""
@@ -134,9 +136,31 @@ def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
 def _stored(folder: Path, name: str) -> Component:
     file = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
     given = of_teacher(file)
+    if "experts" in given:
+        return _of_experts(folder, name, given, file)
     index, own = _class_name(read_index(folder).get(name)), _class_name(given.get("_class_name"))
     agree = index is not None and own is not None and index.endswith(f".{own}")  # for another library's class only the index names the library
     return Component(name, tuple(dict.fromkeys(said for said in (index, None if agree else own) if said)), given, file)
+
+
+def _of_experts(folder: Path, name: str, given: dict[str, Any], file: Path) -> Component:
+    """A network as fastgen exports it with experts: as if it were the dense one, and what became of its layers. None of the folder's code runs."""
+    description, entry = of_teacher(file, WithExperts)["experts"], read_index(folder).get(name)
+    dense = description["dense"]
+    if not (isinstance(entry, list) and entry == stored.entry(dense)):
+        raise UserError(f"recipe key teacher.pretrained: {str(file)!r} describes experts, and model_index.json names another class, {entry}")
+    return Component(name, (dense,), without_experts(given), file, description)
+
+
+class WithExperts(records.Schema):
+    """config.json of a network whose layers were split."""
+
+    experts: stored.Description
+
+
+def without_experts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's options of the dense class."""
+    return {key: value for key, value in given.items() if key not in ("experts", "quantization_config", "_class_name")}
 
 
 def _class_name(entry: Any) -> str | None:

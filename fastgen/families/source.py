@@ -19,8 +19,9 @@ from fastgen.errors import UserError
 from fastgen.families import adapters
 from fastgen.families.adapters import Adapter
 from fastgen.families.complete import variants
-from fastgen.families.components import Component, read_component, read_index
+from fastgen.families.components import Component, WithExperts, of_teacher, read_component, read_index, without_experts
 from fastgen.files import loading
+from fastgen.surgery.moe import stored
 
 # What diffusers itself makes of the class that older folders name, by the network's kind of norm.
 _FORMER = "Transformer2DModel"
@@ -88,20 +89,17 @@ class Source:
         """A network of its own, fp32, in eval mode: loaded, or a copy of the live pipeline's."""
         if self.live is not None:
             return copy.deepcopy(getattr(self.live, name)).float().eval()
+        assert self.folder is not None
         with self.reading(name):
-            network = (
-                self._diffusers(class_name)
-                .from_pretrained(self.folder, subfolder=name, use_safetensors=True, variant=self.variants.get(name))
-                .float()
-                .eval()
-            )
+            network = load_network(self._diffusers(class_name), self.folder, name, self.variants.get(name))
         self._fuse({name: network})
         return network
 
     def meta_network(self, component: Component, class_name: str) -> Any:
         """The same as its configuration describes it, without weights."""
         with loading((self.folder or Path()) / component.name), torch.device("meta"):
-            return self._diffusers(class_name).from_config(dict(component.given)).eval()
+            network = self._diffusers(class_name).from_config(dict(component.given)).eval()
+            return network if component.experts is None else stored.rebuild(network, component.experts, f"{str(component.file)!r}")
 
     def meta_part(self, name: str) -> Any:
         """A component of a folder that is a network, as its class and its configuration in there describe it, without weights."""
@@ -133,16 +131,48 @@ class Source:
         with self.reading():  # its own scheduler is not needed, and with `teacher.shift` it may be of a class that diffusers does not know
             variant = next(iter(self.variants.values()), None)  # diffusers takes it where there is one
             given |= {} if dtype == torch.float32 else {"torch_dtype": dtype}
+            # diffusers looks for the class of a component of code's own even where it is given one.
+            split = {name: given[name] if name in given else self._split(name) for name in self.with_experts}
+            given |= dict.fromkeys(split)
             pipeline = cls.from_pretrained(self.folder, use_safetensors=True, variant=variant, scheduler=None, **given)
-        pipeline.register_modules(scheduler=scheduler)
+        pipeline.register_modules(scheduler=scheduler, **split)
         self._fuse({name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name not in given})
         for module in filter(lambda part: isinstance(part, nn.Module), pipeline.components.values()):
             if dtype == torch.float32:
                 module.float()  # the pipeline's `to` warns of layers that are to stay in fp32
         return pipeline
 
+    @property
+    def with_experts(self) -> list[str]:
+        """The components whose layers were split."""
+        assert self.folder is not None
+        entries = read_index(self.folder)
+        return [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] is not None and _is_split(self.folder / name)]
+
+    def _split(self, name: str) -> nn.Module:
+        assert self.folder is not None
+        return load_network(self._diffusers(read_component(self.folder, name).classes[0]), self.folder, name)
+
     @staticmethod
     def _diffusers(class_name: str) -> Any:
         import diffusers
 
         return getattr(diffusers, class_name)
+
+
+def load_network(cls: Any, folder: Path, name: str, variant: str | None = None) -> nn.Module:
+    """A network below `folder`, fp32, in eval mode; one of experts as its configuration says, where none of the folder's code runs."""
+    if not _is_split(folder / name):
+        return cls.from_pretrained(folder, subfolder=name, use_safetensors=True, variant=variant).float().eval()
+    from accelerate import init_empty_weights
+
+    file = folder / name / "config.json"
+    given = of_teacher(file, WithExperts)
+    with init_empty_weights(include_buffers=False):
+        network = stored.rebuild(cls.from_config(without_experts(given)), given["experts"], f"{str(file)!r}")
+    stored.load_weights(network, folder / name)
+    return network.float().eval()
+
+
+def _is_split(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and "experts" in of_teacher(folder / "config.json")

@@ -34,6 +34,9 @@ class UNet(Discrete):
         """Of feature maps (B, C, H, W), which a block on the way down gives with those for the way up."""
         return (output[0] if isinstance(output, tuple) else output).flatten(2).transpose(1, 2)
 
+    def block_streams(self, output: Any) -> tuple[Tensor, ...]:
+        return (self.block_feature(output),)
+
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         config: Any = backbone.config
         down = list(config.block_out_channels)

@@ -24,6 +24,7 @@ from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan, drawing_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
+from fastgen.run.calibration import measured
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
@@ -59,6 +60,7 @@ class Run:
             recipe=resolved,
             unfinished=self.unfinished(),
             smaller=self.plan.smaller(),
+            sparse=self.plan.sparse(),
         )
 
     def unfinished(self) -> dict[str, dict[str, int]]:
@@ -113,12 +115,16 @@ def build(plan: Plan, progress: Progress) -> Run:
     negative = family.encode_negative(recipe.teacher.negative_prompt or None)
     setting = plan.setting(conditioning.to(negative, parallel.device), family.decode)
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
+    importance = None
+    if plan.experts is not None and not plan.started and recipe.student.init == "teacher":
+        progress.stage("measuring which neurons count")
+        importance = measured(plan, plan.experts, backbone, data, setting, parallel.device)
     roles = build_roles(
         plan.roles,
         family,
         backbone,
-        tuning=plan.tuning,
-        shrink=plan.shrink,
+        **plan.student,
+        importance=importance,
         autocast=plan.autocast,
         defaults=defaults,
         seed=recipe.train.seed,

@@ -21,6 +21,7 @@ from fastgen.jvp import tangent
 from fastgen.plan import plan
 from fastgen.roles import LoraTuning, build_roles, student
 from fastgen.surgery.held import Storage
+from fastgen.surgery.moe import expert_layers, part
 from fastgen.surgery.precision import narrow
 from fastgen.surgery.shrink import Shrink, kept_blocks
 
@@ -78,6 +79,24 @@ def check_smaller(source: Path, folder: Path, *, prompts: Sequence[str] = PROMPT
     assert result.passed, result
     loaded = find_family(folder / "student", **family.options).load_backbone()
     assert {name: value.shape for name, value in loaded.named_parameters()} == {name: value.shape for name, value in before.items()}
+
+
+def check_experts(source: Path, folder: Path, experts: Mapping[str, Any], *, prompts: Sequence[str] = PROMPTS, **teacher: Any) -> None:
+    """A student of experts trains beside a dense fake score, is exported, and plain diffusers draws what we draw with the class that it brings."""
+    data = recipe(source, "dmd2", folder, prompts=prompts, **teacher).dump()
+    data["student"]["moe"] = {"router_std": 1.0, "calibration": 1, **experts}
+    running = run.build(plan(validate(Recipe, data)), run.Progress())
+    family, networks = running.plan.family, {name: role.denoiser.backbone for name, role in running.roles.items()}
+    assert {name: bool(expert_layers(network)) for name, network in networks.items()} == {"student": True, "fake_score": False, "teacher": False}
+    before = _copied(running, "student")
+    metrics = running.trainer.train_step()
+    assert metrics["experts/student/balance"] > 1
+    moved = {part(name) for name, parameter in running.roles["student"].parameters().items() if not torch.equal(parameter, before[name])}
+    assert moved == {"shared", "experts", None}
+    export_student(running.averaged(), family, running.info(), folder / "student")
+    with verifying_here():
+        result = verify(folder / "student", seeds=(0, 1))
+    assert result.passed, result
 
 
 def trained(source: Path, folder: Path, *, checkpointing: bool, prompts: Sequence[str], **teacher: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cells import METHODS, PROMPTS, check_cell, check_smaller, on_rounded_weights, pictures, recipe, texts, trained
+from cells import METHODS, PROMPTS, check_cell, check_experts, check_smaller, on_rounded_weights, pictures, recipe, texts, trained
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_dit import tiny_dit
@@ -124,6 +124,20 @@ def test_no_smaller_unet(family: str, folders: Any, tmp_path: Path) -> None:
     data = recipe(folders(family), "dmd2", tmp_path, **FAMILIES[family].teacher).dump()
     data["student"]["shrink"] = {"depth": 0.5}
     with pytest.raises(UserError, match=r"^recipe key student\.shrink: UNet2DConditionModel has no list of alike blocks"):
+        plan(validate(Recipe, data))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sana"])
+def test_a_student_of_experts(family: str, folders: Any, tmp_path: Path) -> None:
+    row, routed = FAMILIES[family], 1.0 if family == "z_image" else 0.25  # of 85 hidden neurons each of five experts takes a fifth
+    check_experts(folders(family), tmp_path, {"experts": 4, "routed": routed, "active": 2}, prompts=row.prompts, **row.teacher)
+
+
+def test_no_experts_of_layers_that_convolve(folders: Any, tmp_path: Path) -> None:
+    data = recipe(folders("sana"), "dmd2", tmp_path, **FAMILIES["sana"].teacher).dump()
+    data["student"]["moe"] = {}
+    said = r"transformer_blocks\.0\.ff \(GLUMBConv\) convolves over space.*; student\.moe\.leave: \[transformer_blocks\.0\.ff\] leaves it dense$"
+    with pytest.raises(UserError, match=rf"^recipe key student\.moe: {said}"):
         plan(validate(Recipe, data))
 
 

@@ -1,9 +1,10 @@
 """Dense networks to mixtures of experts (Dense2MoE, arXiv:2510.09094): find feed-forward layers, measure their neurons, split, route, account."""
 
 from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, mix_blocks, recording_blocks, set_kept
+from fastgen.surgery.moe.conversion import Conversion, converted
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import magnitude, random, taylor
-from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, recording, set_active
+from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, part, recording, set_active, using
 from fastgen.surgery.moe.modulation import Slim, find_modulation, slim
 from fastgen.surgery.moe.operators import gradient_utility, prune, remove, resize, upcycle, weight_utility
 from fastgen.surgery.moe.routing import Routing, balance_loss, counts, scheduled_active
@@ -11,6 +12,7 @@ from fastgen.surgery.moe.split import Experts
 
 __all__ = [
     "BlockRouter",
+    "Conversion",
     "ExpertLayer",
     "Experts",
     "Groups",
@@ -19,6 +21,7 @@ __all__ = [
     "balance_loss",
     "block_routers",
     "convert",
+    "converted",
     "counts",
     "even_out",
     "expert_layers",
@@ -26,6 +29,7 @@ __all__ = [
     "gradient_utility",
     "magnitude",
     "mix_blocks",
+    "part",
     "prune",
     "random",
     "recording",
@@ -39,5 +43,6 @@ __all__ = [
     "taylor",
     "to_convert",
     "upcycle",
+    "using",
     "weight_utility",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from fastgen.surgery.moe.split import Experts, Partition, select
 from fastgen.surgery.moe.structures import Dense
 
 Active = float | Sequence[float]
+Part = Literal["shared", "experts"]
 
 
 class Shared(nn.Module):
@@ -103,6 +106,13 @@ class ExpertLayer(nn.Module):
         return f"{self.num_experts} experts of {self.w2.shape[-1]} neurons, {self.active} active, {self.choice} choice, {self.activation}"
 
 
+def part(name: str) -> Part | None:
+    """Whether a parameter, by its name in a network, is a shared expert's, or a routed one's or its router's; None for what is no expert's."""
+    if re.search(r"(^|\.)shared\.(up|down)\.(weight|bias)$", name):
+        return "shared"
+    return "experts" if re.search(r"(^|\.)(w1|b1|w2|router\.weight)$", name) else None
+
+
 def expert_layers(network: nn.Module) -> list[ExpertLayer]:
     return [module for module in network.modules() if isinstance(module, ExpertLayer)]
 
@@ -124,6 +134,22 @@ def set_active(network: nn.Module, active: Active | Tensor) -> None:
 
 
 @contextmanager
+def using(network: nn.Module, active: float | None) -> Iterator[None]:
+    """Inside, tokens use so many experts in every layer; None: as many as they do."""
+    if active is None:
+        yield
+        return
+    layers = expert_layers(network)
+    before = [layer.active for layer in layers]
+    set_active(network, active)
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.active = old
+
+
+@contextmanager
 def recording(network: nn.Module) -> Iterator[list[Routing]]:
     """Inside, each pass through an expert layer appends what it chose, with the graph of its probabilities: for `balance_loss`, statistics,
     `even_out`. Nothing is kept otherwise. Blocks that are computed again record nothing."""
@@ -133,7 +159,7 @@ def recording(network: nn.Module) -> Iterator[list[Routing]]:
     for layer in layers:
         layer.records = records
     try:
-        yield records
+        yield records  # nothing without layers
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.records = old

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastgen_kernels.moe_ffn.activations import ACTIVATIONS, Activation, is_gated
 
@@ -47,7 +48,12 @@ def check(x: Tensor, chosen: tuple[str, Tensor], gates: Tensor, experts: Experts
             raise ValueError(f"{key}: on {tensor.device}, but x on {x.device}")
 
 
+def has_numbers(x: Tensor) -> bool:
+    """Whether a tensor has more than a shape: those of the meta device and PyTorch's fake tensors do not."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
 def check_range(name: str, indices: Tensor, count: int) -> None:
     """ValueError for an index outside 0 … count - 1. On a CPU alone: elsewhere looking would wait for the device."""
-    if indices.device.type == "cpu" and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+    if indices.device.type == "cpu" and has_numbers(indices) and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
         raise ValueError(f"{name}: {int(indices.min())} to {int(indices.max())}; allowed: 0 to {count - 1}")

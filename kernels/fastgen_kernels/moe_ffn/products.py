@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen_kernels.moe_ffn.arguments import has_numbers
+
 
 def rows(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """W_e(r) x_r for each row: (R, N)."""
@@ -29,9 +31,10 @@ def outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def is_grouped(*tensors: Tensor) -> bool:
-    """Whether `F.grouped_mm` takes these: on a CPU or CUDA, no float64, and rows, of either layout, that are multiples of 16 bytes."""
+    """Whether `F.grouped_mm` takes these: on a CPU or CUDA, no float64, and rows, of either layout, that are multiples of 16 bytes. Without numbers
+    it knows half types alone."""
     x = tensors[0]
-    if x.device.type not in ("cpu", "cuda") or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.device.type not in ("cpu", "cuda") or not has_numbers(x) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     widths = {n for tensor in tensors for n in tensor.shape[-2 if tensor.ndim == 3 else -1 :]}
     return all(n > 0 and n * x.element_size() % 16 == 0 for n in widths) and x.shape[0] > 0
@@ -106,7 +109,9 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _parts(x: Tensor, ends: Tensor) -> list[Tensor]:
-    """Each expert's rows. Waits for the device: only where there is no grouped product."""
+    """Each expert's rows, as good as equally many where nobody knows. Waits for the device: only where there is no grouped product."""
+    if not has_numbers(ends):
+        return list(x.tensor_split(len(ends)))
     stops = ends.tolist()
     return [x[first:stop] for first, stop in zip([0, *stops[:-1]], stops, strict=True)]
 

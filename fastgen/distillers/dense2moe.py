@@ -1,0 +1,147 @@
+"""Dense2MoE (arXiv:2510.09094): distils a dense network into one whose feed-forward layers were split into experts (`student.moe`).
+
+First the shared experts train alone, as if the routed ones had been pruned away; then they rest, and routed experts and routers train. Both
+against the teacher's own prediction and its blocks' features at the same sample, time and prompt, without guidance, which is applied to the
+student when it is sampled, as to its teacher; so a share of the prompts is the negative one. The loss of the features weighs layers so that each
+counts about as much as the output, and those with large features less:
+
+    w_l = sg[ |L_out| / |L_l| (sum_j |f_j|) / (n |f_l|) ],   L = L_out + features sum_l w_l L_l
+
+with L_l the mean squared error of layer l's features, f_l the teacher's, n their number. The balance loss comes from the network itself.
+
+The paper does not say what trains beside experts: by default nothing else (`others`). It does not say whose layers count in double blocks: here each
+stream of a block is one. Nor learning rates, nor how long stages are: `shared` divides the run. Few-step methods take such a student over
+with student.init and the same student.moe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fastgen import conditioning
+from fastgen.distillers import losses
+from fastgen.distillers.base import Batch, Distiller, Facts, Loss, MethodConfig, Models, Update
+from fastgen.distillers.points import TRIG, TrajectoryConfig, trajectory_points
+from fastgen.errors import UserError
+from fastgen.rng import SampleRng
+from fastgen.roles import RoleSpec, frozen, student
+from fastgen.surgery.moe.layer import Part, part
+from fastgen.timesteps import TimeSampling
+
+
+class Dense2MoEConfig(MethodConfig):
+    """shared: the share of student steps in which the shared experts train alone; 1 for all, 0 for none. others: whether what is no expert trains
+    along, in both stages. points: noised images, or the teacher's own trajectories, which need prompts only. times: noise levels of noised
+    images. drop: share of prompts replaced by the negative prompt. features: weight of the loss of the blocks' features, 0 for none; taps: the
+    places of the blocks whose features count, auto for all."""
+
+    shared: float = Field(0.5, ge=0, le=1)
+    others: Literal["frozen", "trained"] = "frozen"
+    points: Literal["data", "teacher_trajectory"] = "data"
+    times: TimeSampling = TimeSampling()
+    trajectory: TrajectoryConfig = TrajectoryConfig()
+    drop: float = Field(0.1, ge=0, le=1)
+    features: float = Field(1.0, ge=0)
+    taps: Literal["auto"] | Annotated[tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1)] = "auto"
+
+    @model_validator(mode="after")
+    def _used(self) -> Dense2MoEConfig:
+        unused, given = ("times", self.times) if self.points == "teacher_trajectory" else ("trajectory", self.trajectory)
+        if given != type(self).model_fields[unused].default:
+            raise ValueError(f"{unused} is not used with points: {self.points}; remove it")
+        if self.features == 0 and self.taps != "auto":
+            raise ValueError("taps are not used with features: 0; remove them")
+        return self
+
+
+class Dense2MoE(Distiller):
+    """Roles: student (trained, in stages), teacher (frozen)."""
+
+    Config = Dense2MoEConfig
+    roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "teacher": frozen()}
+    config: Dense2MoEConfig
+
+    @classmethod
+    def student_is_guided(cls, config: Dense2MoEConfig) -> bool:
+        return True
+
+    @classmethod
+    def needs_latents(cls, config: Dense2MoEConfig) -> bool:
+        return config.points == "data"
+
+    @classmethod
+    def check(cls, config: Dense2MoEConfig, facts: Facts) -> None:
+        if facts.experts is None:
+            raise UserError("recipe key student.moe: missing; dense2moe trains a student of experts, and it says of how many")
+        if facts.experts == 0 and config.shared < 1:
+            said = f"0, so routed experts never run, but distiller.shared ({config.shared:g}) leaves steps in which they train"
+            raise UserError(f"recipe key student.moe.active: {said}; set it to 1, or make some active")
+        if config.taps != "auto" and facts.num_blocks is not None and (wrong := [tap for tap in config.taps if tap >= facts.num_blocks]):
+            raise UserError(f"recipe key distiller.taps: no block {wrong[0]}; this network has blocks 0 to {facts.num_blocks - 1}")
+
+    def updates(self, step: int) -> list[Update]:
+        stage = self.stage(step)
+        parts = {stage} | ({None} if self.config.others == "trained" else set())
+        return [Update(("student",), (self.imitate,), only=lambda name: part(name) in parts)]
+
+    def stage(self, step: int) -> Part:
+        """What trains in student step `step`."""
+        return "shared" if step < round(self.config.shared * self.setting.train_steps) else "experts"
+
+    def imitate(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
+        """MSE of the network's own prediction kind, and of the features of its blocks."""
+        x, t, cond = self._points(models, batch, rng)
+        net: Any = models["student"].using(0) if self.stage(step) == "shared" else models["student"]
+        taps = () if self.config.features == 0 else None if self.config.taps == "auto" else self.config.taps
+        with torch.no_grad():
+            wanted = models["teacher"].features(x, t, cond, taps)
+        got = net.features(x, t, cond, taps)
+        output = losses.mean_squared_error(got.prediction, wanted.prediction)
+        if not got.features:
+            return Loss(output)
+        logs = {"output": output.detach(), "features": relative_error(got.features, wanted.features)}
+        return Loss(output + self.config.features * self_weighted(got.features, wanted.features, output), logs)
+
+    def _points(self, models: Models, batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor, conditioning.Conditioning]:
+        """Samples on the network's own path, with their times and conditioning."""
+        setting, cond = self.setting, batch.cond
+        drop = rng.uniform("drop") < self.config.drop
+        if self.config.points == "teacher_trajectory":
+            points = trajectory_points(models["teacher"], batch, rng, setting, self.config.trajectory)
+            x, t = TRIG.retime(points.x, points.t, setting.path)
+            cond, drop = points.cond, drop.repeat_interleave(len(t) // batch.size)
+        else:
+            assert batch.latents is not None
+            t = setting.draw_times(self.config.times, rng.uniform("time"))
+            x = setting.path.mix(batch.latents, rng.normal("noise", setting.shape), t)
+        return x, t, conditioning.drop(cond, setting.negative, drop)
+
+
+def self_weighted(features: Sequence[Tensor], wanted: Sequence[Tensor], output: Tensor) -> Tensor:
+    """sum_l w_l L_l of the module's docstring, (), for layers' features (B, ...), fp32 or wider; output: the loss that they are weighed by. A layer
+    whose features are the teacher's to the bit weighs nothing. Norms are of one sample's, averaged over the batch."""
+    pairs = [(_wide(own), _wide(theirs)) for own, theirs in zip(features, wanted, strict=True)]
+    errors = torch.stack([losses.mean_squared_error(own, theirs) for own, theirs in pairs])
+    with torch.no_grad():
+        norms = torch.stack([theirs.flatten(1).norm(dim=1).mean() for _, theirs in pairs])
+        tiny = torch.finfo(errors.dtype).tiny
+        weights = (output / errors.clamp(min=tiny)) * (norms.mean() / norms.clamp(min=tiny))
+        weights = torch.where((errors > 0) & (norms > 0), weights, 0.0)
+    return (weights * errors).sum()
+
+
+@torch.no_grad()
+def relative_error(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """The mean over layers of |f - f'|^2 / |f'|^2, (): what to watch, for the weighted loss is as large as the output's by its making."""
+    pairs = [(_wide(own), _wide(theirs)) for own, theirs in zip(features, wanted, strict=True)]
+    errors = [(own - theirs).square().sum() / theirs.square().sum().clamp(min=torch.finfo(theirs.dtype).tiny) for own, theirs in pairs]
+    return torch.stack(errors).mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,130 @@
+"""A student of experts beside its dense teacher: what a recipe's `student.moe` comes to (Dense2MoE, arXiv:2510.09094)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fastgen.errors import UserError
+from fastgen.rng import seeded
+from fastgen.surgery.moe import importance as neurons
+from fastgen.surgery.moe.accounting import KINDS, Account, total
+from fastgen.surgery.moe.convert import convert, to_convert
+from fastgen.surgery.moe.importance import Importance
+from fastgen.surgery.moe.layer import ExpertLayer, expert_layers
+from fastgen.surgery.moe.split import Experts
+from fastgen.surgery.moe.structures import KEY, Structure
+
+EXPERTS = Experts()
+Measure = Literal["taylor", "magnitude", "random"]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a dense network becomes one of experts. blocks: places of those whose layers are split, in the family's order; None: all. leave: ends of
+    names of layers that stay dense. importance: what neurons are sorted by; batches: how many it is measured on, where it is measured.
+    router_std: standard deviation of routers' weights at the start, for inputs of unit variance: divided by the square root of the width.
+    balance: weight of the balance loss. seed: of routers and random importance."""
+
+    experts: Experts = EXPERTS
+    blocks: tuple[int, ...] | None = None
+    leave: tuple[str, ...] = ()
+    importance: Measure = "taylor"
+    batches: int = 8
+    router_std: float = 0.0
+    balance: float = 0.01
+    seed: int = 0
+
+    def chosen(self, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+        """Of a network's blocks those whose layers are split; UserError for one that is not there."""
+        for place in self.blocks or ():
+            if place >= len(blocks):
+                raise UserError(f"{KEY}.blocks: no block {place}; the teacher's are 0 to {len(blocks) - 1}")
+        return list(blocks) if self.blocks is None else [blocks[place] for place in self.blocks]
+
+    def layers(self, network: nn.Module, blocks: Sequence[nn.Module]) -> list[Structure]:
+        """The layers that are split; blocks: all of the network's. UserError, which names the module, where one cannot be."""
+        return to_convert(network, self.chosen(blocks), self.experts, self.leave)
+
+    def without_measuring(self, network: nn.Module, blocks: Sequence[nn.Module]) -> Importance:
+        """Importance that asks for no data: that of magnitude or random, else zeros, which leave neurons in their order."""
+        layers = self.layers(network, blocks)
+        if self.importance == "magnitude":
+            return neurons.magnitude(layers)
+        return neurons.random(layers, self.seed) if self.importance == "random" else _in_order(layers)
+
+
+@torch.no_grad()
+def converted(dense: nn.Module, blocks: Sequence[nn.Module], conversion: Conversion, importance: Importance | None = None) -> nn.Module:
+    """A network of experts beside `dense`, which stays as it is; blocks: all of the dense network's. importance: None where the weights come from
+    elsewhere, which bring their split with them."""
+    places = {id(block): name for name, block in dense.named_modules()}
+    network = copy.deepcopy(dense)
+    own = [network.get_submodule(places[id(block)]) for block in blocks]
+    importance = _in_order(conversion.layers(network, own)) if importance is None else importance
+    for layer in convert(network, conversion.chosen(own), conversion.experts, importance, conversion.leave):
+        _begin_router(layer, conversion)
+    keep_routers_wide(network)
+    return network
+
+
+def _in_order(layers: Sequence[Structure]) -> Importance:
+    return {layer.name: torch.zeros(layer.hidden) for layer in layers}
+
+
+def _begin_router(layer: ExpertLayer, conversion: Conversion) -> None:
+    if conversion.router_std == 0 or layer.router.weight.is_meta:
+        return
+    with seeded(conversion.seed, "router", layer.name):
+        noise = torch.randn(layer.router.weight.shape)
+    layer.router.weight.copy_(noise * conversion.router_std / layer.router.in_features**0.5)
+
+
+def keep_routers_wide(network: Any) -> None:
+    """Have diffusers and exports leave routers in fp32, whatever the dtype of the rest."""
+    network._keep_in_fp32_modules = [*(getattr(network, "_keep_in_fp32_modules", None) or ()), "router", "selection_bias"]
+
+
+def summary(network: nn.Module, costs: Account, dense: Account) -> dict[str, Any]:
+    """What a network of experts has, which may be a meta network, as JSON has it: `layers`, and what they have in common (`experts`, `active`,
+    `choice`; of several values the first layer's); `parameters`, `active_parameters` of a token, `dense_parameters` before; `flops` of one
+    evaluation on one sample, `dense_flops`. costs, dense: accounts of it and of the dense network."""
+    layers, ours, theirs = expert_layers(network), total(costs), total(dense)
+    first = layers[0]
+    assert isinstance(first.active, int | float)
+    return {
+        "layers": len(layers),
+        "experts": first.num_experts,
+        "active": float(first.active),
+        "choice": first.choice,
+        "parameters": ours.parameters,
+        "active_parameters": round(ours.active),
+        "dense_parameters": theirs.parameters,
+        "flops": round(ours.flops),
+        "dense_flops": round(theirs.flops),
+    }
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """A `summary` in one line."""
+    active = f"{found['active']:g}{' on average' if found['choice'] == 'expert' else ''}"
+    who = f"1 shared and {active} of {found['experts']} routed experts a token in {found['layers']} feed-forward layers"
+    active = f"{found['active_parameters']:,} of {found['parameters']:,} parameters active (dense: {found['dense_parameters']:,})"
+    return f"{who}, {active}, {flops_in_words(found['flops'])} an evaluation (dense: {flops_in_words(found['dense_flops'])})"
+
+
+def flops_in_words(flops: float) -> str:
+    """In the largest unit of which there is one."""
+    unit, size = next((pair for pair in (("T", 1e12), ("G", 1e9)) if flops >= pair[1]), ("M", 1e6))
+    return f"{flops / size:.4g} {unit}FLOPs"
+
+
+def by_kind(costs: Account, dense: Account) -> dict[str, dict[str, dict[str, float]]]:
+    """Two accounts of one network, before and after, as JSON has them: by kind of layer what is not 0."""
+    rows = {kind: {"dense": dense[kind], "student": costs[kind]} for kind in KINDS if costs[kind].parameters or costs[kind].flops}
+    return {kind: {whose: {**asdict(cost), "active": round(cost.active)} for whose, cost in row.items()} for kind, row in rows.items()}

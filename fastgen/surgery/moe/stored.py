@@ -1,0 +1,172 @@
+"""A network of experts as its configuration describes it, and made again from that: the split itself lies in the weights.
+
+An export writes the description into the network's config.json, beside the class's own options; `modeling.py` reads the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from fastgen_kernels.moe_ffn import Activation, is_gated
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastgen import records
+from fastgen.errors import UserError
+from fastgen.surgery.moe.beside import BesideAttention
+from fastgen.surgery.moe.conversion import keep_routers_wide
+from fastgen.surgery.moe.layer import ExpertLayer, expert_layers
+from fastgen.surgery.moe.split import Experts, Partition
+from fastgen.surgery.moe.structures import walk
+
+_Size = Annotated[int, Field(ge=1, le=2**22)]
+
+
+class Layer(records.Schema):
+    """One layer of experts. name: of the module whose place it takes, or of a single block. shared, routed: hidden neurons of the shared and of
+    each routed expert. bias, out_bias: whether its layers have biases. beside: how many inputs of its block's last layer are attention's, 0 where
+    the layer stands alone."""
+
+    name: str
+    activation: Activation
+    inputs: _Size
+    outputs: _Size
+    shared: _Size
+    routed: _Size
+    experts: Annotated[int, Field(ge=1, le=2**12)]
+    active: Annotated[float, Field(ge=0, le=2**12)]
+    choice: Literal["token", "expert"]
+    bias: bool
+    out_bias: bool
+    beside: Annotated[int, Field(ge=0, le=2**22)] = 0
+
+
+class Description(records.Schema):
+    """dense: the diffusers class whose layers these were."""
+
+    dense: Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9]*$")]
+    layers: Annotated[list[Layer], Field(min_length=1, max_length=10000)]
+
+
+def describe(network: nn.Module) -> dict[str, Any]:
+    """A `Description` of a network of experts, as JSON has it."""
+    beside = {id(module.experts): module.attention.in_features for module in network.modules() if isinstance(module, BesideAttention)}
+    return {"dense": type(network).__name__, "layers": [_layer(layer, beside.get(id(layer), 0)) for layer in expert_layers(network)]}
+
+
+def _layer(layer: ExpertLayer, beside: int) -> dict[str, Any]:
+    assert isinstance(layer.active, int | float), "an active number for each sample is a call's, not a network's"
+    return {
+        "name": layer.name,
+        "activation": layer.activation,
+        "inputs": layer.shared.up.in_features,
+        "outputs": layer.w2.shape[1],
+        "shared": layer.shared.down.in_features,
+        "routed": layer.w2.shape[2],
+        "experts": layer.num_experts,
+        "active": float(layer.active),
+        "choice": layer.choice,
+        "bias": layer.b1 is not None,
+        "out_bias": layer.shared.down.bias is not None,
+        "beside": beside,
+    }
+
+
+@torch.no_grad()
+def rebuild(dense: nn.Module, description: Mapping[str, Any], where: str) -> nn.Module:
+    """`dense` itself, its layers replaced as a description says, which has been checked as a `Description`; weights are to be loaded into it.
+    where: what messages call its source. UserError for a layer that is not there or has other sizes."""
+    structures = {structure.name: structure for structure, _ in walk(dense, [dense], strict=False) if structure is not None}
+    for each in description["layers"]:
+        structure, name = structures.get(each["name"]), each["name"]
+        if structure is None:
+            raise UserError(f"{where}: its experts are of {name}, and a {type(dense).__name__} has no such feed-forward layer")
+        hidden = each["shared"] + each["experts"] * each["routed"]
+        weights = structure.dense()
+        rows = (1 + is_gated(structure.activation)) * hidden
+        # A layer that was pruned or upcycled has another number of neurons than the dense one.
+        w1, w2 = weights.w1.new_empty(rows, weights.w1.shape[1]), weights.w2.new_empty(weights.w2.shape[0], hidden)
+        b1 = None if weights.b1 is None else weights.b1.new_empty(rows)
+        order = torch.arange(hidden)
+        parts = Partition(order[: each["shared"]], order[each["shared"] :].view(each["experts"], -1))
+        experts = Experts(each["experts"], float(each["shared"]), float(each["routed"]), each["active"], each["choice"])
+        layer = ExpertLayer(name, weights._replace(w1=w1, b1=b1, w2=w2), structure.activation, parts, experts)
+        found = _layer(layer, structure.beside)
+        if wrong := [key for key in found if key != "active" and found[key] != each.get(key, 0)]:
+            raise UserError(f"{where}: {name} has {wrong[0]} {each.get(wrong[0])!r}, and this fastgen makes {found[wrong[0]]!r} of it")
+        structure.place(layer.train(structure.down.training))
+    keep_routers_wide(dense)
+    return dense
+
+
+# Written into the network's configuration, under a key that every loader obeys: one that knows no such format refuses the weights by this name,
+# where it would leave layers without weights. The class in the folder's own file takes it away.
+GUARD = {"quant_method": "experts of fastgen: load the pipeline with trust_remote_code=True"}
+
+
+def class_name(dense: str) -> str:
+    """The class in the file that comes with a network of experts."""
+    return f"{dense}WithExperts"
+
+
+def module_name(dense: str) -> str:
+    """That file, without its ending: one for each class, because diffusers keeps the files of all folders in one place."""
+    return f"modeling_{dense.lower()}_experts"
+
+
+def code(dense: str) -> str:
+    """What is in that file: depends on the class alone."""
+    template = (Path(__file__).parent / "modeling.py").read_text(encoding="utf-8")
+    return template.replace("SD3Transformer2DModel", dense)
+
+
+def write_beside(folder: Path, network: nn.Module, *, index: Path | None) -> None:
+    """Make the saved network of experts in `folder` one that diffusers loads with a class of its own; index: the pipeline's model_index.json, where
+    the network is one of its components."""
+    dense = type(network).__name__
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"_class_name": class_name(dense), "experts": describe(network), "quantization_config": GUARD}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if index is not None:
+        (folder / f"{module_name(dense)}.py").write_text(code(dense), encoding="utf-8")
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries[folder.name] = entry(dense)
+        index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def entry(dense: str) -> list[str]:
+    """What a pipeline's model_index.json says of a network of experts."""
+    return [module_name(dense), class_name(dense)]
+
+
+def check_code(folder: Path) -> None:
+    """UserError unless the Python files in a student's folder are those that this fastgen writes: for whoever is about to run them."""
+    for file in sorted(folder.rglob("*.py")):
+        dense = {module_name(name): name for name in _classes(file.parent / "config.json")}.get(file.stem)
+        if dense is None or file.read_text(encoding="utf-8", errors="replace") != code(dense):
+            raise UserError(f"{str(file)!r} is not what this fastgen writes beside experts, and it is not run; export the student again")
+
+
+def _classes(config: Path) -> list[str]:
+    """The dense class that a network's configuration names, if any."""
+    experts = records.read(config).get("experts") if config.is_file() else None
+    dense = experts.get("dense") if isinstance(experts, dict) else None
+    return [dense] if isinstance(dense, str) and dense.isidentifier() else []
+
+
+def load_weights(network: nn.Module, folder: Path) -> None:
+    """Into a network of experts, from a folder's safetensors, which may be in parts. ValueError where they do not fit."""
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    parts = set(records.read(index)["weight_map"].values()) if index.is_file() else {"diffusion_pytorch_model.safetensors"}
+    state: dict[str, Tensor] = {}
+    for part in sorted(parts):
+        state |= load_file(folder / Path(part).name)
+    own = network.state_dict()
+    if wrong := sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]:
+        raise ValueError(f"its weights do not fit its configuration: {wrong[0]}")
+    network.load_state_dict(state, assign=True)
