@@ -32,9 +32,11 @@ class Network(records.Schema):
 
     num_layers: _Count = 1
     num_single_layers: Annotated[int, Field(ge=0, le=1000)] = 1
+    num_mmdit_layers: Annotated[int, Field(ge=0, le=1000)] = 1
+    num_single_dit_layers: Annotated[int, Field(ge=0, le=1000)] = 1
     patch_size: _Patch | list[_Patch] | None = 1
     sample_size: _Sides | None = 1
-    pos_embed_max_size: _Side = 1
+    pos_embed_max_size: _Width = 1  # AuraFlow counts a square of positions by its area
     in_channels: _Width = 1
     out_channels: _Width | None = None
     num_attention_heads: _Count | list[_Count] | None = 1

@@ -12,6 +12,7 @@ import torch
 from cells import METHODS, PROMPTS, check_cell, check_smaller, on_rounded_weights, pictures, recipe, texts, trained
 from pipelines import tiny_sd3
 from plain_child import plain_child
+from tiny_auraflow import tiny_auraflow
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
 from tiny_parts import from_seed, stirred
@@ -58,6 +59,7 @@ FAMILIES = {
     "flux": Row(tiny_flux, {"size": [16, 16], "max_sequence_length": 20, "embedded_guidance": 2.5}, ("dmd2", "lora"), recipes=("flux_",)),
     "qwen_image": Row(tiny_qwen, {"size": [32, 32], "max_sequence_length": 40}, ("tbcm", "full"), recipes=("qwen_image_",)),
     "z_image": Row(tiny_zimage, {"size": [16, 16], "max_sequence_length": 40}, ("scm", "full"), recipes=("z_image_",)),
+    "auraflow": Row(tiny_auraflow, {"size": [16, 16], "max_sequence_length": 19}, ("scm", "lora")),
 }  # fmt: skip
 CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")
@@ -106,7 +108,7 @@ def deeper(pipeline: Any, blocks: int = 3) -> Any:
     """The pipeline with a new random network of so many blocks in each list."""
     network = pipeline.transformer
     config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
-    changes = {key: blocks for key in ("num_layers", "num_single_layers", "n_layers") if key in config}
+    changes = {key: blocks for key in ("num_layers", "num_single_layers", "n_layers", "num_mmdit_layers", "num_single_dit_layers") if key in config}
     with from_seed(1):
         pipeline.register_modules(transformer=type(network).from_config(config | changes))
         return stirred(pipeline)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_auraflow
 import tiny_dit
 import tiny_flux
 import tiny_pixart
@@ -36,6 +37,7 @@ PIPELINES: dict[str, Built] = {
     "qwen": (tiny_qwen.tiny_qwen, tiny_qwen.CALL | TRUE_CFG),
     "zimage": (tiny_zimage.tiny_zimage, tiny_zimage.CALL | GUIDED),
     "wan": (tiny_wan.tiny_wan, tiny_wan.CALL | GUIDED),
+    "auraflow": (tiny_auraflow.tiny_auraflow, tiny_auraflow.CALL | GUIDED),
     "wan22": (lambda: tiny_wan.tiny_wan(two_networks=True), tiny_wan.CALL | GUIDED),
 }
 # A change of these arguments must change the picture too.
