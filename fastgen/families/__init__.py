@@ -16,7 +16,7 @@ from fastgen.fingerprints import file_names, folder_hash, known_hash
 
 # Modules that are no family.
 _SHARED = (
-    *("base", "betas", "codec", "complete", "components", "discrete", "fitting", "packing", "pipelined", "schedules", "source"),
+    *("base", "betas", "codec", "complete", "components", "discrete", "fitting", "one_stream", "packing", "pipelined", "schedules", "source"),
     *("stock_samplers", "unet", "weights"),
 )
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}

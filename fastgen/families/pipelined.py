@@ -194,9 +194,14 @@ class Pipelined(Family):
     @property
     def shift(self) -> float:
         if self._shift is None:
-            tokens = math.prod(self.latent.size) // (self.pack * self.patch) ** 2
-            self._shift = schedules.teacher_shift(self.source.place, tokens, self.mu, self.grid_ends) if isinstance(self.path, Flow) else 1.0
+            given = self.source.place, self.tokens, self.mu, self.grid_ends
+            self._shift = schedules.teacher_shift(*given) if isinstance(self.path, Flow) else 1.0
         return self._shift
+
+    @property
+    def tokens(self) -> int:
+        """Of a picture, as the call counts them where its shift goes by their number."""
+        return math.prod(self.latent.size) // (self.pack * self.patch) ** 2
 
     @property
     def takes_times(self) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import tiny_auraflow
 import tiny_dit
 import tiny_flux
+import tiny_lumina2
 import tiny_pixart
 import tiny_qwen
 import tiny_sana
@@ -38,6 +39,7 @@ PIPELINES: dict[str, Built] = {
     "zimage": (tiny_zimage.tiny_zimage, tiny_zimage.CALL | GUIDED),
     "wan": (tiny_wan.tiny_wan, tiny_wan.CALL | GUIDED),
     "auraflow": (tiny_auraflow.tiny_auraflow, tiny_auraflow.CALL | GUIDED),
+    "lumina2": (tiny_lumina2.tiny_lumina2, tiny_lumina2.CALL | GUIDED),
     "wan22": (lambda: tiny_wan.tiny_wan(two_networks=True), tiny_wan.CALL | GUIDED),
 }
 # A change of these arguments must change the picture too.
