@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastgen.conditioning import Conditioning
+from fastgen.families import one_stream
 from fastgen.families.pipelined import Pipelined
 
 
@@ -32,8 +33,7 @@ class AuraFlow(Pipelined):
         return backbone(hidden_states=x, timestep=t, **cond, return_dict=False)[0]
 
     def block_feature(self, output: Any) -> Tensor:
-        tokens = math.prod(self.latent.size) // self.patch**2
-        return output[-1] if isinstance(output, tuple) else output[:, -tokens:]  # text comes first where one stream is both
+        return one_stream.last(output, self.tokens)
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeds, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length)

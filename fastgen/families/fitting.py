@@ -73,7 +73,7 @@ def check_networks(family: Pipelined) -> None:
         still = family.codec.is_video and pixels.ndim == 4
         made = vae.encode(pixels[:, :, None] if still else pixels)
         latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latent
-        _same("its latents", (latents[:, :, 0] if still else latents).shape, shape)
+        _same("its latents", family.codec.arranged(latents[:, :, 0] if still else latents).shape, shape)
         drawn = vae.decode(torch.empty(latents.shape), return_dict=False)[0]
         _same("its pictures", (drawn[:, :, 0] if still else drawn).shape, pixels.shape)
 

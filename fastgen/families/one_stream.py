@@ -1,4 +1,4 @@
-"""What families share in whose networks text and picture become one stream of tokens, each picture behind its own text's last token."""
+"""What families share in whose networks text and picture become one stream of tokens, the picture behind the text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 
+def last(output: Tensor | tuple[Tensor, ...], count: int) -> Tensor:
+    """The picture's `count` tokens (B, count, C) in what a block gives: the last of several streams, or the end of one."""
+    return (output[-1] if isinstance(output, tuple) else output)[:, -count:]
+
+
 def behind_texts(stream: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """The pictures' tokens (B, count, C) of a stream (B, N, C) behind texts of `lengths` (B,); as it is where it has no more than those."""
+    """The same where each picture stands right behind its own text, of `lengths` (B,), in a stream (B, N, C); as it is where it has no more
+    than those."""
     if stream.shape[1] == count:
         return stream
     places = lengths[:, None] + torch.arange(count, device=stream.device)

@@ -15,6 +15,7 @@ from plain_child import plain_child
 from tiny_auraflow import tiny_auraflow
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
+from tiny_flux2 import tiny_flux2
 from tiny_lumina2 import tiny_lumina2
 from tiny_parts import from_seed, stirred
 from tiny_pixart import tiny_pixart
@@ -62,6 +63,7 @@ FAMILIES = {
     "z_image": Row(tiny_zimage, {"size": [16, 16], "max_sequence_length": 40}, ("scm", "full"), recipes=("z_image_",)),
     "auraflow": Row(tiny_auraflow, {"size": [16, 16], "max_sequence_length": 19}, ("scm", "lora")),
     "lumina2": Row(tiny_lumina2, {"size": [32, 32], "max_sequence_length": 69}, ("lcm", "full")),
+    "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
 }  # fmt: skip
 CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")

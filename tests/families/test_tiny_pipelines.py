@@ -10,6 +10,7 @@ import pytest
 import tiny_auraflow
 import tiny_dit
 import tiny_flux
+import tiny_flux2
 import tiny_lumina2
 import tiny_pixart
 import tiny_qwen
@@ -40,6 +41,7 @@ PIPELINES: dict[str, Built] = {
     "wan": (tiny_wan.tiny_wan, tiny_wan.CALL | GUIDED),
     "auraflow": (tiny_auraflow.tiny_auraflow, tiny_auraflow.CALL | GUIDED),
     "lumina2": (tiny_lumina2.tiny_lumina2, tiny_lumina2.CALL | GUIDED),
+    "flux2": (tiny_flux2.tiny_flux2, tiny_flux2.CALL | {"guidance_scale": 3.0}),
     "wan22": (lambda: tiny_wan.tiny_wan(two_networks=True), tiny_wan.CALL | GUIDED),
 }
 # A change of these arguments must change the picture too.
@@ -54,8 +56,8 @@ MORE: dict[str, list[dict[str, Any]]] = {
 
 def draw(pipeline: Any, prompt: str | int, seed: int, **call: Any) -> Tensor:
     """(1, [T,] H, W, 3) in [0, 1]: two steps."""
-    given: Any = prompt if isinstance(prompt, str) else [prompt]
-    pictures = pipeline(given, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, output_type="np", **call)[0]
+    given: Any = {"prompt": prompt} if isinstance(prompt, str) else {"class_labels": [prompt]}
+    pictures = pipeline(**given, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, output_type="np", **call)[0]
     return torch.as_tensor(pictures)
 
 

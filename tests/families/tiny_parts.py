@@ -110,14 +110,15 @@ def gemma_encoder(tokenizer: Any, width: int, layers: int = 1) -> Any:
     return Gemma2Model(config)
 
 
-def qwen3_encoder(tokenizer: Any, width: int) -> Any:
-    from transformers import Qwen3Config, Qwen3Model
+def qwen3_encoder(tokenizer: Any, width: int, layers: int = 2, *, head: bool = False) -> Any:
+    """head: with the one that makes words of it."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, max_position_embeddings=1200, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=1200, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    return Qwen3Model(config)
+    return Qwen3ForCausalLM(config) if head else Qwen3Model(config)
 
 
 def qwen_vl_encoder(tokenizer: Any, width: int) -> Any:
