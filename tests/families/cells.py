@@ -124,8 +124,8 @@ def recipe(source: Path, method: str, folder: Path, *, lora: bool = False, promp
     return validate(
         Recipe,
         {
-            "teacher": {"pretrained": str(source), "guidance": 2.0, **teacher},
-            "student": {"steps": 2, "tune": {"lora": {"rank": 2, "alpha": 3}} if lora else "full"},
+            "teacher": {"pretrained": str(source), "guidance": 2.0 if family.takes_guidance else 1.0, **teacher},
+            "student": {"steps": 2, "sampler": family.samplers[0], "tune": {"lora": {"rank": 2, "alpha": 3}} if lora else "full"},
             "distiller": {"name": method, **distiller},
             "data": {"images": str(pictures(folder, prompts))} if from_pictures else {"prompts": str(texts(folder, prompts))},
             "optimizer": {"student": optimizer, **({"fake_score": optimizer} if method == "dmd2" else {})},
@@ -138,8 +138,13 @@ def _distiller(method: str, family: Family) -> dict[str, Any]:
     """Videos have no data yet, so sCM trains on the teacher's trajectories; without a place for a scalar input, LCM bakes one guidance in."""
     if method == "scm" and len(family.latent.size) > 2:
         return {"points": "teacher_trajectory", **_TRAJECTORY}
-    scales = {} if family.time_projection is None else {"guidance": [1.0, 2.5]}
-    by_method = {"dmd2": {"critic_updates": 1}, "scm": {"warmup": 1}, "lcm": {"num_times": 8, "skip": 2, **scales}, "tbcm": _TRAJECTORY}
+    scales = {} if family.time_projection is None or not family.takes_guidance else {"guidance": [1.0, 2.5]}
+    by_method = {
+        "dmd2": {"critic_updates": 1, "renoise": family.samplers[0]},
+        "scm": {"warmup": 1},
+        "lcm": {"num_times": 8, "skip": 2, **scales},
+        "tbcm": _TRAJECTORY,
+    }
     return by_method[method]
 
 

@@ -20,7 +20,7 @@ from tiny_lumina2 import tiny_lumina2
 from tiny_parts import from_seed, stirred
 from tiny_pixart import tiny_pixart
 from tiny_qwen import tiny_qwen
-from tiny_sana import tiny_sana
+from tiny_sana import tiny_sana, tiny_sprint
 from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
 from tiny_wan import tiny_wan
@@ -64,6 +64,7 @@ FAMILIES = {
     "auraflow": Row(tiny_auraflow, {"size": [16, 16], "max_sequence_length": 19}, ("scm", "lora")),
     "lumina2": Row(tiny_lumina2, {"size": [32, 32], "max_sequence_length": 69}, ("lcm", "full")),
     "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
+    "sana_sprint": Row(tiny_sprint, {"size": [32, 32], "max_sequence_length": 18, "embedded_guidance": 2.5}, ("dmd2", "lora")),
 }  # fmt: skip
 CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")

@@ -42,6 +42,7 @@ PIPELINES: dict[str, Built] = {
     "auraflow": (tiny_auraflow.tiny_auraflow, tiny_auraflow.CALL | GUIDED),
     "lumina2": (tiny_lumina2.tiny_lumina2, tiny_lumina2.CALL | GUIDED),
     "flux2": (tiny_flux2.tiny_flux2, tiny_flux2.CALL | {"guidance_scale": 3.0}),
+    "sprint": (tiny_sana.tiny_sprint, tiny_sana.CALL | {"guidance_scale": 3.0}),
     "wan22": (lambda: tiny_wan.tiny_wan(two_networks=True), tiny_wan.CALL | GUIDED),
 }
 # A change of these arguments must change the picture too.
