@@ -152,6 +152,28 @@ class PatchedCodec(Codec):
         return mean, (variance + self.vae.config.batch_norm_eps).rsqrt()
 
 
+class Pixels(Codec):
+    """Of a network without a VAE, whose latents are RGB in [-1, 1]."""
+
+    stride = frame_stride = 1
+    is_video = False
+
+    def __init__(self, source: Source, class_name: str, numbers: Sequence[str]) -> None:
+        self.config = Component("vae", (), {})
+
+    def check(self) -> None:
+        pass
+
+    def free(self) -> None:
+        pass
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels.float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.float() / 2 + 0.5
+
+
 def _says(component: Component, key: str) -> Any:
     """An option, or None where its class has no such."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -60,14 +61,21 @@ def check_networks(family: Pipelined) -> None:
     """UserError unless a folder's network and VAE can be built, have their weights, and take and give what the pipeline's other parts do."""
     folder, shape = family.folder, (1, *family.latent.shape)
     assert folder is not None
-    network, vae = family.meta_network(), family.source.meta_network(family.codec.config, family.vae_network)
+    network = family.meta_network()
     if not has_no_weights(folder):  # a plan goes without
         check_weights(folder / family.component, network, family.source.variants.get(family.component))
-        check_weights(folder / "vae", vae, family.source.variants.get("vae"))
     check_encoders(family.source, network.config, family.text_widths)
     with loading(folder / family.component), torch.device("meta"), torch.no_grad():
         made = family.call(network, torch.empty(shape), torch.ones(1), family.meta_conditioning(1))
         _same("its output", made.shape, shape)
+    if family.codec.config.classes:
+        _check_vae(family, folder)
+
+
+def _check_vae(family: Pipelined, folder: Path) -> None:
+    shape, vae = (1, *family.latent.shape), family.source.meta_network(family.codec.config, family.vae_network)
+    if not has_no_weights(folder):
+        check_weights(folder / "vae", vae, family.source.variants.get("vae"))
     with loading(folder / "vae"), torch.device("meta"), torch.no_grad():
         pixels = torch.empty(1, *family.picture_shape)
         still = family.codec.is_video and pixels.ndim == 4

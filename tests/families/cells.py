@@ -55,7 +55,7 @@ def check_cell(
     with place:
         result = verify(output, seeds=(0, 1), teacher_dir=source if as_adapter else None)
     assert result.passed, result
-    task = "unconditional-image-generation" if "class_labels" in planned.family.call_inputs(prompts) else "text-to-image"
+    task = "text-to-image" if "prompt" in planned.family.call_inputs(prompts) else "unconditional-image-generation"
     assert f"\npipeline_tag: {'text-to-video' if 'frames' in teacher else task}\n" in (output / "README.md").read_text()
 
 
