@@ -153,13 +153,24 @@ class PatchedCodec(Codec):
 
 
 class Pixels(Codec):
-    """Of a network without a VAE, whose latents are RGB in [-1, 1]."""
-
-    stride = frame_stride = 1
-    is_video = False
+    """Of a network without a VAE, whose latents are RGB in [-1, 1], divided by those settings of the pipeline that are named instead of the
+    VAE's options: by the scale of its noise, which so has unit variance."""
 
     def __init__(self, source: Source, class_name: str, numbers: Sequence[str]) -> None:
         self.config = Component("vae", (), {})
+        self.scale = math.prod(float(source.setting(name)) for name in numbers)
+
+    @property
+    def stride(self) -> int:
+        return 1
+
+    @property
+    def frame_stride(self) -> int:
+        return 1
+
+    @property
+    def is_video(self) -> bool:
+        return False
 
     def check(self) -> None:
         pass
@@ -168,10 +179,10 @@ class Pixels(Codec):
         pass
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return pixels.float()
+        return pixels.float() / self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents.float() / 2 + 0.5
+        return latents.float() * self.scale / 2 + 0.5
 
 
 def _says(component: Component, key: str) -> Any:

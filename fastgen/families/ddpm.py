@@ -23,7 +23,7 @@ class DDPM(UNet):
 
     pipeline_classes = ("DDPMPipeline",)
     network = "UNet2DModel"
-    codec_class = Pixels
+    codec_class, normalised_by = Pixels, ()
     own: ClassVar = {"num_inference_steps": 1000, "guidance_scale": 1.0}
     unfollowed = ("clip_sample",)
     side_unit = 1

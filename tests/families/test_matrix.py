@@ -20,6 +20,7 @@ from tiny_flux2 import tiny_flux2
 from tiny_lumina2 import tiny_lumina2
 from tiny_parts import from_seed, stirred
 from tiny_pixart import tiny_pixart
+from tiny_prx import tiny_prx
 from tiny_qwen import tiny_qwen
 from tiny_sana import tiny_sana, tiny_sprint
 from tiny_sd15 import tiny_sd15
@@ -67,6 +68,7 @@ FAMILIES = {
     "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
     "sana_sprint": Row(tiny_sprint, {"size": [32, 32], "max_sequence_length": 18, "embedded_guidance": 2.5}, ("dmd2", "lora")),
     "ddpm": Row(lambda: tiny_ddpm(prediction_type="epsilon"), {}, ("lcm", "full")),
+    "prx_pixel": Row(tiny_prx, {"size": [16, 16]}, ("dmd2", "full")),
 }  # fmt: skip
 CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")
@@ -115,7 +117,9 @@ def deeper(pipeline: Any, blocks: int = 3) -> Any:
     """The pipeline with a new random network of so many blocks in each list."""
     network = pipeline.transformer
     config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
-    changes = {key: blocks for key in ("num_layers", "num_single_layers", "n_layers", "num_mmdit_layers", "num_single_dit_layers") if key in config}
+    changes = {
+        key: blocks for key in ("num_layers", "num_single_layers", "n_layers", "num_mmdit_layers", "num_single_dit_layers", "depth") if key in config
+    }
     with from_seed(1):
         pipeline.register_modules(transformer=type(network).from_config(config | changes))
         return stirred(pipeline)

@@ -14,6 +14,7 @@ import tiny_flux
 import tiny_flux2
 import tiny_lumina2
 import tiny_pixart
+import tiny_prx
 import tiny_qwen
 import tiny_sana
 import tiny_sd15
@@ -45,6 +46,7 @@ PIPELINES: dict[str, Built] = {
     "flux2": (tiny_flux2.tiny_flux2, tiny_flux2.CALL | {"guidance_scale": 3.0}),
     "sprint": (tiny_sana.tiny_sprint, tiny_sana.CALL | {"guidance_scale": 3.0}),
     "ddpm": (tiny_ddpm.tiny_ddpm, {}),
+    "prx": (tiny_prx.tiny_prx, tiny_prx.CALL | GUIDED),
     "wan22": (lambda: tiny_wan.tiny_wan(two_networks=True), tiny_wan.CALL | GUIDED),
 }
 # A change of these arguments must change the picture too.
