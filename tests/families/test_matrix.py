@@ -13,6 +13,7 @@ from cells import METHODS, PROMPTS, check_cell, check_smaller, on_rounded_weight
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_auraflow import tiny_auraflow
+from tiny_consistency import tiny_consistency
 from tiny_ddpm import tiny_ddpm
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
@@ -69,6 +70,7 @@ FAMILIES = {
     "sana_sprint": Row(tiny_sprint, {"size": [32, 32], "max_sequence_length": 18, "embedded_guidance": 2.5}, ("dmd2", "lora")),
     "ddpm": Row(lambda: tiny_ddpm(prediction_type="epsilon"), {}, ("lcm", "full")),
     "prx_pixel": Row(tiny_prx, {"size": [16, 16]}, ("dmd2", "full")),
+    "consistency": Row(tiny_consistency, {}, ("dmd2", "full"), prompts=["3", "0"]),
 }  # fmt: skip
 CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")
@@ -110,7 +112,7 @@ def test_every_other_cell(family: str, method: str, tuning: str, folders: Any, t
     run_cell(family, method, tuning, folders(family), tmp_path, in_child=True)
 
 
-UNETS = ("sd", "sd2", "sdxl", "ddpm")
+UNETS = ("sd", "sd2", "sdxl", "ddpm", "consistency")
 
 
 def deeper(pipeline: Any, blocks: int = 3) -> Any:
@@ -134,7 +136,7 @@ def test_a_smaller_student(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", UNETS)
 def test_no_smaller_unet(family: str, folders: Any, tmp_path: Path) -> None:
-    data = recipe(folders(family), "dmd2", tmp_path, **FAMILIES[family].teacher).dump()
+    data = recipe(folders(family), "dmd2", tmp_path, prompts=FAMILIES[family].prompts, **FAMILIES[family].teacher).dump()
     data["student"]["shrink"] = {"depth": 0.5}
     with pytest.raises(UserError, match=r"^recipe key student\.shrink: UNet2D(Condition)?Model has no list of alike blocks"):
         plan(validate(Recipe, data))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny_auraflow
+import tiny_consistency
 import tiny_ddpm
 import tiny_dit
 import tiny_flux
@@ -47,6 +48,7 @@ PIPELINES: dict[str, Built] = {
     "sprint": (tiny_sana.tiny_sprint, tiny_sana.CALL | {"guidance_scale": 3.0}),
     "ddpm": (tiny_ddpm.tiny_ddpm, {}),
     "prx": (tiny_prx.tiny_prx, tiny_prx.CALL | GUIDED),
+    "edm": (tiny_consistency.tiny_consistency, {}),
     "wan22": (lambda: tiny_wan.tiny_wan(two_networks=True), tiny_wan.CALL | GUIDED),
 }
 # A change of these arguments must change the picture too.
@@ -59,7 +61,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
 }
 
 
-UNPROMPTED = (DDPMPipeline,)
+UNPROMPTED = (DDPMPipeline,)  # which draw what they like
 
 
 def draw(pipeline: Any, prompt: str | int, seed: int, **call: Any) -> Tensor:
@@ -79,7 +81,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 def test_pictures_depend_on_what_they_should_and_survive_a_folder(name: str, tmp_path: Path) -> None:
     build, call = PIPELINES[name]
     pipeline = build()
-    first, second = (1, 207) if name == "dit" else ("a red cat", "two boats at sea")
+    first, second = (1, 207) if name == "dit" else (1, 3) if name == "edm" else ("a red cat", "two boats at sea")
     picture = draw(pipeline, first, 3, **call)
     assert torch.isfinite(picture).all()
     # Clipped pixels hide what changes them.
