@@ -79,7 +79,7 @@ class ConsistencyModel(DDPM):
         """grid: shares of 80, of which the first and the last count."""
         power = 1 / self.edm.option("rho")
         ends = (80.0, 0.002) if grid is None else (80 * grid[0], 80 * grid[-1])
-        points = torch.linspace(*(end**power for end in ends), steps + (grid is None), dtype=torch.float64)
+        points = torch.linspace(ends[0] ** power, ends[1] ** power, steps + (grid is None), dtype=torch.float64)
         return (points ** self.edm.option("rho"))[:steps]
 
     def path_times(self, timesteps: Tensor, sigmas: Tensor) -> Tensor:

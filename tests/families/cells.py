@@ -18,6 +18,7 @@ from fastgen.export import export_lora, export_student, verify
 from fastgen.families import find_family
 from fastgen.families.base import Family
 from fastgen.jvp import tangent
+from fastgen.path import expand_time
 from fastgen.plan import plan
 from fastgen.roles import LoraTuning, build_roles, student
 from fastgen.surgery.held import Storage
@@ -106,6 +107,7 @@ def on_rounded_weights(source: Path, prompts: Sequence[str], *, storage: Storage
             parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
     x, dx, weight = torch.randn(3, len(prompts), *family.latent.shape, generator=generator)
     t, cond = torch.full((len(prompts),), 0.6 * family.path.t_max), family.encode_prompts(prompts)
+    x = x * expand_time(family.path.prior_scale(t), x)
     prediction = role.denoiser(x, t, cond).prediction
     (prediction * weight).sum().backward()
     gradients = [parameter.grad.flatten() for parameter in role.parameters().values() if parameter.grad is not None]

@@ -98,7 +98,7 @@ def test_what_is_no_class_is_refused(family: Family, prompt: str) -> None:
 
 @pytest.mark.parametrize("scheduler", [CMStochasticIterativeScheduler(), None])
 def test_other_schedulers_are_refused(scheduler: Any) -> None:
-    live = tiny_consistency(**({} if scheduler else {"sigma_schedule": "exponential"}))
+    live = tiny_consistency() if scheduler else tiny_consistency(sigma_schedule="exponential")
     if scheduler:
         live.register_modules(scheduler=scheduler)
     with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: its scheduler is .*; fastgen follows EDMEulerScheduler, karras"):
