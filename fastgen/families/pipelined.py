@@ -149,7 +149,8 @@ class Pipelined(Family):
             height, width = self.own_size
         elif (latents := _last(self.config, "sample_size")) is not None:
             sides = self.config.option("sample_size")
-            height, width = (side * self.pixels_per_latent for side in (sides if isinstance(sides, (list, tuple)) else (latents, latents)))
+            first = sides[0] if isinstance(sides, (list, tuple)) else latents
+            height, width = first * self.pixels_per_latent, latents * self.pixels_per_latent
         else:
             raise UserError(f"recipe key teacher.pretrained: its {self.component} has no sample_size; give the recipe key teacher.size")
         unit, largest = math.lcm(self.pixels_per_latent * self.pack * self.patch, self.side_unit), self.largest_side() or math.inf
