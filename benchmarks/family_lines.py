@@ -30,6 +30,7 @@ ROOMS = {
     "codec": "pixels to latents and back",
     "source": "where components come from",
     "packing": "latents packed into tokens",
+    "one_stream": "text and picture in one stream of tokens",
     "discrete": "paths of discrete steps",
     "unet": "UNets",
 }

@@ -183,7 +183,7 @@ def _task(manifest: dict[str, Any]) -> str:
     """The hub's word for what it does; pictures of classes have none of their own."""
     if manifest["options"].get("frames"):
         return "text-to-video"
-    return "unconditional-image-generation" if "class_labels" in manifest["inputs"] else "text-to-image"
+    return "text-to-image" if "prompt" in manifest["inputs"] else "unconditional-image-generation"
 
 
 def model_card(manifest: dict[str, Any]) -> str:

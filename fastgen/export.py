@@ -363,11 +363,11 @@ def verify(
     others = [_plain_diffusers(folder, manifest, job, place, teacher_dir, by_comfy=True)[0]] if manifest.get("comfyui") else []
     student = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
     family, ours = student.family, student(prompts, seeds).movedim(1, -1).numpy()
-    if images.shape != ours.shape or len(timesteps) != manifest["steps"]:
-        raise UserError(
-            f"{str(folder)!r}: plain diffusers gives pictures {images.shape} on {len(timesteps)} steps, ours are {ours.shape} on {manifest['steps']}"
-        )
     stock = family.path_times(torch.from_numpy(timesteps), torch.from_numpy(sigmas)).numpy()
+    if images.shape != ours.shape or len(stock) != manifest["steps"]:
+        raise UserError(
+            f"{str(folder)!r}: plain diffusers gives pictures {images.shape} on {len(stock)} steps, ours are {ours.shape} on {manifest['steps']}"
+        )
     grid = np.array(manifest["grid"])
     grid_error = max(np.abs(stock - grid).max(), np.abs(student.times().numpy() - grid).max())
     # Pictures lie in [0, 1]: a tolerance of 1 would let anything pass.

@@ -31,13 +31,18 @@ def check_sampler(recipe: Recipe, family: Family, able: tuple[Sampler, ...]) -> 
     if sampler not in able:
         raise UserError(f"recipe key student.sampler: {sampler}, but {method} trains steps of the {' or '.join(able)} sampler alone")
     if sampler not in family.samplers:
-        what = f"{family.pipeline_classes[0]} hands its scheduler no generator, so no seed would draw a picture twice"
+        seedless = "hands its scheduler no generator, so no seed would draw a picture twice"
+        what = f"{family.pipeline_classes[0]} {seedless if sampler == 'stochastic' else 'renoises'}"
         raise UserError(f"recipe key student.sampler: {sampler}, but {what}; allowed: {', '.join(family.samplers)}")
 
 
 def check_explicit(recipe: Recipe, family: Family) -> None:
-    """UserError for explicit times, and for a negative prompt, where the pipeline's call takes none."""
+    """UserError for explicit times, a negative prompt and guidance where the pipeline's call takes none."""
     family.check_negative(recipe.teacher.negative_prompt)
+    if recipe.teacher.guidance != 1 and not family.takes_guidance:
+        what = f"the call of {family.pipeline_classes[0]} has no classifier-free guidance"
+        other = "; its network's own is teacher.embedded_guidance" if "embedded_guidance" in family.options else ""
+        raise UserError(f"recipe key teacher.guidance: {recipe.teacher.guidance:g}, but {what}; remove it{other}")
     if recipe.student.grid != "auto" and family.exportable and not family.takes_times:
         raise UserError(f"recipe key student.grid: the call of {family.pipeline_classes[0]} takes no explicit times; remove it, or use auto")
 

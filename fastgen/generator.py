@@ -364,6 +364,7 @@ def load_teacher(
         guidance=found.own_call["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative_prompt,
         device=device,
+        sampler=found.samplers[0],
         name=f"teacher {_named(source)}" if isinstance(source, (str, Path)) else _named(source),
     )
 

@@ -391,3 +391,11 @@ class VarianceExploding(Path):
 
     def prior_scale(self, t: Tensor) -> Tensor:
         return _wide(t)
+
+
+@dataclass(frozen=True)
+class EDM(VarianceExploding):
+    """VE whose samplers start from noise of deviation sqrt(t^2 + 1), as diffusers' EDMEulerScheduler does."""
+
+    def prior_scale(self, t: Tensor) -> Tensor:
+        return (_wide(t) ** 2 + 1).sqrt()

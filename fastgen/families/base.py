@@ -50,6 +50,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ()
     loads_lora: ClassVar[bool] = True  # whether the pipeline saves and loads LoRA files
     takes_negative: ClassVar[bool] = True  # whether its call takes a negative prompt
+    takes_guidance: ClassVar[bool] = True  # whether its call has classifier-free guidance
     pixels_per_latent: int = 1  # spatial stride of the VAE
     frame_rate: ClassVar[float] = 16  # of videos, a second
     # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.
@@ -221,8 +222,8 @@ class Family(ABC):
         """Path times (N,) fp64 that `export_scheduler` steps on when the stock pipeline is called with `call_arguments`."""
 
     def path_times(self, timesteps: Tensor, sigmas: Tensor) -> Tensor:
-        """Path times (N,) fp64 of a stock scheduler's own record of the steps it has taken: its `timesteps` (N,) and `sigmas`, those of Flow
-        with the end, or (0,) where it keeps none."""
+        """Path times (N,) fp64 of a stock scheduler's own record of the steps it has taken: its `timesteps` (N,), of some classes with the end, and
+        `sigmas`, those of Flow with the end, or (0,) where it keeps none."""
         return sigmas[:-1].double()
 
     def call_inputs(self, prompts: Sequence[str]) -> dict[str, Any]:

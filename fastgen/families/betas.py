@@ -17,7 +17,7 @@ have 0, which is what such a network was trained at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -61,17 +61,18 @@ class _Betas(records.Schema):
     rescale_betas_zero_snr: bool | None = None
 
 
-def teacher_path(source: Any) -> tuple[DiscreteVP, Kind]:
-    """The path of a folder's (a Path) or a live pipeline's scheduler, and what its network predicts. UserError for every other process."""
-    return discrete_path(read_component(source, "scheduler"))
+def teacher_path(source: Any, passed: Collection[str] = ()) -> tuple[DiscreteVP, Kind]:
+    """The path of a folder's (a Path) or a live pipeline's scheduler, and what its network predicts. passed: options that its family goes
+    without, whatever they say. UserError for every other process."""
+    return discrete_path(read_component(source, "scheduler"), passed)
 
 
-def discrete_path(scheduler: Component) -> tuple[DiscreteVP, Kind]:
+def discrete_path(scheduler: Component, passed: Collection[str] = ()) -> tuple[DiscreteVP, Kind]:
     """The same of a scheduler's class and configuration."""
     name = _known_class(scheduler)
     own = defaults(name)
     options = own | {key: value for key, value in scheduler.given.items() if key in own}
-    _check_options(name, own, options)
+    _check_options(name, own, options, passed)
     path = _path(name, options)
     if path.zero_snr and options["prediction_type"] == "epsilon":
         raise _refusal(f"{name} has betas that end in pure noise, where its prediction_type epsilon says nothing of the picture")
@@ -89,11 +90,11 @@ def _known_class(scheduler: Component) -> str:
     return name
 
 
-def _check_options(name: str, own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _check_options(name: str, own: Mapping[str, Any], options: Mapping[str, Any], passed: Collection[str]) -> None:
     """UserError for the first option that would make it another process, in a way that neither betas nor the kind of prediction say."""
     for key, default in own.items():
         value, usual = options[key], None if key in _OFF else default
-        if key not in _HARMLESS | _Betas.model_fields.keys() | {"prediction_type"} and (value or None) != (usual or None):
+        if key not in _HARMLESS | set(passed) | _Betas.model_fields.keys() | {"prediction_type"} and (value or None) != (usual or None):
             raise _refusal(f"{name} has {key}: {records.shown(value)}, which fastgen does not follow")
     if options["prediction_type"] not in _CLASSES[name]:
         given, known = records.shown(options["prediction_type"]), ", ".join(_CLASSES[name])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
@@ -58,6 +59,11 @@ class Codec:
     @property
     def stride(self) -> int:
         """Pixels on a side of one latent."""
+        return self._factor
+
+    @property
+    def _factor(self) -> int:
+        """Of the VAE itself."""
         if (factor := _says(self.config, "scale_factor_spatial")) is not None:
             return factor
         if self.is_video:
@@ -70,6 +76,13 @@ class Codec:
         """Frames behind one latent frame, after the first, which stands alone."""
         factor = _says(self.config, "scale_factor_temporal")
         return 2 ** sum(self.config.option("temperal_downsample")) if factor is None else factor
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        """What the VAE itself encodes, as the network has it."""
+        return latents
+
+    def unarranged(self, latents: Tensor) -> Tensor:
+        return latents
 
     @property
     def vae(self) -> Any:
@@ -88,7 +101,7 @@ class Codec:
         pixels = pixels.to(vae.device, vae.dtype)
         still = self.is_video and pixels.ndim == 4
         out = vae.encode(pixels[:, :, None] if still else pixels)
-        latents = (out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent).float()
+        latents = self.arranged(out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent).float()
         shift, scale = self._affine(latents)
         latents = (latents - shift) * scale
         return latents[:, :, 0] if still else latents
@@ -101,7 +114,7 @@ class Codec:
         latents = latents[:, :, None] if still else latents
         shift, scale = self._affine(latents)
         with _frozen(vae):
-            pixels = vae.decode(latents / scale + shift, return_dict=False)[0]
+            pixels = vae.decode(self.unarranged(latents / scale + shift), return_dict=False)[0]
         pixels = pixels.float() / 2 + 0.5
         return pixels[:, :, 0] if still else pixels
 
@@ -118,6 +131,58 @@ class Codec:
             return numbers.get("shift_factor", 0.0), scale
         mean, std = (torch.tensor(numbers[key]).view(1, -1, *[1] * (x.ndim - 2)).to(x) for key in _STATISTICS)
         return mean, scale / std
+
+
+class PatchedCodec(Codec):
+    """Latents are 2x2 of the VAE's in channels, normalised by the running statistics of its batch norm over these (FLUX.2)."""
+
+    @property
+    def stride(self) -> int:
+        return 2 * self._factor
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        return F.pixel_unshuffle(latents, 2)
+
+    def unarranged(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(latents, 2)
+
+    def _affine(self, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        norm = self.vae.bn
+        mean, variance = (each.view(1, -1, 1, 1).to(x) for each in (norm.running_mean, norm.running_var))
+        return mean, (variance + self.vae.config.batch_norm_eps).rsqrt()
+
+
+class Pixels(Codec):
+    """Of a network without a VAE, whose latents are RGB in [-1, 1], divided by those settings of the pipeline that are named instead of the
+    VAE's options: by the scale of its noise, which so has unit variance."""
+
+    def __init__(self, source: Source, class_name: str, numbers: Sequence[str]) -> None:
+        self.config = Component("vae", (), {})
+        self.scale = math.prod(float(source.setting(name)) for name in numbers)
+
+    @property
+    def stride(self) -> int:
+        return 1
+
+    @property
+    def frame_stride(self) -> int:
+        return 1
+
+    @property
+    def is_video(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        pass
+
+    def free(self) -> None:
+        pass
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels.float() / self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.float() * self.scale / 2 + 0.5
 
 
 def _says(component: Component, key: str) -> Any:

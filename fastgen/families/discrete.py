@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ class Discrete(Pipelined):
 
     path: DiscreteVP
     grid_argument = "timesteps"
+    unfollowed: ClassVar[tuple[str, ...]] = ()  # options of a teacher's scheduler that steps here and students go without
 
     def own_path(self) -> Path:
-        path, self.kind = betas.teacher_path(self.source.place)
+        path, self.kind = betas.teacher_path(self.source.place, self.unfollowed)
         return path
 
     def path_times(self, timesteps: Tensor, sigmas: Tensor) -> Tensor:

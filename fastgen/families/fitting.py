@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -32,9 +33,11 @@ class Network(records.Schema):
 
     num_layers: _Count = 1
     num_single_layers: Annotated[int, Field(ge=0, le=1000)] = 1
+    num_mmdit_layers: Annotated[int, Field(ge=0, le=1000)] = 1
+    num_single_dit_layers: Annotated[int, Field(ge=0, le=1000)] = 1
     patch_size: _Patch | list[_Patch] | None = 1
     sample_size: _Sides | None = 1
-    pos_embed_max_size: _Side = 1
+    pos_embed_max_size: _Width = 1  # AuraFlow counts a square of positions by its area
     in_channels: _Width = 1
     out_channels: _Width | None = None
     num_attention_heads: _Count | list[_Count] | None = 1
@@ -58,20 +61,27 @@ def check_networks(family: Pipelined) -> None:
     """UserError unless a folder's network and VAE can be built, have their weights, and take and give what the pipeline's other parts do."""
     folder, shape = family.folder, (1, *family.latent.shape)
     assert folder is not None
-    network, vae = family.meta_network(), family.source.meta_network(family.codec.config, family.vae_network)
+    network = family.meta_network()
     if not has_no_weights(folder):  # a plan goes without
         check_weights(folder / family.component, network, family.source.variants.get(family.component))
-        check_weights(folder / "vae", vae, family.source.variants.get("vae"))
     check_encoders(family.source, network.config, family.text_widths)
     with loading(folder / family.component), torch.device("meta"), torch.no_grad():
         made = family.call(network, torch.empty(shape), torch.ones(1), family.meta_conditioning(1))
         _same("its output", made.shape, shape)
+    if family.codec.config.classes:
+        _check_vae(family, folder)
+
+
+def _check_vae(family: Pipelined, folder: Path) -> None:
+    shape, vae = (1, *family.latent.shape), family.source.meta_network(family.codec.config, family.vae_network)
+    if not has_no_weights(folder):
+        check_weights(folder / "vae", vae, family.source.variants.get("vae"))
     with loading(folder / "vae"), torch.device("meta"), torch.no_grad():
         pixels = torch.empty(1, *family.picture_shape)
         still = family.codec.is_video and pixels.ndim == 4
         made = vae.encode(pixels[:, :, None] if still else pixels)
         latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latent
-        _same("its latents", (latents[:, :, 0] if still else latents).shape, shape)
+        _same("its latents", family.codec.arranged(latents[:, :, 0] if still else latents).shape, shape)
         drawn = vae.decode(torch.empty(latents.shape), return_dict=False)[0]
         _same("its pictures", (drawn[:, :, 0] if still else drawn).shape, pixels.shape)
 

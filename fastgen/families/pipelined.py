@@ -39,6 +39,7 @@ class Pipelined(Family):
     network: ClassVar[str]  # diffusers class of `component`
     own: ClassVar[Mapping[str, Any]]  # num_inference_steps and guidance_scale of the pipeline's signature
     vae_network: ClassVar[str] = "AutoencoderKL"
+    codec_class: ClassVar[type[Codec]] = Codec
     normalised_by: ClassVar[tuple[str, ...]] = ("scaling_factor",)  # options of the VAE, see Codec
     text_length: ClassVar[int | None] = None  # default of the call's max_sequence_length; None: the call has none
     longest_text: ClassVar[int | None] = None  # the most that the call takes
@@ -68,7 +69,7 @@ class Pipelined(Family):
         self._encoders: Any = None
         self._checked = False
         self.config = self.source.component(self.component, self.network)
-        self.codec = Codec(self.source, self.vae_network, self.normalised_by)
+        self.codec = self.codec_class(self.source, self.vae_network, self.normalised_by)
         for component, schema in ((self.config, fitting.Network), (self.codec.config, fitting.VAE)):
             if component.classes:
                 component.check(schema)
@@ -147,7 +148,9 @@ class Pipelined(Family):
         elif self.own_size is not None:
             height, width = self.own_size
         elif (latents := _last(self.config, "sample_size")) is not None:
-            height = width = latents * self.pixels_per_latent
+            sides = self.config.option("sample_size")
+            first = sides[0] if isinstance(sides, (list, tuple)) else latents
+            height, width = first * self.pixels_per_latent, latents * self.pixels_per_latent
         else:
             raise UserError(f"recipe key teacher.pretrained: its {self.component} has no sample_size; give the recipe key teacher.size")
         unit, largest = math.lcm(self.pixels_per_latent * self.pack * self.patch, self.side_unit), self.largest_side() or math.inf
@@ -194,9 +197,18 @@ class Pipelined(Family):
     @property
     def shift(self) -> float:
         if self._shift is None:
-            tokens = math.prod(self.latent.size) // (self.pack * self.patch) ** 2
-            self._shift = schedules.teacher_shift(self.source.place, tokens, self.mu, self.grid_ends) if isinstance(self.path, Flow) else 1.0
+            given = self.source.place, self.tokens, self.mu, self.grid_ends, self.mu_at(self.own_call["num_inference_steps"])
+            self._shift = schedules.teacher_shift(*given) if isinstance(self.path, Flow) else 1.0
         return self._shift
+
+    def mu_at(self, steps: int) -> float | None:
+        """mu of a call of so many steps, where it depends on them and the scheduler has no say in it; None: it is linear in `tokens`."""
+        return None
+
+    @property
+    def tokens(self) -> int:
+        """Of a picture, as the call counts them where its shift goes by their number."""
+        return math.prod(self.latent.size) // (self.pack * self.patch) ** 2
 
     @property
     def takes_times(self) -> bool:
@@ -335,7 +347,8 @@ class Pipelined(Family):
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
         given = np.linspace(1.0, 1 / steps, steps) if self.gives_sigmas and grid is None else grid
         scheduler = self.export_scheduler(grid)
-        scheduler.set_timesteps(**({"num_inference_steps": steps} if given is None else {"sigmas": list(given)}))
+        told = {"mu": self.mu_at(steps)} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(**({"num_inference_steps": steps} if given is None else {"sigmas": list(given)}), **told)
         return scheduler.sigmas[:-1].double()
 
     def call_arguments(self, steps: int, guidance: float, grid: Sequence[float] | None = None) -> dict[str, Any]:

@@ -86,18 +86,18 @@ def stated(shift: Any) -> float:
     return float(shift)
 
 
-def teacher_shift(source: Any, tokens: int, fallbacks: Mapping[str, float], passed: Collection[str] = ()) -> float:
+def teacher_shift(source: Any, tokens: int, fallbacks: Mapping[str, float], passed: Collection[str] = (), mu: float | None = None) -> float:
     """The flow shift of a folder's (a Path) or a live pipeline's scheduler at a picture of `tokens` tokens. fallbacks: the numbers of mu
-    (`_OF_MU`) that the pipeline itself falls back on. passed: options that its family knows to move the ends of its grid alone. UserError
-    for every other schedule that is not just a shift."""
+    (`_OF_MU`) that the pipeline itself falls back on. passed: options that its family knows to move the ends of its grid alone. mu: where
+    the pipeline makes it of something else. UserError for every other schedule that is not just a shift."""
     try:
         scheduler = read_component(source, "scheduler")
     except UserError as error:
         raise UserError(f"recipe key teacher.pretrained: {str(error).removeprefix('recipe key teacher.pretrained: ')}; {REMEDY}") from error
-    return flow_shift(scheduler, tokens, fallbacks, passed)
+    return flow_shift(scheduler, tokens, fallbacks, passed, mu)
 
 
-def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float], passed: Collection[str] = ()) -> float:
+def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float], passed: Collection[str] = (), mu: float | None = None) -> float:
     """The same of a scheduler's class and configuration."""
     if not scheduler.classes:
         raise _refusal("its scheduler names no class")
@@ -111,7 +111,7 @@ def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float]
     _check_options(name, reading, options, passed)
     if not options.get("use_dynamic_shifting"):
         return _positive(name, reading.shift, _number(name, reading.shift, options[reading.shift]))
-    mu = _mu(name, {**fallbacks, **options}, tokens)
+    mu = _mu(name, {**fallbacks, **options}, tokens) if mu is None else mu
     if options["time_shift_type"] == "linear":
         return _positive(name, "mu", mu)
     return _positive(name, "exp(mu)", math.exp(min(mu, 700.0)))

@@ -81,7 +81,7 @@ class Run:
             negative_prompt=recipe.teacher.negative_prompt,
             grid=self.plan.grid if student else None,
             device=self.parallel.device,
-            sampler=recipe.student.sampler if student else "euler",
+            sampler=recipe.student.sampler if student else family.samplers[0],
             name="the student" if student else f"teacher {recipe.teacher.pretrained!r}",
         )
 

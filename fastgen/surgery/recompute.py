@@ -26,8 +26,10 @@ def recompute_blocks(backbone: nn.Module) -> None:
     network.enable_gradient_checkpointing(_computed_again)
 
 
-def _computed_again(block: nn.Module, *args: Any) -> Any:
-    as_now, experts, groups = lora.remembered(block), moe_layer.remembered(block), moe_blocks.remembered(block)
+def _computed_again(block: Any, *args: Any) -> Any:
+    """block: a module, or one's own `__call__`, which PRX hands over."""
+    module: nn.Module = getattr(block, "__self__", block)
+    as_now, experts, groups = lora.remembered(module), moe_layer.remembered(module), moe_blocks.remembered(module)
 
     def run(*args: Any) -> Any:
         with as_now(), experts(), groups():

@@ -130,16 +130,25 @@ def fold(layer: nn.Linear, hidden: Tensor, added: Tensor) -> None:
     as possible.
 
     The mean of `added` goes into the bias, which alone serves a constant; the rest is the least-norm solution of
-    [H 1] [dW db]^T = C, in fp64. UserError when rounding leaves more than 1e-5 of it, as on grids whose times lie too close together.
+    [H 1] [dW db]^T = C, in fp64; where the layer has no bias, all of it is that of H dW^T = C. UserError when rounding leaves more than
+    1e-5 of it, as on grids whose times lie too close together.
     """
     hidden, added = hidden.double().cpu(), added.double().cpu()
-    mean = added.mean(0)
-    ones = torch.ones(len(hidden), 1, dtype=torch.float64)
+    has_bias = layer.bias is not None
+    mean = added.mean(0) if has_bias else torch.zeros_like(added[0])
+    ones = torch.ones(len(hidden), int(has_bias), dtype=torch.float64)
     solution = torch.linalg.lstsq(torch.cat([hidden, ones], 1), added - mean, driver="gelsd").solution
-    before = nn.functional.linear(hidden, layer.weight.double().cpu(), layer.bias.double().cpu())
-    layer.weight += solution[:-1].T.to(layer.weight)
-    layer.bias += (solution[-1] + mean).to(layer.bias)
-    after = nn.functional.linear(hidden, layer.weight.double().cpu(), layer.bias.double().cpu())
+    before = _outputs(layer, hidden)
+    layer.weight += solution[: hidden.shape[1]].T.to(layer.weight)
+    if has_bias:
+        layer.bias += (solution[-1] + mean).to(layer.bias)
+    after = _outputs(layer, hidden)
     left = (after - before - added).abs().max().item()
     if left > 1e-5 * max(1.0, before.abs().max().item()):
         raise UserError(f"recipe key student.steps: {len(hidden)} times lie too close for the second time to be folded in (error {left:.1e})")
+
+
+def _outputs(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    """In fp64, on the CPU."""
+    bias = None if layer.bias is None else layer.bias.double().cpu()
+    return nn.functional.linear(hidden, layer.weight.double().cpu(), bias)

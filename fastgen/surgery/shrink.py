@@ -28,6 +28,8 @@ Init = Literal["pruned", "random"]
 _COUNTED = {
     "num_layers": ("transformer_blocks", "blocks", "layers"),
     "num_single_layers": ("single_transformer_blocks",),
+    "num_mmdit_layers": ("joint_transformer_blocks",),
+    "num_single_dit_layers": ("single_transformer_blocks",),
     "n_layers": ("layers",),
     "depth": ("blocks", "transformer_blocks", "layers"),
 }

@@ -18,6 +18,7 @@ from fastgen.export import export_lora, export_student, verify
 from fastgen.families import find_family
 from fastgen.families.base import Family
 from fastgen.jvp import tangent
+from fastgen.path import expand_time
 from fastgen.plan import plan
 from fastgen.roles import LoraTuning, build_roles, student
 from fastgen.surgery.held import Storage
@@ -56,7 +57,7 @@ def check_cell(
     with place:
         result = verify(output, seeds=(0, 1), teacher_dir=source if as_adapter else None)
     assert result.passed, result
-    task = "unconditional-image-generation" if "class_labels" in planned.family.call_inputs(prompts) else "text-to-image"
+    task = "text-to-image" if "prompt" in planned.family.call_inputs(prompts) else "unconditional-image-generation"
     assert f"\npipeline_tag: {'text-to-video' if 'frames' in teacher else task}\n" in (output / "README.md").read_text()
 
 
@@ -125,6 +126,7 @@ def on_rounded_weights(source: Path, prompts: Sequence[str], *, storage: Storage
             parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
     x, dx, weight = torch.randn(3, len(prompts), *family.latent.shape, generator=generator)
     t, cond = torch.full((len(prompts),), 0.6 * family.path.t_max), family.encode_prompts(prompts)
+    x = x * expand_time(family.path.prior_scale(t), x)
     prediction = role.denoiser(x, t, cond).prediction
     (prediction * weight).sum().backward()
     gradients = [parameter.grad.flatten() for parameter in role.parameters().values() if parameter.grad is not None]
@@ -143,8 +145,8 @@ def recipe(source: Path, method: str, folder: Path, *, lora: bool = False, promp
     return validate(
         Recipe,
         {
-            "teacher": {"pretrained": str(source), "guidance": 2.0, **teacher},
-            "student": {"steps": 2, "tune": {"lora": {"rank": 2, "alpha": 3}} if lora else "full"},
+            "teacher": {"pretrained": str(source), "guidance": 2.0 if family.takes_guidance else 1.0, **teacher},
+            "student": {"steps": 2, "sampler": family.samplers[0], "tune": {"lora": {"rank": 2, "alpha": 3}} if lora else "full"},
             "distiller": {"name": method, **distiller},
             "data": {"images": str(pictures(folder, prompts))} if from_pictures else {"prompts": str(texts(folder, prompts))},
             "optimizer": {"student": optimizer, **({"fake_score": optimizer} if method == "dmd2" else {})},
@@ -157,8 +159,13 @@ def _distiller(method: str, family: Family) -> dict[str, Any]:
     """Videos have no data yet, so sCM trains on the teacher's trajectories; without a place for a scalar input, LCM bakes one guidance in."""
     if method == "scm" and len(family.latent.size) > 2:
         return {"points": "teacher_trajectory", **_TRAJECTORY}
-    scales = {} if family.time_projection is None else {"guidance": [1.0, 2.5]}
-    by_method = {"dmd2": {"critic_updates": 1}, "scm": {"warmup": 1}, "lcm": {"num_times": 8, "skip": 2, **scales}, "tbcm": _TRAJECTORY}
+    scales = {} if family.time_projection is None or not family.takes_guidance else {"guidance": [1.0, 2.5]}
+    by_method = {
+        "dmd2": {"critic_updates": 1, "renoise": family.samplers[0]},
+        "scm": {"warmup": 1},
+        "lcm": {"num_times": 8, "skip": 2, **scales},
+        "tbcm": _TRAJECTORY,
+    }
     return by_method[method]
 
 

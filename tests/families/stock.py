@@ -32,7 +32,8 @@ def denoiser(family: Family) -> Denoiser:
 
 def generator(family: Family, steps: int, guidance: float = 1.0, **settings: Any) -> ImageGenerator:
     """Our sampler. settings: as of ImageGenerator."""
-    return ImageGenerator(family, Predictor(denoiser(family), family), steps=steps, guidance=guidance, **settings)
+    given = {"sampler": family.samplers[0], **settings}
+    return ImageGenerator(family, Predictor(denoiser(family), family), steps=steps, guidance=guidance, **given)
 
 
 def drawn_by_stock(
@@ -41,7 +42,7 @@ def drawn_by_stock(
     """Pixels (B, 3[, T], H, W) in [0, 1] of the documented call, one seed a prompt; more: of its arguments."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
     call = family.call_arguments(steps, guidance, grid) | more
-    own, pipeline.scheduler = pipeline.scheduler, family.export_scheduler(grid)
+    own, pipeline.scheduler = pipeline.scheduler, family.sampling_scheduler(steps, grid, family.samplers[0])
     try:
         pixels = pipeline(**family.call_inputs(prompts), generator=generators, output_type="np", **call)[0]
     finally:

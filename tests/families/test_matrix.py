@@ -12,12 +12,18 @@ import torch
 from cells import METHODS, PROMPTS, check_cell, check_experts, check_smaller, on_rounded_weights, pictures, recipe, texts, trained
 from pipelines import tiny_sd3
 from plain_child import plain_child
+from tiny_auraflow import tiny_auraflow
+from tiny_consistency import tiny_consistency
+from tiny_ddpm import tiny_ddpm
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
+from tiny_flux2 import tiny_flux2
+from tiny_lumina2 import tiny_lumina2
 from tiny_parts import from_seed, stirred
 from tiny_pixart import tiny_pixart
+from tiny_prx import tiny_prx
 from tiny_qwen import tiny_qwen
-from tiny_sana import tiny_sana
+from tiny_sana import tiny_sana, tiny_sprint
 from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
 from tiny_wan import tiny_wan
@@ -58,6 +64,13 @@ FAMILIES = {
     "flux": Row(tiny_flux, {"size": [16, 16], "max_sequence_length": 20, "embedded_guidance": 2.5}, ("dmd2", "lora"), recipes=("flux_",)),
     "qwen_image": Row(tiny_qwen, {"size": [32, 32], "max_sequence_length": 40}, ("tbcm", "full"), recipes=("qwen_image_",)),
     "z_image": Row(tiny_zimage, {"size": [16, 16], "max_sequence_length": 40}, ("scm", "full"), recipes=("z_image_",)),
+    "auraflow": Row(tiny_auraflow, {"size": [16, 16], "max_sequence_length": 19}, ("scm", "lora")),
+    "lumina2": Row(tiny_lumina2, {"size": [32, 32], "max_sequence_length": 69}, ("lcm", "full")),
+    "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
+    "sana_sprint": Row(tiny_sprint, {"size": [32, 32], "max_sequence_length": 18, "embedded_guidance": 2.5}, ("dmd2", "lora")),
+    "ddpm": Row(lambda: tiny_ddpm(prediction_type="epsilon"), {}, ("lcm", "full")),
+    "prx_pixel": Row(tiny_prx, {"size": [16, 16]}, ("dmd2", "full")),
+    "consistency": Row(tiny_consistency, {}, ("dmd2", "full"), prompts=["3", "0"]),
 }  # fmt: skip
 CELLS = [
     (family, method, tuning) for family, row in FAMILIES.items() for method in METHODS if method not in row.refused for tuning in ("full", "lora")
@@ -99,14 +112,16 @@ def test_every_other_cell(family: str, method: str, tuning: str, folders: Any, t
     run_cell(family, method, tuning, folders(family), tmp_path, in_child=True)
 
 
-UNETS = ("sd", "sd2", "sdxl")
+UNETS = ("sd", "sd2", "sdxl", "ddpm", "consistency")
 
 
 def deeper(pipeline: Any, blocks: int = 3) -> Any:
     """The pipeline with a new random network of so many blocks in each list."""
     network = pipeline.transformer
     config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
-    changes = {key: blocks for key in ("num_layers", "num_single_layers", "n_layers") if key in config}
+    changes = {
+        key: blocks for key in ("num_layers", "num_single_layers", "n_layers", "num_mmdit_layers", "num_single_dit_layers", "depth") if key in config
+    }
     with from_seed(1):
         pipeline.register_modules(transformer=type(network).from_config(config | changes))
         return stirred(pipeline)
@@ -121,9 +136,9 @@ def test_a_smaller_student(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", UNETS)
 def test_no_smaller_unet(family: str, folders: Any, tmp_path: Path) -> None:
-    data = recipe(folders(family), "dmd2", tmp_path, **FAMILIES[family].teacher).dump()
+    data = recipe(folders(family), "dmd2", tmp_path, prompts=FAMILIES[family].prompts, **FAMILIES[family].teacher).dump()
     data["student"]["shrink"] = {"depth": 0.5}
-    with pytest.raises(UserError, match=r"^recipe key student\.shrink: UNet2DConditionModel has no list of alike blocks"):
+    with pytest.raises(UserError, match=r"^recipe key student\.shrink: UNet2D(Condition)?Model has no list of alike blocks"):
         plan(validate(Recipe, data))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +77,18 @@ def test_a_student_of_it_is_exported_and_verified(tmp_path: Path) -> None:
 
 
 def test_only_pipelines_that_hand_on_their_generators_have_it() -> None:
-    """Their own code says so: `prepare_extra_step_kwargs` gives `generator` to `scheduler.step`."""
+    """Their own code says so: it gives `generator` to `scheduler.step`, most by `prepare_extra_step_kwargs`."""
     import diffusers
+
+    def hands_on(pipeline: Any) -> bool:
+        direct = re.search(r"scheduler\.step\([^)]*generator=generator", inspect.getsource(pipeline.__call__))
+        return hasattr(pipeline, "prepare_extra_step_kwargs") or direct is not None
 
     for family in map(family_class, family_names()):
         if "stochastic" in family.samplers and family.exportable:
-            assert all(hasattr(getattr(diffusers, name), "prepare_extra_step_kwargs") for name in family.pipeline_classes)
-    assert {name for name in family_names() if "stochastic" in family_class(name).samplers} == {"pixart", "sana", "sd", "sdxl", "toy"}
+            assert all(hands_on(getattr(diffusers, name)) for name in family.pipeline_classes)
+    having = {name for name in family_names() if "stochastic" in family_class(name).samplers}
+    assert having == {"ddpm", "pixart", "sana", "sana_sprint", "sd", "sdxl", "toy"}
 
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {

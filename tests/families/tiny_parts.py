@@ -5,7 +5,7 @@ Tokenizers and encoders that tiny_sd3 has too are in `pipelines`. All weights ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,12 +63,18 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def gemma_tokenizer() -> Any:
-    """One token a character."""
+def gemma_tokenizer(words: Sequence[str] = ()) -> Any:
+    """One token a character, but for `words` and what begins like them (a space before one is ▁), with which `<bos>` comes first."""
+    from tokenizers.processors import TemplateProcessing
     from transformers import GemmaTokenizer
 
+    merges: Any = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(chr(c) for c in range(33, 127)), *(f"<0x{i:02X}>" for i in range(256))]
-    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=2000)
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *(left + right for left, right in merges)])}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, model_max_length=2000)
+    if words:  # as the real one: no text is empty
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
+    return tokenizer
 
 
 def clip_text_model(tokenizer: Any, width: int) -> Any:
@@ -93,25 +99,26 @@ def umt5_encoder(tokenizer: Any, width: int) -> Any:
     return UMT5EncoderModel(config)
 
 
-def gemma_encoder(tokenizer: Any, width: int) -> Any:
+def gemma_encoder(tokenizer: Any, width: int, layers: int = 1) -> Any:
     from transformers import Gemma2Config, Gemma2Model
 
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=12, query_pre_attn_scalar=12, max_position_embeddings=2048, **special,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=12, query_pre_attn_scalar=12, max_position_embeddings=2048, **special,
     )  # fmt: skip
     return Gemma2Model(config)
 
 
-def qwen3_encoder(tokenizer: Any, width: int) -> Any:
-    from transformers import Qwen3Config, Qwen3Model
+def qwen3_encoder(tokenizer: Any, width: int, layers: int = 2, *, head: bool = False) -> Any:
+    """head: with the one that makes words of it."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, max_position_embeddings=1200, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=1200, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    return Qwen3Model(config)
+    return Qwen3ForCausalLM(config) if head else Qwen3Model(config)
 
 
 def qwen_vl_encoder(tokenizer: Any, width: int) -> Any:

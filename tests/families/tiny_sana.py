@@ -30,6 +30,26 @@ def tiny_sana(seed: int = 0) -> Any:
         )  # fmt: skip
 
 
+def tiny_sprint(seed: int = 0) -> Any:
+    """Sana-Sprint: a network that is told its guidance, on a scheduler whose data have a deviation of .25, which no picture shows."""
+    from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+
+    with from_seed(seed):
+        gemma = gemma_tokenizer()
+        transformer = SanaTransformer2DModel(
+            patch_size=1, in_channels=6, out_channels=6, num_layers=2, num_attention_heads=4, attention_head_dim=8, num_cross_attention_heads=4,
+            cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=28, sample_size=16, qk_norm="rms_norm_across_heads",
+            guidance_embeds=True, guidance_embeds_scale=0.7,
+        )  # fmt: skip
+        scheduler: Any = SCMScheduler(sigma_data=0.25)
+        return stirred(
+            SanaSprintPipeline(
+                transformer=transformer, vae=deep_compression_vae(), scheduler=scheduler, tokenizer=gemma,
+                text_encoder=gemma_encoder(gemma, 28),
+            )
+        )  # fmt: skip
+
+
 def deep_compression_vae() -> Any:
     from diffusers import AutoencoderDC
 

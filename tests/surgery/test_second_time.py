@@ -209,6 +209,15 @@ def test_folding_a_constant_changes_the_bias_alone() -> None:
     torch.testing.assert_close(layer.bias, before.bias + normal(12).double())
 
 
+def test_a_layer_without_a_bias_is_folded_into_its_weight() -> None:
+    layer = torch.nn.Linear(24, 12, bias=False).double()
+    hidden, added = normal(4, 24).double(), normal(4, 12, seed=1).double()
+    before = layer(hidden)
+    with torch.no_grad():
+        fold(layer, hidden, added)
+    torch.testing.assert_close(layer(hidden), before + added, rtol=0, atol=1e-9)
+
+
 def test_times_too_close_to_fold_are_refused() -> None:
     layer, hidden = nn.Linear(24, 12), normal(1, 24).repeat(2, 1)
     hidden[1] += 1e-9

@@ -1,0 +1,92 @@
+"""PRXPixel against the stock PRXPixelPipeline on random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stock
+import torch
+from tiny_prx import tiny_prx
+
+from fastgen.errors import UserError
+from fastgen.families import find_family
+from fastgen.families.base import Family
+from fastgen.families.prx_pixel import PRXPixel
+
+OPTIONS: dict[str, Any] = {"size": [16, 24]}
+ONE = stock.PROMPTS[1:]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return tiny_prx()
+
+
+@pytest.fixture
+def family(pipeline: Any) -> Family:
+    return find_family(pipeline, **OPTIONS)
+
+
+def test_the_first_network_call_is_stocks(family: Family, pipeline: Any) -> None:
+    """Of one prompt: of two, stock's time has one row for both."""
+    given = stock.check_first_call(family, pipeline, stock.PROMPTS[:1])
+    assert given["attention_mask"].dtype == torch.bool and 0 < given["attention_mask"].sum() < 30
+    noise = torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(stock.SEEDS[0]))
+    assert torch.equal(given["hidden_states"], 1.5 * noise)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_pictures_are_stocks(family: Family, pipeline: Any, steps: int) -> None:
+    stock.check_pictures(family, pipeline, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("negative", [None, "blurry"])
+def test_guided_pictures_are_stocks_one_by_one(family: Family, pipeline: Any, steps: int, negative: str | None) -> None:
+    stock.check_pictures(family, pipeline, ONE, steps=steps, guidance=3.0, negative=negative)
+
+
+@pytest.mark.parametrize("grid", [[1.0, 0.625, 0.25], [1.0, 0.4, 0.03], [1.0, 0.04, 0.02]])
+def test_explicit_times_are_stepped_on_exactly_below_the_clamp_too(family: Family, pipeline: Any, grid: list[float]) -> None:
+    torch.testing.assert_close(family.grid(3, grid), torch.tensor(grid, dtype=torch.float64), rtol=0, atol=1e-7)
+    stock.check_pictures(family, pipeline, steps=3, grid=grid)
+
+
+def test_latents_are_pixels_over_the_scale_of_noise(family: Family) -> None:
+    pixels = 2 * torch.rand(2, 3, 16, 24) - 1
+    assert torch.equal(family.encode_latents(pixels), pixels / 1.5)
+    torch.testing.assert_close(family.decode(pixels / 1.5), pixels / 2 + 0.5, rtol=0, atol=1e-6)
+
+
+def test_shapes_and_time_features(family: Family) -> None:
+    stock.check_shapes(family)
+    stock.check_time_features(family)
+
+
+def test_exact_tangents(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    to = torch.Tensor.to  # RMS norms take their variance in fp32, which limits finite differences
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **given: x if args[:1] == (torch.float32,) else to(x, *args, **given))
+    stock.check_exact_tangent(family, monkeypatch)
+
+
+def test_a_saved_folder_draws_the_same(pipeline: Any, family: Family, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    found = find_family(tmp_path, **OPTIONS)
+    assert isinstance(found, PRXPixel) and found.shift == 1.8 and found.own_call == {"num_inference_steps": 28, "guidance_scale": 4.0}
+    theirs, ours = (stock.generator(made, 2)(stock.PROMPTS, stock.SEEDS) for made in (family, found))
+    assert (theirs - ours).abs().max() <= 4e-6
+    assert found.legibility(["a" * 40, "cat"]).cut.keys() == {"a" * 40}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": [16, 18]}, r"teacher\.size: 18 is not a multiple of 4$"),
+        ({"max_sequence_length": 20}, r"teacher\.max_sequence_length: does not apply to PRXPixelPipeline"),
+    ],
+)
+def test_what_the_pipeline_cannot_do_is_refused_by_its_key(pipeline: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^recipe key {said}"):
+        find_family(pipeline, **OPTIONS | options)
