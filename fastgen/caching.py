@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,19 +17,22 @@ from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import of_images, of_prompts
 from fastgen.data.images import CaptionedImages, images_of
 from fastgen.data.latents import LatentImages
-from fastgen.data.pair_folder import Drawing, check_unused, kept_before
+from fastgen.data.pair_folder import check_unused, kept_before, open_folder
 from fastgen.data.pairs import Solver, TeacherSampler
 from fastgen.data.prompts import load_prompts
 from fastgen.data.remote import fetch, is_remote
-from fastgen.data.store import Kind, Store
+from fastgen.data.store import DTYPES, Kind, Store
 from fastgen.data.training import prompt_weights
+from fastgen.denoiser import guided
 from fastgen.errors import UserError
 from fastgen.families.base import Family
-from fastgen.generator import load_teacher
+from fastgen.generator import teacher_family
 from fastgen.parallel import choose_device
-from fastgen.plan import check_texts, identified_teacher, pinned, plan
+from fastgen.plan import autocast_of, check_pictures, check_texts, drawing, frozen_dtype_of, pinned, plan, storage_of
 from fastgen.progress import Progress
+from fastgen.roles import build_roles, frozen
 from fastgen.run.building import keeping_of
+from fastgen.sampling import Predict
 
 
 def cache_pairs(
@@ -57,35 +61,64 @@ def cache_pairs(
     _check_source(recipe, source, images, count)
     prompts = prompt_weights(None if images else load_prompts(str(recipe.data.prompts)), images)
     check_unused(output)
-    block, device = recipe.teacher, choose_device(recipe.train.device)
-    teacher = load_teacher(
-        block.pretrained,
-        family=block.family,
-        steps=steps,
-        guidance=block.guidance,
-        negative_prompt=block.negative_prompt,
-        device=device,
-        **block.options,
-    )
-    family, at_once = teacher.family, batch or recipe.train.at_once
+    block, device, at_once = recipe.teacher, choose_device(recipe.train.device), batch or recipe.train.at_once
+    family = teacher_family(block.pretrained, block.family, block.guidance, **block.options)
     for warning in (*(images.warnings if images else ()), *check_texts(recipe, family, prompts)):
         progress.warn(f"warning: {warning}")
+    if source == "data":
+        check_pictures(images, recipe, family)
     by_content = None if source == "noise" or images is None else images.content()
-    drawing = Drawing(teacher.times(), family.latent.shape, solver, identified_teacher(recipe), prompts, recipe.train.seed, by_content)
+    how = drawing(recipe, family, prompts, steps, solver, by_content)
+    keeping = Keeping(device, recipe.data.model_copy(update={"store": str(output), "keep": "auto", "encode": "ahead"})).of_pairs()
 
+    @functools.cache
     def sampler() -> TeacherSampler:
-        return drawing.sampler(teacher.predict, teacher.device)
+        progress.stage(f"loading {block.pretrained}")
+        return how.sampler(_guided(recipe, family, device), device)
 
     def encode(texts: Sequence[str]) -> Conditioning:
         return _encode(family, texts)
 
+    family.encode_with(device, DTYPES[frozen_dtype_of(recipe)])
     if source == "noise":
-        encoder = drawing.of_noise(sampler, encode, max(count or 10_000, kept_before(output / "pairs")), at_once)
+        begun, asked = kept_before(output / "pairs"), count or 10_000
+        encoder = how.of_noise(sampler, encode, max(asked, begun), at_once)
+        keeping.check(encoder)
+        _check_begun(output, asked)
     else:
         assert images is not None
-        latents, captions = _latents(images, family, keeping_in(recipe, output, device), at_once, progress), images.captions
-        encoder = drawing.of_data(sampler, encode, latents, captions, at_once)
-    return keeping_in(recipe, output, device).of_pairs().fill(encoder, progress, part, thorough=True)
+        encoder = how.of_data(sampler, encode, _latents(images, family, keeping, device, at_once, progress), images.captions, at_once)
+        keeping.check(encoder)
+    return keeping.fill(encoder, progress, part, thorough=True)
+
+
+def _guided(recipe: Recipe, family: Family, device: torch.device) -> Predict:
+    """The recipe's teacher with its guidance, its weights held and computed with as in a run."""
+    block = recipe.teacher
+    held = build_roles(
+        {"teacher": frozen()},
+        family,
+        family.load_backbone(),
+        autocast=autocast_of(recipe),
+        storage=storage_of(recipe),
+        device=device,
+        offloaded=block.offload,
+    )
+    network = held.predictors()["teacher"]
+    if block.guidance == 1:
+        return network
+    negative = conditioning.to(family.encode_negative(block.negative_prompt or None), device)
+    return guided(network, block.guidance, negative, family.guidance_rule, family.guidance_kind)
+
+
+def _check_begun(output: Path, count: int) -> None:
+    """UserError for fewer pairs than a folder was begun for and does not hold yet."""
+    begun = kept_before(output / "pairs")
+    if count < begun and (held := open_folder(output).held()) < begun:
+        raise UserError(
+            f"--count: {count}, but {str(output)!r} was begun for {begun} pairs and holds {held}; finish it, use its first with data.pairs.count, "
+            "or choose another folder"
+        )
 
 
 def _check_source(recipe: Recipe, source: str, images: CaptionedImages | LatentImages | None, count: int | None) -> None:
@@ -105,19 +138,14 @@ def _check_source(recipe: Recipe, source: str, images: CaptionedImages | LatentI
 
 
 def _latents(
-    images: CaptionedImages | LatentImages, family: Family, keeping: Keeping, batch: int, progress: Progress
+    images: CaptionedImages | LatentImages, family: Family, keeping: Keeping, device: torch.device, batch: int, progress: Progress
 ) -> Callable[[Sequence[int]], Tensor]:
     """Latents (B, *shape) of images by their numbers."""
     if isinstance(images, LatentImages):
         rows = images.latents(keeping, progress)
         return lambda ids: rows.select(torch.tensor(ids))["latents"]
-    encoder = of_images(family, images, keeping.device, batch)
+    encoder = of_images(family, images, device, batch)
     return lambda ids: encoder.encode(ids).tensors["latents"]
-
-
-def keeping_in(recipe: Recipe, folder: Path, device: torch.device) -> Keeping:
-    """How `fastgen cache` keeps what it makes in a folder, which origin it states itself."""
-    return Keeping(device, recipe.data.model_copy(update={"store": str(folder), "keep": "auto", "encode": "ahead"}))
 
 
 def cache_encoded(kind: Kind, recipe: Recipe, output: Path, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None) -> tuple[Store, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fastgen.errors import UserError, nearest, one_line, shown
 from fastgen.files import expanded
@@ -202,6 +202,10 @@ class PairsBlock(Block):
         return None if self.source == "teacher" else self.source
 
 
+def _kind_of_pairs(given: Any) -> str:
+    return "int" if isinstance(given, int) else "str" if isinstance(given, str) else "PairsBlock"
+
+
 class DataBlock(Block):
     """background: what transparent pixels of the images lie on, a colour as CSS writes it. caption_key: of their metadata, the key or column
     with the captions. skip_broken: leave out images without caption or that cannot be read. crop: which part of an image of another aspect is
@@ -220,7 +224,10 @@ class DataBlock(Block):
     dtype: Literal["fp32", "bf16"] = "fp32"
     keep: Literal["auto", "memory", "disk"] = "auto"
     encode: Literal["ahead", "online"] = "ahead"
-    pairs: int | str | PairsBlock | None = None
+    pairs: (
+        Annotated[Annotated[int, Tag("int")] | Annotated[str, Tag("str")] | Annotated[PairsBlock, Tag("PairsBlock")], Discriminator(_kind_of_pairs)]
+        | None
+    ) = None
 
     @field_validator("background", mode="before")
     @classmethod
@@ -425,10 +432,15 @@ def _fields_at(model: Any, loc: list[str]) -> list[str]:
     """Field names of the block at `loc` below `model`."""
     for part in loc:
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        blocks = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        blocks = [a for a in _within(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
         if blocks:
             model = blocks[-1]
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _within(annotation: Any) -> list[Any]:
+    """An annotation and all that it is made of."""
+    return [annotation, *(each for part in get_args(annotation) for each in _within(part))]
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:

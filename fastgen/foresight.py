@@ -77,9 +77,11 @@ def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images
     """UserError for a store that cannot take what the run encodes, and for keys that say how something is kept that is not. dtype: of the text
     encoders."""
     block, kept = recipe.data, {"store": recipe.data.store is not None, "keep": recipe.data.keep != "auto", "dtype": recipe.data.dtype != "fp32"}
+    pairs = block.pairs_asked
+    apart = pairs is not None or isinstance(images, LatentImages)  # kept all the same, as these keys say
+    kept = {"store": kept["store"]} if apart else kept
     if block.encode == "online" and (given := [key for key, is_given in kept.items() if is_given]):
         raise UserError(f"recipe key data.{given[0]}: says how encoded data are kept, and with data.encode: online they are not; remove one of them")
-    pairs = block.pairs_asked
     if block.keep != "auto" and block.store is None and (pairs is None or pairs.folder is None) and not isinstance(images, LatentImages):
         raise UserError("recipe key data.keep: says how data.store is read, and there is none; remove it")
     if block.store is None:

@@ -118,6 +118,8 @@ class ImageGenerator:
         steps = steps or self.steps
         if self.own_steps_only and steps != self.steps:
             raise UserError(f"--steps: {steps}, but this student was made for {self.steps}: its second time is part of its weights; train another")
+        if self.renoise == "fixed" and steps == 1:
+            raise UserError("--fixed-noise: a student that takes 1 step draws the same without; the rule is for --steps 2 or more")
         return self.family.sampling_times(steps, self.explicit_grid if steps == self.steps else None, self.sampler)
 
     def times_after_first(self, steps: int | None = None) -> Tensor:
@@ -348,15 +350,7 @@ def load_teacher(
 ) -> ImageGenerator:
     """A teacher: `fastgen:digits` or `fastgen:scenes`, a hub id (at a `revision`), a diffusers folder or a live pipeline; steps and guidance
     default to its own. options: as in the recipe's teacher block."""
-    if isinstance(source, (str, Path)) and (reason := cannot_teach(expanded(source))):
-        raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
-    if guidance is not None and guidance < 1:
-        raise UserError(f"guidance: {guidance:g}; allowed: 1 (none) and more, as in diffusers")
-    found = find_family(source, family, **options)
-    if reason := in_two_parts(found):
-        raise UserError(f"{_named(source)} is {reason}, which cannot teach yet")
-    if found.exportable and isinstance(source, (str, Path)):
-        check_if_exported(resolve_source(source, options.get("revision")))
+    found = teacher_family(source, family, guidance, **options)
     return ImageGenerator(
         found,
         Predictor(Denoiser(found.load_backbone().to(device), found), found),
@@ -367,6 +361,20 @@ def load_teacher(
         sampler=found.samplers[0],
         name=f"teacher {_named(source)}" if isinstance(source, (str, Path)) else _named(source),
     )
+
+
+def teacher_family(source: Any, family: str = "auto", guidance: float | None = None, **options: Any) -> Family:
+    """The family of a teacher as `load_teacher` takes it, with no network loaded; UserError for what cannot teach."""
+    if isinstance(source, (str, Path)) and (reason := cannot_teach(expanded(source))):
+        raise UserError(f"{str(source)!r} is {reason}, which cannot teach yet; load_student loads it")
+    if guidance is not None and guidance < 1:
+        raise UserError(f"guidance: {guidance:g}; allowed: 1 (none) and more, as in diffusers")
+    found = find_family(source, family, **options)
+    if reason := in_two_parts(found):
+        raise UserError(f"{_named(source)} is {reason}, which cannot teach yet")
+    if found.exportable and isinstance(source, (str, Path)):
+        check_if_exported(resolve_source(source, options.get("revision")))
+    return found
 
 
 def _named(source: Any) -> str:

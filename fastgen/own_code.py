@@ -5,6 +5,7 @@ A plan reads a function's file without running it (`check`); building a run impo
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from fastgen import static
-from fastgen.errors import UserError, nearest
+from fastgen.errors import UserError, nearest, one_line
 from fastgen.files import expanded
 from fastgen.fingerprints import digest, known_hash
 
@@ -59,7 +60,7 @@ class Named:
             raise UserError(f"{self.key}: {self.name!r}: {what}") from error
 
     def load(self) -> Callable[..., Any]:
-        """The user's function; UserError where there is none."""
+        """The user's function, which raises UserError where it raises anything; UserError where there is none."""
         source, function = self._parts()
         module = self._module(source)
         found: Any = getattr(module, function, None)
@@ -74,7 +75,15 @@ class Named:
             raise UserError(f"{self.key}: {self.name!r} is no function of {self._signature}: {error}") from error
         except ValueError:  # some builtins do not tell
             pass
-        return found
+
+        @functools.wraps(found)
+        def called(*given: Any) -> Any:
+            try:
+                return found(*given)
+            except Exception as error:  # of the user's own code
+                raise UserError(f"{self.key}: {self.name!r} raised {type(error).__name__}: {one_line(str(error), 200)}") from error
+
+        return called
 
     def content(self) -> str:
         """What it is, wherever it lies: SHA-256 of the function's name and of the file of its module; one of ours is its name."""

@@ -20,8 +20,8 @@ from fastgen.data import pair_folder
 from fastgen.data.encoded import Keeping
 from fastgen.data.images import CaptionedImages, images_of
 from fastgen.data.latents import LatentImages
-from fastgen.data.pair_folder import Drawing, PairFolder
-from fastgen.data.pairs import TeacherSampler
+from fastgen.data.pair_folder import Drawing, PairFolder, kept_before
+from fastgen.data.pairs import Solver, TeacherSampler
 from fastgen.data.prompts import load_prompts
 from fastgen.data.store import DTYPES
 from fastgen.data.training import prompt_weights
@@ -156,19 +156,15 @@ class Plan:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        return _AUTOCAST[self.recipe.train.precision]
+        return autocast_of(self.recipe)
 
     @property
     def storage(self) -> Storage:
-        """How weights are kept that nothing trains: under adapters in the dtype that is computed in, unless the recipe says otherwise."""
-        teacher, narrow = self.recipe.teacher, self.autocast is not None and self.tuning is not None
-        return Storage("bf16" if narrow and teacher.dtype == "auto" else teacher.dtype, teacher.quantise)
+        return storage_of(self.recipe)
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """Of what nothing trains, as the recipe has it."""
-        stated = self.recipe.teacher.dtype
-        return DTYPES[self.recipe.train.precision if stated == "auto" else stated]
+        return DTYPES[frozen_dtype_of(self.recipe)]
 
     def setting(self, negative: Conditioning, decode: Callable[[Tensor], Tensor] | None = None) -> Setting:
         """What the method may know of the run. negative: conditioning of the teacher's negative prompt, on the run's device."""
@@ -207,6 +203,23 @@ class Plan:
         return data
 
 
+def autocast_of(recipe: Recipe) -> torch.dtype | None:
+    """The dtype that networks compute in, None for that of their weights."""
+    return _AUTOCAST[recipe.train.precision]
+
+
+def storage_of(recipe: Recipe) -> Storage:
+    """How weights are kept that nothing trains: under adapters in the dtype that is computed in, unless the recipe says otherwise."""
+    teacher, narrow = recipe.teacher, autocast_of(recipe) is not None and isinstance(recipe.student.tune, Tuning)
+    return Storage("bf16" if narrow and teacher.dtype == "auto" else teacher.dtype, teacher.quantise)
+
+
+def frozen_dtype_of(recipe: Recipe) -> str:
+    """Of what nothing trains, as the recipe has it."""
+    stated = recipe.teacher.dtype
+    return recipe.train.precision if stated == "auto" else stated
+
+
 def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, started: bool = False, dry: bool = False) -> Plan:
     """Check everything a recipe names, or what one stage alone needs. UserError for the first mistake. started: the run has checkpoints,
     which hold all that `student.init` has brought, so that is not opened again. dry: nothing will be built, so a teacher's configurations
@@ -235,13 +248,11 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
         pair_folder.check(pairs, identified_teacher(recipe), family.latent.shape, recipe.data.dtype)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
     foresight.check_grid(recipe, family)
-    if isinstance(images, LatentImages):
-        images.check(family, identified_teacher(recipe), recipe.data.dtype)
-    else:
-        foresight.check_images(images, family)
+    check_pictures(images, recipe, family)
     if asked is not None and asked.folder is None and recipe.data.store is not None:
         keeping = Keeping(torch.device("cpu"), recipe.data).of_pairs()
-        keeping.check(drawing_of(planned).of_noise(_undrawn, family.encode_prompts, asked.count or 0, recipe.train.at_once))
+        count = max(asked.count or 0, kept_before(expanded(recipe.data.store) / "pairs"))
+        keeping.check(drawing_of(planned).of_noise(_undrawn, family.encode_prompts, count, recipe.train.at_once))
     foresight.check_store(recipe, family, prompt_weights(prompts, images), images, planned.frozen_dtype)
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
@@ -347,6 +358,20 @@ def resolved_teacher(recipe: Recipe) -> dict[str, Any]:
     return data
 
 
+def identified_teacher(recipe: Recipe) -> dict[str, Any]:
+    """The same by content: its own as `sha256`, that of its adapters in place of their paths."""
+    lora = [{"weight": each.weight, "sha256": each.sha256} for each in adapters.find(recipe.teacher.adapters)]
+    return resolved_teacher(recipe) | {"sha256": _teacher_hash(recipe), "lora": lora or None}
+
+
+def check_pictures(images: CaptionedImages | LatentImages | None, recipe: Recipe, family: Family) -> None:
+    """UserError for images that are not what a recipe's teacher draws."""
+    if isinstance(images, LatentImages):
+        images.check(family, identified_teacher(recipe), recipe.data.dtype)
+    else:
+        foresight.check_images(images, family)
+
+
 def _undrawn() -> TeacherSampler:
     raise AssertionError("a plan draws nothing")
 
@@ -355,15 +380,15 @@ def drawing_of(planned: Plan) -> Drawing:
     """What the teacher draws a run's pairs with when it starts."""
     recipe, family, asked = planned.recipe, planned.family, planned.recipe.data.pairs_asked
     assert asked is not None and asked.folder is None
-    times = family.grid(asked.steps or family.own_call["num_inference_steps"])
-    prompts = prompt_weights(planned.prompts, planned.images)
-    return Drawing(times, family.latent.shape, asked.solver or "euler", identified_teacher(recipe), prompts, recipe.train.seed)
+    return drawing(recipe, family, prompt_weights(planned.prompts, planned.images), asked.steps, asked.solver or "euler")
 
 
-def identified_teacher(recipe: Recipe) -> dict[str, Any]:
-    """The same by content: its own as `sha256`, that of its adapters in place of their paths."""
-    lora = [{"weight": each.weight, "sha256": each.sha256} for each in adapters.find(recipe.teacher.adapters)]
-    return resolved_teacher(recipe) | {"sha256": _teacher_hash(recipe), "lora": lora or None}
+def drawing(recipe: Recipe, family: Family, prompts: Mapping[str, float], steps: int | None, solver: Solver, images: str | None = None) -> Drawing:
+    """What a recipe's teacher draws pairs with. steps: its own unless stated."""
+    times = family.grid(steps or family.own_call["num_inference_steps"])
+    precision = {"teacher.dtype": frozen_dtype_of(recipe), "teacher.quantise": recipe.teacher.quantise, "train.precision": recipe.train.precision}
+    teacher = identified_teacher(recipe)
+    return Drawing(times, family.latent.shape, solver, teacher, prompts, recipe.train.seed, precision, images)
 
 
 def _absolute(source: Any) -> Any:

@@ -14,7 +14,7 @@ from pair_sets import loaded, samples_of, seeds_of
 from pipelines import draw
 from pipelines import sd3_folder as sd3_folder
 
-from fastgen import cli
+from fastgen import cli, run
 from fastgen.caching import cache_pairs
 from fastgen.config import Recipe
 from fastgen.data import store
@@ -98,6 +98,8 @@ def test_options_reach_the_manifest_and_the_sampler(toy: Path, tmp_path: Path) -
         "negative_prompt": "1",
         "max_sequence_length": None,
         "sha256": "toy:mixture",
+        "dtype": "fp32",
+        "quantise": None,
     }
 
 
@@ -212,3 +214,44 @@ def test_pairs_of_data_are_the_noise_that_the_teachers_flow_leads_to(tmp_path: P
     with pytest.raises(UserError, match=r"--count: 7, but --from data makes a pair of every image, and there are 6"):
         cache_pairs(read, tmp_path / "three", source="data", count=7)
     assert not (tmp_path / "three").exists()
+
+
+def test_fewer_pairs_than_a_folder_was_begun_for_are_refused_until_it_is_whole(toy: Path, tmp_path: Path) -> None:
+    read = Recipe.load(toy)
+    cache_pairs(read, tmp_path / "p", count=9)
+    assert cache_pairs(read, tmp_path / "p", count=4)[1] == 0  # nothing is left to draw
+    (tmp_path / "p/pairs/shard_000000.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--count: 4, but .* was begun for 9 pairs and holds 0; finish it, use its first with data\.pairs\.count"):
+        cache_pairs(read, tmp_path / "p", count=4)
+
+
+def test_pairs_are_drawn_in_the_precision_of_the_run_and_told_apart_by_it(tmp_path: Path) -> None:
+    plain, narrow = Recipe.load(recipe(tmp_path)), Recipe.load(recipe(tmp_path), ["train.precision=bf16"])
+    for name, read in (("plain", plain), ("narrow", narrow)):
+        cache_pairs(read, tmp_path / name, count=4, steps=2)
+    apart = (samples_of(loaded(tmp_path / "plain")) - samples_of(loaded(tmp_path / "narrow"))).abs().max()
+    assert 0 < apart < 0.5
+    with pytest.raises(UserError, match=r"data\.pairs: .* was drawn with teacher\.dtype 'fp32', this recipe needs 'bf16'"):
+        cache_pairs(narrow, tmp_path / "plain", count=4, steps=2)
+    with pytest.raises(UserError, match=r"was drawn with teacher\.quantise None, this recipe needs 'int8'"):
+        cache_pairs(Recipe.load(recipe(tmp_path), ["teacher.quantise=int8"]), tmp_path / "plain", count=4, steps=2)
+
+
+def test_a_run_takes_the_first_of_more_pairs_that_its_store_holds(tmp_path: Path) -> None:
+    keys = [f"data.store={tmp_path / 'store'}", "train.steps=1", "evaluate.protocol=null", "student.steps=1"]
+    losses = []
+    for name, count in (("few", 6), ("more", 9), ("again", 6)):
+        folder = run.train(Recipe.load(recipe(tmp_path), [*keys, f"data.pairs={{count: {count}, steps: 2}}"]), tmp_path / name, only="train")
+        losses.append(json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]))
+    assert {key: losses[0][key] for key in losses[0] if "loss" in key} == {key: losses[2][key] for key in losses[2] if "loss" in key}
+    assert open_folder(tmp_path / "store").count == 9
+
+
+def test_images_that_the_teacher_does_not_draw_have_no_noise(tmp_path: Path) -> None:
+    cache_pairs(Recipe.load(recipe(tmp_path)), tmp_path / "guided", count=4, steps=1)
+    unguided = DIGITS | {"teacher": {"pretrained": "fastgen:digits"}}
+    for images, message in (("fastgen:scenes", "16"), (str(tmp_path / "guided"), r"was drawn with teacher\.guidance 1\.5, this recipe has 1\.0")):
+        read = Recipe.load(recipe(tmp_path, unguided | {"data": {"images": images}}))
+        with pytest.raises(UserError, match=rf"recipe key data\.images: .*{message}"):
+            cache_pairs(read, tmp_path / "new", source="data")
+    assert not (tmp_path / "new").exists()

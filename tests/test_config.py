@@ -322,3 +322,23 @@ def test_a_student_that_is_more_than_its_network_is_no_teacher(told: dict[str, A
         run.plan(load(f"teacher.pretrained={folder}"))
     with pytest.raises(UserError, match=rf"'{folder}' is {reason}, which cannot teach yet; load_student loads it"):
         load_teacher(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{from: teacher}", r"data\.pairs: count: missing; it says how many pairs the teacher draws"),
+        ("{count: 5, solver: dpm}", r"data\.pairs\.solver: .*'euler' or 'heun'"),
+        ("{count: 0}", r"data\.pairs\.count: "),
+        ("{count: 5, step: 2}", r"data\.pairs\.step: unknown key; did you mean 'steps'"),
+        ("{count: 5, steps: 2000}", r"data\.pairs\.steps: "),
+        ("{count: 5, from: 5}", r"data\.pairs\.from: "),
+        ("[5]", r"data\.pairs: a number of pairs, 1 or more, or a folder"),
+    ],
+)
+def test_a_wrong_key_of_pairs_is_named(given: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^recipe key {message}"):
+        Recipe.load("digits_dmd_1step", [f"data.pairs={given}"])
+    read = Recipe.load("digits_dmd_1step", ["data.pairs={from: somewhere, count: 5}"])
+    assert read.dump()["data"]["pairs"] == {"from": "somewhere", "count": 5, "solver": None, "steps": None}
+    assert validate(Recipe, read.dump()) == read

@@ -133,7 +133,7 @@ def test_half_precision_pictures_are_compared_in_fp32(network: Any) -> None:
 @pytest.mark.parametrize("shapes", [((2, 2), (2, 2)), ((2, 1, 8, 8), (2, 1, 8, 8)), ((2, 3, 8, 8), (1, 3, 8, 8)), ((2, 3, 4, 8, 8), (2, 3, 4, 8, 8))])
 def test_what_is_no_pair_of_pictures_is_refused(network: Any, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(UserError, match=r"recipe key distiller\.regression\.metric: lpips compares pictures \(B, 3, H, W\), not .*another metric"):
-        perceptual.distance(network, *(torch.zeros(shape) for shape in shapes))
+        perceptual.distance(network, torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
 def test_loading_freezes_and_happens_once(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pair_sets import loaded, samples_of
 from pipelines import NEGATIVE, PROMPTS, adapter_tuning, card_snippet, edit_json, in_a_run, student_info, student_role
 from pipelines import same_interpreter as same_interpreter
 from pipelines import sd3_folder as sd3_folder
@@ -16,7 +17,7 @@ from pipelines import sd3_folder as sd3_folder
 from fastgen import checkpoint, cli, inputs, run
 from fastgen.caching import cache_pairs
 from fastgen.config import Recipe
-from fastgen.data.pair_folder import open_folder
+from fastgen.data.pair_folder import check, open_folder
 from fastgen.errors import UserError
 from fastgen.evaluation.subjects.generated import GeneratorSubject, bundled_subject
 from fastgen.export import export_lora, export_student, verify
@@ -161,23 +162,25 @@ def test_features_of_a_teacher_are_told_apart_by_its_grid() -> None:
 
 def test_pairs_follow_a_stated_shift_and_are_told_apart_by_it(recipe: Path, tmp_path: Path) -> None:
     stated = Recipe.load(recipe, ["teacher.shift=2"])
-    folder, _ = cache_pairs(stated, tmp_path / "pairs", count=2, steps=4)
-    assert folder.manifest.teacher["shift"] == 2
-    assert folder.manifest.grid == pytest.approx((1, 6 / 7, 2 / 3, 0.4), abs=1e-12)
-    again, made = cache_pairs(stated, tmp_path / "pairs", count=3, steps=4)
-    assert (again.manifest.count, made) == (3, 1)
+    store, _ = cache_pairs(stated, tmp_path / "pairs", count=2, steps=4)
+    assert store.manifest.origin["teacher.shift"] == 2
+    assert store.manifest.origin["the sampling grid"] == pytest.approx([1, 6 / 7, 2 / 3, 0.4], abs=1e-12)
+    again, _ = cache_pairs(stated, tmp_path / "pairs", count=3, steps=4)
+    assert len(again) == 3
     other = Recipe.load(recipe, ["teacher.shift=4"])
-    with pytest.raises(UserError, match=r"--output: .* holds pairs drawn with teacher\.shift 2\.0, not 4\.0; choose another folder"):
+    with pytest.raises(UserError, match=r"data\.pairs: .* was drawn with teacher\.shift 2\.0, this recipe needs 4\.0; choose another folder"):
         cache_pairs(other, tmp_path / "pairs", count=3, steps=4)
     pairs = open_folder(tmp_path / "pairs")
-    block = dict(folder.manifest.teacher)
-    pairs.check(block, pairs.manifest.shape)
+    block, shape = dict(pairs.teacher), pairs.drawn["shape"]
+    check(pairs, block, shape, "fp32")
     for shift, now in ((4.0, r"4\.0"), (None, "None")):
         with pytest.raises(UserError, match=rf"data\.pairs: .* was drawn with teacher\.shift 2\.0, this recipe has {now}"):
-            pairs.check(block | {"shift": shift}, pairs.manifest.shape)
+            check(pairs, block | {"shift": shift}, shape, "fp32")
 
 
 def test_pairs_drawn_at_another_shift_are_other_samples(recipe: Path, tmp_path: Path) -> None:
-    drawn = [cache_pairs(Recipe.load(recipe, [f"teacher.shift={s}"]), tmp_path / f"{s}", count=1, steps=3)[0].load().x0 for s in (2, 4)]
+    for shift in (2, 4):
+        cache_pairs(Recipe.load(recipe, [f"teacher.shift={shift}"]), tmp_path / f"{shift}", count=1, steps=3)
+    drawn = [samples_of(loaded(tmp_path / f"{shift}")) for shift in (2, 4)]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
     assert torch.isfinite(drawn[0]).all()

@@ -52,6 +52,8 @@ def latents_in(folder: Path) -> LatentImages | None:
 
 
 def _of_pairs(pairs: PairFolder) -> LatentImages:
+    pair_folder.check_whole(pairs, KEY)
+
     def check(family: Family, teacher: Mapping[str, Any], dtype: str) -> None:
         pair_folder.check(pairs, teacher, family.latent.shape, dtype, KEY)
 

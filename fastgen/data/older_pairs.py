@@ -52,9 +52,9 @@ class Shards:
         for start in range(0, count, SHARD):
             yield self.path / f"pairs_{start // SHARD:06d}.safetensors", range(start, min(start + SHARD, self.manifest.count))
 
-    def held(self) -> int:
-        """How many pairs are there; reads headers only."""
-        return sum(min(_held(file), len(ids)) for file, ids in self._files(self.manifest.count))
+    def held(self, count: int) -> int:
+        """How many of the first `count` pairs are there; reads headers only."""
+        return sum(min(_held(file), len(ids), count - ids.start) for file, ids in self._files(count))
 
     def prompts(self, count: int) -> list[str]:
         """Of the first `count` pairs, as far as they are there; reads headers only."""

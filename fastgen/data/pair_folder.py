@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from fastgen.data.older_pairs import FILE as OLDER_FILE
 from fastgen.data.older_pairs import Shards, older
 from fastgen.data.pairs import Encode, Pairs, Solver, TeacherSampler, draw, draw_from, drawn_prompts
 from fastgen.data.rows import Chosen
-from fastgen.data.store import FILE, Encoded, Store, key_of, open_store
+from fastgen.data.store import Encoded, Store, key_of, open_store
 from fastgen.errors import UserError
 from fastgen.files import expanded
 from fastgen.fingerprints import digest
@@ -32,8 +32,8 @@ _IF_STATED = ("shift", "embedded_guidance", "lora")  # the other options, size a
 @dataclass(frozen=True)
 class Drawing:
     """What pairs are drawn with. times: the sampler's grid (N,), shape: of a sample; teacher: the recipe's block, a local folder as an absolute
-    path, and its content as `sha256`; prompts: the weighted ones drawn from; images: the content of those that noise is sought for, None where
-    samples are sought for noise."""
+    path, and its content as `sha256`; prompts: the weighted ones drawn from; precision: in which the teacher draws, by recipe keys; images: the
+    content of those that noise is sought for, None where samples are sought for noise."""
 
     times: Tensor
     shape: tuple[int, ...]
@@ -41,6 +41,7 @@ class Drawing:
     teacher: Mapping[str, Any]
     prompts: Mapping[str, float]
     seed: int
+    precision: Mapping[str, Any] = field(default_factory=dict)
     images: str | None = None
 
     @property
@@ -51,7 +52,7 @@ class Drawing:
         drawn = {"--solver": self.solver, "--steps": len(self.times), "the sampling grid": self.times.tolist()}
         chosen = {"train.seed": self.seed, "data.prompts": digest(list(self.prompts.items()))[:16]}
         source = {"--from": "noise"} if self.images is None else {"--from": "data", "data.images": self.images}
-        return {"teacher.pretrained": self.teacher["sha256"], **teacher, **drawn, **chosen, **source}
+        return {"teacher.pretrained": self.teacher["sha256"], **teacher, **self.precision, **drawn, **chosen, **source}
 
     def sampler(self, predict: Predict, device: torch.device | str) -> TeacherSampler:
         """The teacher's, by its guided predictions."""
@@ -184,7 +185,7 @@ class Older:
         return {**self.shards.manifest.model_dump(include={"solver", "steps", "shape"}), "dtype": "fp32"}
 
     def held(self) -> int:
-        return self.shards.held()
+        return self.shards.held(self.count)
 
     def prompts(self) -> list[str]:
         return self.shards.prompts(self.count)
@@ -232,8 +233,13 @@ def check(folder: PairFolder, teacher: Mapping[str, Any], shape: Sequence[int], 
         raise UserError(f"{key}: {where!r} holds latents {tuple(folder.drawn['shape'])}, this recipe's teacher has {tuple(shape)}")
     if folder.drawn["dtype"] != dtype:
         raise UserError(f"{key}: {where!r} holds samples in {folder.drawn['dtype']}, this recipe has data.dtype {dtype!r}")
-    if folder.held() < folder.count:
-        raise UserError(f"{key}: {where!r} holds {folder.held()} of {folder.count} pairs; finish it with the same `fastgen cache pairs` command")
+    check_whole(folder, key)
+
+
+def check_whole(folder: PairFolder, key: str = KEY) -> None:
+    """UserError, beginning with `key`, where some pairs are missing; reads headers only."""
+    if (held := folder.held()) < folder.count:
+        raise UserError(f"{key}: {str(folder.path)!r} holds {held} of {folder.count} pairs; finish it with the same `fastgen cache pairs` command")
 
 
 def content(folder: PairFolder, count: int) -> str:
@@ -252,9 +258,9 @@ def check_unused(output: Path) -> None:
         )
 
 
-def kept_before(output: Path) -> int:
+def kept_before(folder: Path) -> int:
     """How many pairs the store in a folder is to hold already."""
-    found = open_store(output, key=KEY) if (output / FILE).is_file() else None
+    found = open_store(folder, key=KEY)
     return 0 if found is None else len(found)
 
 

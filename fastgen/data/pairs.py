@@ -1,7 +1,8 @@
 """Noise-sample pairs (z, y): unit noise z and the sample y where the teacher's deterministic sampler leads from it.
 
 DMD regresses on them (Yin et al. 2024a, section 3.2), reflow learns the lines between them (Liu et al. 2022). Pair i depends on the seed, the
-prompts and i alone, so that the first pairs of a larger set are a smaller set, in batches of any size. Noise that was drawn is kept as its seed.
+prompts and i alone, so that the first pairs of a larger set are a smaller set, in batches of any size up to rounding. Noise that was drawn is
+kept as its seed.
 """
 
 from __future__ import annotations

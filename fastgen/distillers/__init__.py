@@ -6,7 +6,10 @@ from fastgen.discovery import find_class, module_names
 from fastgen.distillers.base import Distiller
 
 # What several methods are made of.
-SHARED = ("anchor", "base", "divergences", "gan", "losses", "matching", "points", "regression", "rollout", "running", "solver", "tangents")
+SHARED = (
+    *("anchor", "base", "divergences", "gan", "losses", "matching", "points", "premetrics", "regression", "rollout", "running", "solver"),
+    "tangents",
+)
 
 
 def distiller_names() -> list[str]:

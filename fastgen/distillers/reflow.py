@@ -22,6 +22,7 @@ from fastgen.data.training import PairBatch
 from fastgen.distillers import premetrics
 from fastgen.distillers.base import Batch, Distiller, Facts, Loss, MethodConfig, Models, Setting, Update
 from fastgen.distillers.premetrics import PerceptualConfig, VelocityConfig
+from fastgen.errors import UserError
 from fastgen.path import Flow, expand_time
 from fastgen.rng import SampleRng
 from fastgen.roles import student
@@ -90,6 +91,12 @@ class Reflow(Distiller):
     @classmethod
     def check(cls, config: ReflowConfig, facts: Facts) -> None:
         premetrics.check(config.perceptual, facts)
+        if config.times.hi == 0:
+            raise UserError("recipe key distiller.times.hi: 0 is where samples are clean, and nothing is learned there")
+        if config.times.lo == 1 and facts.steps > 1:
+            raise UserError(
+                f"recipe key distiller.times.lo: 1 trains the noise end alone, but student.steps {facts.steps} asks at other times too; take lo 0"
+            )
 
     @classmethod
     def load(cls, config: ReflowConfig) -> None:

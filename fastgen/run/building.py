@@ -12,6 +12,7 @@ from fastgen import checkpoint, conditioning, inputs
 from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import origin_of
+from fastgen.data.pair_folder import kept_before
 from fastgen.data.pairs import Pairs, drawn_prompts
 from fastgen.divergence import largest
 from fastgen.errors import UserError
@@ -152,9 +153,10 @@ def load_pairs(run: Run, progress: Progress) -> Pairs:
     drawing = drawing_of(plan)
     predict = run.trainer.distiller.setting.guide(run.trainer.models["teacher"])
     sampler = drawing.sampler(predict, run.parallel.device)
-    encoder = drawing.of_noise(lambda: sampler, run.data.conditioning, asked.count, recipe.train.at_once)
-    rows = keeping.of_pairs().rows(encoder, progress)
-    return Pairs(rows, tuple(drawn_prompts(drawing.prompts, range(asked.count), seed=drawing.seed)))
+    count = max(asked.count, 0 if keeping.folder is None else kept_before(keeping.folder / "pairs"))
+    rows = keeping.of_pairs().rows(drawing.of_noise(lambda: sampler, run.data.conditioning, count, recipe.train.at_once), progress)
+    pairs = Pairs(rows, tuple(drawn_prompts(drawing.prompts, range(count), seed=drawing.seed)))
+    return pairs if count == asked.count else pairs.first(asked.count)
 
 
 def spread(items: Sequence[str], count: int) -> list[str]:

@@ -269,6 +269,25 @@ def test_a_metric_that_returns_something_else_is_named() -> None:
         method.distance(Always(torch.zeros(2, 3, 2, 2)), line, torch.ones(2), 0)
 
 
+def broken(pixels: Tensor) -> Tensor:
+    raise OverflowError("too\nbright")
+
+
+def test_what_a_metric_raises_is_one_line() -> None:
+    method = pictured(perceptual={"metric": f"{__name__}:broken"})
+    line = Line(torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2), {})
+    with pytest.raises(UserError, match=r"distiller\.perceptual\.metric: '.*:broken' raised OverflowError: too bright"):
+        method.distance(Always(torch.zeros(2, 3, 2, 2)), line, torch.ones(2), 0)
+
+
+def test_times_that_teach_what_sampling_does_not_ask_are_refused() -> None:
+    facts = Facts(4, 1.0, (1.0, 0.75, 0.5, 0.25), 1.0, picture=(3, 8, 8), train_steps=9)
+    for times, message in (({"lo": 1.0}, r"lo: 1 trains the noise end alone, but student\.steps 4"), ({"lo": 0.0, "hi": 0.0}, r"hi: 0 is where")):
+        config: Any = validate(ReflowConfig, {"name": "reflow", "times": times}, "distiller")
+        with pytest.raises(UserError, match=rf"recipe key distiller\.times\.{message}"):
+            Reflow.check(config, facts)
+
+
 def test_a_metric_is_identified_by_its_file() -> None:
     config = PerceptualConfig(metric=FEATURES)
     given = ReflowConfig(name="reflow", perceptual=config)
