@@ -118,8 +118,6 @@ class ImageGenerator:
         steps = steps or self.steps
         if self.own_steps_only and steps != self.steps:
             raise UserError(f"--steps: {steps}, but this student was made for {self.steps}: its second time is part of its weights; train another")
-        if self.renoise == "fixed" and steps == 1:
-            raise UserError("--fixed-noise: a student that takes 1 step draws the same without; the rule is for --steps 2 or more")
         return self.family.sampling_times(steps, self.explicit_grid if steps == self.steps else None, self.sampler)
 
     def times_after_first(self, steps: int | None = None) -> Tensor:
@@ -141,6 +139,8 @@ class ImageGenerator:
             times = self.times_after_first(steps)
             way = timesteps.down_to(times[0].item(), count, t_max=teacher.family.path.t_max, shift=teacher.family.shift)
             start = teacher._partly_denoised(noise, prompts, way).to(self.device)
+        if self.renoise == "fixed" and len(times) < 2:
+            raise UserError("--fixed-noise: a student that takes 1 step draws the same without; the rule is for --steps 2 or more")
         return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), draws, renoise=self.renoise, start=start)
 
     def _partly_denoised(self, noise: Tensor, prompts: Sequence[str], times: Tensor) -> Tensor:

@@ -179,6 +179,8 @@ def test_a_student_goes_back_to_its_first_noise_and_is_measured_so(run_dir: Path
     assert '"sampler": "fixed"' in json.dumps(found) and '"scheduler"' not in json.dumps(found)
     assert before == ((run_dir / "student/results.json").read_bytes() if before is not None else None)
     (run_dir / "student/results.fixed_noise.json").unlink()
+    assert cli.main([*arguments, "--steps", "1", "--fixed-noise"]) == 2
+    assert "--fixed-noise: a student that takes 1 step draws the same without" in capfd.readouterr().err
     capfd.readouterr()
     assert cli.main(["evaluate", "fastgen:digits", "--fixed-noise"]) == 2
     assert "--fixed-noise: does not apply to a bundled teacher" in capfd.readouterr().err
