@@ -68,7 +68,7 @@ FAMILIES = {
     "lumina2": Row(tiny_lumina2, {"size": [32, 32], "max_sequence_length": 69}, ("lcm", "full")),
     "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
     "sana_sprint": Row(tiny_sprint, {"size": [32, 32], "max_sequence_length": 18, "embedded_guidance": 2.5}, ("dmd2", "lora")),
-    "ddpm": Row(lambda: tiny_ddpm(prediction_type="epsilon"), {}, ("lcm", "full")),
+    "ddpm": Row(lambda: tiny_ddpm(prediction_type="epsilon"), {}, ("lcm", "full"), recipes=("ddpm_",)),
     "prx_pixel": Row(tiny_prx, {"size": [16, 16]}, ("dmd2", "full")),
     "consistency": Row(tiny_consistency, {}, ("dmd2", "full"), prompts=["3", "0"]),
 }  # fmt: skip
