@@ -344,7 +344,7 @@ def test_progress_and_what_is_missing_during_training(sd3_folder: Path) -> None:
     told = Told()
     run.train(recipe(sd3_folder, evaluate={"every": 1}), "run", only="train", progress=told)
     drawn, measured = ("training", "pictures of the student, 2 steps"), ("training", "metrics of the student, 2 steps")
-    assert told.within == [("training",), ("training", "reference pictures"), drawn, measured, drawn, measured]
+    assert told.within == [("encoding prompts",), ("training",), ("training", "reference pictures"), drawn, measured, drawn, measured]
     assert told.counts[drawn[1]] == [3, 3] and told.counts["training"] == [1, 2]
     assert len([line for line in told.warned if line.startswith("warning: fid is not measured")]) == 1  # not at every evaluation
 

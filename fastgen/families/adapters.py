@@ -231,11 +231,13 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _said() -> Iterator[list[str]]:
-    """What diffusers logs within, which is shown to nobody."""
+    """What diffusers warns of within, whatever it is told to show, which is shown to nobody."""
     logger, handler = logging.getLogger("diffusers"), _Lines()
-    others, propagate = list(logger.handlers), logger.propagate
+    others, propagate, level = list(logger.handlers), logger.propagate, logger.level
     logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.WARNING)
     try:
         yield handler.lines
     finally:
         logger.handlers, logger.propagate = others, propagate
+        logger.setLevel(level)

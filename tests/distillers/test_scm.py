@@ -318,7 +318,7 @@ def test_a_learned_log_variance_levels_the_noise_levels_and_is_left_behind() -> 
     trainer.parameters["student"] = [value for name, value in trainer.roles["student"].parameters().items() if name in names]
     trainer.optimizers["student"] = torch.optim.Adam(trainer.parameters["student"], lr=1e-2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.roles, "training", lambda trained: nullcontext())
+        patch.setattr(trainer.roles, "training", lambda *_: nullcontext())
         trainer.run([])
     assert all(torch.equal(value, frozen[name]) for name, value in network.backbone.state_dict().items())
     points = learned.draw_points(trainer.models, batch(latents), rng(256, 9))  # type: ignore[attr-defined]

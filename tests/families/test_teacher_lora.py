@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -261,7 +262,10 @@ def test_encoders_in_half_precision_are_tuned_too(folders: Any, tmp_path: Path) 
         assert (half - single[key]).abs().max() < 0.1 * (plain[key] - single[key]).abs().max()
 
 
-def test_what_is_used_in_part_is_said(folders: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_used_in_part_is_said(quiet: bool, folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "level", logging.CRITICAL if quiet else logging.WARNING)  # as the command line has it
+    logging.getLogger("diffusers")._cache.clear()  # type: ignore[attr-defined]
     state = factors(tiny_sd15(), parts=("unet",))
     key = next(iter(state)).replace("down_blocks.0", "down_blocks.7")
     more = {key: state[next(iter(state))], key.replace("lora_A", "lora_B"): next(value for name, value in state.items() if "lora_B" in name)}
