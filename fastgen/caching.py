@@ -49,10 +49,10 @@ def cache_pairs(
 ) -> tuple[Store, int]:
     """Draw noise-sample pairs from a recipe's guided teacher into the folder `output`/pairs; returns the store and how many pairs are new.
 
-    Of the recipe it takes teacher, data, train.seed and train.device. source: `noise`, whose samples are drawn, or `data`, the images, for each of
-    which the noise is sought that the unguided teacher's ODE leads to. count: 10,000 unless stated; of data, all. steps: by default the teacher's
-    own; batch: by default what training takes at once. part: as for `cache_encoded`. A store of the same drawing is continued, also to a larger
-    count. UserError before anything is written.
+    Of the recipe it takes teacher, data, train.seed, train.precision and train.device. source: `noise`, whose samples are drawn, or `data`, the
+    images, for each of which the noise is sought that the unguided teacher's ODE leads to. count: unless stated what the folder was begun for, or
+    10,000; of data, all. steps: by default the teacher's own; batch: by default what training takes at once. part: as for `cache_encoded`. A store
+    of the same drawing is continued, also to a larger count. UserError before anything is written.
     """
     progress, recipe = progress or Progress(), pinned(recipe)
     images = images_of(recipe.data)
@@ -81,10 +81,11 @@ def cache_pairs(
 
     family.encode_with(device, DTYPES[frozen_dtype_of(recipe)])
     if source == "noise":
-        begun, asked = kept_before(output / "pairs"), count or 10_000
-        encoder = how.of_noise(sampler, encode, max(asked, begun), at_once)
+        begun = kept_before(output / "pairs")
+        encoder = how.of_noise(sampler, encode, max(count or begun or 10_000, begun), at_once)
         keeping.check(encoder)
-        _check_begun(output, asked)
+        if count is not None:
+            _check_begun(output, count)
     else:
         assert images is not None
         encoder = how.of_data(sampler, encode, _latents(images, family, keeping, device, at_once, progress), images.captions, at_once)

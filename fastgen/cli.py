@@ -282,7 +282,10 @@ def cache_pairs(
     recipe: RecipeArgument,
     output: Annotated[Path, typer.Option(help="Folder of the pairs; one that holds some of them is continued.")],
     overrides: Overrides = None,
-    count: Annotated[Optional[int], typer.Option(min=1, max=10**9, help="Pairs in all (default: 10000; of data, all).")] = None,  # noqa: UP045
+    count: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=10**9, help="Pairs in all (default: 10000, or what the folder was begun for; of data, all)."),
+    ] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Sampling steps (default: the teacher's).")] = None,  # noqa: UP045
     solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun: order 2, twice the evaluations.")] = "euler",
     source: Annotated[

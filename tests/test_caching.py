@@ -223,6 +223,7 @@ def test_fewer_pairs_than_a_folder_was_begun_for_are_refused_until_it_is_whole(t
     (tmp_path / "p/pairs/shard_000000.safetensors").unlink()
     with pytest.raises(UserError, match=r"--count: 4, but .* was begun for 9 pairs and holds 0; finish it, use its first with data\.pairs\.count"):
         cache_pairs(read, tmp_path / "p", count=4)
+    assert cache_pairs(read, tmp_path / "p")[1] == 9  # what it was begun for
 
 
 def test_pairs_are_drawn_in_the_precision_of_the_run_and_told_apart_by_it(tmp_path: Path) -> None:
