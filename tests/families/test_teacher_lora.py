@@ -74,7 +74,7 @@ def test_it_draws_what_stock_draws_with_the_same_adapters(name: str, dialect: An
     stock = stock_with(folder, one, two)
     family = find_family(folder, lora=lora(one, two), **OPTIONS[name])
     assert not family.warnings
-    pictures = check_pictures(family, stock, steps=2)
+    pictures = check_pictures(family, stock, steps=2, slack=5)  # ours are fused, stock's go beside: other sums
     plain = drawn_by_stock(family, BUILD[name](), steps=2)
     assert (pictures - plain).abs().max() > 0.003, "the adapters must show"
 
@@ -103,7 +103,7 @@ def test_an_adapter_of_one_part_leaves_the_others(name: str, folders: Any, tmp_p
         assert weights.keys() == plain.keys()
         changed = {key for key in plain if not torch.equal(weights[key], plain[key])}
         assert bool(changed) == (not part.startswith("text"))
-        check_pictures(family, stock_with(folder, (file, 1.0)), steps=1)
+        check_pictures(family, stock_with(folder, (file, 1.0)), steps=1, slack=5)
 
 
 def test_weights_are_the_base_and_the_sum_of_what_is_added(folders: Any, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def damaged(file: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda at: at / "none.safetensors", r"0\.path: no file '.*none\.safetensors'; allowed: "),
     "missing beside others": (lambda at: "styles/none.safetensors", r"0\.path: no file 'styles/none\.safetensors'; allowed: "),
-    "not on the hub": (lambda at: "somebody/style", r"0\.path: no file 'somebody/style', and the hub does not give it \(HF_HUB_OFFLINE is set"),
+    "not on the hub": (lambda at: "somebody/style", r"0\.path: no file 'somebody/style', and the hub does not give it \("),
     "empty folder": (lambda at: (at / "empty").mkdir() or at / "empty", r"0\.path: the folder '.*empty' holds no \.safetensors file"),
     "pickle": (lambda at: (at / "a.bin").write_bytes(b"x") and at / "a.bin", r"0\.path: '.*a\.bin' is no \.safetensors file"),
     "not safetensors": (lambda at: (at / "b.safetensors").write_bytes(b"no") and at / "b.safetensors", r"0\.path: cannot read '.*b\.safetensors'"),
