@@ -23,10 +23,9 @@ from fastgen.data.prompts import load_prompts
 from fastgen.data.remote import fetch, is_remote
 from fastgen.data.store import DTYPES, Kind, Store
 from fastgen.data.training import prompt_weights
-from fastgen.denoiser import guided
 from fastgen.errors import UserError
 from fastgen.families.base import Family
-from fastgen.generator import teacher_family
+from fastgen.generator import ImageGenerator, teacher_family
 from fastgen.parallel import choose_device
 from fastgen.plan import autocast_of, check_pictures, check_texts, drawing, frozen_dtype_of, pinned, plan, storage_of
 from fastgen.progress import Progress
@@ -105,11 +104,8 @@ def _guided(recipe: Recipe, family: Family, device: torch.device) -> Predict:
         device=device,
         offloaded=block.offload,
     )
-    network = held.predictors()["teacher"]
-    if block.guidance == 1:
-        return network
-    negative = conditioning.to(family.encode_negative(block.negative_prompt or None), device)
-    return guided(network, block.guidance, negative, family.guidance_rule, family.guidance_kind)
+    network, steps = held.predictors()["teacher"], family.own_call["num_inference_steps"]
+    return ImageGenerator(family, network, steps=steps, guidance=block.guidance, negative_prompt=block.negative_prompt, device=device).predict
 
 
 def _check_begun(output: Path, count: int) -> None:

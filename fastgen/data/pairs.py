@@ -131,17 +131,17 @@ def draw(teacher: TeacherSampler, encode: Encode, prompts: Sequence[str], ids: r
     device, seeds = teacher.times.device, noise_seeds(seed, ids)
     cond = {key: value.to(device) for key, value in encode(prompts).items()}
     x0 = teacher(noise_from_seeds(seeds, teacher.shape).to(device), cond).float().cpu()
-    return torch.tensor(seeds), finite(x0, ids)
+    return torch.tensor(seeds), _finite(x0, ids)
 
 
 def draw_from(teacher: TeacherSampler, encode: Encode, prompts: Sequence[str], x0: Tensor, ids: range) -> Tensor:
     """The noise (B, *shape) fp32, on the CPU, where the teacher's ODE leads from samples x0 (B, *shape), whose indices these are."""
     device = teacher.times.device
     cond = {key: value.to(device) for key, value in encode(prompts).items()}
-    return finite(teacher.backwards(x0.to(device), cond).float().cpu(), ids)
+    return _finite(teacher.backwards(x0.to(device), cond).float().cpu(), ids)
 
 
-def finite(x: Tensor, ids: range) -> Tensor:
+def _finite(x: Tensor, ids: range) -> Tensor:
     if not bool(torch.isfinite(x).all()):
         raise TrainingFailed(f"the teacher's samples of pairs {ids.start} to {ids.stop - 1} are not finite")
     return x

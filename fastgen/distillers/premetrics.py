@@ -18,8 +18,6 @@ from fastgen.distillers.losses import per_sample_mean
 from fastgen.errors import UserError
 from fastgen.own_code import absolute
 
-KEY = feature_distance.KEY
-
 
 class VelocityConfig(Options):
     """metric: `l2`, the mean squared error, or `huber`, (sqrt(|d|^2 + (c D)^2) - c D) / D of the difference d of a sample of D numbers, which is

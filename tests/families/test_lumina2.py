@@ -86,8 +86,7 @@ def test_codec_shapes_and_time_features(family: Family, pipeline: Any) -> None:
 
 
 def test_exact_tangents(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    to = torch.Tensor.to  # RMS norms take their variance in fp32, which limits finite differences
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **given: x if args[:1] == (torch.float32,) else to(x, *args, **given))
+    stock.keep_wide_norms(monkeypatch)
     stock.check_exact_tangent(family, monkeypatch)
 
 
