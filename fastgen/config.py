@@ -89,12 +89,14 @@ class Tuning(Block):
 
 class ShrinkBlock(Block):
     """depth: how many of the teacher's blocks the student has, as a share with a point in it (0.5, and 1.0 for all) or as a number (1 for one).
-    keep: which: `even`, `first`, `ends`, or places from 0; of a network with several lists of blocks, by their names. init: `pruned`, with the
-    teacher's weights, or `random`."""
+    keep: which: `even`, `first`, `ends`, those without which the teacher is worst (`importance`), or places from 0; of a network with several lists
+    of blocks, by their names. init: `pruned`, with the teacher's weights, or `random`. calibration: of `importance`, how many batches it is
+    measured on."""
 
     depth: int | float | None = None
-    keep: Literal["even", "first", "ends"] | list[int] | dict[str, list[int]] = Field("even", validate_default=True)
+    keep: Literal["even", "first", "ends", "importance"] | list[int] | dict[str, list[int]] = Field("even", validate_default=True)
     init: Literal["pruned", "random"] = "pruned"
+    calibration: int = Field(8, le=10**6)
 
     @field_validator("depth", mode="before")
     @classmethod
@@ -118,6 +120,20 @@ class ShrinkBlock(Block):
         if isinstance(keep, list) and isinstance(depth, int) and len(keep) != depth:
             raise ValueError(f"{len(keep)} places do not fit student.shrink.depth = {depth}")
         return keep
+
+    @field_validator("init")
+    @classmethod
+    def _has_what_is_measured(cls, init: str, info: ValidationInfo) -> str:
+        if init == "random" and info.data.get("keep") == "importance":
+            raise ValueError("importance is of the teacher's weights, which a random start leaves behind; set student.shrink.keep to even")
+        return init
+
+    @field_validator("calibration")
+    @classmethod
+    def _some_batches(cls, calibration: int, info: ValidationInfo) -> int:
+        if calibration < 1 and info.data.get("keep") == "importance":
+            raise ValueError("importance is measured on 1 batch or more; for none, set student.shrink.keep to even, first or ends")
+        return calibration
 
 
 class MoEBlock(Block):

@@ -6,10 +6,10 @@ A run folder records it in `inputs.json` before training begins, and every check
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, Field
 from pydantic_core import to_jsonable_python
@@ -26,7 +26,7 @@ from fastgen.plan import Plan
 from fastgen.yaml_files import read_yaml
 
 FILE = "inputs.json"
-TEACHER, LORA, INIT = "teacher.pretrained", "teacher.lora", "student.init"
+TEACHER, LORA, INIT, KEPT = "teacher.pretrained", "teacher.lora", "student.init", "student.shrink.keep"
 # What no continuation can change: beginnings of keys.
 _FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs")
 # What may differ between a run and its continuation: nothing that changes a number.
@@ -47,7 +47,8 @@ _RESUMABLE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """hashes: by the recipe key that names the input; pairs: how many of data.pairs' folder the run has, which may grow meanwhile."""
+    """hashes: by the recipe key that names the input, and as KEPT which blocks importance chose, in JSON: a continuation measures nothing anew.
+    pairs: how many of data.pairs' folder the run has, which may grow meanwhile."""
 
     hashes: Mapping[str, str] = field(default_factory=dict)
     pairs: int | None = None
@@ -70,7 +71,19 @@ def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
         hashes[PROTOCOL] = planned.protocol.hash()
     if init != "teacher" and not planned.started:  # all that it brings is in the checkpoint of a run that has begun
         hashes[INIT] = checkpoint.identity(expanded(init))
+    if planned.kept is not None:
+        hashes[KEPT] = json.dumps(planned.kept)
     return Inputs(hashes, pairs if planned.pairs is not None else None)
+
+
+def with_kept(planned: Plan, began: Mapping[str, str]) -> Plan:
+    """The plan with the blocks that importance chose when the run began."""
+    return replace(planned, kept=json.loads(began[KEPT])) if KEPT in began else planned
+
+
+def kept_by(run_dir: Path) -> Mapping[str, Sequence[int]]:
+    """The blocks that importance chose for the students of another run."""
+    return json.loads(checkpoint.read_state(checkpoint.latest(run_dir))["inputs"][KEPT])
 
 
 def write(run_dir: Path, inputs: Inputs) -> None:
@@ -158,7 +171,14 @@ def _with_defaults(block: type[BaseModel], before: Any) -> Any:
     if not isinstance(before, dict):  # of a damaged file
         return before
     new = {name: each for name, each in block.model_fields.items() if name not in before and not each.is_required()}
+    inner = {name: below for name, each in block.model_fields.items() if isinstance(before.get(name), dict) and (below := _block_in(each.annotation))}
+    before = {**before, **{name: _with_defaults(below, before[name]) for name, below in inner.items()}}
     return {**before, **{name: to_jsonable_python(each.get_default(call_default_factory=True)) for name, each in new.items()}}
+
+
+def _block_in(annotation: Any) -> type[BaseModel] | None:
+    """The block of an annotation such as `Block | None`."""
+    return next((each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
 def _by_name(then: Mapping[str, Any], now: Mapping[str, Any], by_content: Collection[str]) -> list[str]:

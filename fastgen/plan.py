@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,7 @@ class Plan:
     protocol: Protocol | None = None
     started: bool = False
     warnings: tuple[str, ...] = ()  # what will not go as the recipe may mean it
+    kept: Mapping[str, Sequence[int]] | None = None  # the blocks that `student.shrink.keep: importance` came to, by their lists' names
 
     @property
     def roles(self) -> dict[str, RoleSpec]:
@@ -103,7 +104,10 @@ class Plan:
     @property
     def shrink(self) -> Shrink | None:
         block = self.recipe.student.shrink
-        return None if block is None else Shrink(block.depth, block.keep, block.init, self.recipe.train.seed)
+        if block is None:
+            return None
+        keep = self.kept if block.keep == "importance" and self.kept is not None else block.keep
+        return Shrink(block.depth, keep, block.init, self.recipe.train.seed)
 
     @property
     def student(self) -> dict[str, Any]:

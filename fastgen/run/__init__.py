@@ -130,7 +130,7 @@ def _start(
     if PROTOCOL in changed:
         said = f"{PROTOCOL}: {recipe.evaluate.protocol!r} is not what the run began with: numbers before and from here on do not compare"
         planned = replace(planned, warnings=(*planned.warnings, said))
-    return _Start(planned, chosen, state, began, changed)
+    return _Start(inputs.with_kept(planned, began.hashes), chosen, state, began, changed)
 
 
 def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> None:
@@ -138,7 +138,7 @@ def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> No
     began = start.began
     if began is None:
         progress.stage("identifying teacher and data by their content")
-        began = inputs.identify(start.planned)
+        began = inputs.identify(run.plan)
     run.began = began
     if start.planned.recipe.data.pairs is not None:
         pairs, batch = load_pairs(run, progress), start.planned.recipe.train.at_once

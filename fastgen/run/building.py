@@ -25,7 +25,7 @@ from fastgen.parallel import SingleProcess, launch
 from fastgen.plan import Plan, drawing_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
-from fastgen.run.calibration import measured
+from fastgen.run.calibration import measured, with_kept
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
@@ -116,6 +116,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     negative = family.encode_negative(recipe.teacher.negative_prompt or None)
     setting = plan.setting(conditioning.to(negative, parallel.device), family.decode)
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
+    plan = with_kept(plan, backbone, data, setting, parallel.device, progress)
     importance = None
     if plan.experts is not None and not plan.started and recipe.student.init == "teacher":
         progress.stage("measuring which neurons count")

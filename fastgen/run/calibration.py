@@ -1,29 +1,36 @@
-"""How much each hidden neuron of the teacher counts, before a student's layers are split: Dense2MoE's Taylor importance.
+"""What a student's surgery goes by that has to be measured on its teacher: Dense2MoE's Taylor importance of hidden neurons, before layers are
+split, and what each block is worth, before some are left out.
 
 It is measured on the teacher's own denoising loss without guidance: the loss of distilling into a fresh copy has gradient exactly 0. The clean
 samples are training images where the run has any; else the teacher draws them with its guidance, in a few steps of its own sampler. Cached
 pairs are not read: there are few methods that have them, and drawing some batches is little beside a run.
 
-The split is not recorded apart: it lies in the student's weights, so a run that goes on, or takes another run's student, measures nothing.
+The split is not recorded apart: it lies in the student's weights, so a run that goes on, or takes another run's student, measures nothing. Which
+blocks stay is recorded among the run's inputs, as weights do not tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from fastgen import inputs
 from fastgen.data.training import TrainingData
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.distillers.base import Batch, Setting
 from fastgen.distillers.losses import mean_squared_error
+from fastgen.files import expanded
 from fastgen.plan import Plan
+from fastgen.progress import Progress
 from fastgen.rng import SampleRng
 from fastgen.sampling import few_step
 from fastgen.surgery import moe
 from fastgen.surgery.moe.conversion import Conversion
 from fastgen.surgery.moe.importance import Importance
+from fastgen.surgery.shrink import most_important
 from fastgen.timesteps import TimeSampling
 
 # Network evaluations with which the teacher draws what it is measured on: coarse, but noised again anyway.
@@ -35,17 +42,37 @@ def measured(plan: Plan, conversion: Conversion, network: nn.Module, data: Train
     blocks = plan.family.blocks(network)
     if conversion.importance != "taylor":
         return conversion.without_measuring(network, blocks)
-    teacher = Predictor(Denoiser(network.to(device), plan.family, autocast=plan.autocast), plan.family)
-    return moe.taylor(conversion.layers(network, blocks), _losses(plan, conversion, teacher, data, setting, device))
+    teacher = _predictor(plan, network, device)
+    losses = _losses(plan, "expert importance", conversion.batches, teacher, data, setting, device)
+    return moe.taylor(conversion.layers(network, blocks), losses)
+
+
+def with_kept(plan: Plan, network: nn.Module, data: TrainingData, setting: Setting, device: torch.device, progress: Progress) -> Plan:
+    """The plan with the blocks that importance keeps, where it is to decide: those of the run that `student.init` names, else measured on the
+    teacher's `network`, which is on `device` afterwards."""
+    block, shrink = plan.recipe.student.shrink, plan.shrink
+    if block is None or shrink is None or shrink.keep != "importance":
+        return plan
+    if plan.recipe.student.init != "teacher":
+        return replace(plan, kept=inputs.kept_by(expanded(plan.recipe.student.init)))
+    progress.stage("measuring which blocks count")
+    teacher = _predictor(plan, network, device)
+    losses = _losses(plan, "block importance", block.calibration, teacher, data, setting, device)
+    return replace(plan, kept=most_important(network, shrink, losses))
+
+
+def _predictor(plan: Plan, network: nn.Module, device: torch.device) -> Predictor:
+    return Predictor(Denoiser(network.to(device), plan.family, autocast=plan.autocast), plan.family)
 
 
 def _losses(
-    plan: Plan, conversion: Conversion, teacher: Predictor, data: TrainingData, setting: Setting, device: torch.device
+    plan: Plan, name: str, batches: int, teacher: Predictor, data: TrainingData, setting: Setting, device: torch.device
 ) -> Iterator[Callable[[], Tensor]]:
+    """name: of the random stream."""
     train = plan.recipe.train
     times = plan.family.sampling_times(DRAWN_IN).to(device)
-    for index in range(conversion.batches):
-        rng = SampleRng(train.seed, ("expert importance", index), range(train.at_once), device)
+    for index in range(batches):
+        rng = SampleRng(train.seed, (name, index), range(train.at_once), device)
         batch = data.draw(rng.at("data"))
         clean = batch.latents
         if clean is None:

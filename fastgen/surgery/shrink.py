@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastgen.errors import UserError, nearest
 from fastgen.rng import seeded
+from fastgen.surgery import block_importance
 
-Rule = Literal["even", "first", "ends"]
+Rule = Literal["even", "first", "ends", "importance"]
 Init = Literal["pruned", "random"]
 
 # Options that count the blocks of a list, each with what classes call that list.
@@ -43,7 +44,8 @@ _FIRST_STAYS = ("DiTTransformer2DModel",)
 class Shrink:
     """What a student has of its teacher. depth: a share of each list in (0, 1], or a number of blocks of the only one; None where `keep` says
     it. keep: a rule, or ascending places from 0, those of the only list or by the lists' names (of which those that are left out stay whole).
-    init: `pruned` for the teacher's weights, `random` for those that the class itself begins with, from `seed`."""
+    `importance` has to be measured (`most_important`), and until then stands for as many blocks, `even` ones. init: `pruned` for the teacher's
+    weights, `random` for those that the class itself begins with, from `seed`."""
 
     depth: float | None = None
     keep: Rule | Sequence[int] | Mapping[str, Sequence[int]] = "even"
@@ -87,19 +89,37 @@ def kept_blocks(teacher: nn.Module, shrink: Shrink) -> dict[str, list[int]]:
     return kept
 
 
+def most_important(teacher: nn.Module, shrink: Shrink, batches: Iterable[Callable[[], Tensor]]) -> dict[str, list[int]]:
+    """The places that `keep: importance` comes to, as `kept_blocks` has them: those without which the loss rises most. batches: each runs
+    `teacher` on one and returns its scalar loss. Blocks that have to stay are not measured, nor are lists that stay whole."""
+    counts = {name: len(kept) for name, kept in kept_blocks(teacher, shrink).items()}
+    lists = {name: list(teacher.get_submodule(name).children()) for name in counts}
+    stay = {name: _have_to_stay(teacher, blocks) for name, blocks in lists.items()}
+    free = {name: [i for i in range(len(blocks)) if i not in stay[name]] for name, blocks in lists.items() if counts[name] < len(blocks)}
+    rises = block_importance.without_each(teacher, free, batches)
+    kept = {name: list(range(len(blocks))) for name, blocks in lists.items()}
+    for name, places in free.items():
+        best = sorted(places, key=lambda place, name=name: (-rises[name][place], place))[: counts[name] - len(stay[name])]
+        kept[name] = sorted([*stay[name], *best])
+    return kept
+
+
 def summary(teacher: nn.Module, shrink: Shrink) -> dict[str, Any]:
     """What becomes of a teacher, which may be a meta network, as JSON has it: `init`; by the lists' names the places that are `kept` and how many
-    there were (`of`); `parameters` and `teacher_parameters`."""
+    there were (`of`); `parameters` and `teacher_parameters`; `unmeasured` where importance will tell the places, whose blocks may have other
+    numbers of parameters."""
     student, kept = shrunk(_on_meta(teacher), shrink), kept_blocks(teacher, shrink)
     of = {name: len(list(teacher.get_submodule(name).children())) for name in kept}
-    return {"init": shrink.init, "kept": kept, "of": of, "parameters": _num_parameters(student), "teacher_parameters": _num_parameters(teacher)}
+    found = {"init": shrink.init, "kept": kept, "of": of, "parameters": _num_parameters(student), "teacher_parameters": _num_parameters(teacher)}
+    return found | ({"unmeasured": True} if shrink.keep == "importance" else {})
 
 
 def in_words(found: Mapping[str, Any]) -> str:
     """A `summary` in one line."""
     parts = []
     for name, places in found["kept"].items():
-        which = f" ({', '.join(map(str, places))})" if found["init"] == "pruned" and len(places) < found["of"][name] else ""
+        said = "by importance, measured when the run begins" if found.get("unmeasured") else ", ".join(map(str, places))
+        which = f" ({said})" if found["init"] == "pruned" and len(places) < found["of"][name] else ""
         parts.append(f"{len(places)} of {found['of'][name]} {name}{which}")
     return f"{' and '.join(parts)}, {found['parameters']:,} of {found['teacher_parameters']:,} parameters"
 
@@ -127,7 +147,7 @@ def _count(depth: float | None, name: str, of: int) -> int:
 
 def _by_rule(rule: Rule, count: int, blocks: Sequence[nn.Module]) -> list[int]:
     last = len(blocks) - 1
-    if rule == "even":  # i last / (count - 1) rounded, halves up, in whole numbers
+    if rule in ("even", "importance"):  # i last / (count - 1) rounded, halves up, in whole numbers
         kept = [(2 * i * last + count - 1) // (2 * (count - 1)) for i in range(count)] if count > 1 else [0]
     elif rule == "first":
         kept = list(range(count))
@@ -149,6 +169,11 @@ def _check_places(kept: Sequence[int], depth: float | None, name: str, blocks: S
     if kept[-1] != last and _last_is_of_its_own(blocks):
         what = f"ends with {kept[-1]}, but the last of the teacher's {name} is shaped like no other and has to stay the last"
         raise UserError(f"recipe key student.shrink.keep: {what}; end with {last}")
+
+
+def _have_to_stay(network: nn.Module, blocks: Sequence[nn.Module]) -> list[int]:
+    first = [0] if type(network).__name__ in _FIRST_STAYS else []
+    return [*first, len(blocks) - 1] if _last_is_of_its_own(blocks) else first
 
 
 def _last_is_of_its_own(blocks: Sequence[nn.Module]) -> bool:

@@ -337,7 +337,7 @@ def digits(*overrides: str) -> Recipe:
         (["keep=[-1, 3]"], ".keep: places of blocks must ascend from 0, each once (given: [-1, 3])"),
         (["depth=3", "keep=[0, 3]"], ".keep: 2 places do not fit student.shrink.depth = 3 (given: [0, 3])"),
         (["keep.transformer_blocks=[]"], ".keep: leaves no block (given: {'transformer_blocks': []})"),
-        (["depth=2", "width=0.5"], ".width: unknown key; did you mean 'depth'? allowed: depth, init, keep"),
+        (["depth=2", "width=0.5"], ".width: unknown key; did you mean 'depth'? allowed: calibration, depth, init, keep"),
     ],
 )
 def test_what_keeps_no_blocks_is_refused_by_its_key(overrides: list[str], message: str) -> None:
@@ -432,7 +432,7 @@ def test_the_exported_student_is_the_same_class_with_fewer_blocks(exported: Path
     manifest = json.loads((exported / "fastgen.json").read_text())
     want = summary(find_family("fastgen:digits").load_backbone(meta=True), Shrink(0.5))
     assert manifest["shrink"] == want
-    assert manifest["recipe"]["student"]["shrink"] == {"depth": 0.5, "keep": "even", "init": "pruned"}
+    assert manifest["recipe"]["student"]["shrink"] == {"depth": 0.5, "keep": "even", "init": "pruned", "calibration": 8}
     assert f"It is smaller than its teacher: {in_words(want)}." in (exported / "README.md").read_text()
 
 
@@ -496,6 +496,16 @@ def test_a_run_from_before_the_key_goes_on(tmp_path: Path) -> None:
     assert (folder / "checkpoints/step_000002/state.json").is_file()
 
 
+def test_a_run_from_before_a_key_of_the_block_goes_on(whole: Path, tmp_path: Path) -> None:
+    resumed = Path(shutil.copytree(whole, tmp_path / "run"))
+    recipe = yaml.safe_load((resumed / "recipe.yaml").read_text(encoding="utf-8"))
+    del recipe["student"]["shrink"]["calibration"]
+    (resumed / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    shutil.rmtree(resumed / "checkpoints/step_000004")
+    run.train(digits(*SHRINK), resumed, resume=True, only="train")
+    assert (resumed / "checkpoints/step_000004/state.json").is_file()
+
+
 def test_a_run_begins_with_a_smaller_student_of_another(whole: Path) -> None:
     init = f"student.init={whole}"
     for override in ("student.shrink.init=pruned", "student.shrink.init=random"):  # whose start is overwritten
@@ -508,15 +518,18 @@ def test_a_run_begins_with_a_smaller_student_of_another(whole: Path) -> None:
 
 
 OTHER: list[tuple[list[str], Callable[[str], str]]] = [
-    (["student.shrink.depth=0.75"], lambda had: f"{had}, here {{'depth': 0.75, 'keep': 'even', 'init': 'pruned'}}"),
-    (["student.shrink.keep=[1, 3]", "student.shrink.depth=2"], lambda had: f"{had}, here {{'depth': 2, 'keep': [1, 3], 'init': 'pruned'}}"),
+    (["student.shrink.depth=0.75"], lambda had: f"{had}, here {{'depth': 0.75, 'keep': 'even', 'init': 'pruned', 'calibration': 8}}"),
+    (
+        ["student.shrink.keep=[1, 3]", "student.shrink.depth=2"],
+        lambda had: f"{had}, here {{'depth': 2, 'keep': [1, 3], 'init': 'pruned', 'calibration': 8}}",
+    ),
     (["student.shrink=null"], lambda had: f"{had}, here None"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "said"), OTHER)
 def test_a_student_of_other_blocks_is_refused_with_both(whole: Path, overrides: list[str], said: Callable[[str], str]) -> None:
-    had = "{'depth': 0.5, 'keep': 'even', 'init': 'pruned'}"
+    had = "{'depth': 0.5, 'keep': 'even', 'init': 'pruned', 'calibration': 8}"
     with pytest.raises(UserError) as caught:
         plan(digits(*SHRINK, f"student.init={whole}", *overrides), only="train")
     assert str(caught.value) == f"recipe key student.init: {str(whole)!r} holds a student with student.shrink {said(had)}; both need the same"
