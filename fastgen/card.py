@@ -218,6 +218,8 @@ def model_card(manifest: dict[str, Any]) -> str:
     )
     if manifest.get("own_steps_only"):
         how = f"{how[:-1]}, and other numbers of steps give no sensible picture:"
+    if own := manifest.get("own_sampler"):
+        what += f" It is made for a sampler that no pipeline has, {_code(own['name'])}, which `fastgen sample` draws with; the call below is stock."
     experts = [_experts_text(manifest), ""] if "experts" in manifest else []
     unfinished = [unfinished_text(manifest), ""] if "unfinished" in manifest else []
     comfy = ["", _comfy_text(manifest)] if manifest.get("comfyui") else []

@@ -170,7 +170,7 @@ def sample(
     output: Annotated[Path, typer.Option(help="PNG file; of videos it gets a film strip, and a .webp file beside it moves.")],
     steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Network evaluations (default: the student's).")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; the next ones count up.")] = 0,
-    fixed_noise: Annotated[bool, typer.Option("--fixed-noise", help="Go back to the first noise between the steps (RF++).")] = False,
+    native: Annotated[bool, typer.Option("--native", help="As its pipeline draws, where it is made for a sampler of fastgen's own.")] = False,
     first_step_from_teacher: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, max=MOST_STEPS, metavar="N", help="For diversity: N steps of the teacher replace the student's first one."),
@@ -195,7 +195,9 @@ def sample(
     check_writable_file(output, "--output")
     terminal.quiet()
     student = load_student(student_dir, teacher_dir=teacher_dir)
-    student = student.with_fixed_noise() if fixed_noise else student
+    student = student if native else student.with_own_sampler()
+    if student.moves != student.sampler and (why_not := student.why_not_own(steps or student.steps)):
+        raise UserError(f"--steps: {student.moves}, but {why_not}; draw with --native, or other steps")
     for warning in student.family.legibility(prompt).check("--prompt"):
         terminal.warn(warning)
     if first_step_from_teacher is not None:

@@ -91,9 +91,6 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE", help="What the pictures of a folder were drawn for (default: what lies beside them).", rich_help_panel=_STOCK),
     ] = None,
-    fixed_noise: Annotated[
-        bool, typer.Option("--fixed-noise", help="Of a student: go back to the first noise between its steps (RF++).", rich_help_panel=_STOCK)
-    ] = False,
     external: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -135,9 +132,9 @@ def evaluate(
     if model is None:
         raise UserError("MODEL: missing: name what to measure, or two results files with --compare")
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
-    target = output or run.results_file(model, fixed_noise=fixed_noise)
+    target = output or run.results_file(model)
     check_writable_file(target, "--output")
-    asked = Asked(guidance, _size(size), max_sequence_length, _arguments(call or []), revision, dtype, captions, fixed_noise)
+    asked = Asked(guidance, _size(size), max_sequence_length, _arguments(call or []), revision, dtype, captions)
     try:
         results = run.evaluate(
             model,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from fastgen.errors import UserError, nearest, one_line, shown
 from fastgen.files import expanded
-from fastgen.manifest import Sampler
+from fastgen.manifest import OwnSampler, Sampler
 from fastgen.yaml_files import MOST_DEPTH, parse, read_yaml
 
 MOST_STEPS = 10**9  # of training: a year of them at thirty a second
@@ -168,7 +168,8 @@ class StudentBlock(Block):
     """init: `teacher`, or the folder of a finished run, whose averaged students are taken over. shrink: a student of fewer blocks than its
     teacher. moe: a student whose feed-forward layers are split into experts. steps: network evaluations at inference. grid: the export
     scheduler's own times, or explicit ones in (0, 1], descending. sampler: how a sample moves between them, keeping its own noise (`euler`) or
-    drawing it anew (`stochastic`)."""
+    drawing it anew (`stochastic`); or as only fastgen draws, going back to its first noise (`fixed_noise`, RF++) or along PeRFlow's
+    `linear_windows`: such a student is exported as `euler`, and measured both ways."""
 
     init: str = "teacher"
     tune: Literal["full"] | Tuning = "full"
@@ -176,7 +177,17 @@ class StudentBlock(Block):
     moe: MoEBlock | None = None
     steps: int = Field(ge=1, le=1000)
     grid: Literal["auto"] | list[float] = "auto"
-    sampler: Sampler = "euler"
+    sampler: Literal[Sampler, OwnSampler] = "euler"
+
+    @property
+    def stock_sampler(self) -> Sampler:
+        """That of the exported pipeline."""
+        return "stochastic" if self.sampler == "stochastic" else "euler"
+
+    @property
+    def own_sampler(self) -> OwnSampler | None:
+        """`sampler` where no pipeline has it."""
+        return None if self.sampler in ("euler", "stochastic") else self.sampler
 
     @field_validator("grid")
     @classmethod

@@ -65,6 +65,7 @@ class StudentInfo:
     sampler: Sampler = "euler"
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
     unfinished: dict[str, dict[str, int]] = field(default_factory=dict)  # {role: {step, of}} where training was not over
+    own_sampler: dict[str, Any] | None = None  # that it is made for beside, and no pipeline has (`manifest.Beside`)
     smaller: dict[str, Any] | None = None  # what it has of its teacher, where that is not all (`shrink.summary`)
     sparse: dict[str, Any] | None = None  # what it has of experts, where it has any (`moe.conversion.summary`)
 
@@ -285,6 +286,7 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "teacher": info.teacher | {"pretrained": source_name(info.teacher["pretrained"])},
         **({"loading": loading} if loading else {}),
         **({"unfinished": info.unfinished} if info.unfinished else {}),
+        **({"own_sampler": info.own_sampler} if info.own_sampler else {}),
         **({"shrink": info.smaller} if info.smaller else {}),
         **({"moe": info.sparse} if info.sparse else {}),
         **more,

@@ -19,17 +19,19 @@ from fastgen.evaluation.block import PROTOCOL, naming_the_key, resources_of
 from fastgen.evaluation.protocol import Protocol
 from fastgen.evaluation.results import reasons
 from fastgen.families.base import Family
-from fastgen.manifest import Sampler
+from fastgen.manifest import OwnSampler, Sampler
 
 _TIMES = 1000  # diffusers tells steps apart by 1000 t, in fp32
 
 
-def check_sampler(recipe: Recipe, family: Family, able: tuple[Sampler, ...]) -> None:
-    """UserError for a sampler that the stock pipeline does not reproduce, or that the method's students are not made for (able: those that
-    they are)."""
-    sampler, method = recipe.student.sampler, recipe.distiller.name
-    if sampler not in able:
-        raise UserError(f"recipe key student.sampler: {sampler}, but {method} trains steps of the {' or '.join(able)} sampler alone")
+def check_sampler(recipe: Recipe, family: Family, able: tuple[Sampler | OwnSampler, ...]) -> None:
+    """UserError for a sampler that the stock pipeline does not reproduce, though it should, or that the method's students are not made for (able:
+    those that they are), and for one that draws what `euler` does."""
+    asked, sampler, method = recipe.student.sampler, recipe.student.stock_sampler, recipe.distiller.name
+    if asked not in able:
+        raise UserError(f"recipe key student.sampler: {asked}, but {method} trains steps of the {' or '.join(able)} sampler alone")
+    if asked == "fixed_noise" and recipe.student.steps == 1:
+        raise UserError("recipe key student.sampler: fixed_noise, but a student of one step does not come back to its noise; use euler")
     if sampler not in family.samplers:
         seedless = "hands its scheduler no generator, so no seed would draw a picture twice"
         what = f"{family.pipeline_classes[0]} {seedless if sampler == 'stochastic' else 'renoises'}"
@@ -51,7 +53,7 @@ def check_grid(recipe: Recipe, family: Family) -> None:
     """UserError for a sampling grid that the exported scheduler cannot step on: it has other times, or two that are one when they are rounded."""
     student = recipe.student
     given = None if student.grid == "auto" else list(student.grid)
-    times = family.sampling_times(student.steps, given, student.sampler)
+    times = family.sampling_times(student.steps, given, student.stock_sampler)
     key = f"student.steps: {student.steps} steps with teacher.shift {family.shift:g}" if given is None else f"student.grid: {given}"
     if given is not None and not _agree(times / family.path.t_max, torch.tensor(given, dtype=torch.float64)):
         raise UserError(f"recipe key {key[:200]} cannot be exported: the scheduler would step on {times.tolist()}"[:500])

@@ -24,9 +24,10 @@ from fastgen.families.base import Family
 from fastgen.families.source import load_network
 from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
-from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, Sampler, Student, upgraded
+from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, OwnSampler, Sampler, Student, upgraded
 from fastgen.provenance import teacher_lora, teacher_source
 from fastgen.sampling import Experts, Predict, Renoise, few_step, walk
+from fastgen.windows import begin_at, through_windows
 
 
 class SeededDraws:
@@ -55,7 +56,8 @@ class FirstStep(NamedTuple):
 class ImageGenerator:
     """A model with its sampler settings. steps: default number of evaluations; grid: explicit times for exactly `steps`.
 
-    sampler: how a sample moves from step to step. own_steps_only: the network serves that grid alone, and other numbers of steps are a
+    sampler: how a sample moves from step to step, as in a stock pipeline; `with_own_sampler` for what else a student is made for (own:
+    `manifest.Beside`). own_steps_only: the network serves that grid alone, and other numbers of steps are a
     UserError. name: what messages call it.
     """
 
@@ -83,16 +85,26 @@ class ImageGenerator:
             self.predict = guided(predict, guidance, negative, family.guidance_rule, family.guidance_kind)
         self._encoded: dict[str, Conditioning] = {}
         self._first: FirstStep | None = None
-        self.renoise: Renoise = sampler
+        self.own: dict[str, Any] | None = None
+        self.moves: Sampler | OwnSampler = sampler
 
-    def with_fixed_noise(self) -> ImageGenerator:
-        """The same student, which goes back to its first noise between its steps (Lee et al. 2024, arXiv:2405.20320, section 4.3): the same on a
-        straight flow, elsewhere a rule of its own, which no stock pipeline has. UserError for a student that draws new noise at each step."""
-        if self.sampler != "euler":
-            raise UserError(f"--fixed-noise: {self.name} draws new noise at each step; the rule is for students of deterministic steps")
-        fixed = copy.copy(self)
-        fixed.renoise = "fixed"
-        return fixed
+    def with_own_sampler(self) -> ImageGenerator:
+        """The same student, drawn as it is made for where no stock pipeline does: `fixed_noise` goes back to the first noise between the steps
+        (Lee et al. 2024, arXiv:2405.20320, section 4.3), `linear_windows` is PeRFlow's (windows.py). Itself where it is made for a stock sampler."""
+        if self.own is None:
+            return self
+        drawn = copy.copy(self)
+        drawn.moves = self.own["name"]
+        return drawn
+
+    def why_not_own(self, steps: int) -> str | None:
+        """What its own sampler lacks at so many steps; None where it can be had."""
+        if self.own is not None and self.own["name"] == "fixed_noise" and steps == 1:
+            return "a student of one step does not come back to its noise"
+        edges = [] if self.own is None else self.own.get("edges", [])
+        if edges and not begin_at(self.times(steps), edges):
+            return f"{steps} step{'s' * (steps != 1)} do not stop at the ends of its windows, {[round(edge, 4) for edge in edges]}"
+        return None
 
     def with_first_step(self, teacher: ImageGenerator, steps: int) -> ImageGenerator:
         """The same student with its first evaluation replaced by its teacher (Gandikota & Bau 2025, arXiv:2503.10637): no training.
@@ -106,6 +118,8 @@ class ImageGenerator:
         """
         if steps < 1:
             raise UserError(f"--first-step-from-teacher: the teacher takes 1 step or more, got {steps}")
+        if self.moves == "linear_windows":
+            raise UserError("--first-step-from-teacher: hands over between the lines of linear_windows; draw with --native")
         theirs, ours = ((family.path, family.latent.shape) for family in (teacher.family, self.family))
         if theirs != ours:
             raise UserError(f"--first-step-from-teacher: the teacher has latents {theirs[1]} on {theirs[0]}, the student {ours[1]} on {ours[0]}")
@@ -139,9 +153,12 @@ class ImageGenerator:
             times = self.times_after_first(steps)
             way = timesteps.down_to(times[0].item(), count, t_max=teacher.family.path.t_max, shift=teacher.family.shift)
             start = teacher._partly_denoised(noise, prompts, way).to(self.device)
-        if self.renoise == "fixed" and len(times) < 2:
-            raise UserError("--fixed-noise: a student that takes 1 step draws the same without; the rule is for --steps 2 or more")
-        return few_step(self.predict, noise, times.to(self.device), self.conditioning(prompts), draws, renoise=self.renoise, start=start)
+        times, cond = times.to(self.device), self.conditioning(prompts)
+        if self.moves != "linear_windows":
+            renoise: Renoise = "fixed" if self.moves == "fixed_noise" else self.moves
+            return few_step(self.predict, noise, times, cond, draws, renoise=renoise, start=start)
+        assert self.own is not None and start is None, "a handed-over sample is on the path, and not on a window's line"
+        return through_windows(self.predict, noise, times, self.own["edges"], cond, kind=self.family.kind)
 
     def _partly_denoised(self, noise: Tensor, prompts: Sequence[str], times: Tensor) -> Tensor:
         """Samples (B, *shape) at times[-1] after evaluations at the times before it."""
@@ -259,7 +276,7 @@ def open_student(
     load = _load_adapters if manifest["weights"] == "lora" else _load_networks
     denoisers = load(family, folder, [expert["where"] for expert in experts])
     predictors = [Predictor(denoiser.to(dtype).to(device), family) for denoiser in denoisers]
-    return ImageGenerator(
+    student = ImageGenerator(
         family,
         predictors[0] if len(predictors) == 1 else Experts(predictors, [expert["end"] for expert in experts]),
         steps=manifest["steps"],
@@ -271,6 +288,8 @@ def open_student(
         sampler=manifest["sampler"],
         name=f"student {str(folder)!r}",
     )
+    student.own = manifest.get("own_sampler")
+    return student
 
 
 def student_family(folder: Path, manifest: dict[str, Any], teacher_dir: str | Path | None = None) -> Family:

@@ -22,7 +22,8 @@ Time = Annotated[float, Field(ge=0, le=1e6)]
 Shift = Annotated[float, Field(gt=0, le=1e6)]
 Guidance = Annotated[float, Field(ge=-1e4, le=1e4)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Sampler = Literal["euler", "stochastic"]
+Sampler = Literal["euler", "stochastic"]  # that stock pipelines have
+OwnSampler = Literal["fixed_noise", "linear_windows"]  # that only we have, at the times of `euler`
 
 
 class Options(Schema):
@@ -97,6 +98,13 @@ class Smaller(Schema):
     teacher_parameters: _Number
 
 
+class Beside(Schema):
+    """A sampler of ours that a student was made for; its pipeline has the stock one. edges: path times at which windows begin, and 0."""
+
+    name: OwnSampler
+    edges: list[Time] = Field(default_factory=list, max_length=1001)
+
+
 class Comfy(Schema):
     """The same adapters for other programs: in whose keys, and in which files, one for each expert."""
 
@@ -136,6 +144,7 @@ class _Record(Schema):
     )  # what from_pretrained must be passed, of an adapter's teacher or of the student
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
     shrink: Smaller | None = None
+    own_sampler: Beside | None = None
     comfyui: Comfy | None = None
     moe: Sparse | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)

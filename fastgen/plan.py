@@ -86,7 +86,7 @@ class Plan:
     @property
     def times(self) -> Tensor:
         """The path times (N,) fp64 that the student is sampled at."""
-        return self.family.sampling_times(self.recipe.student.steps, self.grid, self.recipe.student.sampler)
+        return self.family.sampling_times(self.recipe.student.steps, self.grid, self.recipe.student.stock_sampler)
 
     @property
     def guidance(self) -> float:
@@ -286,7 +286,7 @@ def check_texts(recipe: Recipe, family: Family, prompts: Iterable[str]) -> list[
 
 def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
     student = recipe.student
-    times = family.sampling_times(student.steps, None if student.grid == "auto" else list(student.grid), student.sampler)
+    times = family.sampling_times(student.steps, None if student.grid == "auto" else list(student.grid), student.stock_sampler)
     return Facts(
         steps=student.steps,
         guidance=recipe.teacher.guidance,
@@ -297,7 +297,8 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         started=started,
         images=recipe.data.images is not None,
         exported=family.exportable,
-        sampler=student.sampler,
+        sampler=student.stock_sampler,
+        own_sampler=student.own_sampler,
         path=family.path,
         linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,

@@ -163,29 +163,6 @@ def test_the_teacher_takes_the_first_step(run_dir: Path, tmp_path: Path, capfd: 
     assert min((shown[0] - alone).abs().max(), (shown[1] - alone).abs().max(), (shown[0] - shown[1]).abs().max()) > 1e-2
 
 
-def test_a_student_goes_back_to_its_first_noise_and_is_measured_so(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file, folder = tmp_path / "fixed.png", str(run_dir / "student")
-    arguments = ["sample", folder, "--prompt", "any digit", "--seed", "5", "--steps", "3", "--output", str(file)]
-    assert cli.main([*arguments, "--fixed-noise"]) == 0
-    student = load_student(folder)
-    expected, alone = student.with_fixed_noise()(["any digit"], [5], 3), student(["any digit"], [5], 3)
-    assert_shows(np.asarray(Image.open(file)), torch.cat(list(expected), dim=2)[None])
-    assert (expected - alone).abs().max() > 1e-3
-    before = (run_dir / "student/results.json").read_bytes() if (run_dir / "student/results.json").is_file() else None
-    capfd.readouterr()
-    evaluated = ["evaluate", folder, "--no-teacher", "--stop-after", "40", "--steps", "3", "--store", str(tmp_path / "store")]
-    assert cli.main([*evaluated, "--fixed-noise"]) == 0
-    found = json.loads((run_dir / "student/results.fixed_noise.json").read_text(encoding="utf-8"))
-    assert '"sampler": "fixed"' in json.dumps(found) and '"scheduler"' not in json.dumps(found)
-    assert before == ((run_dir / "student/results.json").read_bytes() if before is not None else None)
-    (run_dir / "student/results.fixed_noise.json").unlink()
-    assert cli.main([*arguments, "--steps", "1", "--fixed-noise"]) == 2
-    assert "--fixed-noise: a student that takes 1 step draws the same without" in capfd.readouterr().err
-    capfd.readouterr()
-    assert cli.main(["evaluate", "fastgen:digits", "--fixed-noise"]) == 2
-    assert "--fixed-noise: does not apply to a bundled teacher" in capfd.readouterr().err
-
-
 def test_a_student_of_one_step_has_no_place_for_the_teachers(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

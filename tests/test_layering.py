@@ -25,6 +25,7 @@ LAYERS = [
         "conditioning",
         "rng",
         "sampling",
+        "windows",
         "jvp",
         "config",
         "files",

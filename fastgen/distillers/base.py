@@ -16,7 +16,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.data.training import Batch
 from fastgen.denoiser import Predictor, guided
 from fastgen.guidance import GuidanceRule, linear
-from fastgen.manifest import Sampler
+from fastgen.manifest import OwnSampler, Sampler
 from fastgen.path import Flow, Kind, Path
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec
@@ -113,7 +113,8 @@ class Facts:
     images: bool = True  # whether data.images is given
     picture: tuple[int, ...] | None = None  # shape of what a sample decodes to, (3, H, W) unless the teacher makes vectors
     exported: bool = False  # whether the student becomes a pipeline, which moves between its steps as its sampler does
-    sampler: Sampler = "euler"  # student.sampler
+    sampler: Sampler = "euler"  # that student.sampler is exported as
+    own_sampler: OwnSampler | None = None  # student.sampler where no pipeline has it
     reshaped: str | None = None  # the recipe key by which the student's network is of another shape than roles that start as the teacher does
     experts: float | None = None  # student.moe.active; None: a dense student
     num_blocks: int | None = None  # of the teacher's network; known where its layers are split
@@ -146,7 +147,7 @@ class Distiller(ABC):
     """A method. Its `Config` holds the keys of the recipe's `distiller:` block."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    samplers: ClassVar[tuple[Sampler, ...]] = ("euler", "stochastic")  # that its students are made for
+    samplers: ClassVar[tuple[Sampler | OwnSampler, ...]] = ("euler", "stochastic")  # that its students are made for
     roles: ClassVar[dict[str, RoleSpec]]  # all it can ask for; `roles_for` says which a configuration uses
 
     def __init__(self, config: Any, setting: Setting) -> None:
@@ -221,6 +222,10 @@ class Distiller(ABC):
         """What the student is sampled with."""
         roles, ends = zip(*self.students(), strict=True)
         return models[roles[0]] if len(roles) == 1 else Experts([models[role] for role in roles], ends)
+
+    def windows(self) -> list[float]:
+        """Path times at which the student's windows begin, descending, and 0, for those that are made for `linear_windows`."""
+        return []
 
     @classmethod
     def load(cls, config: Any) -> None:

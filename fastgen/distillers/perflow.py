@@ -8,7 +8,8 @@ on that pair's prediction, in its own kind, at x_t. One step of any stock sample
 
 Interpolants. `constant`: x_t = alpha_t x0 + sigma_t eps, so that an exact student is exact at every step inside a window too, on every path.
 `linear`: the paper's straight line between x_s and x_e. On Flow, and on VE, the two are the same. Elsewhere a student on the straight line
-needs the paper's own sampler between the ends of a window, so it is refused unless each window is one step. The paper's other target,
+needs the paper's own sampler between the ends of a window (`student.sampler: linear_windows`, which no pipeline has: windows.py), so without it
+more steps than windows are refused. The paper's other target,
 `diff_eps`, whose prediction is no eps to a stock scheduler even at a window's start, is left out.
 
 Windows begin at the student's own sampling times, the first at the noise end: its steps must hit their ends, for across one the target
@@ -94,7 +95,7 @@ class PeRFlow(Distiller):
     """Roles: student (trained), teacher (frozen). Needs latents, unless its points are the teacher's own."""
 
     Config = PeRFlowConfig
-    samplers = ("euler",)
+    samplers = ("euler", "linear_windows")
     roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "teacher": frozen()}
     config: PeRFlowConfig
 
@@ -117,14 +118,23 @@ class PeRFlow(Distiller):
         _check_windows(config, facts)
         starts = window_edges(config, facts.grid, facts.end)[:-1]
         one_step_each = len(starts) == facts.steps and abs(facts.grid[0] - facts.end) <= 1e-6 * facts.end
-        if config.interpolant == "linear" and not isinstance(facts.path, (Flow, VarianceExploding)) and not one_step_each:
+        apart = config.interpolant == "linear" and not isinstance(facts.path, (Flow, VarianceExploding)) and not one_step_each
+        if apart and facts.own_sampler is None:
             raise UserError(
                 f"recipe key distiller.interpolant: linear, but {facts.path} is curved, and a stock sampler does not go along a straight line "
-                "between the ends of a window; use constant, or windows of one step each"
+                "between the ends of a window; use constant, or windows of one step each, or student.sampler: linear_windows, which no pipeline has"
+            )
+        if facts.own_sampler == "linear_windows" and not apart:
+            raise UserError(
+                "recipe key student.sampler: linear_windows, but this student's windows are what a stock sampler goes through; use euler: "
+                "linear_windows is for distiller.interpolant: linear, on a curved path, with more steps than windows"
             )
 
     def updates(self, step: int) -> list[Update]:
         return [Update(("student",), (self.straighten,))]
+
+    def windows(self) -> list[float]:
+        return self.edges
 
     def window(self, t: Tensor) -> Tensor:
         """Which window (B,) path times t (B,) are in, 0 the noisiest; an edge belongs to the window below it, which starts there."""

@@ -76,6 +76,7 @@ class Reflow(Distiller):
     """Role: student. Needs pairs."""
 
     Config = ReflowConfig
+    samplers = ("euler", "stochastic", "fixed_noise")
     roles: ClassVar = {"student": student()}
     config: ReflowConfig
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -55,7 +56,8 @@ class Run:
             steps=recipe.student.steps,
             grid=self.plan.grid,
             guidance=self.plan.guidance,
-            sampler=recipe.student.sampler,
+            sampler=recipe.student.stock_sampler,
+            own_sampler=self.own_sampler(),
             teacher=teacher,
             prompts=spread(self.data.prompts, 8),
             recipe=resolved,
@@ -63,6 +65,13 @@ class Run:
             smaller=self.plan.smaller(),
             sparse=self.plan.sparse(),
         )
+
+    def own_sampler(self) -> dict[str, Any] | None:
+        """As fastgen.json has it (`manifest.Beside`); None for a student of a stock sampler."""
+        name = self.plan.recipe.student.own_sampler
+        if name is None:
+            return None
+        return {"name": name, **({"edges": self.trainer.distiller.windows()} if name == "linear_windows" else {})}
 
     def unfinished(self) -> dict[str, dict[str, int]]:
         """The students that this run still trains, each with its own step and how many it will have."""
@@ -82,7 +91,7 @@ class Run:
             negative_prompt=recipe.teacher.negative_prompt,
             grid=self.plan.grid if student else None,
             device=self.parallel.device,
-            sampler=recipe.student.sampler if student else family.samplers[0],
+            sampler=recipe.student.stock_sampler if student else family.samplers[0],
             name="the student" if student else f"teacher {recipe.teacher.pretrained!r}",
         )
 

@@ -73,7 +73,7 @@ def evaluate(
     if dump is not None:
         check_writable(dump.folder, "--dump")
     target = results_file(str(model)) if output is None else Path(output)
-    models = _subjects(subject_of(str(model), asked, device=place, teacher_dir=teacher_dir, name=_name(str(model), beside)), steps)
+    models = _subjects(subject_of(str(model), asked, device=place, teacher_dir=teacher_dir, name=_name(str(model), beside)), steps, progress)
     with with_root(settings or Settings(), progress) as settings:
         evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress, teacher=beside is not None)
         progress.stage(f"measuring {model} with protocol {protocol.name}")
@@ -122,15 +122,20 @@ def _teacher(
     return lambda: subject_of(str(teacher_dir), asked.of_teacher(), device=device, name="teacher")
 
 
-def results_file(model: str, *, fixed_noise: bool = False) -> Path:
+def results_file(model: str) -> Path:
     """Where results go: beside a student, and otherwise into the current folder."""
-    own = "results.fixed_noise.json" if fixed_noise else "results.json"
-    return expanded(model) / own if is_student(model) else Path(re.sub("[/:]", "_", f"{source_name(model)}.results.json"))
+    return expanded(model) / "results.json" if is_student(model) else Path(re.sub("[/:]", "_", f"{source_name(model)}.results.json"))
 
 
-def _subjects(model: Subject, steps: Sequence[int] | None) -> list[Subject]:
-    """A model at each number of steps. UserError for one that it cannot take."""
-    return [model] if steps is None else [model.at(count) for count in steps]
+def _subjects(model: Subject, steps: Sequence[int] | None, progress: Progress) -> list[Subject]:
+    """A model at each number of steps, and then as only fastgen draws it, where it is made for that. UserError for steps that it cannot take."""
+    subjects = [model] if steps is None else [model.at(count) for count in steps]
+    for each in list(subjects):
+        try:
+            subjects += [own] if (own := each.beside()) is not None else []
+        except UserError as error:
+            progress.warn(f"warning: {error}")
+    return subjects
 
 
 def _draw(evaluation: Evaluation, subjects: list[Subject]) -> None:

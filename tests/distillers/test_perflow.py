@@ -487,7 +487,10 @@ def test_mistakes_in_the_config_name_the_key(config: dict[str, Any], message: st
         ),
         (["distiller.windows=null", "distiller.edges=[1, 0.5, 0.499, 0]"], r"^recipe key distiller\.edges: two of .* are at one of the student's"),
         (["distiller.windows=null", "distiller.edges=[1, 0.99, 0]"], r"^recipe key distiller\.edges: 0\.99 is none of"),
-        (["student.sampler=stochastic"], r"^recipe key student\.sampler: stochastic, but perflow trains steps of the euler sampler alone"),
+        (
+            ["student.sampler=stochastic"],
+            r"^recipe key student\.sampler: stochastic, but perflow trains steps of the euler or linear_windows sampler alone",
+        ),
     ],
 )
 def test_windows_that_sampling_does_not_hit_are_refused(overrides: list[str], message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class Subject(ABC):
     """Draws the pictures of a protocol's sets. A picture depends on its prompt, its seed and its id alone, not on the others that are
     drawn with it, but by rounding."""
 
-    name: Literal["student", "teacher", "pipeline", "pictures"]  # `model` in results.json
+    name: str  # `model` in results.json: student, teacher, pipeline, pictures; with the name of a sampler of ours behind it, student_fixed_noise
     steps: int | None = None  # None: pictures that lie there already, or a call that takes none
     guidance: float | None = None  # classifier-free, 1 is none; None: the model has none
     taught_by: str | None = None  # SHA-256 of the teacher that it is or was distilled from; None where nobody knows
@@ -44,6 +44,11 @@ class Subject(ABC):
     def at(self, steps: int) -> Subject:
         """The same model, whose weights are shared, with another number of steps. UserError where it cannot be had."""
         raise UserError(f"--steps: {steps}, but what is measured takes no steps")
+
+    def beside(self) -> Subject | None:
+        """The same model as only fastgen draws it, for rows of its own; None for one without. UserError where it has one that does not go with
+        its steps."""
+        return None
 
     def check(self, sets: Mapping[str, SampleSet], *, whole: bool) -> list[str]:
         """Before anything is drawn: a line each to warn of, such as prompts whose end is cut off. UserError where these sets cannot be drawn.

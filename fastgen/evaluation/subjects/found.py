@@ -26,8 +26,7 @@ FORMS = "an exported student, a diffusers folder, a folder of pictures, or a hub
 @dataclass(frozen=True)
 class Asked:
     """What a user wants of a model beside its steps; None: its own. guidance, size (height, width), max_sequence_length, call (other arguments, as
-    JSON has them) and revision (of a hub id) are of stock pipelines alone; captions: a file, of a folder of pictures;
-    fixed_noise: of an exported student, see `ImageGenerator.with_fixed_noise`."""
+    JSON has them) and revision (of a hub id) are of stock pipelines alone; captions: a file, of a folder of pictures."""
 
     guidance: float | None = None
     size: tuple[int, int] | None = None
@@ -36,7 +35,6 @@ class Asked:
     revision: str | None = None
     dtype: str | None = None
     captions: Path | None = None
-    fixed_noise: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -51,10 +49,10 @@ class Asked:
     def refuse(self, kind: str, *allowed: str) -> None:
         """UserError for the first thing that is wanted and does not apply to this kind of model."""
         given = {"guidance": "--guidance", "size": "--size", "max_sequence_length": "--max-sequence-length", "call": "--call"}
-        given |= {"revision": "--revision", "dtype": "--dtype", "captions": "--captions", "fixed_noise": "--fixed-noise"}
+        given |= {"revision": "--revision", "dtype": "--dtype", "captions": "--captions"}
         for name, option in given.items():
             value = getattr(self, name)
-            if name not in allowed and value not in (None, {}, False):
+            if name not in allowed and value not in (None, {}):
                 raise UserError(f"{option}: does not apply to {kind}")
 
 
@@ -85,7 +83,7 @@ def subject_of(
         if kind == "bundled":
             subject = bundled_subject(model, steps=steps, guidance=asked.guidance, device=device)
         else:
-            options: Any = {"dtype": asked.dtype or "fp32", "device": device, "teacher_dir": teacher_dir, "fixed_noise": asked.fixed_noise}
+            options: Any = {"dtype": asked.dtype or "fp32", "device": device, "teacher_dir": teacher_dir}
             subject = student_subject(folder, steps=steps, **options)
     return _called(subject, name)
 
@@ -112,7 +110,7 @@ def kind_of(model: str, asked: Asked = Asked(), *, steps: int | None = None, key
             raise UserError(f"--guidance: {asked.guidance:g}; a bundled teacher takes 1 (none) and more, as in diffusers")
         return "bundled"
     if is_student(model):
-        asked.refuse("an exported student, whose fastgen.json says how it is called", "dtype", "fixed_noise")
+        asked.refuse("an exported student, whose fastgen.json says how it is called", "dtype")
         return "student"
     if (folder / "model_index.json").is_file() or is_hub_id(model):
         from fastgen.evaluation.subjects.stock import check_pipeline

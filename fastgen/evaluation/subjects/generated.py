@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class GeneratorSubject(Subject):
     def __init__(
         self,
         generator: ImageGenerator,
-        name: Literal["student", "teacher"],
+        name: str,
         *,
         content: str,
         source: str,
@@ -59,8 +59,9 @@ class GeneratorSubject(Subject):
             "pipeline": family.pipeline_classes[0] if family.pipeline_classes else type(family).__name__,
             "steps": self.steps,
             "grid": self.times,
-            "sampler": generator.renoise,
-            **({"scheduler": self._scheduler()} if family.exportable and generator.renoise == generator.sampler else {}),
+            "sampler": generator.moves,
+            **({"scheduler": self._scheduler()} if family.exportable and generator.moves == generator.sampler else {}),
+            **({"windows": own["edges"]} if (own := generator.own) and own["name"] == generator.moves == "linear_windows" else {}),
             "guidance": generator.guidance,
             "options": family.options,
             "dtype": self.dtype,
@@ -78,6 +79,16 @@ class GeneratorSubject(Subject):
         other = copy.copy(self)
         vars(other).pop("identity", None)
         other._step(steps)
+        return other
+
+    def beside(self) -> GeneratorSubject | None:
+        generator = self.generator.with_own_sampler()
+        if generator is self.generator:
+            return None
+        if why_not := generator.why_not_own(self.steps):
+            raise UserError(f"{self.name} is not drawn with {generator.moves}: {why_not}")
+        other = self.at(self.steps)
+        other.generator, other.name = generator, f"{self.name}_{generator.moves}"
         return other
 
     def check(self, sets: Mapping[str, SampleSet], *, whole: bool) -> list[str]:
@@ -98,14 +109,11 @@ def student_subject(
     dtype: str = "fp32",
     device: torch.device | str = "cpu",
     teacher_dir: str | Path | None = None,
-    fixed_noise: bool = False,
 ) -> GeneratorSubject:
-    """An exported student; fixed_noise: which goes back to its first noise between its steps. UserError where its files are not those that were
-    exported, as of `load_student`."""
+    """An exported student. UserError where its files are not those that were exported, as of `load_student`."""
     manifest = read_manifest(folder)
     check_student(folder, manifest)
     generator = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
-    generator = generator.with_fixed_noise() if fixed_noise else generator
     told = {"negative_prompt": manifest["teacher"]["negative_prompt"]} | {key: manifest[key] for key in ("method", "unfinished") if manifest.get(key)}
     if manifest["weights"] == "lora":
         told["teacher"] = manifest["teacher"].get("sha256") or _teacher_hash(folder, manifest["teacher"], teacher_dir)
