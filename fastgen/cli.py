@@ -196,8 +196,6 @@ def sample(
     terminal.quiet()
     student = load_student(student_dir, teacher_dir=teacher_dir)
     student = student if native else student.with_own_sampler()
-    if student.moves != student.sampler and (why_not := student.why_not_own(steps or student.steps)):
-        raise UserError(f"--steps: {student.moves}, but {why_not}; draw with --native, or other steps")
     for warning in student.family.legibility(prompt).check("--prompt"):
         terminal.warn(warning)
     if first_step_from_teacher is not None:

@@ -144,6 +144,8 @@ class ImageGenerator:
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
         """Latents (B, *shape) of one sample a (prompt, seed) pair."""
+        if self.moves != self.sampler and (why_not := self.why_not_own(steps or self.steps)):
+            raise UserError(f"--steps: {self.moves}, but {why_not}; draw with --native, or other steps")
         draws = SeededDraws(seeds, self.device)
         noise = draws.normal("noise", self.family.latent.shape)
         if self._first is None:

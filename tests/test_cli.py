@@ -243,6 +243,9 @@ def test_sample_writes_a_film_strip_and_a_moving_file_of_videos(tmp_path: Path, 
     class Student:
         family = SimpleNamespace(legibility=lambda prompts: Legibility(len(prompts)), frame_rate=16)
 
+        def with_own_sampler(self) -> Student:
+            return self
+
         def __call__(self, prompts: list[str], seeds: list[int], steps: int | None) -> torch.Tensor:
             frames = torch.arange(5)[:, None, None] / 100
             return torch.stack([(seed / 10 + frames).expand(3, 5, 4, 6) for seed in seeds])

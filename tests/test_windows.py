@@ -33,7 +33,8 @@ class Perfect:
     / alpha_s (on paths to pure noise, whose alpha_s is 0 at first: x0 = m x_s), and at every x_t of the line it predicts that pair."""
 
     def __init__(self, path: Path, kind: Kind, edges: list[float]) -> None:
-        self.path, self.own, self.edges, self.asked = path, kind, edges, list[float]()
+        self.path, self.edges, self.asked = path, edges, list[float]()
+        self.own: Kind = kind
 
     def pair(self, x_s: Tensor, window: int) -> tuple[Tensor, Tensor]:
         alpha, sigma = (float(value) for value in self.path.coeffs(times(self.edges[window])))

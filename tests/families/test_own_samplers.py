@@ -104,7 +104,7 @@ def test_a_student_of_linear_windows_is_drawn_through_them(windowed: Path) -> No
 
 def test_a_handed_over_sample_is_on_no_windows_line(windowed: Path) -> None:
     with pytest.raises(UserError, match=r"^--first-step-from-teacher: hands over between the lines of linear_windows; draw with --native$"):
-        load_student(windowed).with_own_sampler().with_first_step(load_teacher_of(windowed), 4)
+        load_student(windowed).with_own_sampler().with_first_step(load_teacher_of(windowed, teacher_dir=windowed.parent / "teacher"), 4)
 
 
 @pytest.mark.parametrize(
