@@ -80,11 +80,12 @@ def main() -> None:
 def table(world: str, rows: Rows) -> str:
     """A line a variant: mean ± standard deviation over its seeds."""
     shown = {**SHOWN[world], **COSTS}
-    lines = ["| | " + " | ".join(shown.values()) + " | seeds |", "| --- |" + " ---: |" * (len(shown) + 1)]
+    lines = ["| | " + " | ".join([*shown.values(), "images/s"]) + " | seeds |", "| --- |" + " ---: |" * (len(shown) + 2)]
     for name in variants(world):
         own = [row for row in rows if row["model"] == name]
         if own:
             cells = [_cell([row["value"] for row in own if row["name"] == metric]) for metric in shown]
+            cells.append(_cell([1000 / row["value"] for row in own if row["name"] == "seconds_per_1000_images"]))
             lines.append(f"| {name} | {' | '.join(cells)} | {len({row['seed'] for row in own})} |")
     return "\n".join(lines)
 

@@ -239,7 +239,8 @@ class DataBlock(Block):
     taken, the middle or a random one. store: a folder that encoded prompts and images are kept in and read from, None for memory. dtype: of what is
     kept. keep: whether a store's rows are read into memory at the start, or each batch when it is needed; `auto`: what fits. encode: all before
     training, or each batch when it is drawn, by encoders that stay in memory. pairs: noise-sample pairs of the teacher: how many it
-    draws when the run starts, or a folder made by `fastgen cache pairs`, or both with how they are drawn."""
+    draws when the run starts, or a folder made by `fastgen cache pairs`, or both with how they are drawn. prompts: where a method trains
+    on a folder of pairs, by default those of the pairs."""
 
     prompts: str | None = None
     images: str | None = None

@@ -17,7 +17,7 @@ Line = tuple[list[int], list[float]]  # steps, values
 
 COLOURS = ("#3b82c4", "#d9742b", "#2f9e77", "#c2508f", "#8a6fd1", "#b5952a", "#4aa5b8", "#9a6a4f")
 INK = "#7f7f7e"  # text and axes, replaced by the page's own colour
-_NOT_CURVES = ("step", "seconds")
+_NOT_CURVES = ("step", "seconds", "straightness/teacher", "straightness/student")  # which the last row alone has
 
 
 class Panel(NamedTuple):

@@ -41,6 +41,7 @@ _RESUMABLE = (
     "train.offload_optimizers",
     "evaluate",
     "export",
+    "distiller.straightness",
     *("data.caption_key", "data.skip_broken", "data.store", "data.keep"),
 )
 
@@ -60,7 +61,7 @@ def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
     hashes = {TEACHER: source_hash(teacher.pretrained, teacher.revision, teacher.adapters), **planned.method.files(planned.method_config)}
     if teacher.lora is not None:
         hashes[LORA] = lora_hash(teacher.adapters)
-    if planned.prompts is not None:
+    if planned.prompts is not None and planned.recipe.data.prompts is not None:  # else they are the pairs' own
         hashes["data.prompts"] = digest(list(planned.prompts.items()))
     if planned.images is not None:
         hashes["data.images"] = planned.images.content()
@@ -76,9 +77,13 @@ def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
     return Inputs(hashes, pairs if planned.pairs is not None else None)
 
 
-def with_kept(planned: Plan, began: Mapping[str, str]) -> Plan:
-    """The plan with the blocks that importance chose when the run began."""
-    return replace(planned, kept=json.loads(began[KEPT])) if KEPT in began else planned
+def as_begun(planned: Plan, began: Inputs) -> Plan:
+    """The plan with what was found when the run began: the blocks that importance chose, and the prompts of the pairs that it had."""
+    if KEPT in began.hashes:
+        planned = replace(planned, kept=json.loads(began.hashes[KEPT]))
+    if planned.pairs is not None and began.pairs is not None and planned.recipe.data.prompts is None and planned.images is None:
+        planned = replace(planned, prompts=pair_folder.weighted_prompts(planned.pairs, began.pairs))
+    return planned
 
 
 def kept_by(run_dir: Path) -> Mapping[str, Sequence[int]]:

@@ -244,12 +244,14 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     _check_inputs(recipe, method.roles_for(config), family)
-    prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     images = images_of(recipe.data)
     asked = recipe.data.pairs_asked
     pairs = None if asked is None or asked.folder is None else pair_folder.open_folder(asked.folder, asked)
     if pairs is not None:
         pair_folder.check(pairs, identified_teacher(recipe), family.latent.shape, recipe.data.dtype)
+    prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
+    if prompts is None and images is None and pairs is not None:
+        prompts = pair_folder.weighted_prompts(pairs, pairs.count)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
     foresight.check_grid(recipe, family)
     check_pictures(images, recipe, family)
@@ -516,7 +518,8 @@ def _check_inputs(recipe: Recipe, roles: Mapping[str, RoleSpec], family: Family)
 def _check_data(recipe: Recipe, *, needs_latents: bool, needs_pairs: bool) -> None:
     if needs_latents and recipe.data.images is None:
         raise UserError(f"recipe key data.images: missing; {recipe.distiller.name} trains on images")
-    if not needs_latents and recipe.data.prompts is None:
+    asked = recipe.data.pairs_asked
+    if not needs_latents and recipe.data.prompts is None and (asked is None or asked.folder is None or not needs_pairs):
         raise UserError(f"recipe key data.prompts: missing; {recipe.distiller.name} trains on prompts")
     unused = "prompts" if needs_latents else "images"
     if getattr(recipe.data, unused) is not None:

@@ -241,6 +241,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     for name in [*quality, *({RATE} & mine.keys())]:
         against = f"teacher, {_count(teacher[name]['steps'], 'step')}: {formatted(teacher[name])}" if "steps" in teacher.get(name, {}) else ""
         tiles.append((f"{heading(name).text}, {_count(steps, 'step')}", formatted(mine[name]), against))
+    if run.steps and isinstance(straight := run.steps[-1].get("straightness/student"), int | float):
+        before = run.steps[-1].get("straightness/teacher")
+        against = f"teacher: {before:.3f}; 0 is straight" if isinstance(before, int | float) else "0 is straight"
+        tiles.append(("straightness", f"{straight:.3f}", against))
     if run.steps:
         seconds = run.steps[-1].get("seconds")
         tiles.append(("training steps", f"{run.steps[-1]['step']:,}", _duration(seconds) if isinstance(seconds, int | float) else ""))

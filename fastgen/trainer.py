@@ -103,8 +103,12 @@ class Trainer:
         for name in [name for name in self.optimizers if ahead >= sum(self._span(name))]:
             del self.optimizers[name], self.parameters[name]
         for name in [name for name in self.roles if not self.distiller.needed(name, ahead)]:
-            self.roles.release(name)
-            del self.models[name]
+            self.release(name)
+
+    def release(self, name: str) -> None:
+        """Free a role that no step asks."""
+        self.roles.release(name)
+        del self.models[name]
 
     def _span(self, name: str) -> tuple[int, int]:
         """(first, count) of the student steps in which a role trains."""

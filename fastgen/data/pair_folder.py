@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -240,6 +241,11 @@ def check_whole(folder: PairFolder, key: str = KEY) -> None:
     """UserError, beginning with `key`, where some pairs are missing; reads headers only."""
     if (held := folder.held()) < folder.count:
         raise UserError(f"{key}: {str(folder.path)!r} holds {held} of {folder.count} pairs; finish it with the same `fastgen cache pairs` command")
+
+
+def weighted_prompts(folder: PairFolder, count: int) -> dict[str, float]:
+    """The prompts of the first `count` pairs with their shares, for a run that has no others; reads headers only."""
+    return {text: times / count for text, times in Counter(folder.prompts()[:count]).items()}
 
 
 def content(folder: PairFolder, count: int) -> str:

@@ -176,6 +176,11 @@ class Distiller(ABC):
         return False
 
     @classmethod
+    def straightness_of(cls, config: Any) -> int:
+        """Of how many samples a run logs how straight its teacher's flow and its student's are; 0: not at all."""
+        return 0
+
+    @classmethod
     def files(cls, config: Any) -> dict[str, str]:
         """The files that this Config names, by content: recipe key -> hash."""
         return {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from fastgen import feature_distance
@@ -65,11 +66,20 @@ def start_time(setting: Setting) -> float:
 
 class ReflowConfig(MethodConfig):
     """times: fractions of the start's flow time; their shift is 1 unless stated, as a teacher's undoes the U of `u_shaped`. velocity, perceptual:
-    what is compared, see premetrics.py."""
+    what is compared, see premetrics.py. straightness: of how many samples the run logs how straight the teacher's flow is before and the student's
+    after (run/straightened.py), 0 for not at all; it changes nothing that is trained."""
 
     times: TimeSampling = TimeSampling(name="uniform", shift=1.0)
     velocity: VelocityConfig = VelocityConfig()
     perceptual: PerceptualConfig | None = None
+    straightness: int = Field(default=32, ge=0, le=10**6)
+
+    @field_validator("straightness")
+    @classmethod
+    def _enough_for_a_spread(cls, straightness: int) -> int:
+        if straightness == 1:
+            raise ValueError("of 1 sample there is no error to tell; 2 or more, or 0 for not at all")
+        return straightness
 
 
 class Reflow(Distiller):
@@ -83,6 +93,10 @@ class Reflow(Distiller):
     @classmethod
     def needs_pairs(cls, config: ReflowConfig) -> bool:
         return True
+
+    @classmethod
+    def straightness_of(cls, config: ReflowConfig) -> int:
+        return 0 if config.times.lo == 1 else config.straightness  # which learns no other velocity than the first
 
     @classmethod
     def files(cls, config: ReflowConfig) -> dict[str, str]:

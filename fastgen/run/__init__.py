@@ -130,7 +130,7 @@ def _start(
     if PROTOCOL in changed:
         said = f"{PROTOCOL}: {recipe.evaluate.protocol!r} is not what the run began with: numbers before and from here on do not compare"
         planned = replace(planned, warnings=(*planned.warnings, said))
-    return _Start(inputs.with_kept(planned, began.hashes), chosen, state, began, changed)
+    return _Start(inputs.as_begun(planned, began), chosen, state, began, changed)
 
 
 def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> None:
@@ -147,7 +147,9 @@ def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> No
         run.trainer.data = data.with_first_pairs(began.pairs)
     if start.chosen is None:  # also of a run that was killed before its first checkpoint
         folder.begin(None)
+        folder.note(straightness=run.straightness)
     else:
+        run.straightness = folder.noted("straightness")
         progress.stage(f"resuming from {start.chosen}")
         checkpoint.load(start.chosen, run.trainer, start.state)
         for name in checkpoint.set_aside(folder.path, start.chosen):

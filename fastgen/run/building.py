@@ -15,6 +15,7 @@ from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import origin_of
 from fastgen.data.pair_folder import kept_before
 from fastgen.data.pairs import Pairs, drawn_prompts
+from fastgen.denoiser import Denoiser, Predictor
 from fastgen.divergence import largest
 from fastgen.errors import UserError
 from fastgen.export import Expert, StudentInfo
@@ -27,13 +28,15 @@ from fastgen.plan import Plan, drawing_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
 from fastgen.run.calibration import measured, with_kept
+from fastgen.run.straightened import straightness_of
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
 
 @dataclass
 class Run:
-    """A plan with its networks, data and trainer, and what it was begun with. warnings: what was said before training."""
+    """A plan with its networks, data and trainer, and what it was begun with. warnings: what was said before training. straightness: of the
+    teacher's flow, where it was measured."""
 
     plan: Plan
     roles: Roles
@@ -42,6 +45,7 @@ class Run:
     parallel: SingleProcess
     began: inputs.Inputs = field(default_factory=inputs.Inputs)
     warnings: tuple[str, ...] = ()
+    straightness: dict[str, Any] | None = None
 
     def info(self) -> StudentInfo:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
@@ -147,9 +151,14 @@ def build(plan: Plan, progress: Progress) -> Run:
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
         roles.align_adapters(taken)
+    before = None
+    if (samples := plan.method.straightness_of(plan.method_config)) and not plan.started:
+        progress.stage("measuring how straight the teacher's flow is")
+        teacher = setting.guide(Predictor(Denoiser(backbone, family, autocast=plan.autocast), family))  # without the roles' adapters
+        before = straightness_of(teacher, data, setting, guidance=setting.guidance, samples=samples, train=recipe.train, device=parallel.device)
     distiller = plan.method(plan.method_config, setting)
     trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
-    return Run(plan, roles, data, trainer, parallel, warnings=(*plan.warnings, *left_out))
+    return Run(plan, roles, data, trainer, parallel, warnings=(*plan.warnings, *left_out), straightness=before)
 
 
 def load_pairs(run: Run, progress: Progress) -> Pairs:

@@ -20,6 +20,7 @@ from fastgen.progress import Once, Progress
 from fastgen.run.building import Run, spread
 from fastgen.run.diverged import with_way_on
 from fastgen.run.interrupted import Interrupted
+from fastgen.run.straightened import straightness_of
 from fastgen.runlog import RunLog
 from fastgen.trainer import Metrics
 
@@ -34,6 +35,8 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
     settings, evaluate, trainer = run.plan.recipe.train, run.plan.recipe.evaluate, run.trainer
     resolved = run.plan.resolved()
     samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
+    for name in trainer.roles.keys() - run.plan.method.roles_for(run.plan.method_config).keys():  # which has drawn the run's pairs
+        trainer.release(name)
     watch = diagnostics.Watch()
     is_due = lambda step, every: bool(every) and (step == settings.steps or step % every == 0)  # noqa: E731
     with _signals() as caught, RunLog(run_dir) as log, _evaluations(run, progress) as measured:
@@ -55,6 +58,8 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
             if samples and is_due(step, settings.sample_every):
                 metrics = {**metrics, **samples.draw(step)}
             failures: list[str] = []
+            if step == settings.steps:
+                metrics = {**metrics, **_straightened(run)}
             if is_due(step, evaluate.every):
                 try:
                     metrics = {**metrics, **measured()}
@@ -144,6 +149,22 @@ class Samples:
         """In batches no larger than training's own."""
         train = self.run.plan.recipe.train
         return generate_pictures(generator, self.prompts, self.seeds, batch=train.at_once)
+
+
+def _straightened(run: Run) -> Metrics:
+    """How straight the flow of the averaged student is, and its teacher's was, where the method asks for it."""
+    plan, trainer = run.plan, run.trainer
+    samples = plan.method.straightness_of(plan.method_config)
+    if not samples:
+        return {}
+    with trainer.ema.applied():
+        setting = trainer.distiller.setting
+        predict = trainer.distiller.sampler(trainer.models)
+        predict = setting.guide(predict) if plan.guidance != 1 else predict
+        told: Any = {"guidance": plan.guidance, "samples": samples, "train": plan.recipe.train, "device": run.parallel.device}
+        after = straightness_of(predict, run.data, setting, **told)
+    before = run.straightness or {}  # unless run.json was lost
+    return {f"straightness/{name}": found["straightness"] for name, found in (("teacher", before), ("student", after)) if found}
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | No
         raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
     chosen, state = checkpoint.opened(run_dir)
     state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
-    planned = inputs.with_kept(plan(validate(Recipe, state["recipe"]), only="export", started=True), state["inputs"])
+    planned = inputs.as_begun(plan(validate(Recipe, state["recipe"]), only="export", started=True), inputs.Inputs(state["inputs"]))
     inputs.check_teacher(state["inputs"], planned)
     if for_comfy and weights == "full":
         raise UserError("--comfy: writes the student's adapter for other programs, and --full merges it; leave out one of them")
