@@ -117,6 +117,13 @@ def expert_layers(network: nn.Module) -> list[ExpertLayer]:
     return [module for module in network.modules() if isinstance(module, ExpertLayer)]
 
 
+def set_rows(layer: ExpertLayer, rows: int) -> None:
+    """Give its router so many rows, of zeros, in place of those that it has; as many keep what they hold."""
+    if rows != layer.router.out_features:
+        like = layer.router.weight
+        layer.router = Router(layer.router.in_features, rows, like).requires_grad_(like.requires_grad).train(layer.training)
+
+
 def set_active(network: nn.Module, active: Active | Tensor) -> None:
     """How many experts tokens use from now on, in every layer; with expert choice also one number for each sample of the batch, such as
     `scheduled_active` gives. Blocks that are computed again in a backward pass use what they used in their forward pass.
