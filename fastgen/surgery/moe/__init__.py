@@ -1,6 +1,6 @@
 """Dense networks to mixtures of experts (Dense2MoE, arXiv:2510.09094): find feed-forward layers, measure their neurons, split, route, account."""
 
-from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, mix_blocks, recording_blocks, set_kept
+from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, keeping_all, mix_blocks, recording_blocks, set_kept
 from fastgen.surgery.moe.conversion import Conversion, converted
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import magnitude, random, taylor
@@ -27,6 +27,7 @@ __all__ = [
     "expert_layers",
     "find_modulation",
     "gradient_utility",
+    "keeping_all",
     "magnitude",
     "mix_blocks",
     "part",

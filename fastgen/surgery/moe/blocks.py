@@ -222,6 +222,20 @@ def set_kept(network: nn.Module, kept: int) -> None:
 
 
 @contextmanager
+def keeping_all(network: nn.Module) -> Iterator[None]:
+    """Inside, every block runs, whatever routers say."""
+    routers = block_routers(network)
+    before = [router.kept for router in routers]
+    for router in routers:
+        router.kept = router.size
+    try:
+        yield
+    finally:
+        for router, kept in zip(routers, before, strict=True):
+            router.kept = kept
+
+
+@contextmanager
 def recording_blocks(network: nn.Module) -> Iterator[list[Routing]]:
     """Inside, each pass through a group appends what its samples kept, in the terms of experts' routings: for `balance_loss` and statistics; counts
     are of samples. Blocks that are computed again record nothing."""

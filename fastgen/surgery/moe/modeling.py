@@ -3,9 +3,10 @@
 fastgen writes this file beside the weights of a student, with the name of the student's own class in place of SD3Transformer2DModel, so that
 diffusers loads it with `trust_remote_code=True`. It needs torch and diffusers only. The configuration's `experts` describes each layer.
 
-In a layer, shared(x) + sum over chosen experts of gate * expert(x): scores P are softmax probabilities in fp32 or wider, gates are
-scale * P, scale the number of experts unless some were added or removed. Where tokens choose, each takes the `active` experts that it scores highest; where experts choose, each takes, in each sample,
-the ceil(tokens * active / experts) tokens that score it highest. Equal scores go to lower indices.
+In a layer, shared(x) + sum over chosen experts of gate * expert(x): scores P are softmax probabilities in fp32 or wider, gates are scale * P,
+scale the number of experts, of the first split where some were added or removed. Where tokens choose, each takes the `active` experts that it
+scores highest; where experts choose, each takes, in each sample, the ceil(tokens * active / experts) tokens that score it highest. Equal scores
+go to lower indices.
 
 Where blocks are in groups, each sample passes through those `kept` blocks of a group that its router scores highest, in order.
 """
@@ -248,7 +249,7 @@ class GroupedBlock(nn.Module):
         if bool(keep.any()):
             after = super().forward(*args, **kwargs)
             after = after if isinstance(after, tuple) else (after,)
-            out = [torch.where(keep.view(-1, *[1] * (new.ndim - 1)), new, old.to(new.dtype)) for old, new in zip(out, after)]
+            out = [torch.where(keep.view(-1, *[1] * (new.ndim - 1)), new, old.to(new.dtype)) for old, new in zip(out, after, strict=False)]
         return tuple(out) if len(out) > 1 else out[0]
 
 

@@ -75,7 +75,7 @@ def upcycle(network: nn.Module, utility: Mapping[str, Tensor], *, factor: int = 
             moved = noise * (2 * torch.rand(len(copies)) - 1)
         first = layer.num_experts
         _take(layer, [*range(first), *copies])
-        layer.selection_bias[first:] += moved.to(layer.selection_bias)
+        layer.selection_bias.data[first:] += moved.to(layer.selection_bias)
 
 
 def _copies(utility: Sequence[float], num: int, most: int) -> list[int]:
@@ -135,7 +135,8 @@ def _take(layer: ExpertLayer, experts: list[int], removed: Sequence[int] = (), *
     router = Router(layer.router.in_features, len(rows), layer.router.weight)
     router.weight = nn.Parameter(layer.router.weight[rows], layer.router.weight.requires_grad)
     layer.router = router.train(layer.training)
-    layer.selection_bias = layer.selection_bias[experts]
+    bias = layer.selection_bias[experts]
+    layer.selection_bias = nn.Parameter(bias) if isinstance(layer.selection_bias, nn.Parameter) else bias
     layer.num_experts = len(experts)
 
 
