@@ -113,7 +113,8 @@ class Denoiser(nn.Module):
         prediction = prediction.float() if prediction.dtype != torch.float64 else prediction
         log_variance = self.log_variance(second_time.noise_fraction(self.family.path, t)) if self.log_variance else None
         logits = heads([features[i][-1] for i in heads.taps]) if heads else None
-        auxiliary = _auxiliary(routings, [] if whole else choices, self.balance) if routings or (choices and not whole) else None
+        choices, fraction = [] if whole else choices, second_time.noise_fraction(self.family.path, t)
+        auxiliary = _auxiliary(routings, choices, self.balance, fraction) if routings or choices else None
         if auxiliary is not None and auxiliary.value.requires_grad and self.bias_rate:
             self._load(routings)
         return Output(prediction, tuple(stream for i in taps for stream in features[i]), log_variance, logits, auxiliary)
@@ -202,12 +203,12 @@ class Denoiser(nn.Module):
                 handle.remove()
 
 
-def _auxiliary(routings: Sequence[moe.Routing], choices: Sequence[moe.Routing], weight: float) -> Auxiliary:
+def _auxiliary(routings: Sequence[moe.Routing], choices: Sequence[moe.Routing], weight: float, fraction: Tensor) -> Auxiliary:
     """The weighted balance losses of one pass, and what its routers do. Means over layers: `balance` of the loss itself, 1 where even; `entropy` of
     a token's probabilities over that of a router without opinion; `idle` of the share of experts that nobody chose; `dropped` of tokens
     without a routed expert; `busiest`: the largest load of any expert over an even one. Behind `blocks_` the same of groups of blocks, in choices,
-    where nothing is dropped."""
-    experts = {} if not routings else _told_of(routings)
+    where nothing is dropped; behind each quarter of the noise range (`moe.by_time`), which samples at noise `fraction` (B,) are in."""
+    experts = {} if not routings else _told_of(routings) | moe.by_time(routings, fraction)
     blocks = {} if not choices else {f"blocks_{name}": value for name, value in _told_of(choices).items() if name != "dropped"}
     value = torch.stack([moe.balance_loss(each) for each in (routings, choices) if each]).sum()
     return Auxiliary(weight * value, experts | blocks)
@@ -298,7 +299,7 @@ class Predictor:
         self._auxiliaries.clear()
         if not found:
             return None
-        logs = {name: torch.stack([each.logs[name] for each in found]).mean() for name in found[0].logs}
+        logs = {name: torch.stack([each.logs[name] for each in found]).nanmean() for name in found[0].logs}
         return Auxiliary(torch.stack([each.value for each in found]).mean(), logs)
 
     def _evaluated(self, x: Tensor, t: Tensor, cond: Conditioning, **asked: Any) -> Output:

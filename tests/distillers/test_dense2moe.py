@@ -224,7 +224,7 @@ def test_at_last_blocks_in_groups_and_their_routers_train(others: str) -> None:
         assert not changed(running) & routers
     moved = changed(running)
     assert routers <= moved
-    assert {name for name in inside if "attn.to_q.weight" in name} <= moved
+    assert {name for name in inside if "attn.to_q.weight" in name} & moved  # of the block that this batch's samples keep, at least
     assert moved <= inside | (of(running, None) if others == "trained" else set())
 
 

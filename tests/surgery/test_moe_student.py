@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgen import cli, load_student, run
 from fastgen.config import Recipe
+from fastgen.curves import by_group
 from fastgen.distillers.base import Batch, Loss, Update
 from fastgen.errors import UserError
 from fastgen.export import export_student, verify
@@ -527,3 +528,16 @@ def test_a_run_of_groups_slim_modulation_and_bias_from_start_to_picture(tmp_path
     assert all(torch.equal(value, again[name]) for name, value in state.items())
     with pytest.raises(UserError, match=r"both need the same split"):
         plan(digits(*RUN, f"student.init={folder}"), only="train")
+
+
+def test_what_routers_do_is_logged_by_noise_level_and_has_panels_in_the_report() -> None:
+    running = built("student.moe.router_std=0.5", "train.batch_size=16")
+    metrics = running.trainer.train_step()
+    own = {name for name in metrics if name.startswith("experts/student/")}
+    assert {"experts/student/dropped", "experts/student/entropy_t0", "experts/student/busiest_t3", "experts/student/dropped_t2"} & own
+    assert any(name.startswith("experts/student/busiest_t") for name in own)
+    groups = by_group([{"step": 1, "experts/student/busiest": 2.0, "experts/student/busiest_t3": 3.0, "experts/student/entropy_t0": 0.5}])
+    assert groups == {
+        "expert_load": {"all": ([1], [2.0]), "nearest noise": ([1], [3.0])},
+        "expert_entropy": {"nearest data": ([1], [0.5])},
+    }

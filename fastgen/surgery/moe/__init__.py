@@ -7,7 +7,7 @@ from fastgen.surgery.moe.importance import magnitude, random, taylor
 from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, part, recording, set_active, using
 from fastgen.surgery.moe.modulation import Slim, find_modulation, slim
 from fastgen.surgery.moe.operators import gradient_utility, prune, remove, resize, upcycle, weight_utility
-from fastgen.surgery.moe.routing import Routing, balance_loss, counts, scheduled_active
+from fastgen.surgery.moe.routing import Routing, balance_loss, by_time, counts, scheduled_active
 from fastgen.surgery.moe.split import Experts
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Slim",
     "balance_loss",
     "block_routers",
+    "by_time",
     "convert",
     "converted",
     "counts",
