@@ -44,7 +44,7 @@ from fastgen.surgery.moe import conversion
 from fastgen.surgery.moe.accounting import Account, account
 from fastgen.surgery.moe.blocks import Groups, grouped_blocks
 from fastgen.surgery.moe.conversion import Conversion
-from fastgen.surgery.moe.modulation import Slim
+from fastgen.surgery.moe.modulation import Slim, slim_layers
 from fastgen.surgery.moe.split import Experts
 from fastgen.surgery.shrink import Shrink, shrunk, summary
 
@@ -186,6 +186,7 @@ class Plan:
             rule=family.guidance_rule,
             rule_kind=family.guidance_kind,
             groups=self._groups(),
+            slimmed=self._slimmed(),
         )
 
     def _groups(self) -> tuple[tuple[tuple[str, int], ...], ...]:
@@ -199,6 +200,11 @@ class Plan:
         for block, router in grouped_blocks(network):
             found.setdefault(id(router), []).append((names[id(block)], where[id(block)]))
         return tuple(tuple(group) for group in found.values())
+
+    def _slimmed(self) -> tuple[str, ...]:
+        if self.experts is None or self.experts.slim is None:
+            return ()
+        return ("common_modulation", *(name for name, _, _ in slim_layers(self._converted())))
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with the method's defaults filled in and local files as absolute paths, so that it holds in any folder."""

@@ -76,6 +76,7 @@ class Setting:
     rule: GuidanceRule = linear  # the pipeline's
     rule_kind: Kind | None = None  # the prediction on the teacher's own path that the rule is for; None: any
     groups: tuple[tuple[tuple[str, int], ...], ...] = ()  # of the student's blocks: names in its network, and places
+    slimmed: tuple[str, ...] = ()  # names of the student's modulation layers that were made small, and of what they share
 
     def last_time(self, other: Path) -> float:
         """The time on `other` of the noisiest level that the teacher's own path reaches."""

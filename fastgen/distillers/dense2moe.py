@@ -10,9 +10,10 @@ one. The loss of the features weighs layers so that each counts about as much as
 
 with L_l the mean squared error of layer l's features, f_l the teacher's, n their number. The balance loss comes from the network itself.
 
-The paper does not say what trains beside experts: by default nothing else (`others`). It does not say whose layers count in double blocks: here each
-stream of a block is one. Nor learning rates, nor how long stages are: `shared` and `blocks` divide the run. Few-step methods take such a student over
-with student.init and the same student.moe.
+The paper does not say what trains beside experts: by default nothing else (`others`) but modulation layers that were made small
+(`student.moe.modulation`), in every stage, because these are not the teacher's any more. It does not say whose layers count in double blocks:
+here each stream of a block is one. Nor learning rates, nor how long stages are: `shared` and `blocks` divide the run. Few-step methods take such
+a student over with student.init and the same student.moe.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Dense2MoE(Distiller):
     def updates(self, step: int) -> list[Update]:
         stage = self.stage(step)
         parts: tuple[Part | None, ...] = (stage, None) if self.config.others == "trained" else (stage,)
-        inside = tuple(f"{name}." for group in self.setting.groups for name, _ in group) if stage == "blocks" else ()
+        grouped = [name for group in self.setting.groups for name, _ in group] if stage == "blocks" else []
+        inside = tuple(f"{name}." for name in (*grouped, *self.setting.slimmed))
         return [Update(("student",), (self.imitate,), only=lambda name: part(name) in parts or name.startswith(inside))]
 
     def stage(self, step: int) -> Part:

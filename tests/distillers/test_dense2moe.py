@@ -264,3 +264,13 @@ def test_blocks_have_a_stage_where_they_are_in_groups(overrides: list[str], mess
     with pytest.raises(UserError) as caught:
         plan(digits(*overrides), only="train")
     assert str(caught.value).startswith(f"recipe key {message}")
+
+
+@pytest.mark.parametrize("how", ["{rank: 4}", "{rank: 0, shared: true}"])
+def test_modulation_that_was_made_small_trains_along(how: str) -> None:
+    running = built("train.steps=4", "distiller.shared=0.5", f"student.moe.modulation={how}", "optimizer.student.warmup=0")
+    for part in ("shared", "shared", "experts"):
+        moved = changed(running)
+        others = moved - of(running, part)
+        assert others and all(".linear." in name or name.startswith("common_modulation.") for name in others)
+        assert any("norm1.linear" in name for name in others)
