@@ -136,13 +136,39 @@ class ShrinkBlock(Block):
         return calibration
 
 
+class GroupsBlock(Block):
+    """of: the name of a list of blocks in the teacher's network; all lists where it has none. size: consecutive blocks in a group. kept: how many of
+    them a sample passes through. alpha: the weight of tokens, beside the modulation's vector, in the router's scores."""
+
+    of: str = ""
+    size: int = Field(ge=2, le=1000)
+    kept: int = Field(ge=1, le=1000)
+    alpha: float = Field(0.5, ge=0, le=1)
+
+    @field_validator("kept")
+    @classmethod
+    def _no_more_than_there_are(cls, kept: int, info: ValidationInfo) -> int:
+        if kept > info.data.get("size", kept):
+            raise ValueError(f"{kept} of groups of {info.data['size']} blocks")
+        return kept
+
+
+class ModulationBlock(Block):
+    """rank: of each block's own part of its modulation layers. shared: beside one layer for each list of blocks; then rank may be 0."""
+
+    rank: int = Field(ge=0, le=2**16)
+    shared: bool = Field(default=False, strict=True)
+
+
 class MoEBlock(Block):
     """experts, shared, routed: how many routed experts each feed-forward layer is split into, beside a shared one, and how wide either is, in one
     unit: of a layer's hidden size H the shared one takes H shared / (shared + experts routed). active: routed experts that a token uses, on
     average where router is `expert`, and then it may be a fraction. router: whether tokens choose experts or, within a sample, experts choose
     tokens. blocks: places of those whose layers are split. leave: ends of names of layers that stay dense. importance: what neurons are dealt
     by; calibration: of `taylor`, how many batches it is measured on. router_std: of the router's logits at the start, for inputs of unit
-    variance; 0 lets every token choose the same experts at first. balance: weight of the balance loss."""
+    variance; 0 lets every token choose the same experts at first. balance: weight of the balance loss. bias_rate: how far each step moves the
+    bias that experts' choice sees against their load; 0: none. groups: blocks of which a sample passes through some. modulation: the blocks'
+    modulation layers made small."""
 
     experts: int = Field(12, ge=1, le=4096)
     shared: float = Field(1.0, gt=0, le=4096)
@@ -155,6 +181,16 @@ class MoEBlock(Block):
     calibration: int = Field(8, le=10**6)
     router_std: float = Field(0.02, ge=0, le=1e3)
     balance: float = Field(0.01, ge=0, le=1e6)
+    bias_rate: float = Field(0.0, ge=0, le=1)
+    groups: list[GroupsBlock] = Field(default_factory=list, max_length=100)
+    modulation: ModulationBlock | None = None
+
+    @field_validator("bias_rate")
+    @classmethod
+    def _tokens_choose(cls, bias_rate: float, info: ValidationInfo) -> float:
+        if bias_rate and info.data.get("router") == "expert":
+            raise ValueError("where experts choose, their load is even already; remove it")
+        return bias_rate
 
     @field_validator("calibration")
     @classmethod

@@ -60,9 +60,24 @@ PANELS = {
         "discriminator",
         "Mean logits of real data and of the student's samples. They should stay near each other; far apart, the student learns little from them.",
     ),
+    "experts": Panel(
+        "experts",
+        "balance: the balance loss before its weight, 1 where even. entropy: of a token's probabilities over that of a router without opinion; "
+        "near 0 tokens have made up their minds. idle: share of experts that no token of the batch chose. dropped: share of tokens without a "
+        "routed expert. blocks_: the same of blocks in groups, which samples choose.",
+    ),
+    "expert_load": Panel(
+        "busiest expert, by noise level",
+        "The largest load of any expert over an even one, of all samples and of those in each quarter of the noise range; 1 is even.",
+    ),
+    "expert_entropy": Panel(
+        "routers' entropy, by noise level",
+        "Of a token's probabilities over that of a router without opinion, in each quarter of the noise range.",
+    ),
     "grad_norm": Panel("gradient norms"),
     "lr": Panel("learning rates"),
 }
+_QUARTERS = ("nearest data", "second quarter", "third quarter", "nearest noise")
 _LAST = "samples_per_second"
 # Scalars that are shown in another group than the one they are logged in, or under another name, in the order of their legends.
 _PLACES = {
@@ -71,10 +86,11 @@ _PLACES = {
     "match/gan": ("loss", "gan"),
     "match/sample_mean": ("sample", "mean"),
     "match/sample_std": ("sample", "std"),
-    "critic/loss_t0": ("critic", "nearest data"),
-    "critic/loss_t1": ("critic", "second quarter"),
-    "critic/loss_t2": ("critic", "third quarter"),
-    "critic/loss_t3": ("critic", "nearest noise"),
+    **{f"critic/loss_t{i}": ("critic", quarter) for i, quarter in enumerate(_QUARTERS)},
+    "experts/student/busiest": ("expert_load", "all"),
+    **{f"experts/student/busiest_t{i}": ("expert_load", quarter) for i, quarter in enumerate(_QUARTERS)},
+    **{f"experts/student/entropy_t{i}": ("expert_entropy", quarter) for i, quarter in enumerate(_QUARTERS)},
+    **{f"experts/student/dropped_t{i}": ("experts", f"dropped, {quarter}") for i, quarter in enumerate(_QUARTERS)},
 }
 
 

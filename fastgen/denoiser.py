@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
     autocast: dtype of mixed-precision compute, or None for the weights' own.
     inputs: scalar inputs beside the time, with parameters of their own, for a family that names its `time_projection`.
     log_variance: a learned log-variance of the loss. heads: discriminator heads on features of its blocks. balance: weight of the balance loss
-    of its experts, where it has any.
+    of its experts, where it has any; bias_rate: how far each step moves their selection bias.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Denoiser(nn.Module):
         log_variance: LogVariance | None = None,
         heads: Heads | None = None,
         balance: float = 0.0,
+        bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -72,7 +73,8 @@ class Denoiser(nn.Module):
         self.inputs = inputs
         self.log_variance = log_variance
         self.heads = heads
-        self.balance = balance
+        self.balance, self.bias_rate = balance, bias_rate
+        self._loads: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -84,10 +86,11 @@ class Denoiser(nn.Module):
         judge: bool = False,
         streams: bool = False,
         active: float | None = None,
+        whole: bool = False,
     ) -> Output:
         """Prediction at x (B, ...), t (B,) path time, fp32 or wider; taps: indices into the family's blocks, None for all; judge: also the heads'
         logits. streams: features of all streams of a tap, one after the other, not of the picture's alone. active: experts that a token uses in
-        this pass, None for as many as the network has active.
+        this pass, None for as many as the network has active. whole: no block is left out, where they are in groups.
 
         cond may hold values of scalar inputs (surgery/second_time.py), which stay out of every cast. ValueError for one that this
         network does not have.
@@ -101,7 +104,8 @@ class Denoiser(nn.Module):
         tapped = [*taps, *(heads.taps if heads else ())]
         with ExitStack() as stack:
             stack.enter_context(moe.using(self.backbone, active))
-            routings = stack.enter_context(self._routed())
+            stack.enter_context(moe.keeping_all(self.backbone) if whole else nullcontext())
+            routings, choices = stack.enter_context(self._routed())
             features = stack.enter_context(self._tapped(tapped, streams=streams))
             stack.enter_context(self._with_inputs(t, values))
             stack.enter_context(self._autocast(x.device))
@@ -109,17 +113,32 @@ class Denoiser(nn.Module):
         prediction = prediction.float() if prediction.dtype != torch.float64 else prediction
         log_variance = self.log_variance(second_time.noise_fraction(self.family.path, t)) if self.log_variance else None
         logits = heads([features[i][-1] for i in heads.taps]) if heads else None
-        auxiliary = _auxiliary(routings, self.balance) if routings else None
+        choices, fraction = [] if whole else choices, second_time.noise_fraction(self.family.path, t)
+        auxiliary = _auxiliary(routings, choices, self.balance, fraction) if routings or choices else None
+        if auxiliary is not None and auxiliary.value.requires_grad and self.bias_rate:
+            self._load(routings)
         return Output(prediction, tuple(stream for i in taps for stream in features[i]), log_variance, logits, auxiliary)
 
     @contextmanager
-    def _routed(self) -> Iterator[list[moe.Routing]]:
-        """What experts choose inside, in passes with gradients alone."""
+    def _routed(self) -> Iterator[tuple[list[moe.Routing], list[moe.Routing]]]:
+        """What experts choose inside, and which blocks samples keep, in passes with gradients alone."""
         if not torch.is_grad_enabled():
-            yield []
+            yield [], []
             return
-        with moe.recording(self.backbone) as records:
-            yield records
+        with moe.recording(self.backbone) as records, moe.recording_blocks(self.backbone) as choices:
+            yield records, choices
+
+    def _load(self, routings: Sequence[moe.Routing]) -> None:
+        for name, count in moe.counts(routings).items():
+            self._loads[name] = count + self._loads.get(name, torch.zeros_like(count))
+
+    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
+        """What follows an optimizer step: where `bias_rate` says so, experts' selection bias moves against their load in the passes of that step.
+        total: over all processes, up to a factor."""
+        loads = {name: total(load) for name, load in self._loads.items()}
+        self._loads = {}
+        if loads:
+            moe.even_out(self.backbone, loads, self.bias_rate)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,22 +203,28 @@ class Denoiser(nn.Module):
                 handle.remove()
 
 
-def _auxiliary(routings: Sequence[moe.Routing], weight: float) -> Auxiliary:
-    """The weighted balance loss of one pass, and what its routers do. Means over layers: `balance` of the loss itself, 1 where even; `entropy` of
+def _auxiliary(routings: Sequence[moe.Routing], choices: Sequence[moe.Routing], weight: float, fraction: Tensor) -> Auxiliary:
+    """The weighted balance losses of one pass, and what its routers do. Means over layers: `balance` of the loss itself, 1 where even; `entropy` of
     a token's probabilities over that of a router without opinion; `idle` of the share of experts that nobody chose; `dropped` of tokens
-    without a routed expert; `busiest`: the largest load of any expert over an even one."""
-    loss = moe.balance_loss(routings)
-    with torch.no_grad():
-        counts = moe.counts(routings)
-        each = [count * len(count) / count.sum().clamp(min=1) for count in counts.values()]
-        logs = {
-            "balance": loss.detach(),
-            "entropy": torch.stack([routing.entropy / math.log(max(2, routing.probabilities.shape[-1])) for routing in routings]).mean(),
-            "idle": torch.stack([(count == 0).float().mean() for count in counts.values()]).mean(),
-            "dropped": torch.stack([routing.dropped for routing in routings]).mean(),
-            "busiest": torch.stack([load.max() for load in each]).max(),
-        }
-    return Auxiliary(weight * loss, logs)
+    without a routed expert; `busiest`: the largest load of any expert over an even one. Behind `blocks_` the same of groups of blocks, in choices,
+    where nothing is dropped; behind each quarter of the noise range (`moe.by_time`), which samples at noise `fraction` (B,) are in."""
+    experts = {} if not routings else _told_of(routings) | moe.by_time(routings, fraction)
+    blocks = {} if not choices else {f"blocks_{name}": value for name, value in _told_of(choices).items() if name != "dropped"}
+    value = torch.stack([moe.balance_loss(each) for each in (routings, choices) if each]).sum()
+    return Auxiliary(weight * value, experts | blocks)
+
+
+@torch.no_grad()
+def _told_of(routings: Sequence[moe.Routing]) -> dict[str, Tensor]:
+    counts = moe.counts(routings)
+    each = [count * len(count) / count.sum().clamp(min=1) for count in counts.values()]
+    return {
+        "balance": moe.balance_loss(routings),
+        "entropy": torch.stack([routing.entropy / math.log(max(2, routing.probabilities.shape[-1])) for routing in routings]).mean(),
+        "idle": torch.stack([(count == 0).float().mean() for count in counts.values()]).mean(),
+        "dropped": torch.stack([routing.dropped for routing in routings]).mean(),
+        "busiest": torch.stack([load.max() for load in each]).max(),
+    }
 
 
 @contextmanager
@@ -262,10 +287,10 @@ class Predictor:
         """The network's own prediction at x (B, ...), t (B,) on its own path, with features of all streams of the tapped blocks; None: of all."""
         return self._evaluated(x, t, cond, taps=taps, streams=True)
 
-    def using(self, active: float) -> Predictor:
-        """The same network with so many experts active for a token."""
+    def using(self, active: float | None = None, *, whole: bool = False) -> Predictor:
+        """The same network with so many experts active for a token, and, where whole, with all of its blocks."""
         other = copy.copy(self)
-        other._told = {**self._told, "active": active}
+        other._told = {**self._told, "active": active, "whole": whole}
         return other
 
     def take_auxiliary(self) -> Auxiliary | None:
@@ -274,7 +299,7 @@ class Predictor:
         self._auxiliaries.clear()
         if not found:
             return None
-        logs = {name: torch.stack([each.logs[name] for each in found]).mean() for name in found[0].logs}
+        logs = {name: torch.stack([each.logs[name] for each in found]).nanmean() for name in found[0].logs}
         return Auxiliary(torch.stack([each.value for each in found]).mean(), logs)
 
     def _evaluated(self, x: Tensor, t: Tensor, cond: Conditioning, **asked: Any) -> Output:

@@ -42,7 +42,9 @@ from fastgen.surgery import formats
 from fastgen.surgery.held import Storage
 from fastgen.surgery.moe import conversion
 from fastgen.surgery.moe.accounting import Account, account
+from fastgen.surgery.moe.blocks import Groups, grouped_blocks
 from fastgen.surgery.moe.conversion import Conversion
+from fastgen.surgery.moe.modulation import Slim, slim_layers
 from fastgen.surgery.moe.split import Experts
 from fastgen.surgery.shrink import Shrink, shrunk, summary
 
@@ -132,6 +134,9 @@ class Plan:
             block.router_std,
             block.balance,
             train.seed,
+            block.bias_rate,
+            tuple((each.of, Groups(each.size, each.kept, each.alpha)) for each in block.groups),
+            None if block.modulation is None else Slim(block.modulation.rank, block.modulation.shared),
         )
 
     def sparse(self) -> dict[str, Any] | None:
@@ -184,7 +189,26 @@ class Plan:
             decode=decode,
             rule=family.guidance_rule,
             rule_kind=family.guidance_kind,
+            groups=self._groups(),
+            slimmed=self._slimmed(),
         )
+
+    def _groups(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """Groups of the student's blocks, each with its name in the network and its place."""
+        if self.experts is None or not self.experts.groups:
+            return ()
+        network = self._converted()
+        names, places = ({id(module): name for name, module in network.named_modules()}, self.family.blocks(network))
+        where = {id(block): place for place, block in enumerate(places)}
+        found: dict[int, list[tuple[str, int]]] = {}
+        for block, router in grouped_blocks(network):
+            found.setdefault(id(router), []).append((names[id(block)], where[id(block)]))
+        return tuple(tuple(group) for group in found.values())
+
+    def _slimmed(self) -> tuple[str, ...]:
+        if self.experts is None or self.experts.slim is None:
+            return ()
+        return ("common_modulation", *(name for name, _, _ in slim_layers(self._converted())))
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with the method's defaults filled in and local files as absolute paths, so that it holds in any folder."""
@@ -305,6 +329,7 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         linear_guidance=family.guidance_kind is None,
         picture=family.picture_shape,
         experts=None if student.moe is None else student.moe.active,
+        grouped=student.moe is not None and bool(student.moe.groups),
         num_blocks=None if student.moe is None else len(family.blocks(family.load_backbone(meta=True))),
         reshaped="student.shrink" if student.shrink is not None else "student.moe" if student.moe is not None else None,
     )
@@ -340,10 +365,16 @@ def _check_same_shrink(run_dir: Path, before: dict[str, Any] | None, now: dict[s
 
 def _check_same_experts(run_dir: Path, before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
     """UserError where students' layers are split in other ways. How many experts are active, and how they began, is no matter."""
-    shapes = [None if each is None else [each[key] for key in ("experts", "shared", "routed", "blocks", "leave")] for each in (before, now)]
+    shapes = [None if each is None else _shape(each) for each in (before, now)]
     if shapes[0] != shapes[1]:
         said = f"{str(run_dir)!r} holds a student with student.moe {shown(before)}, here {shown(now)}; both need the same split"
         raise UserError(f"recipe key student.init: {said}")
+
+
+def _shape(moe: dict[str, Any]) -> list[Any]:
+    """What decides which parameters a student of experts has, of its recipe's block, which may be older than some keys."""
+    groups = [{key: each[key] for key in ("of", "size")} for each in moe.get("groups", [])]
+    return [*(moe[key] for key in ("experts", "shared", "routed", "blocks", "leave")), groups, moe.get("modulation"), moe.get("bias_rate", 0) > 0]
 
 
 def pinned(recipe: Recipe) -> Recipe:
@@ -461,6 +492,8 @@ def _check_experts(planned: Plan) -> None:
         raise UserError("recipe key student.moe: the student has fewer blocks than its teacher (student.shrink); remove one of them")
     network = planned.family.load_backbone(meta=True)
     planned.experts.layers(network, planned.family.blocks(network))
+    if planned.experts.groups or planned.experts.slim:
+        conversion.converted(network, planned.family.blocks(network), planned.experts)
 
 
 def _check_networks(planned: Plan) -> None:

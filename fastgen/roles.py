@@ -224,13 +224,14 @@ def build_roles(
         return _shared_roles(specs, family, base, tuning, autocast, additions)
     roles = Roles()
     for name, spec in specs.items():
-        backbone, balance = base, 0.0
+        backbone, told = base, {}
         if spec.trains_network and spec.averaged and experts is not None:
-            backbone, balance = converted(base, family.blocks(base), experts, importance).to(device), experts.balance
+            backbone = converted(base, family.blocks(base), experts, importance).to(device)
+            told = {"balance": experts.balance, "bias_rate": experts.bias_rate}
         elif spec.trains_network:
             backbone = _own_network(base, shrink if spec.averaged else None, recompute=recompute).to(device)
         backbone.requires_grad_(spec.trains_network)
-        roles[name] = Role(name, spec, Denoiser(backbone, family, autocast=autocast, balance=balance, **additions[name]))
+        roles[name] = Role(name, spec, Denoiser(backbone, family, autocast=autocast, **told, **additions[name]))
     hold(base, family.blocks(base), storage, torch.device("cpu") if offloaded else device)
     base.to("cpu" if offloaded else device)
     if autocast is not None and storage.dtype == "auto":

@@ -140,6 +140,7 @@ class Trainer:
             metrics = self._backward(update, index, batches)
             for name in update.trains:
                 metrics |= self._optimizer_step(name, update)
+                self.roles[name].denoiser.after_step(self.parallel.mean)
         return metrics
 
     def _backward(self, update: Update, index: int, batches: Iterator[Batch]) -> Metrics:

@@ -17,10 +17,13 @@ def sample_passes(made: Iterable[Pass]) -> int:
 
 
 def passes_a_step(trainer: Trainer, steps: int = _STEPS) -> float:
-    """Mean over some steps; a trainer that stands where it is to be measured."""
+    """Mean over some steps; a trainer that stands where it is to be measured, and goes back there where its run is over."""
+    place = trainer.step
     trainer.train_step()  # checks tangents
     total = 0
     for _ in range(steps):
+        if trainer.step == trainer.settings.steps:
+            trainer.move_to(place)
         made, _ = recorded(trainer.train_step, trainer.roles, {})
         total += sample_passes(made)
     return total / steps

@@ -29,12 +29,14 @@ Rows = list[dict[str, Any]]
 
 
 class Asked(NamedTuple):
-    """overrides: of the recipe's keys, beside the seed. label: what the rows' model is called."""
+    """overrides: of the recipe's keys, beside the seed. label: what the rows' model is called. on: the run whose student it takes over
+    (`student.init`), of the same work folder."""
 
     recipe: str
     seed: int
     overrides: tuple[str, ...] = ()
     label: str = ""
+    on: Asked | None = None
 
     @property
     def name(self) -> str:
@@ -44,32 +46,52 @@ class Asked(NamedTuple):
     def keys(self) -> list[str]:
         return [*self.overrides, f"train.seed={self.seed}"]
 
+    def keys_in(self, work: Path) -> list[str]:
+        """With the run that is taken over."""
+        return [*self.keys, *([] if self.on is None else [f"student.init={self.on.folder(work).resolve()}"])]
+
     def folder(self, work: Path) -> Path:
         return work / re.sub(r"[^\w.-]+", "_", f"{self.name}_seed{self.seed}")
 
     def key(self, threads: int) -> str:
         """All that its rows depend on, but for versions and machine: the recipe, the teacher's weights, the protocol, and threads. Keys at their
-        defaults do not count, so that a key that fastgen gets makes no row old; who changes a default deletes the rows that had it."""
+        defaults do not count, so that a key that fastgen gets makes no row old; who changes a default deletes the rows that had it. A run that is
+        taken over counts by its own key, not by where it lies."""
         recipe = plan(Recipe.load(self.recipe, self.keys)).recipe
         teacher = fingerprints.folder_hash(resolve_source(recipe.teacher.pretrained))
         assert recipe.evaluate.protocol is not None
         stated = recipe.model_dump(mode="json", exclude_defaults=True)
-        return digest([stated, teacher, load_protocol(recipe.evaluate.protocol).hash(), threads])
+        before = [] if self.on is None else [self.on.key(threads)]
+        return digest([stated, teacher, load_protocol(recipe.evaluate.protocol).hash(), threads, *before])
 
 
 def train_and_measure(asked: Asked, work: Path, key: str) -> Rows:
     """Rows of one student: the protocol's metrics, training seconds and network passes. A finished run of the very same recipe with as many
     threads is used again."""
-    folder, recipe = asked.folder(work), Recipe.load(asked.recipe, asked.keys)
-    if not is_finished(folder, plan(recipe).resolved()):
+    folder, recipe = asked.folder(work), Recipe.load(asked.recipe, asked.keys_in(work))
+    if not is_finished(folder, plan(recipe).resolved()) or (asked.on is not None and _is_older(folder, asked.on.folder(work))):
         run.train(recipe, folder, overwrite=folder.exists())
     measured = results.read_results(folder / "results.json")
     rows = [row for row in measured["metrics"] if row["model"] == "student"]
-    seconds = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["seconds"]
-    costs = {"training_seconds": seconds, "network_passes": recipe.train.steps * passes_of(asked)}
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    costs = {"training_seconds": logged[-1]["seconds"], "network_passes": recipe.train.steps * passes_of(asked), **_of_experts(recipe, logged)}
     rows += [{**rows[0], "name": name, "value": value, "n": 1} for name, value in costs.items()]
     kept = {name: measured["provenance"][name] for name in _ORIGIN if name in measured["provenance"]}
     return [{**_plain(row), "model": asked.name, "seed": asked.seed, "provenance": {**kept, "run": key}} for row in rows]
+
+
+def _of_experts(recipe: Recipe, logged: Rows) -> dict[str, float]:
+    """Of a student of experts the share of the dense feed-forward layers that a token uses, and the balance loss where it was last logged."""
+    if recipe.student.moe is None:
+        return {}
+    ours, theirs = plan(recipe).accounts()
+    balances = [row["experts/student/balance"] for row in logged if "experts/student/balance" in row]
+    return {"active_share": ours["feed-forward"].active / theirs["feed-forward"].active, **({"balance": balances[-1]} if balances else {})}
+
+
+def _is_older(folder: Path, other: Path) -> bool:
+    """Whether a run was measured before the other was."""
+    return (folder / "results.json").stat().st_mtime < (other / "results.json").stat().st_mtime
 
 
 _ORIGIN = ("date", "versions", "device", "threads", "platform", "protocol_hash", "model_hash")

@@ -75,6 +75,8 @@ class Setting:
     decode: Callable[[Tensor], Tensor] | None = None  # latents (B, *shape) -> pixels (B, 3, H, W) in [0, 1], with gradients; None: no pixels
     rule: GuidanceRule = linear  # the pipeline's
     rule_kind: Kind | None = None  # the prediction on the teacher's own path that the rule is for; None: any
+    groups: tuple[tuple[tuple[str, int], ...], ...] = ()  # of the student's blocks: names in its network, and places
+    slimmed: tuple[str, ...] = ()  # names of the student's modulation layers that were made small, and of what they share
 
     def last_time(self, other: Path) -> float:
         """The time on `other` of the noisiest level that the teacher's own path reaches."""
@@ -117,6 +119,7 @@ class Facts:
     own_sampler: OwnSampler | None = None  # student.sampler where no pipeline has it
     reshaped: str | None = None  # the recipe key by which the student's network is of another shape than roles that start as the teacher does
     experts: float | None = None  # student.moe.active; None: a dense student
+    grouped: bool = False  # whether its blocks are in groups (student.moe.groups)
     num_blocks: int | None = None  # of the teacher's network; known where its layers are split
     path: Path = field(default_factory=Flow)  # the teacher's
     linear_guidance: bool = True  # whether the pipeline's guidance is n + w (c - n), of predictions of any kind

@@ -1,17 +1,19 @@
 """Dense2MoE (arXiv:2510.09094): distils a dense network into one whose feed-forward layers were split into experts (`student.moe`).
 
-First the shared experts train alone, as if the routed ones had been pruned away; then they rest, and routed experts and routers train. Both
-against the teacher's own prediction and its blocks' features at the same sample, time and prompt, without guidance, which is applied to the
-student when it is sampled, as to its teacher; so a share of the prompts is the negative one. The loss of the features weighs layers so that each
-counts about as much as the output, and those with large features less:
+First the shared experts train alone, as if the routed ones had been pruned away; then they rest, and routed experts and routers train. Where
+blocks are in groups (`student.moe.groups`), all of them run so far; at last the blocks in groups and the groups' routers train, nothing else, with
+each group's output in place of its blocks' features. All against the teacher's own prediction and its blocks' features at the same sample, time
+and prompt, without guidance, which is applied to the student when it is sampled, as to its teacher; so a share of the prompts is the negative
+one. The loss of the features weighs layers so that each counts about as much as the output, and those with large features less:
 
     w_l = sg[ |L_out| / |L_l| (sum_j |f_j|) / (n |f_l|) ],   L = L_out + features sum_l w_l L_l
 
 with L_l the mean squared error of layer l's features, f_l the teacher's, n their number. The balance loss comes from the network itself.
 
-The paper does not say what trains beside experts: by default nothing else (`others`). It does not say whose layers count in double blocks: here each
-stream of a block is one. Nor learning rates, nor how long stages are: `shared` divides the run. Few-step methods take such a student over
-with student.init and the same student.moe.
+The paper does not say what trains beside experts: by default nothing else (`others`) but modulation layers that were made small
+(`student.moe.modulation`), in every stage, because these are not the teacher's any more. It does not say whose layers count in double blocks:
+here each stream of a block is one. Nor learning rates, nor how long stages are: `shared` and `blocks` divide the run. Few-step methods take such
+a student over with student.init and the same student.moe.
 """
 
 from __future__ import annotations
@@ -35,12 +37,14 @@ from fastgen.timesteps import TimeSampling
 
 
 class Dense2MoEConfig(MethodConfig):
-    """shared: the share of student steps in which the shared experts train alone; 1 for all, 0 for none. others: whether what is no expert trains
-    along, in both stages. points: noised images, or the teacher's own trajectories, which need prompts only. times: noise levels of noised
-    images. drop: share of prompts replaced by the negative prompt. features: weight of the loss of the blocks' features, 0 for none; taps: the
-    places of the blocks whose features count, auto for all."""
+    """shared: the share of student steps in which the shared experts train alone; 1 for all, 0 for none. blocks: the share, the last ones, in
+    which blocks in groups train. others: whether what is no expert trains along, in all stages. points: noised images, or the teacher's own
+    trajectories, which need prompts only. times: noise levels of noised images. drop: share of prompts replaced by the negative prompt.
+    features: weight of the loss of the blocks' features, 0 for none; taps: the places of the blocks whose features count, auto for all; where
+    blocks in groups train, the last of each group in any case."""
 
     shared: float = Field(0.5, ge=0, le=1)
+    blocks: float = Field(0.0, ge=0, le=1)
     others: Literal["frozen", "trained"] = "frozen"
     points: Literal["data", "teacher_trajectory"] = "data"
     times: TimeSampling = TimeSampling()
@@ -54,6 +58,8 @@ class Dense2MoEConfig(MethodConfig):
         unused, given = ("times", self.times) if self.points == "teacher_trajectory" else ("trajectory", self.trajectory)
         if given != type(self).model_fields[unused].default:
             raise ValueError(f"{unused} is not used with points: {self.points}; remove it")
+        if self.shared + self.blocks > 1:
+            raise ValueError(f"shared ({self.shared:g}) and blocks ({self.blocks:g}) are shares of one run; together they are at most 1")
         if self.features == 0 and self.taps != "auto":
             raise ValueError("taps are not used with features: 0; remove them")
         return self
@@ -78,7 +84,11 @@ class Dense2MoE(Distiller):
     def check(cls, config: Dense2MoEConfig, facts: Facts) -> None:
         if facts.experts is None:
             raise UserError("recipe key student.moe: missing; dense2moe trains a student of experts, and it says of how many")
-        if facts.experts == 0 and config.shared < 1:
+        if facts.grouped and config.blocks == 0:
+            raise UserError("recipe key distiller.blocks: 0, so which blocks a sample passes through is never learned; give it a share of the steps")
+        if config.blocks > 0 and not facts.grouped:
+            raise UserError(f"recipe key distiller.blocks: {config.blocks:g}, but no blocks are in groups; give student.moe.groups, or remove it")
+        if facts.experts == 0 and config.shared + config.blocks < 1:
             said = f"0, so routed experts never run, but distiller.shared ({config.shared:g}) leaves steps in which they train"
             raise UserError(f"recipe key student.moe.active: {said}; set it to 1, or make some active")
         if config.taps != "auto" and facts.num_blocks is not None and (wrong := [tap for tap in config.taps if tap >= facts.num_blocks]):
@@ -86,18 +96,24 @@ class Dense2MoE(Distiller):
 
     def updates(self, step: int) -> list[Update]:
         stage = self.stage(step)
-        parts = {stage} | ({None} if self.config.others == "trained" else set())
-        return [Update(("student",), (self.imitate,), only=lambda name: part(name) in parts)]
+        parts: tuple[Part | None, ...] = (stage, None) if self.config.others == "trained" else (stage,)
+        grouped = [name for group in self.setting.groups for name, _ in group] if stage == "blocks" else []
+        inside = tuple(f"{name}." for name in (*grouped, *self.setting.slimmed))
+        return [Update(("student",), (self.imitate,), only=lambda name: part(name) in parts or name.startswith(inside))]
 
     def stage(self, step: int) -> Part:
         """What trains in student step `step`."""
-        return "shared" if step < round(self.config.shared * self.setting.train_steps) else "experts"
+        steps = self.setting.train_steps
+        if step >= steps - round(self.config.blocks * steps):
+            return "blocks"
+        return "shared" if step < round(self.config.shared * steps) else "experts"
 
     def imitate(self, models: Models, batch: Batch, rng: SampleRng, step: int) -> Loss:
         """MSE of the network's own prediction kind, and of the features of its blocks."""
         x, t, cond = self._points(models, batch, rng)
-        net: Any = models["student"].using(0) if self.stage(step) == "shared" else models["student"]
-        taps = () if self.config.features == 0 else None if self.config.taps == "auto" else self.config.taps
+        stage = self.stage(step)
+        net: Any = models["student"].using(0 if stage == "shared" else None, whole=stage != "blocks")
+        taps = self._taps(stage)
         with torch.no_grad():
             wanted = models["teacher"].features(x, t, cond, taps)
         got = net.features(x, t, cond, taps)
@@ -106,6 +122,14 @@ class Dense2MoE(Distiller):
             return Loss(output)
         logs = {"output": output.detach(), "features": relative_error(got.features, wanted.features)}
         return Loss(output + self.config.features * self_weighted(got.features, wanted.features, output), logs)
+
+    def _taps(self, stage: Part) -> tuple[int, ...] | None:
+        """Of groups the last block, behind which the student's features are the group's output."""
+        if self.config.features == 0:
+            return ()
+        if stage == "blocks":
+            return tuple(group[-1][1] for group in self.setting.groups)
+        return None if self.config.taps == "auto" else self.config.taps
 
     def _points(self, models: Models, batch: Batch, rng: SampleRng) -> tuple[Tensor, Tensor, conditioning.Conditioning]:
         """Samples on the network's own path, with their times and conditioning."""

@@ -170,3 +170,16 @@ def test_tbcm_against_scm_keeps_the_seeds_too() -> None:
     ]
     assert [row["name"] for row in made[3:]] == ["seconds"] * 3
     assert json.loads(json.dumps(made)) == made
+
+
+def test_a_run_that_takes_another_over_is_behind_it_and_counts_by_its_key(tmp_path: Path) -> None:
+    dense2moe = script("dense2moe")
+    split, few = dense2moe.asked_for("digits", ["experts, one step, dmd2"], 3, ["train.steps=5"])
+    assert (split.name, split.on, few.on) == (dense2moe.SPLIT, None, split)
+    assert few.keys_in(tmp_path) == ["train.steps=5", "train.seed=3", f"student.init={split.folder(tmp_path).resolve()}"]
+    assert split.keys_in(tmp_path) == split.keys
+    other = few._replace(on=split._replace(overrides=("train.steps=6",)))
+    assert len({few.key(1), few._replace(on=None).key(1), other.key(1)}) == 3
+    assert few.key(1) == few._replace(on=split._replace()).key(1)
+    names = [name for name, variant in dense2moe.variants("scenes").items() if variant.on]
+    assert len(names) == 2 and set(dense2moe.variants("scenes")) == set(dense2moe.variants("digits"))

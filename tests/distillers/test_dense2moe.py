@@ -204,3 +204,73 @@ def test_without_noise_in_routers_every_token_chooses_the_same_experts_at_first(
     rows = [built(f"student.moe.router_std={std}", "distiller.shared=0", "train.batch_size=32").trainer.train_step() for std in (0, 0.02)]
     assert rows[0]["experts/student/idle"] == pytest.approx(10 / 12, abs=1e-4)
     assert rows[1]["experts/student/idle"] < 0.05
+
+
+# Blocks in groups
+
+GROUPS = ["student.moe.groups=[{size: 2, kept: 1}]", "student.moe.router_std=0.5", "train.steps=4", "distiller.shared=0.25", "distiller.blocks=0.5"]
+
+
+@pytest.mark.parametrize("others", ["frozen", "trained"])
+def test_at_last_blocks_in_groups_and_their_routers_train(others: str) -> None:
+    running = built(*GROUPS, f"distiller.others={others}", "optimizer.student.warmup=0", "train.batch_size=32")
+    distiller: Any = running.trainer.distiller
+    assert [distiller.stage(step) for step in range(4)] == ["shared", "experts", "blocks", "blocks"]
+    own = running.roles["student"].parameters()
+    inside = {name for name in own if name.startswith(("transformer_blocks.0.", "transformer_blocks.1."))}
+    routers = of(running, "blocks")
+    assert len(routers) == 2 and routers <= inside
+    for _ in range(2):
+        assert not changed(running) & routers
+    moved = changed(running)
+    assert routers <= moved
+    assert {name for name in inside if "attn.to_q.weight" in name} & moved  # of the block that this batch's samples keep, at least
+    assert moved <= inside | (of(running, None) if others == "trained" else set())
+
+
+def test_blocks_are_left_out_at_last_alone_and_groups_count_by_their_outputs() -> None:
+    running = built(*GROUPS, "train.batch_size=8")
+    trainer = running.trainer
+    batch, rng = next(trainer._batches()), SampleRng(0, ("test",), range(8))
+    distiller: Any = trainer.distiller
+    losses = [distiller.imitate(trainer.models, batch, rng, step).value for step in (1, 2)]
+    x, t, cond = distiller._points(trainer.models, batch, rng)
+    with torch.no_grad():
+        got = trainer.models["student"].using(whole=False).features(x, t, cond, (1,))
+        wanted = trainer.models["teacher"].features(x, t, cond, (1,))
+    assert len(got.features) == len(wanted.features) == 2  # the streams of text and picture behind the group
+    output = (got.prediction - wanted.prediction).square().mean()
+    expected = output + self_weighted(got.features, wanted.features, output)
+    assert losses[1].item() == pytest.approx(expected.item(), rel=1e-6)
+    with torch.no_grad():
+        got = trainer.models["student"].using(whole=True).features(x, t, cond, None)
+        wanted = trainer.models["teacher"].features(x, t, cond, None)
+    output = (got.prediction - wanted.prediction).square().mean()
+    assert losses[0].item() == pytest.approx((output + self_weighted(got.features, wanted.features, output)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["student.moe.groups=[{size: 2, kept: 1}]"],
+            "distiller.blocks: 0, so which blocks a sample passes through is never learned; give it a share",
+        ),
+        (["distiller.blocks=0.2"], "distiller.blocks: 0.2, but no blocks are in groups; give student.moe.groups, or remove it"),
+        (["distiller.blocks=0.7", "distiller.shared=0.4"], "distiller: shared (0.4) and blocks (0.7) are shares of one run; together they are at"),
+    ],
+)
+def test_blocks_have_a_stage_where_they_are_in_groups(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(digits(*overrides), only="train")
+    assert str(caught.value).startswith(f"recipe key {message}")
+
+
+@pytest.mark.parametrize("how", ["{rank: 4}", "{rank: 0, shared: true}"])
+def test_modulation_that_was_made_small_trains_along(how: str) -> None:
+    running = built("train.steps=4", "distiller.shared=0.5", f"student.moe.modulation={how}", "optimizer.student.warmup=0")
+    for part in ("shared", "shared", "experts"):
+        moved = changed(running)
+        others = moved - of(running, part)
+        assert others and all(".linear." in name or name.startswith("common_modulation.") for name in others)
+        assert any("norm1.linear" in name for name in others)

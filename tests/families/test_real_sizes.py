@@ -47,3 +47,24 @@ def test_shipped_recipes_fit_where_they_say(
     name: str, configurations: Callable[[Path], Path], keys: tuple[str, ...], limit: int, tmp_path: Path
 ) -> None:
     assert need(planned(name, configurations, tmp_path, *keys)).peak < limit
+
+
+@pytest.mark.parametrize(
+    ("keys", "active", "tera"),
+    [
+        ((), 5_151_616_064, 49.61),  # what every layer costs with 512 text tokens, not the blocks' attention and feed-forward alone
+        (
+            (
+                "student.moe.groups=[{of: transformer_blocks, size: 2, kept: 1}, {of: single_transformer_blocks, size: 3, kept: 2}]",
+                "distiller.blocks=0.3",
+            ),
+            3_142_529_600,
+            31.34,
+        ),
+    ],
+)
+def test_flux_with_experts_activates_what_its_recipe_says(keys: tuple[str, ...], active: int, tera: float, tmp_path: Path) -> None:
+    found = planned("flux_dense2moe", real_sizes.flux_dev, tmp_path, *keys).sparse()
+    assert found is not None
+    assert (found["dense_parameters"], found["active_parameters"]) == (11_901_408_320, active)
+    assert (round(found["dense_flops"] / 1e12, 2), round(found["flops"] / 1e12, 2)) == (74.38, tera)

@@ -313,7 +313,7 @@ def test_what_was_frozen_stays_frozen() -> None:
 
 def refused(name: str, groups: moe.Groups, leave: tuple[str, ...] = ()) -> str:
     denoiser, inside = deep(name) if name in DEEP else ((d := diffusers_zoo.build(name)), list(d.network.get_submodule("down_blocks").children()))
-    with pytest.raises(UserError, match=r"^recipe key student\.moe\.blocks: ") as error:
+    with pytest.raises(UserError, match=r"^recipe key student\.moe\.groups: ") as error:
         moe.mix_blocks(denoiser.network, inside, groups, leave)
     return str(error.value)
 

@@ -9,11 +9,12 @@ from typing import Any
 import diffusers_zoo
 import pytest
 import torch
-from moe_networks import SPLIT, largest, split, stir
+from moe_networks import LISTS, SPLIT, blocks, experts, grouped, largest, split, stir
 from torch import Tensor
 
 from fastgen import records
 from fastgen.errors import UserError
+from fastgen.surgery import moe
 from fastgen.surgery.moe import stored
 from fastgen.surgery.moe.split import Choice
 
@@ -102,3 +103,78 @@ def test_only_the_file_that_we_write_is_run(tmp_path: Path) -> None:
             stored.check_code(tmp_path)
         other.unlink() if kept is None else other.write_text(kept, encoding="utf-8")
     stored.check_code(tmp_path)
+
+
+def both_ways(name: str, ours: diffusers_zoo.Denoiser) -> tuple[Tensor, Tensor]:
+    """What plain code and what fastgen make of the description and the weights of `ours`."""
+    network: Any = ours.network
+    description = json.loads(json.dumps(stored.describe(network)))
+    records.checked(description, stored.Description)
+    plain = plain_class(type(network).__name__)(**options(network), experts=description).double().eval()
+    again = stored.rebuild(type(network)(**options(network)).double().eval(), description, "config.json")
+    assert json.loads(json.dumps(stored.describe(again))) == description
+    for other in (plain, again):
+        other.load_state_dict(network.state_dict())
+    return drawn(name, plain, ours), drawn(name, again, ours)
+
+
+@pytest.mark.parametrize("name", [name for name in SPLIT if name not in ("sd15", "zimage")])
+@torch.no_grad()
+def test_blocks_in_groups_too(name: str) -> None:
+    ours, routers = grouped(name, 1)
+    how, inside = experts(name, 2), [block for key in LISTS[name] for block in ours.network.get_submodule(key).children()]
+    leave = ("to_qkv_mlp_proj",)
+    stir(moe.convert(ours.network, inside, how, moe.random(moe.to_convert(ours.network, inside, how, leave), seed=0), leave))
+    expected = ours.call(ours.x, ours.t)
+    moe.set_kept(ours.network, 2)
+    assert largest(ours.call(ours.x, ours.t), expected) > 1e-6  # for blocks were skipped
+    moe.set_kept(ours.network, 1)
+    plain, again = both_ways(name, ours)
+    assert largest(plain, expected) <= 1e-12
+    assert largest(again, expected) <= 1e-12
+    assert len(routers) == len(stored.describe(ours.network)["groups"])
+
+
+@pytest.mark.parametrize("how", [moe.Slim(2), moe.Slim(2, shared=True), moe.Slim(0, shared=True)])
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "qwen", "zimage"])
+@torch.no_grad()
+def test_slim_modulation_too(name: str, how: moe.Slim) -> None:
+    ours, layers = split(name, 2)
+    stir(layers)
+    modulated = [block for block in blocks(name, ours.network) if getattr(block, "modulation", True)]
+    moe.slim(ours.network, modulated, how)
+    expected = ours.call(ours.x, ours.t)
+    plain, again = both_ways(name, ours)
+    assert largest(plain, expected) <= 1e-12
+    assert largest(again, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("choice", ["token", "expert"])
+@torch.no_grad()
+def test_experts_that_were_added_and_removed_too(choice: Choice) -> None:
+    ours, layers = split("sd3", 2, choice)
+    stir(layers)
+    moe.upcycle(ours.network, moe.weight_utility(ours.network), factor=2, noise=0.1)
+    load = {layer.name: torch.tensor([0.0, 5, 5, 0, 5, 5, 5, 5]) for layer in layers}
+    assert moe.remove(ours.network, load).values()
+    assert {(layer.num_experts, layer.router.out_features, layer.gate_scale) for layer in layers} == {(6, 8, 4.0)}
+    expected = ours.call(ours.x, ours.t)
+    plain, again = both_ways("sd3", ours)
+    assert largest(plain, expected) <= 1e-12
+    assert largest(again, expected) <= 1e-12
+
+
+def test_blocks_and_layers_that_are_not_there_are_refused() -> None:
+    ours, _ = split("sd3", 2)
+    network: Any = ours.network
+    called = {"outputs": ["hidden_states"], "mask": "", "text": None, "vector": "temb", "embeds": False}
+    group = {"blocks": ["transformer_blocks.9"], "kept": 1, "alpha": 0.5, "widths": [1, 1], "called": called}
+    slimmed = {"rank": 1, "layers": [{"name": "transformer_blocks.0.attn", "common": None}]}
+    for more, message in [
+        ({"groups": [group]}, "its groups of blocks have transformer_blocks.9, and a SD3Transformer2DModel has no such block"),
+        ({"groups": [{**group, "blocks": ["transformer_blocks.0"], "kept": 2}]}, "of 1 blocks from transformer_blocks.0 it keeps 2"),
+        ({"modulation": slimmed}, "its slim modulation is of transformer_blocks.0.attn, and a SD3Transformer2DModel has no such linear layer"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            stored.rebuild(type(network)(**options(network)), {**stored.describe(network), **more}, "'config.json'")
+        assert str(caught.value) == f"'config.json': {message}"

@@ -192,3 +192,22 @@ def test_routers_stay_in_fp32_beside_bf16_weights() -> None:
     assert out.dtype == torch.bfloat16
     assert layer_of(2).router.weight.dtype == F64
     assert experts("sd3", 2).choice == "token"
+
+
+@pytest.mark.parametrize("choice", ["token", "expert"])
+def test_what_routers_do_by_noise_level_is_that_of_the_samples_there(choice: Choice) -> None:
+    x, fraction = normal(5, 6, 8, seed=2), torch.tensor([0.1, 0.9, 0.2, 1.0, 0.6])
+    layer = layer_of(1, choice)
+    with moe.recording(layer) as all_of_them:
+        layer(x)
+    told = moe.by_time(all_of_them, fraction)
+    assert told.keys() == {f"{name}_t{i}" for name in ("busiest", "entropy", "dropped") for i in range(4)}
+    for part, samples in ((0, [0, 2]), (1, []), (2, [4]), (3, [1, 3])):
+        if not samples:
+            assert all(torch.isnan(told[f"{name}_t{part}"]) for name in ("busiest", "entropy", "dropped"))
+            continue
+        with moe.recording(layer) as alone:
+            layer(x[samples])
+        assert told[f"busiest_t{part}"].item() == pytest.approx((4 * alone[0].load.max()).item())
+        assert told[f"entropy_t{part}"].item() == pytest.approx((alone[0].entropy / math.log(4)).item(), rel=1e-5)
+        assert told[f"dropped_t{part}"].item() == pytest.approx(alone[0].dropped.item(), abs=1e-6)

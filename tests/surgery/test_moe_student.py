@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgen import cli, load_student, run
 from fastgen.config import Recipe
+from fastgen.curves import by_group
 from fastgen.distillers.base import Batch, Loss, Update
 from fastgen.errors import UserError
 from fastgen.export import export_student, verify
@@ -441,3 +442,102 @@ def test_a_summary_is_of_the_network_itself() -> None:
     found = summary(network(roles["student"]), *costs)
     assert (found["active"], found["choice"]) == (1.5, "expert")
     assert "1.5 on average of 12 routed experts" in in_words(found)
+
+
+# Groups of blocks, slim modulation, selection bias
+
+GROUPS = ["student.moe.groups=[{size: 2, kept: 1}]", "student.moe.modulation={rank: 4}"]
+
+
+def test_groups_and_slim_modulation_are_what_the_operators_make() -> None:
+    running = built(*GROUPS, "student.moe.router_std=0.3")
+    own = network(running.roles["student"])
+    routers = moe.block_routers(own)
+    assert [router.name for router in routers] == ["transformer_blocks.0 to transformer_blocks.1"]  # the last block gives no text on
+    assert all(router.kept == 1 and router.tokens.weight.std() > 0 for router in routers)
+    dense: Any = find_family("fastgen:digits").load_backbone()
+    moe.slim(dense, list(dense.transformer_blocks), moe.Slim(4))
+    for name, value in dense.state_dict().items():
+        if ".norm1" in name:
+            assert torch.equal(value, own.state_dict()[name])
+    assert not moe.block_routers(network(running.roles["teacher"]))
+    metrics = running.trainer.train_step()
+    assert {"experts/student/blocks_balance", "experts/student/balance"} <= metrics.keys()
+
+
+def test_a_pass_may_leave_no_block_out() -> None:
+    roles = made(moe.Conversion(router_std=0.5, groups=(("", moe.Groups(2, 1)),)))
+    x, t, cond = inputs(roles)
+    predict = roles["student"].predictor
+    less, whole = predict(x, t, cond), predict.using(whole=True)(x, t, cond)
+    assert (less - whole).abs().max() > 1e-4
+    moe.set_kept(network(roles["student"]), 2)
+    assert torch.equal(predict(x, t, cond), whole)
+
+
+def test_each_step_moves_the_selection_bias_against_the_load() -> None:
+    running = built("student.moe.bias_rate=0.01", "student.moe.balance=0", "student.moe.router_std=1.0")
+    layer = moe.expert_layers(network(running.roles["student"]))[0]
+    found: list[Tensor] = []
+    denoiser = running.roles["student"].denoiser
+    after = denoiser.after_step
+
+    def seen(total: Any) -> None:
+        found.append(denoiser._loads[layer.name].clone())
+        after(total)
+
+    denoiser.after_step = seen  # type: ignore[method-assign]
+    running.trainer.train_step()
+    assert len(found) == 1
+    assert torch.equal(layer.selection_bias.detach(), 0.01 * (found[0].mean() - found[0]).sign())
+    assert "transformer_blocks.0.ff.selection_bias" in running.roles["student"].state_dict()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["student.moe.groups=[{size: 2, kept: 3}]"], "groups.0.kept: 3 of groups of 2 blocks"),
+        (["student.moe.bias_rate=0.1", "student.moe.router=expert"], "bias_rate: where experts choose, their load is even already; remove it"),
+        (
+            ["student.moe.groups=[{of: layers, size: 2, kept: 1}]"],
+            "groups.of: no list of blocks 'layers'; SD3Transformer2DModel has transformer_blocks",
+        ),
+        (["student.moe.groups=[{size: 4, kept: 1}]"], "groups: SD3Transformer2DModel has no 4 consecutive blocks in one list that may be left out"),
+        (["student.moe.modulation={rank: 65}"], "modulation: rank 65; transformer_blocks.0.norm1.linear has 64; allowed: 1 to 64"),
+    ],
+)
+def test_what_cannot_be_grouped_or_slimmed_is_refused(keys: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(digits(*EXPERTS, *keys), only="train")
+    assert str(caught.value).startswith(f"recipe key student.moe.{message}")
+
+
+def test_a_run_of_groups_slim_modulation_and_bias_from_start_to_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [*RUN, *GROUPS, "student.moe.bias_rate=0.001"]
+    folder = tmp_path / "run"
+    run.train(digits(*keys), folder)
+    manifest = json.loads((folder / "student" / "fastgen.json").read_text(encoding="utf-8"))
+    assert (manifest["moe"]["grouped_blocks"], manifest["moe"]["kept_blocks"], manifest["moe"]["modulation_rank"]) == (2, 1, 4)
+    assert "1 of 2 blocks in groups a sample, modulation of rank 4" in (folder / "student" / "README.md").read_text(encoding="utf-8")
+    state = load_file(next((folder / "student" / "transformer").glob("*.safetensors")))
+    assert state["transformer_blocks.0.ff.selection_bias"].abs().max() > 0
+    shutil.rmtree(folder / "student")
+    shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
+    run.train(digits(*keys), folder, resume=True)
+    again = load_file(next((folder / "student" / "transformer").glob("*.safetensors")))
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
+    with pytest.raises(UserError, match=r"both need the same split"):
+        plan(digits(*RUN, f"student.init={folder}"), only="train")
+
+
+def test_what_routers_do_is_logged_by_noise_level_and_has_panels_in_the_report() -> None:
+    running = built("student.moe.router_std=0.5", "train.batch_size=16")
+    metrics = running.trainer.train_step()
+    own = {name for name in metrics if name.startswith("experts/student/")}
+    assert {"experts/student/dropped", "experts/student/entropy_t0", "experts/student/busiest_t3", "experts/student/dropped_t2"} & own
+    assert any(name.startswith("experts/student/busiest_t") for name in own)
+    groups = by_group([{"step": 1, "experts/student/busiest": 2.0, "experts/student/busiest_t3": 3.0, "experts/student/entropy_t0": 0.5}])
+    assert groups == {
+        "expert_load": {"all": ([1], [2.0]), "nearest noise": ([1], [3.0])},
+        "expert_entropy": {"nearest data": ([1], [0.5])},
+    }

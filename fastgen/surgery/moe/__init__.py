@@ -1,13 +1,13 @@
 """Dense networks to mixtures of experts (Dense2MoE, arXiv:2510.09094): find feed-forward layers, measure their neurons, split, route, account."""
 
-from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, mix_blocks, recording_blocks, set_kept
+from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, keeping_all, mix_blocks, recording_blocks, set_kept
 from fastgen.surgery.moe.conversion import Conversion, converted
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import magnitude, random, taylor
 from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, part, recording, set_active, using
 from fastgen.surgery.moe.modulation import Slim, find_modulation, slim
 from fastgen.surgery.moe.operators import gradient_utility, prune, remove, resize, upcycle, weight_utility
-from fastgen.surgery.moe.routing import Routing, balance_loss, counts, scheduled_active
+from fastgen.surgery.moe.routing import Routing, balance_loss, by_time, counts, scheduled_active
 from fastgen.surgery.moe.split import Experts
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Slim",
     "balance_loss",
     "block_routers",
+    "by_time",
     "convert",
     "converted",
     "counts",
@@ -27,6 +28,7 @@ __all__ = [
     "expert_layers",
     "find_modulation",
     "gradient_utility",
+    "keeping_all",
     "magnitude",
     "mix_blocks",
     "part",

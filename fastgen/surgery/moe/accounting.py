@@ -8,8 +8,8 @@ whichever these are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastgen.surgery.moe.blocks import BlockRouter, block_routers, grouped_blocks, set_kept
+from fastgen.surgery.moe.blocks import block_routers, grouped_blocks, keeping_all
 from fastgen.surgery.moe.layer import ExpertLayer, Shared, expert_layers
 from fastgen.surgery.moe.modulation import Common, is_adaptive_norm
 from fastgen.surgery.moe.structures import Structure, walk
@@ -92,6 +92,7 @@ def _shares(network: nn.Module, blocks: list[nn.Module]) -> Mapping[int, Shares]
         put(layer.parameters(), "feed-forward")
         put(layer.router.parameters(), "router")
         put(layer.parameters(recurse=False), "feed-forward", _mean_active(layer) / layer.num_experts)
+        put((p for p in (layer.selection_bias,) if isinstance(p, nn.Parameter)), "router")
     for block, router in grouped_blocks(network):
         kept = router.kept / router.size
         shares.update({id(p): [(kind, share, kept * active) for kind, share, active in shares[id(p)]] for p in block.parameters()})
@@ -139,7 +140,7 @@ def _flops(network: nn.Module, call: Callable[[], Any], shares: Mapping[int, Sha
         for module, kept in _fractions(network):
             stack.callback(module.register_forward_pre_hook(partial(counter.enter, kept)).remove)
             stack.callback(module.register_forward_hook(counter.leave).remove)
-        stack.enter_context(_all_kept(network))
+        stack.enter_context(keeping_all(network))
         stack.enter_context(_Attention(counter))
         call()
     return counter.flops
@@ -166,20 +167,6 @@ def _fractions(network: nn.Module) -> list[tuple[nn.Module, float]]:
     """Blocks in groups, and routers inside them, which always run."""
     blocks: list[tuple[nn.Module, float]] = [(block, router.kept / router.size) for block, router in grouped_blocks(network)]
     return blocks + [(router, 1.0) for router in block_routers(network)]
-
-
-@contextmanager
-def _all_kept(network: nn.Module) -> Iterator[None]:
-    """Inside, every block runs, so that each is counted, whatever a router says."""
-    routers: list[BlockRouter] = block_routers(network)
-    before = [router.kept for router in routers]
-    for router in routers:
-        set_kept(router, router.size)
-    try:
-        yield
-    finally:
-        for router, kept in zip(routers, before, strict=True):
-            set_kept(router, kept)
 
 
 class _Attention(TorchFunctionMode):

@@ -164,7 +164,7 @@ def mix_blocks(network: nn.Module, blocks: Iterable[nn.Module], groups: Groups, 
     members = [run[i : i + groups.size] for run in _runs(network, list(blocks), leave) for i in range(0, len(run) - groups.size + 1, groups.size)]
     if not members:
         raise UserError(f"{KEY}: {type(network).__name__} has no {groups.size} consecutive blocks in one list that may be left out")
-    return [_joined(each, groups) for each in members]
+    return [join([(name, block) for name, block, _ in each], groups) for each in members]
 
 
 Named = tuple[str, nn.Module, Streams]
@@ -190,14 +190,17 @@ def _runs(network: nn.Module, blocks: list[nn.Module], leave: Sequence[str]) -> 
     return runs
 
 
-def _joined(members: list[Named], groups: Groups) -> BlockRouter:
+def join(members: Sequence[tuple[str, nn.Module]], groups: Groups) -> BlockRouter:
+    """One group of these blocks, with their names in the network, in place; its router, with weights of zero. UserError for a class that is not
+    known."""
+    streams = [streams_of(block, name) for name, block in members]
     first: Any = members[0][1]
     like = next(first.parameters())
-    router = BlockRouter(f"{members[0][0]} to {members[-1][0]}", widths(first, members[0][2]), groups, like)
+    router = BlockRouter(f"{members[0][0]} to {members[-1][0]}", widths(first, streams[0]), groups, like)
     router.requires_grad_(any(p.requires_grad for p in first.parameters())).train(first.training)
-    for index, (_, block, streams) in enumerate(members):
+    for index, (_, block) in enumerate(members):
         block.__class__ = _grouped(type(block))
-        block.membership = Membership(router, index, streams)  # type: ignore[assignment]
+        block.membership = Membership(router, index, streams[index])  # type: ignore[assignment]
     first.block_router = router
     return router
 
@@ -216,6 +219,20 @@ def set_kept(network: nn.Module, kept: int) -> None:
         if not 1 <= kept <= router.size or kept != int(kept):
             raise ValueError(f"kept: {kept}; {router.name} are {router.size} blocks")
         router.kept = kept
+
+
+@contextmanager
+def keeping_all(network: nn.Module) -> Iterator[None]:
+    """Inside, every block runs, whatever routers say."""
+    routers = block_routers(network)
+    before = [router.kept for router in routers]
+    for router in routers:
+        router.kept = router.size
+    try:
+        yield
+    finally:
+        for router, kept in zip(routers, before, strict=True):
+            router.kept = kept
 
 
 @contextmanager

@@ -14,9 +14,11 @@ from fastgen.errors import UserError
 from fastgen.rng import seeded
 from fastgen.surgery.moe import importance as neurons
 from fastgen.surgery.moe.accounting import KINDS, Account, total
+from fastgen.surgery.moe.blocks import Groups, block_routers, mix_blocks
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import Importance
-from fastgen.surgery.moe.layer import ExpertLayer, expert_layers
+from fastgen.surgery.moe.layer import ExpertLayer, Router, expert_layers
+from fastgen.surgery.moe.modulation import Slim, slim, slim_layers
 from fastgen.surgery.moe.split import Experts
 from fastgen.surgery.moe.structures import KEY, Structure
 
@@ -29,7 +31,8 @@ class Conversion:
     """How a dense network becomes one of experts. blocks: places of those whose layers are split, in the family's order; None: all. leave: ends of
     names of layers that stay dense. importance: what neurons are sorted by; batches: how many it is measured on, where it is measured.
     router_std: standard deviation of routers' weights at the start, for inputs of unit variance: divided by the square root of the width.
-    balance: weight of the balance loss. seed: of routers and random importance."""
+    balance: weight of the balance loss. bias_rate: of `even_out` after each step, 0 for none. seed: of routers and random importance. groups: of
+    which list of blocks, by its name, or "" for all, and how; slim: what becomes of the blocks' modulation."""
 
     experts: Experts = EXPERTS
     blocks: tuple[int, ...] | None = None
@@ -39,6 +42,9 @@ class Conversion:
     router_std: float = 0.0
     balance: float = 0.01
     seed: int = 0
+    bias_rate: float = 0.0
+    groups: tuple[tuple[str, Groups], ...] = ()
+    slim: Slim | None = None
 
     def chosen(self, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         """Of a network's blocks those whose layers are split; UserError for one that is not there."""
@@ -68,21 +74,45 @@ def converted(dense: nn.Module, blocks: Sequence[nn.Module], conversion: Convers
     own = [network.get_submodule(places[id(block)]) for block in blocks]
     importance = _in_order(conversion.layers(network, own)) if importance is None else importance
     for layer in convert(network, conversion.chosen(own), conversion.experts, importance, conversion.leave):
-        _begin_router(layer, conversion)
+        _begin_router(layer.router, layer.name, conversion)
+        if conversion.bias_rate:
+            learn_bias(layer)
+    if conversion.slim is not None:
+        slim(network, own, conversion.slim, conversion.leave)
+    for name, groups in conversion.groups:
+        for router in mix_blocks(network, _in_list(network, own, name), groups, conversion.leave):
+            _begin_router(router.tokens, f"{router.name}, tokens", conversion)
+            _begin_router(router.modulation, f"{router.name}, modulation", conversion)
     keep_routers_wide(network)
     return network
+
+
+def _in_list(network: nn.Module, blocks: Sequence[nn.Module], name: str) -> list[nn.Module]:
+    """The blocks that lie in the list of this name; all without one."""
+    lists = {each for each, module in network.named_modules() if isinstance(module, nn.ModuleList) and any(one in blocks for one in module)}
+    if name and name not in lists:
+        raise UserError(f"{KEY}.groups.of: no list of blocks {name!r}; {type(network).__name__} has {', '.join(sorted(lists))}")
+    return [block for block in blocks if not name or any(block is one for one in network.get_submodule(name).children())]
+
+
+def learn_bias(layer: ExpertLayer) -> None:
+    """Make the layer's selection bias a parameter, so that whatever keeps, averages and takes over parameters has it; no gradient reaches it."""
+    bias = layer.selection_bias
+    if not isinstance(bias, nn.Parameter):
+        del layer.selection_bias
+        layer.selection_bias = nn.Parameter(bias)
 
 
 def _in_order(layers: Sequence[Structure]) -> Importance:
     return {layer.name: torch.zeros(layer.hidden) for layer in layers}
 
 
-def _begin_router(layer: ExpertLayer, conversion: Conversion) -> None:
-    if conversion.router_std == 0 or layer.router.weight.is_meta:
+def _begin_router(router: Router, name: str, conversion: Conversion) -> None:
+    if conversion.router_std == 0 or router.weight.is_meta:
         return
-    with seeded(conversion.seed, "router", layer.name):
-        noise = torch.randn(layer.router.weight.shape)
-    layer.router.weight.copy_(noise * conversion.router_std / layer.router.in_features**0.5)
+    with seeded(conversion.seed, "router", name):
+        noise = torch.randn(router.weight.shape)
+    router.weight.copy_(noise * conversion.router_std / router.in_features**0.5)
 
 
 def keep_routers_wide(network: Any) -> None:
@@ -97,6 +127,9 @@ def summary(network: nn.Module, costs: Account, dense: Account) -> dict[str, Any
     layers, ours, theirs = expert_layers(network), total(costs), total(dense)
     first = layers[0]
     assert isinstance(first.active, int | float)
+    routers, slimmed = block_routers(network), slim_layers(network)
+    more = {"grouped_blocks": sum(r.size for r in routers), "kept_blocks": sum(r.kept for r in routers)} if routers else {}
+    more |= {"modulation_rank": slimmed[0][2]} if slimmed else {}
     return {
         "layers": len(layers),
         "experts": first.num_experts,
@@ -107,6 +140,7 @@ def summary(network: nn.Module, costs: Account, dense: Account) -> dict[str, Any
         "dense_parameters": theirs.parameters,
         "flops": round(ours.flops),
         "dense_flops": round(theirs.flops),
+        **more,
     }
 
 
@@ -114,6 +148,10 @@ def in_words(found: dict[str, Any]) -> str:
     """A `summary` in one line."""
     active = f"{found['active']:g}{' on average' if found['choice'] == 'expert' else ''}"
     who = f"1 shared and {active} of {found['experts']} routed experts a token in {found['layers']} feed-forward layers"
+    if "grouped_blocks" in found:
+        who += f", {found['kept_blocks']} of {found['grouped_blocks']} blocks in groups a sample"
+    if "modulation_rank" in found:
+        who += f", modulation of rank {found['modulation_rank']}"
     active = f"{found['active_parameters']:,} of {found['parameters']:,} parameters active (dense: {found['dense_parameters']:,})"
     return f"{who}, {active}, {flops_in_words(found['flops'])} an evaluation (dense: {flops_in_words(found['dense_flops'])})"
 

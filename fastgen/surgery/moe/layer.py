@@ -18,7 +18,7 @@ from fastgen.surgery.moe.split import Experts, Partition, select
 from fastgen.surgery.moe.structures import Dense
 
 Active = float | Sequence[float]
-Part = Literal["shared", "experts"]
+Part = Literal["shared", "experts", "blocks"]
 
 
 class Shared(nn.Module):
@@ -107,14 +107,24 @@ class ExpertLayer(nn.Module):
 
 
 def part(name: str) -> Part | None:
-    """Whether a parameter, by its name in a network, is a shared expert's, or a routed one's or its router's; None for what is no expert's."""
+    """Whether a parameter, by its name in a network, is a shared expert's, a routed one's or its router's, or a router's of blocks; None for
+    what else there is."""
+    if re.search(r"(^|\.)block_router\.(tokens|modulation)\.weight$", name):
+        return "blocks"
     if re.search(r"(^|\.)shared\.(up|down)\.(weight|bias)$", name):
         return "shared"
-    return "experts" if re.search(r"(^|\.)(w1|b1|w2|router\.weight)$", name) else None
+    return "experts" if re.search(r"(^|\.)(w1|b1|w2|selection_bias|router\.weight)$", name) else None
 
 
 def expert_layers(network: nn.Module) -> list[ExpertLayer]:
     return [module for module in network.modules() if isinstance(module, ExpertLayer)]
+
+
+def set_rows(layer: ExpertLayer, rows: int) -> None:
+    """Give its router so many rows, of zeros, in place of those that it has; as many keep what they hold."""
+    if rows != layer.router.out_features:
+        like = layer.router.weight
+        layer.router = Router(layer.router.in_features, rows, like).requires_grad_(like.requires_grad).train(layer.training)
 
 
 def set_active(network: nn.Module, active: Active | Tensor) -> None:

@@ -3,9 +3,12 @@
 fastgen writes this file beside the weights of a student, with the name of the student's own class in place of SD3Transformer2DModel, so that
 diffusers loads it with `trust_remote_code=True`. It needs torch and diffusers only. The configuration's `experts` describes each layer.
 
-In a layer, shared(x) + sum over chosen experts of gate * expert(x): scores P are softmax probabilities in fp32 or wider, gates are
-num_experts * P. Where tokens choose, each takes the `active` experts that it scores highest; where experts choose, each takes, in each sample,
-the ceil(tokens * active / experts) tokens that score it highest. Equal scores go to lower indices.
+In a layer, shared(x) + sum over chosen experts of gate * expert(x): scores P are softmax probabilities in fp32 or wider, gates are scale * P,
+scale the number of experts, of the first split where some were added or removed. Where tokens choose, each takes the `active` experts that it
+scores highest; where experts choose, each takes, in each sample, the ceil(tokens * active / experts) tokens that score it highest. Equal scores
+go to lower indices.
+
+Where blocks are in groups, each sample passes through those `kept` blocks of a group that its router scores highest, in order.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ class SD3Transformer2DModelWithExperts(Dense):
         super().__init__(*args, **options)
         for layer in experts["layers"]:
             _put(self, layer)
+        _slim(self, experts.get("modulation"))
+        for group in experts.get("groups", ()):
+            _group(self, group)
         self.register_to_config(experts=experts)
 
     @classmethod
@@ -93,9 +99,9 @@ class Experts(nn.Module):
         super().__init__()
         count, inputs, outputs, routed = (layer[key] for key in ("experts", "inputs", "outputs", "routed"))
         self.activation, self.choice = layer["activation"], layer["choice"]
-        self.count, self.active = count, layer["active"]
+        self.count, self.active, self.scale = count, layer["active"], layer.get("scale") or count
         self.shared = Shared(inputs, layer["shared"], outputs, layer)
-        self.router = Router(inputs, count, bias=False)
+        self.router = Router(inputs, count + layer.get("removed", 0), bias=False)
         rows = routed * (1 + _is_gated(self.activation))
         self.w1, self.w2 = nn.Parameter(torch.empty(count, rows, inputs)), nn.Parameter(torch.empty(count, outputs, routed))
         self.b1 = nn.Parameter(torch.empty(count, rows)) if layer["bias"] else None
@@ -105,14 +111,14 @@ class Experts(nn.Module):
         out = self.shared(x)
         if self.active == 0:
             return out
-        probabilities = self.router(x).softmax(-1)
+        probabilities = self.router(x).softmax(-1)[..., : self.count]
         tokens = x.flatten(0, -2)
         routed = self._by_token(tokens, probabilities.flatten(0, -2)) if self.choice == "token" else self._by_expert(tokens, probabilities)
         return out + routed.view(out.shape)
 
     def _by_token(self, x: Tensor, probabilities: Tensor) -> Tensor:
         ids = (probabilities + self.selection_bias).argsort(dim=-1, descending=True, stable=True)[:, : int(self.active)]
-        gates = self.count * probabilities.gather(-1, ids)
+        gates = self.scale * probabilities.gather(-1, ids)
         parts = x.new_zeros(*ids.shape, self.w2.shape[1], dtype=self._compute_dtype(x))
         for e in range(self.count):
             token, slot = (ids == e).nonzero(as_tuple=True)
@@ -127,7 +133,7 @@ class Experts(nn.Module):
         chosen = probabilities.argsort(dim=1, descending=True, stable=True)[:, :each]
         tokens = (chosen + num_tokens * torch.arange(batch, device=x.device)[:, None, None]).flatten(0, 1)
         out = x.new_zeros(len(x), self.w2.shape[1], dtype=self._compute_dtype(x))
-        for e, gates in enumerate(self.count * probabilities.flatten(0, 1).T):
+        for e, gates in enumerate(self.scale * probabilities.flatten(0, 1).T):
             out = out.index_add(0, tokens[:, e], self._expert(e, x[tokens[:, e]], gates[tokens[:, e]]))
         return out
 
@@ -142,6 +148,118 @@ class Experts(nn.Module):
     def _compute_dtype(x: Tensor) -> torch.dtype:
         kind = x.device.type
         return torch.get_autocast_dtype(kind) if x.dtype != torch.float64 and torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _slim(network: nn.Module, modulation: dict[str, Any] | None) -> None:
+    if modulation is None:
+        return
+    common = Common()
+    for each in modulation["layers"]:
+        layer: Any = network.get_submodule(each["name"])
+        has_bias, index, rank = layer.bias is not None, each["common"], modulation["rank"]
+        if index is None:
+            network.set_submodule(each["name"], LowRank(layer.in_features, layer.out_features, has_bias, rank))
+            continue
+        while len(common.layers) <= index:
+            common.layers.append(nn.Linear(layer.in_features, layer.out_features, bias=False))
+        network.set_submodule(each["name"], BesideCommon(common, index, has_bias, rank))
+    if len(common.layers):
+        network.common_modulation = common
+
+
+class LowRank(nn.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.up(self.down(input))
+
+
+class Common(nn.Module):
+    """Layers that blocks share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+
+
+class BesideCommon(nn.Module):
+    """A shared layer and a block's own part."""
+
+    def __init__(self, common: Common, index: int, bias: bool, rank: int) -> None:
+        super().__init__()
+        self.common = (common, index)  # in a tuple it is not a submodule of every block
+        layer: Any = common.layers[index]
+        self.own = LowRank(layer.in_features, layer.out_features, bias, rank) if rank else None
+        self.bias = nn.Parameter(torch.zeros(layer.out_features)) if bias and not rank else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        common, index = self.common
+        out = common.layers[index](input)
+        out = out if self.own is None else out + self.own(input)
+        return out if self.bias is None else out + self.bias
+
+
+def _group(network: nn.Module, group: dict[str, Any]) -> None:
+    router = BlockRouter(group)
+    for index, name in enumerate(group["blocks"]):
+        block: Any = network.get_submodule(name)
+        kind = type(block)
+        block.__class__ = type(kind.__name__, (GroupedBlock, kind), {"__module__": kind.__module__})
+        block.membership = (router, index)
+        if index == 0:
+            block.block_router = router
+
+
+class BlockRouter(nn.Module):
+    def __init__(self, group: dict[str, Any]) -> None:
+        super().__init__()
+        self.kept, self.alpha, self.called = group["kept"], group["alpha"], group["called"]
+        self.tokens, self.modulation = (Router(width, len(group["blocks"]), bias=False) for width in group["widths"])
+        self.keep: Any = None
+
+    def choose(self, block: Any, given: dict[str, Any]) -> None:
+        """(B, m): which blocks each sample passes through, by pooled tokens and the modulation's vector."""
+        called, image = self.called, given[self.called["outputs"][-1]]
+        pooled = [_mean(image, given.get(called["mask"]))]
+        if called["text"] is not None:
+            pooled.append(_mean(given[called["text"][0]], given.get(called["text"][1])))
+        vector = given[called["vector"]]
+        if called["embeds"]:
+            vector = block.norm1.emb(vector, given["class_labels"], hidden_dtype=image.dtype)
+        vector = (vector.mean(1) if vector.ndim == 4 else vector)[: len(image)].flatten(1)
+        scores = (self.alpha * self.tokens(torch.cat(pooled, -1)) + (1 - self.alpha) * self.modulation(vector)).softmax(-1)
+        best = scores.argsort(dim=-1, descending=True, stable=True)[:, : self.kept]
+        self.keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+
+
+class GroupedBlock(nn.Module):
+    """Mixed into a block's class: samples that skip the block keep their streams."""
+
+    membership: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        router, index = self.membership
+        given = inspect.signature(super().forward).bind(*args, **kwargs).arguments
+        if index == 0:
+            router.choose(self, given)
+        keep = router.keep[:, index]
+        out: list[Any] = [given[name] for name in router.called["outputs"]]
+        if bool(keep.any()):
+            after = super().forward(*args, **kwargs)
+            after = after if isinstance(after, tuple) else (after,)
+            out = [torch.where(keep.view(-1, *[1] * (new.ndim - 1)), new, old.to(new.dtype)) for old, new in zip(out, after, strict=False)]
+        return tuple(out) if len(out) > 1 else out[0]
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Over tokens that a mask (B, N), or biases on scores (B, 1, N), does not hide."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if mask is None:
+        return x.mean(1, dtype=wide)
+    is_there = (mask > -1 if mask.is_floating_point() else mask.bool()).reshape(len(x), -1)[:, : x.shape[1]].to(wide)
+    return (x.to(wide) * is_there[..., None]).sum(1) / is_there.sum(1, keepdim=True).clamp(min=1)
 
 
 def _is_gated(activation: str) -> bool:

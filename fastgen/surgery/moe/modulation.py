@@ -153,6 +153,35 @@ def _share(network: Any, layers: list[Modulation], rank: int) -> None:
             _place(network, each, BesideCommon(common, index, each.layer.weight - mean, each.layer.bias, rank))
 
 
+def slim_layers(network: nn.Module) -> list[tuple[str, int | None, int]]:
+    """Of each slim layer its name, the number of the layer that it shares, None for none, and the rank of its own part."""
+    found: list[tuple[str, int | None, int]] = []
+    for name, module in network.named_modules():
+        if isinstance(module, BesideCommon):
+            found.append((name, module.common[1], 0 if module.own is None else module.own.down.out_features))
+        elif isinstance(module, LowRank) and not isinstance(network.get_submodule(name.rpartition(".")[0]), BesideCommon):
+            found.append((name, None, module.down.out_features))
+    return found
+
+
+def slim_like(network: Any, layers: Sequence[tuple[str, int | None, int]]) -> None:
+    """Make linear layers slim as `slim_layers` says, without anything of their weights, for those are loaded."""
+    common = Common()
+    for name, index, rank in layers:
+        layer = network.get_submodule(name)
+        weight, bias = (None if each is None else torch.empty_like(each, device="meta") for each in (layer.weight, layer.bias))
+        assert weight is not None
+        if index is None:
+            module: nn.Module = LowRank(weight, bias, rank)
+        else:
+            while len(common.layers) <= index:
+                common.layers.append(_linear(weight, None).to_empty(device=layer.weight.device).requires_grad_(layer.weight.requires_grad))
+            module = BesideCommon(common, index, weight, bias, rank)
+        _place(network, Modulation(name, ("", ""), layer), module.to_empty(device=layer.weight.device))
+    if len(common.layers):
+        network.common_modulation = common
+
+
 def _place(network: nn.Module, each: Modulation, module: nn.Module) -> None:
     module.requires_grad_(each.layer.weight.requires_grad).train(each.layer.training)
     network.set_submodule(each.name, module)

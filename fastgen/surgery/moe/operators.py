@@ -12,13 +12,12 @@ import torch
 from fastgen_kernels.moe_ffn import is_gated
 from torch import Tensor, nn
 
-from fastgen.errors import UserError
 from fastgen.rng import seeded
 from fastgen.surgery.moe.convert import to_convert
 from fastgen.surgery.moe.importance import Importance
 from fastgen.surgery.moe.layer import ExpertLayer, Router, Shared, expert_layers
 from fastgen.surgery.moe.split import Experts, select, sizes
-from fastgen.surgery.moe.structures import KEY, Structure
+from fastgen.surgery.moe.structures import Structure
 
 Utility = dict[str, Tensor]  # a layer's name: its experts', (E,), fp32 or wider
 
@@ -65,17 +64,17 @@ def upcycle(network: nn.Module, utility: Mapping[str, Tensor], *, factor: int = 
 
     Where every expert has as many copies, and a token uses `factor` times as many experts as before, nothing has changed: gates keep their scale,
     so that copies share their original's. With as many experts a token as before the network is another one, as in the paper, and is trained on;
-    what an optimizer knows of the old weights is void. UserError for a factor that cannot be, before anything is changed.
+    what an optimizer knows of the old weights is void. ValueError for a factor that cannot be, before anything is changed.
     """
     if not 1 <= factor <= most:
-        raise UserError(f"{KEY}.upcycle: {factor} times as many experts, at most {most} of each; allowed: 1 to {most} times as many")
+        raise ValueError(f"factor: {factor} times as many experts, at most {most} of each; allowed: 1 to {most} times as many")
     for layer in expert_layers(network):
         copies = _copies(utility[layer.name].tolist(), (factor - 1) * layer.num_experts, most)
         with seeded(seed, "expert upcycling", layer.name):
             moved = noise * (2 * torch.rand(len(copies)) - 1)
         first = layer.num_experts
         _take(layer, [*range(first), *copies])
-        layer.selection_bias[first:] += moved.to(layer.selection_bias)
+        layer.selection_bias.data[first:] += moved.to(layer.selection_bias)
 
 
 def _copies(utility: Sequence[float], num: int, most: int) -> list[int]:
@@ -135,7 +134,8 @@ def _take(layer: ExpertLayer, experts: list[int], removed: Sequence[int] = (), *
     router = Router(layer.router.in_features, len(rows), layer.router.weight)
     router.weight = nn.Parameter(layer.router.weight[rows], layer.router.weight.requires_grad)
     layer.router = router.train(layer.training)
-    layer.selection_bias = layer.selection_bias[experts]
+    bias = layer.selection_bias[experts]
+    layer.selection_bias = nn.Parameter(bias) if isinstance(layer.selection_bias, nn.Parameter) else bias
     layer.num_experts = len(experts)
 
 

@@ -48,12 +48,14 @@ def scheduled_active(t: Tensor, least: float, most: float) -> Tensor:
 
 class Routing(NamedTuple):
     """What one pass through a layer chose. probabilities: (T, E), with their graph; counts: (E,) fp32, tokens that went to each expert;
-    dropped: the share of tokens that no routed expert took, 0-d, 0 where tokens choose."""
+    dropped: the share of tokens that no routed expert took, 0-d, 0 where tokens choose. chosen: (T, E) bool, of each token, samples first; None of
+    blocks."""
 
     layer: str
     probabilities: Tensor
     counts: Tensor
     dropped: Tensor
+    chosen: Tensor | None = None
 
     @property
     def load(self) -> Tensor:
@@ -68,14 +70,41 @@ class Routing(NamedTuple):
 
 
 def of_token_choice(layer: str, probabilities: Tensor, ids: Tensor) -> Routing:
-    counts = (ids.flatten()[:, None] == torch.arange(probabilities.shape[-1], device=ids.device)).sum(0).float()
-    return Routing(layer, probabilities, counts, counts.new_tensor(0.0 if ids.shape[1] else 1.0))
+    chosen = torch.zeros(probabilities.shape, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    counts = chosen.sum(0).float()
+    return Routing(layer, probabilities, counts, counts.new_tensor(0.0 if ids.shape[1] else 1.0), chosen)
 
 
 def of_expert_choice(layer: str, probabilities: Tensor, tokens: Tensor) -> Routing:
-    served = torch.zeros(len(probabilities), dtype=torch.bool, device=tokens.device).index_fill_(0, tokens.flatten(), True)
+    chosen = torch.zeros(probabilities.shape, dtype=torch.bool, device=tokens.device).scatter(0, tokens.T, True)
     counts = torch.full((len(tokens),), float(tokens.shape[1]), device=tokens.device)
-    return Routing(layer, probabilities, counts, 1 - served.float().mean())
+    return Routing(layer, probabilities, counts, 1 - chosen.any(1).float().mean(), chosen)
+
+
+@torch.no_grad()
+def by_time(routings: Iterable[Routing], fraction: Tensor, parts: int = 4) -> dict[str, Tensor]:
+    """What routers do in each part of the noise range, `busiest_t0` (nearest data) and so on: the largest load of any expert over an even one,
+    entropy over that of a router without opinion, and the share of tokens without a routed expert, `entropy_t0`, `dropped_t0`; NaN where
+    no sample is in that part. fraction: (B,) in [0, 1], of the passes' samples."""
+    part = (fraction * parts).long().clamp(max=parts - 1)
+    found: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(parts)] for name in ("busiest", "entropy", "dropped")}
+    for routing in routings:
+        if routing.chosen is None:
+            continue
+        num, p = routing.probabilities.shape[-1], routing.probabilities.detach()
+        of_samples = {
+            "busiest": routing.chosen.view(len(part), -1, num).sum(1).float(),
+            "entropy": -torch.xlogy(p, p).sum(-1).view(len(part), -1).mean(1) / math.log(max(2, num)),
+            "dropped": (~routing.chosen.any(1)).float().view(len(part), -1).mean(1),
+        }
+        for i in range(parts):
+            inside = (part == i).to(p.dtype)
+            load = inside.to(torch.float32) @ of_samples["busiest"]
+            found["busiest"][i].append(num * load.max() / load.sum())
+            for name in ("entropy", "dropped"):
+                found[name][i].append((inside * of_samples[name]).sum() / inside.sum())
+    joined = {"busiest": torch.amax, "entropy": torch.mean, "dropped": torch.mean}
+    return {f"{name}_t{i}": joined[name](torch.stack(each), 0) for name, some in found.items() for i, each in enumerate(some) if each}
 
 
 def balance_loss(routings: Iterable[Routing]) -> Tensor:

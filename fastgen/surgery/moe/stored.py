@@ -6,7 +6,7 @@ An export writes the description into the network's config.json, beside the clas
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from fastgen import records
 from fastgen.errors import UserError
 from fastgen.surgery.moe.beside import BesideAttention
+from fastgen.surgery.moe.blocks import Groups, block_routers, grouped_blocks, join
 from fastgen.surgery.moe.conversion import keep_routers_wide
-from fastgen.surgery.moe.layer import ExpertLayer, expert_layers
+from fastgen.surgery.moe.layer import ExpertLayer, expert_layers, set_rows
+from fastgen.surgery.moe.modulation import slim_layers, slim_like
 from fastgen.surgery.moe.split import Experts, Partition
 from fastgen.surgery.moe.structures import walk
 
@@ -30,7 +32,8 @@ _Size = Annotated[int, Field(ge=1, le=2**22)]
 class Layer(records.Schema):
     """One layer of experts. name: of the module whose place it takes, or of a single block. shared, routed: hidden neurons of the shared and of
     each routed expert. bias, out_bias: whether its layers have biases. beside: how many inputs of its block's last layer are attention's, 0 where
-    the layer stands alone."""
+    the layer stands alone. scale, removed: where experts were added or removed, what gates are times their probability, and for how many
+    experts that are gone the router still has rows."""
 
     name: str
     activation: Activation
@@ -44,19 +47,81 @@ class Layer(records.Schema):
     bias: bool
     out_bias: bool
     beside: Annotated[int, Field(ge=0, le=2**22)] = 0
+    scale: Annotated[float, Field(gt=0, le=2**12)] | None = None
+    removed: Annotated[int, Field(ge=0, le=2**12)] = 0
+
+
+class SlimLayer(records.Schema):
+    """A block's modulation layer. common: the number of the layer that it shares, None where it shares none."""
+
+    name: str
+    common: Annotated[int, Field(ge=0, le=1000)] | None
+
+
+class Slimmed(records.Schema):
+    """rank: of each block's own part."""
+
+    rank: Annotated[int, Field(ge=0, le=2**22)]
+    layers: Annotated[list[SlimLayer], Field(min_length=1, max_length=10000)]
+
+
+class Called(records.Schema):
+    """How blocks are called, as in `streams.Streams`. text: the argument with text and that of its mask; embeds: whether each block embeds the
+    modulation's argument for itself."""
+
+    outputs: Annotated[list[str], Field(min_length=1, max_length=2)]
+    mask: str
+    text: Annotated[list[str], Field(min_length=2, max_length=2)] | None
+    vector: str
+    embeds: bool
+
+
+class Group(records.Schema):
+    """blocks: their names, in order; widths: of what the router sees of tokens and of modulation."""
+
+    blocks: Annotated[list[str], Field(min_length=1, max_length=1000)]
+    kept: Annotated[int, Field(ge=1, le=1000)]
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    widths: Annotated[list[_Size], Field(min_length=2, max_length=2)]
+    called: Called
 
 
 class Description(records.Schema):
-    """dense: the diffusers class whose layers these were."""
+    """dense: the diffusers class whose layers these were. modulation, groups: where it was slimmed, or its blocks were grouped."""
 
     dense: Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9]*$")]
     layers: Annotated[list[Layer], Field(min_length=1, max_length=10000)]
+    modulation: Slimmed | None = None
+    groups: Annotated[list[Group], Field(max_length=1000)] = Field(default_factory=list)
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
     """A `Description` of a network of experts, as JSON has it."""
     beside = {id(module.experts): module.attention.in_features for module in network.modules() if isinstance(module, BesideAttention)}
-    return {"dense": type(network).__name__, "layers": [_layer(layer, beside.get(id(layer), 0)) for layer in expert_layers(network)]}
+    layers = [_layer(layer, beside.get(id(layer), 0)) for layer in expert_layers(network)]
+    slimmed, groups = _slimmed(network), _groups(network)
+    more = {**({"modulation": slimmed} if slimmed else {}), **({"groups": groups} if groups else {})}
+    return {"dense": type(network).__name__, "layers": layers, **more}
+
+
+def _slimmed(network: nn.Module) -> dict[str, Any] | None:
+    found = slim_layers(network)
+    return {"rank": found[0][2], "layers": [{"name": name, "common": common} for name, common, _ in found]} if found else None
+
+
+def _groups(network: nn.Module) -> list[dict[str, Any]]:
+    names = {id(module): name for name, module in network.named_modules()}
+    members = grouped_blocks(network)
+    return [
+        {
+            "blocks": [names[id(block)] for block, own in members if own is router],
+            "kept": router.kept,
+            "alpha": router.alpha,
+            "widths": [router.tokens.in_features, router.modulation.in_features],
+            "called": next(block for block, own in members if own is router).membership.streams.described(),
+        }
+        for router in block_routers(network)
+    ]
 
 
 def _layer(layer: ExpertLayer, beside: int) -> dict[str, Any]:
@@ -74,6 +139,8 @@ def _layer(layer: ExpertLayer, beside: int) -> dict[str, Any]:
         "bias": layer.b1 is not None,
         "out_bias": layer.shared.down.bias is not None,
         "beside": beside,
+        **({"scale": layer.gate_scale} if layer.gate_scale != layer.num_experts else {}),
+        **({"removed": removed} if (removed := layer.router.out_features - layer.num_experts) else {}),
     }
 
 
@@ -96,12 +163,36 @@ def rebuild(dense: nn.Module, description: Mapping[str, Any], where: str) -> nn.
         parts = Partition(order[: each["shared"]], order[each["shared"] :].view(each["experts"], -1))
         experts = Experts(each["experts"], float(each["shared"]), float(each["routed"]), each["active"], each["choice"])
         layer = ExpertLayer(name, weights._replace(w1=w1, b1=b1, w2=w2), structure.activation, parts, experts)
+        layer.gate_scale = each.get("scale") or float(each["experts"])
+        set_rows(layer, each["experts"] + each.get("removed", 0))
         found = _layer(layer, structure.beside)
         if wrong := [key for key in found if key != "active" and found[key] != each.get(key, 0)]:
             raise UserError(f"{where}: {name} has {wrong[0]} {each.get(wrong[0])!r}, and this fastgen makes {found[wrong[0]]!r} of it")
         structure.place(layer.train(structure.down.training))
+    _rebuild_modulation(dense, description.get("modulation"), where)
+    _rebuild_groups(dense, description.get("groups", ()), where)
     keep_routers_wide(dense)
     return dense
+
+
+def _rebuild_modulation(network: nn.Module, described: Mapping[str, Any] | None, where: str) -> None:
+    if described is None:
+        return
+    modules = dict(network.named_modules())
+    for each in described["layers"]:
+        if type(modules.get(each["name"])) is not nn.Linear:
+            raise UserError(f"{where}: its slim modulation is of {each['name']}, and a {type(network).__name__} has no such linear layer")
+    slim_like(network, [(each["name"], each["common"], described["rank"]) for each in described["layers"]])
+
+
+def _rebuild_groups(network: nn.Module, described: Sequence[Mapping[str, Any]], where: str) -> None:
+    modules = dict(network.named_modules())
+    for each in described:
+        if missing := [name for name in each["blocks"] if name not in modules]:
+            raise UserError(f"{where}: its groups of blocks have {missing[0]}, and a {type(network).__name__} has no such block")
+        if each["kept"] > len(each["blocks"]):
+            raise UserError(f"{where}: of {len(each['blocks'])} blocks from {each['blocks'][0]} it keeps {each['kept']}")
+        join([(name, modules[name]) for name in each["blocks"]], Groups(len(each["blocks"]), each["kept"], each["alpha"]))
 
 
 # Written into the network's configuration, under a key that every loader obeys: one that knows no such format refuses the weights by this name,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgen.errors import UserError
 
-KEY = "recipe key student.moe.blocks"
+KEY = "recipe key student.moe.groups"
 IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
 
 
@@ -35,6 +35,11 @@ class Streams:
     @property
     def image(self) -> str:
         return self.outputs[-1]
+
+    def described(self) -> dict[str, Any]:
+        """What an export's code needs of it, as JSON has it."""
+        text = None if self.text is None else [self.text[0], self.text[2]]
+        return {"outputs": list(self.outputs), "mask": self.mask, "text": text, "vector": self.vector, "embeds": self is _DIT}
 
 
 _MASK = "encoder_attention_mask"
