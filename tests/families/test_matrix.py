@@ -17,7 +17,7 @@ from tiny_consistency import tiny_consistency
 from tiny_ddpm import tiny_ddpm
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
-from tiny_flux2 import tiny_flux2
+from tiny_flux2 import tiny_flux2, tiny_flux2_dev
 from tiny_lumina2 import tiny_lumina2
 from tiny_parts import from_seed, stirred
 from tiny_pixart import tiny_pixart
@@ -67,6 +67,9 @@ FAMILIES = {
     "auraflow": Row(tiny_auraflow, {"size": [16, 16], "max_sequence_length": 19}, ("scm", "lora")),
     "lumina2": Row(tiny_lumina2, {"size": [32, 32], "max_sequence_length": 69}, ("lcm", "full")),
     "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
+    "flux2_dev": Row(
+        tiny_flux2_dev, {"size": [16, 16], "max_sequence_length": 70, "embedded_guidance": 2.5}, ("dmd2", "lora"), recipes=("flux2_dev_",)
+    ),
     "sana_sprint": Row(tiny_sprint, {"size": [32, 32], "max_sequence_length": 18, "embedded_guidance": 2.5}, ("dmd2", "lora")),
     "ddpm": Row(lambda: tiny_ddpm(prediction_type="epsilon"), {}, ("lcm", "full"), recipes=("ddpm_",)),
     "prx_pixel": Row(tiny_prx, {"size": [16, 16]}, ("dmd2", "full")),
@@ -146,6 +149,7 @@ NO_EXPERTS = {
     "sana": r"transformer_blocks\.0\.ff \(GLUMBConv\) convolves over space.*; student\.moe\.leave: \[transformer_blocks\.0\.ff\] leaves it dense$",
     "sana_sprint": r"transformer_blocks\.0\.ff \(GLUMBConv\) convolves over space.*; student\.moe\.leave: \[transformer_blocks\.0\.ff\] leaves",
     "flux2": r"single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj \(Linear\) is a feed-forward layer of unknown structure; student\.moe\.leave",
+    "flux2_dev": r"single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj \(Linear\) is a feed-forward layer of unknown structure; student\.moe\.leave",
     "prx_pixel": r"blocks\.0\.up_proj \(Linear\) is a feed-forward layer of unknown structure; student\.moe\.leave",
     "ddpm": r"UNet2DModel has no feed-forward layer in its blocks that is not left dense",
     "consistency": r"UNet2DModel has no feed-forward layer in its blocks that is not left dense",
