@@ -379,8 +379,8 @@ def verify(
 def _plain_diffusers(
     folder: Path, manifest: dict[str, Any], job: dict[str, Any], place: str, teacher_dir: str | Path | None, *, by_comfy: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures, timesteps and sigmas of the stock pipeline. job: what its calls are given; place: code that moves it; by_comfy: with the adapters that
-    are for other programs."""
+    """Pictures, timesteps and sigmas of the stock pipeline. job: what its calls are given; place: code that moves it; by_comfy: with the adapters
+    that are for other programs."""
     # One for each prompt: StableDiffusionPipeline takes no text beside a list.
     told = {key: f"[{value!r}] * len(generators)" for key, value in manifest["call"].items() if key.startswith("negative_prompt")}
     drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"', **told)

@@ -33,7 +33,8 @@ FLUX_DEV: dict[str, dict[str, Any]] = {
 FLUX2_DEV: dict[str, dict[str, Any]] = {
     "transformer": {
         "in_channels": 128, "num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48, "attention_head_dim": 128,
-        "joint_attention_dim": 15360, "timestep_guidance_channels": 256, "mlp_ratio": 3.0, "axes_dims_rope": [32, 32, 32, 32], "guidance_embeds": True,
+        "joint_attention_dim": 15360, "timestep_guidance_channels": 256, "mlp_ratio": 3.0, "axes_dims_rope": [32, 32, 32, 32],
+        "guidance_embeds": True,
     },
     "vae": {**VAE, "latent_channels": 32, "sample_size": 1024, "use_quant_conv": True, "use_post_quant_conv": True, "batch_norm_eps": 1e-4},
     "text_encoder": {
