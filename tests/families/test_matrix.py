@@ -162,6 +162,13 @@ def test_a_student_of_experts(family: str, folders: Any, tmp_path: Path) -> None
     check_experts(folders(family), tmp_path, {"experts": 4, "routed": routed, "active": 2}, prompts=row.prompts, **row.teacher)
 
 
+@pytest.mark.parametrize("family", ["flux2", "flux2_dev"])
+def test_experts_of_double_blocks_beside_dense_single_ones(family: str, folders: Any, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    experts = {"experts": 4, "routed": 0.25, "active": 2, "leave": ["to_qkv_mlp_proj"]}
+    check_experts(folders(family), tmp_path, experts, prompts=row.prompts, **row.teacher)
+
+
 @pytest.mark.parametrize(("family", "said"), NO_EXPERTS.items())
 def test_no_experts_of_layers_that_convolve_or_that_are_not_known(family: str, said: str, folders: Any, tmp_path: Path) -> None:
     data = recipe(folders(family), "dmd2", tmp_path, prompts=FAMILIES[family].prompts, **FAMILIES[family].teacher).dump()
@@ -195,6 +202,26 @@ def test_cells_that_are_refused_say_why(family: str, method: str, folders: Any, 
     row = FAMILIES[family]
     with pytest.raises(UserError, match=row.refused[method]):
         plan(recipe(folders(family), method, tmp_path, prompts=row.prompts, **row.teacher))
+
+
+UNTIMED = ("wan", "dit", "ddpm", "consistency")
+
+
+@pytest.mark.parametrize("family", UNTIMED)
+@pytest.mark.parametrize("grid", [[1.0, 0.5], [0.9, 0.3]])
+def test_explicit_times_are_refused_where_the_call_takes_none(family: str, grid: list[float], folders: Any, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    data = recipe(folders(family), "dmd2", tmp_path, prompts=row.prompts, **row.teacher).dump()
+    data["student"]["grid"] = grid
+    said = r"^recipe key student\.grid: the call of \w+Pipeline takes no explicit times; remove it, or use auto$"
+    for refuse in (lambda asked: plan(asked), lambda asked: dry_run(asked, tmp_path / "run")):
+        with pytest.raises(UserError, match=said):
+            refuse(validate(Recipe, data))
+
+
+def test_those_are_all_whose_row_says_so() -> None:
+    rows = [line.split(" | ") for line in family_lines.table().splitlines()[2:]]
+    assert {row[1].strip("`").removesuffix(".py") for row in rows if row[8] == "–"} == set(UNTIMED)
 
 
 @pytest.mark.parametrize(("family", "name"), RECIPES)
