@@ -252,7 +252,8 @@ def _comfy_text(manifest: dict[str, Any]) -> str:
     keys = "kohya's keys, by diffusers' converter" if manifest["comfyui"]["keys"] == "kohya" else "diffusers' keys"
     text = (
         f"For ComfyUI and other programs: {files} in {keys}, with `modelspec.*` metadata. diffusers reads the same pictures from it. "
-        "It was not tried in ComfyUI itself."
+        f"It belongs into `models/loras`, at strength 1, with {manifest['steps']} steps and CFG {manifest['guidance']:g}, and a sampler that "
+        "steps on the times above. It was not tried in ComfyUI itself."
     )
     if manifest["teacher"].get("lora"):
         text += f" Load what lies in `{TEACHER_LORA}/` with it, at the weights above."

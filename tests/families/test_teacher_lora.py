@@ -332,6 +332,12 @@ def test_a_weight_is_a_finite_number(weight: Any) -> None:
         validate(Recipe, {"teacher": {"pretrained": "fastgen:digits", "lora": [{"path": "a", "weight": weight}]}, **REST})
 
 
+def test_a_file_alone_is_no_list() -> None:
+    said = r"^recipe key teacher\.lora: a list in brackets, such as \[\{path: style\.safetensors, weight: 0\.8\}\] \(given: 'style"
+    with pytest.raises(UserError, match=said):
+        validate(Recipe, {"teacher": {"pretrained": "fastgen:digits", "lora": "style.safetensors"}, **REST})
+
+
 def test_an_empty_list_is_none() -> None:
     with pytest.raises(UserError, match=r"^recipe key teacher\.lora: "):
         validate(Recipe, {"teacher": {"pretrained": "fastgen:digits", "lora": []}, **REST})
