@@ -152,14 +152,25 @@ def _switching(manifest: dict[str, Any], folder: str) -> str:
     first, *others = manifest["experts"]
     if manifest["weights"] == "lora":
         experts = [_quoted(expert["where"]) for expert in manifest["experts"]]
-        use = f"pipe.set_adapters({_together(manifest, '{}')})"
     else:
         network = f"pipe.{_identifier(first['where'])}"
         load = f"type({network}).from_pretrained({_quoted(folder)}, subfolder={{}})"
-        experts, use = [network, *(load.format(_quoted(expert["where"])) for expert in others)], f"{network} = {{}}"
+        experts = [network, *(load.format(_quoted(expert["where"])) for expert in others)]
     starts = [int(expert["steps"][0]) for expert in manifest["experts"]]
     lines = "".join(f"    {start}: {expert},\n" for start, expert in zip(starts, experts, strict=True))
-    return _SWITCHING.format(experts=lines, after=use.format("experts[step + 1]"), before=use.format("experts[0]"))
+    return _SWITCHING.format(experts=lines, after=_use(manifest, "experts[step + 1]"), before=starting(manifest))
+
+
+def _use(manifest: dict[str, Any], expert: str) -> str:
+    """Python that has `pipe` go on with an expert, which is a Python expression."""
+    if manifest["weights"] == "lora":
+        return f"pipe.set_adapters({_together(manifest, expert)})"
+    return f"pipe.{_identifier(manifest['experts'][0]['where'])} = {expert}"
+
+
+def starting(manifest: dict[str, Any]) -> str:
+    """Python that comes before each call: where callers change experts themselves, the first is to begin."""
+    return _use(manifest, "experts[0]") if switched_by_caller(manifest) else ""
 
 
 def _quoted(text: str) -> str:
@@ -243,7 +254,8 @@ def _comfy_text(manifest: dict[str, Any]) -> str:
     keys = "kohya's keys, by diffusers' converter" if manifest["comfyui"]["keys"] == "kohya" else "diffusers' keys"
     text = (
         f"For ComfyUI and other programs: {files} in {keys}, with `modelspec.*` metadata. diffusers reads the same pictures from it. "
-        "It was not tried in ComfyUI itself."
+        f"It belongs into `models/loras`, at strength 1, with {manifest['steps']} steps and CFG {manifest['guidance']:g}, and a sampler that "
+        "steps on the times above. It was not tried in ComfyUI itself."
     )
     if manifest["teacher"].get("lora"):
         text += f" Load what lies in `{TEACHER_LORA}/` with it, at the weights above."

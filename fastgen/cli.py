@@ -138,7 +138,10 @@ def export(
     weights: Any = None if lora is None else "lora" if lora else "full"
     folder = run.export(run_dir, output, weights=weights, unfinished=unfinished, for_comfy=comfy)
     terminal.note(f"student: {folder}")
-    if "unfinished" in (manifest := read_manifest(folder)):
+    manifest = read_manifest(folder)
+    for file in manifest["comfyui"]["files"] if comfy else ():
+        terminal.note(f"for ComfyUI: {folder / file}")
+    if "unfinished" in manifest:
         terminal.note(card.unfinished_text(manifest))
 
 

@@ -477,6 +477,8 @@ def _message(model: type[BaseModel], mistake: Any) -> str:
     if mistake["type"] == "model_type":
         fields = _fields_at(model, [str(part) for part in mistake["loc"]])
         return f"a block with keys among {', '.join(fields)}"
+    if mistake["type"] == "list_type":
+        return "a list in brackets" + (", such as [{path: style.safetensors, weight: 0.8}]" if mistake["loc"][-2:] == ("teacher", "lora") else "")
     if mistake["type"] in ("too_short", "too_long"):
         limits, few = mistake["ctx"], mistake["type"] == "too_short"
         return f"a list of {'at least' if few else 'at most'} {limits['min_length' if few else 'max_length']} is needed"

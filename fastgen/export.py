@@ -31,7 +31,7 @@ import fastgen
 from fastgen import adapter_files, card, comfy
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
-from fastgen.families import resolve_source
+from fastgen.families import draws_singly, resolve_source
 from fastgen.families.base import Family
 from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
@@ -326,7 +326,7 @@ import numpy, torch
 job = json.load(sys.stdin)
 import diffusers
 diffusers.utils.logging.set_verbosity_error()
-inputs, generators = job["inputs"], [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
+batches = [(inputs, [torch.Generator().manual_seed(seed) for seed in seeds]) for inputs, seeds in job["batches"]]
 exec(job["program"])
 sigmas = getattr(pipe.scheduler, "sigmas", torch.zeros(0))
 numpy.savez(job["output"], images=images, sigmas=sigmas.double().cpu().numpy(), timesteps=pipe.scheduler.timesteps.double().cpu().numpy())
@@ -359,7 +359,8 @@ def verify(
     stored.check_code(folder)
     shown = [i % len(manifest["prompts"]) for i in range(len(seeds))]
     prompts = [manifest["prompts"][i] for i in shown]
-    job = {"inputs": card.chosen(manifest["inputs"], shown), "seeds": list(seeds)}
+    rows = [[i] for i in range(len(seeds))] if draws_singly(manifest["pipeline"], manifest["guidance"]) else [list(range(len(seeds)))]
+    job = {"batches": [[card.chosen(manifest["inputs"], [shown[i] for i in some]), [seeds[i] for i in some]] for some in rows]}
     place = "" if (str(device), dtype) == ("cpu", "fp32") else f"pipe.to({str(device)!r}, {DTYPES[dtype]})\n"
     images, timesteps, sigmas = _plain_diffusers(folder, manifest, job, place, teacher_dir)
     others = [_plain_diffusers(folder, manifest, job, place, teacher_dir, by_comfy=True)[0]] if manifest.get("comfyui") else []
@@ -380,13 +381,15 @@ def verify(
 def _plain_diffusers(
     folder: Path, manifest: dict[str, Any], job: dict[str, Any], place: str, teacher_dir: str | Path | None, *, by_comfy: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures, timesteps and sigmas of the stock pipeline. job: what it is given; place: code that moves it; by_comfy: with the adapters that
-    are for other programs."""
+    """Pictures, timesteps and sigmas of the stock pipeline. job: what its calls are given; place: code that moves it; by_comfy: with the adapters
+    that are for other programs."""
     # One for each prompt: StableDiffusionPipeline takes no text beside a list.
     told = {key: f"[{value!r}] * len(generators)" for key, value in manifest["call"].items() if key.startswith("negative_prompt")}
     drawn = card.calling(manifest, "**inputs", generator="generators", output_type='"np"', **told)
     teacher = _teacher_folder(folder, manifest, teacher_dir) if manifest["weights"] == "lora" else ""
-    program = f"{card.loading(manifest, str(folder.resolve()), teacher, comfy=by_comfy)}{place}{_AS_DRAWN}images = {drawn}[0]\n"
+    start = "".join(f"    {line}\n" for line in card.starting(manifest).splitlines())
+    draw = f"drawn = []\nfor inputs, generators in batches:\n{start}    drawn.append({drawn}[0])\nimages = numpy.concatenate(drawn)\n"
+    program = f"{card.loading(manifest, str(folder.resolve()), teacher, comfy=by_comfy)}{place}{_AS_DRAWN}{draw}"
     with tempfile.TemporaryDirectory() as scratch:
         job = {**job, "program": program, "output": f"{scratch}/plain.npz"}
         # `-P` keeps the current folder off the path; the child needs nothing of ours.

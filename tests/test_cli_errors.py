@@ -61,7 +61,7 @@ def make_pipelines(root: Path) -> None:
     config = json.loads((student / "transformer" / "config.json").read_text())
     config["num_attention_heads"] //= 2
     replace(linked_copy(student, root / "student_misshapen") / "transformer" / "config.json", json.dumps(config))
-    for name, index in {"flux2": '{"_class_name": "Flux2Pipeline"}', "no_class": "{}", "bad_index": "{"}.items():
+    for name, index in {"cogview4": '{"_class_name": "CogView4Pipeline"}', "no_class": "{}", "bad_index": "{"}.items():
         (root / f"teacher_{name}").mkdir()
         (root / f"teacher_{name}" / "model_index.json").write_text(index)
 
@@ -282,8 +282,8 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # teachers
     "teacher folder missing": (train("teacher.pretrained=./nowhere"), ("recipe key teacher.pretrained", "'./nowhere'", "hub id")),
     "teacher folder without index": (train("teacher.pretrained=./full"), ("recipe key teacher.pretrained", "'./full'", "model_index.json")),
-    "teacher of an unsupported class": (train("teacher.pretrained=./teacher_flux2"),
-        ("recipe key teacher.pretrained", "Flux2Pipeline", "StableDiffusion3Pipeline", "families/README.md")),
+    "teacher of an unsupported class": (train("teacher.pretrained=./teacher_cogview4"),
+        ("recipe key teacher.pretrained", "CogView4Pipeline", "StableDiffusion3Pipeline", "families/README.md")),
     "teacher index without class": (train("teacher.pretrained=./teacher_no_class"), ("recipe key teacher.pretrained", "_class_name")),
     "teacher index broken": (train("teacher.pretrained=./teacher_bad_index"), ("recipe key teacher.pretrained", "model_index.json")),
     "unknown bundled teacher": (train("teacher.pretrained=fastgen:digit"),

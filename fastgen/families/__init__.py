@@ -66,6 +66,12 @@ def _family_of(pipeline_class: str) -> str:
     return by_class[pipeline_class]
 
 
+def draws_singly(pipeline_class: str, guidance: float | None) -> bool:
+    """Whether a stock pipeline's call takes one prompt at a time with so much guidance; of classes that no family knows it is not known."""
+    known = (family_class(name) for name in family_names())
+    return guidance is not None and guidance > 1 and any(family.guides_singly for family in known if pipeline_class in family.pipeline_classes)
+
+
 def _pipeline_class(source: Any) -> str:
     if not isinstance(source, (str, Path)):
         return type(source).__name__

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,11 +56,13 @@ class Adapter:
 
 
 def find(lora: Sequence[Mapping[str, Any]]) -> tuple[Adapter, ...]:
-    """Each `{path, weight}` with its file; UserError where there is none, or none that could be an adapter."""
+    """Each `{path, weight}` with its file; UserError where there is none, or none that could be an adapter, and for a weight that adds nothing."""
     return tuple(_find(str(each["path"]), float(each.get("weight", 1.0)), f"recipe key {KEY}.{i}") for i, each in enumerate(lora))
 
 
 def _find(path: str, weight: float, key: str) -> Adapter:
+    if weight == 0 or not math.isfinite(weight):
+        raise UserError(f"{key}.weight: {weight:g} of {path!r} is {'nothing; leave it out' if weight == 0 else 'no finite number'}")
     here = expanded(path)
     if here.is_dir():
         file, name = _in_folder(here, path, key), here.resolve().name
@@ -129,7 +133,7 @@ def _named(key: str) -> Iterator[None]:
 
 def check(source: Source, adapters: Sequence[Adapter]) -> list[str]:
     """UserError unless each adapter fits layers of the pipeline, from shapes alone; warnings of those that fit in part."""
-    warnings = []
+    unused = []
     for adapter in adapters:
         pipeline = _around(source, {})
         parts = {name: part for name in pipeline._lora_loadable_modules if (part := getattr(pipeline, name, None)) is not None}
@@ -144,9 +148,21 @@ def check(source: Source, adapters: Sequence[Adapter]) -> list[str]:
         for name, part in parts.items():
             if hasattr(part, "_transformer_norm_layers") or (before[name] is not None and dict(part.config) != before[name]):
                 raise UserError(f"{adapter.key}.path: {adapter.name!r} changes the shape of the {name}, as control adapters do; fastgen takes none")
-        unused = [line for line in said if "unexpected" in line.lower()] + ([f"keys of {' and '.join(elsewhere)[:60]}"] if elsewhere else [])
-        warnings += [f"{KEY}: of {adapter.name!r} some is not used: {line}" for line in unused]
-    return warnings
+        _check_sum(adapter, parts, said, len(adapters))
+        lines = [line for line in said if "unexpected" in line.lower()] + ([f"keys of {' and '.join(elsewhere)[:60]}"] if elsewhere else [])
+        unused += [f"{KEY}: of {adapter.name!r} some is not used: {line}" for line in lines]
+    return unused
+
+
+def _check_sum(adapter: Adapter, parts: Mapping[str, nn.Module], said: Sequence[str], count: int) -> None:
+    """UserError where the weights would not be the base's plus each adapter's weight times alpha/rank B A. said: by its loader; count: of all."""
+    if (count > 1 or adapter.weight != 1) and any(_has_magnitudes(part) for part in parts.values()):
+        asked = f"{count} adapters" if adapter.weight == 1 else f"weight {adapter.weight:g}"
+        what = "scales whole layers anew (DoRA's magnitudes), so it is no sum that a weight could share out"
+        raise UserError(f"{adapter.key}.path: {adapter.name!r} {what}: it is fused alone and with weight 1, not with {asked}")
+    if any("alpha_pattern" in line and "ignored" in line for line in said):  # diffusers names UNets' and CLIP's layers otherwise there than peft
+        what = "has alphas that differ from layer to layer, of which diffusers takes the most frequent for all"
+        raise UserError(f"{adapter.key}.path: {adapter.name!r} {what}; multiply each up factor by its alpha over rank and leave the alphas out")
 
 
 def fuse(source: Source, adapters: Sequence[Adapter], parts: Mapping[str, nn.Module]) -> None:
@@ -179,13 +195,14 @@ def _around(source: Source, parts: Mapping[str, nn.Module]) -> Any:
 
 
 def _load(pipeline: Any, adapter: Adapter, name: str) -> list[str]:
-    """By diffusers' own loader, and what that warns of; UserError where it refuses."""
+    """By diffusers' own loader, and what that and peft warn of; UserError where it refuses."""
     try:
-        with _said() as lines, loading(adapter.file):
+        with _said() as lines, warnings.catch_warnings(record=True) as told, loading(adapter.file):
+            warnings.simplefilter("always")
             pipeline.load_lora_weights(str(adapter.file.parent), weight_name=adapter.file.name, adapter_name=name)
     except UserError as error:
         raise UserError(f"{adapter.key}.path: {adapter.name!r} does not fit this {type(pipeline).__name__}: {_why(error)}") from error
-    return lines
+    return [*lines, *(str(warning.message) for warning in told)]
 
 
 def _noting_keys(pipeline: Any) -> list[str]:
@@ -218,6 +235,11 @@ def _adapted(part: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return any(isinstance(module, BaseTunerLayer) for module in part.modules())
+
+
+def _has_magnitudes(part: nn.Module) -> bool:
+    """Whether an adapter in it is more than a multiple of its factors that is added to a layer: peft's variants, of which files can ask for DoRA."""
+    return any(getattr(module, "lora_variant", None) for module in part.modules())
 
 
 class _Lines(logging.Handler):

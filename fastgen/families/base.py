@@ -51,6 +51,7 @@ class Family(ABC):
     loads_lora: ClassVar[bool] = True  # whether the pipeline saves and loads LoRA files
     takes_negative: ClassVar[bool] = True  # whether its call takes a negative prompt
     takes_guidance: ClassVar[bool] = True  # whether its call has classifier-free guidance
+    guides_singly: ClassVar[bool] = False  # whether its call, with guidance, draws no more than one prompt
     pixels_per_latent: int = 1  # spatial stride of the VAE
     frame_rate: ClassVar[float] = 16  # of videos, a second
     # Those that the stock pipeline reproduces: the stochastic one where its call hands its generators to the scheduler's steps.

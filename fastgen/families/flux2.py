@@ -56,8 +56,10 @@ class Flux2Klein(Pipelined):
         def places(*counts: int) -> Tensor:
             return torch.cartesian_prod(*(torch.arange(count, device=x.device) for count in counts)).expand(len(x), -1, -1)
 
-        ids = {"img_ids": places(1, *x.shape[-2:], 1), "txt_ids": places(1, 1, 1, cond["encoder_hidden_states"].shape[1])}
-        with packing.exact_time(backbone.get_submodule("time_guidance_embed"), t, 1000):
+        ids: dict[str, Any] = {"img_ids": places(1, *x.shape[-2:], 1), "txt_ids": places(1, 1, 1, cond["encoder_hidden_states"].shape[1])}
+        told = () if self.embedded_guidance is None else (torch.full((len(x),), self.embedded_guidance, device=x.device),)
+        ids["guidance"] = told[0] if told else None
+        with packing.exact_time(backbone.get_submodule("time_guidance_embed"), t, 1000, *told):
             out: Any = backbone(hidden_states=x.flatten(2).transpose(1, 2), timestep=t, **ids, **cond, return_dict=False)
         return out[0].transpose(1, 2).reshape(x.shape)
 

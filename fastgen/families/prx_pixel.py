@@ -29,6 +29,7 @@ class PRXPixel(Pipelined):
     own_size = (1024, 1024)
     text_widths: ClassVar = {"context_in_dim": ("text_encoder.hidden_size",)}
     fixed_call: ClassVar = {"use_resolution_binning": False}  # which draws another size and resizes it
+    guides_singly = True
     grid_argument = "timesteps"
     block_lists = ("blocks",)
     loads_lora = False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_flux import tiny_flux
+from tiny_flux2 import tiny_flux2_dev
 from tiny_sdxl import tiny_sdxl
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
@@ -28,6 +29,21 @@ FLUX_DEV: dict[str, dict[str, Any]] = {
     "text_encoder_2": T5_XXL,
     "scheduler": {"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096},
 }  # fmt: skip
+# black-forest-labs/FLUX.2-dev by the defaults of its classes, which diffusers and transformers have from it: 32 billion parameters, as published.
+FLUX2_DEV: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "in_channels": 128, "num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48, "attention_head_dim": 128,
+        "joint_attention_dim": 15360, "timestep_guidance_channels": 256, "mlp_ratio": 3.0, "axes_dims_rope": [32, 32, 32, 32],
+        "guidance_embeds": True,
+    },
+    "vae": {**VAE, "latent_channels": 32, "sample_size": 1024, "use_quant_conv": True, "use_post_quant_conv": True, "batch_norm_eps": 1e-4},
+    "text_encoder": {
+        "text_config": {
+            "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072, "max_position_embeddings": 131072,
+        },
+    },
+}  # fmt: skip
 SDXL: dict[str, dict[str, Any]] = {
     "unet": {
         "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
@@ -44,6 +60,10 @@ SDXL: dict[str, dict[str, Any]] = {
 
 def flux_dev(folder: Path) -> Path:
     return _written(tiny_flux(), folder, FLUX_DEV)
+
+
+def flux2_dev(folder: Path) -> Path:
+    return _written(tiny_flux2_dev(), folder, FLUX2_DEV)
 
 
 def sdxl(folder: Path) -> Path:

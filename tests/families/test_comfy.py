@@ -87,6 +87,7 @@ def test_diffusers_reads_it_back_to_the_same_pictures(name: str, tmp_path: Path)
     (length,) = struct.unpack("<Q", content[:8])
     assert header["modelspec.hash_sha256"] == f"0x{hashlib.sha256(content[8 + length :]).hexdigest()}"
     card = (folder / "README.md").read_text()
+    assert "belongs into `models/loras`, at strength 1, with 2 steps and CFG 1," in card
     assert "`comfyui/student.safetensors`" in card and "It was not tried in ComfyUI itself." in card
 
 
@@ -153,3 +154,4 @@ def test_the_command_takes_the_flag(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["export", str(run_dir), "--output", str(tmp_path / "student"), "--comfy"])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "student/comfyui/student.safetensors").is_file()
+    assert f"for ComfyUI: {tmp_path}/student/comfyui/student.safetensors" in done.output.replace("\n", "")

@@ -17,7 +17,7 @@ from tiny_consistency import tiny_consistency
 from tiny_ddpm import tiny_ddpm
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
-from tiny_flux2 import tiny_flux2
+from tiny_flux2 import tiny_flux2, tiny_flux2_dev
 from tiny_lumina2 import tiny_lumina2
 from tiny_parts import from_seed, stirred
 from tiny_pixart import tiny_pixart
@@ -67,6 +67,9 @@ FAMILIES = {
     "auraflow": Row(tiny_auraflow, {"size": [16, 16], "max_sequence_length": 19}, ("scm", "lora")),
     "lumina2": Row(tiny_lumina2, {"size": [32, 32], "max_sequence_length": 69}, ("lcm", "full")),
     "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
+    "flux2_dev": Row(
+        tiny_flux2_dev, {"size": [16, 16], "max_sequence_length": 70, "embedded_guidance": 2.5}, ("dmd2", "lora"), recipes=("flux2_dev_",)
+    ),
     "sana_sprint": Row(tiny_sprint, {"size": [32, 32], "max_sequence_length": 18, "embedded_guidance": 2.5}, ("dmd2", "lora")),
     "ddpm": Row(lambda: tiny_ddpm(prediction_type="epsilon"), {}, ("lcm", "full"), recipes=("ddpm_",)),
     "prx_pixel": Row(tiny_prx, {"size": [16, 16]}, ("dmd2", "full")),
@@ -146,6 +149,7 @@ NO_EXPERTS = {
     "sana": r"transformer_blocks\.0\.ff \(GLUMBConv\) convolves over space.*; student\.moe\.leave: \[transformer_blocks\.0\.ff\] leaves it dense$",
     "sana_sprint": r"transformer_blocks\.0\.ff \(GLUMBConv\) convolves over space.*; student\.moe\.leave: \[transformer_blocks\.0\.ff\] leaves",
     "flux2": r"single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj \(Linear\) is a feed-forward layer of unknown structure; student\.moe\.leave",
+    "flux2_dev": r"single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj \(Linear\) is a feed-forward layer of unknown structure; student\.moe\.leave",
     "prx_pixel": r"blocks\.0\.up_proj \(Linear\) is a feed-forward layer of unknown structure; student\.moe\.leave",
     "ddpm": r"UNet2DModel has no feed-forward layer in its blocks that is not left dense",
     "consistency": r"UNet2DModel has no feed-forward layer in its blocks that is not left dense",
@@ -156,6 +160,13 @@ NO_EXPERTS = {
 def test_a_student_of_experts(family: str, folders: Any, tmp_path: Path) -> None:
     row, routed = FAMILIES[family], 1.0 if family == "z_image" else 0.25  # of 85 hidden neurons each of five experts takes a fifth
     check_experts(folders(family), tmp_path, {"experts": 4, "routed": routed, "active": 2}, prompts=row.prompts, **row.teacher)
+
+
+@pytest.mark.parametrize("family", ["flux2", "flux2_dev"])
+def test_experts_of_double_blocks_beside_dense_single_ones(family: str, folders: Any, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    experts = {"experts": 4, "routed": 0.25, "active": 2, "leave": ["to_qkv_mlp_proj"]}
+    check_experts(folders(family), tmp_path, experts, prompts=row.prompts, **row.teacher)
 
 
 @pytest.mark.parametrize(("family", "said"), NO_EXPERTS.items())
@@ -191,6 +202,26 @@ def test_cells_that_are_refused_say_why(family: str, method: str, folders: Any, 
     row = FAMILIES[family]
     with pytest.raises(UserError, match=row.refused[method]):
         plan(recipe(folders(family), method, tmp_path, prompts=row.prompts, **row.teacher))
+
+
+UNTIMED = ("wan", "dit", "ddpm", "consistency")
+
+
+@pytest.mark.parametrize("family", UNTIMED)
+@pytest.mark.parametrize("grid", [[1.0, 0.5], [0.9, 0.3]])
+def test_explicit_times_are_refused_where_the_call_takes_none(family: str, grid: list[float], folders: Any, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    data = recipe(folders(family), "dmd2", tmp_path, prompts=row.prompts, **row.teacher).dump()
+    data["student"]["grid"] = grid
+    said = r"^recipe key student\.grid: the call of \w+Pipeline takes no explicit times; remove it, or use auto$"
+    for refuse in (lambda asked: plan(asked), lambda asked: dry_run(asked, tmp_path / "run")):
+        with pytest.raises(UserError, match=said):
+            refuse(validate(Recipe, data))
+
+
+def test_those_are_all_whose_row_says_so() -> None:
+    rows = [line.split(" | ") for line in family_lines.table().splitlines()[2:]]
+    assert {row[1].strip("`").removesuffix(".py") for row in rows if row[8] == "–"} == set(UNTIMED)
 
 
 @pytest.mark.parametrize(("family", "name"), RECIPES)

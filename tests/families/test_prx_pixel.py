@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import stock
 import torch
+from pipelines import student_info, student_role, verifying_here
 from tiny_prx import tiny_prx
 
 from fastgen.errors import UserError
-from fastgen.families import find_family
+from fastgen.export import Expert, export_student, verify
+from fastgen.families import draws_singly, find_family
 from fastgen.families.base import Family
 from fastgen.families.prx_pixel import PRXPixel
 
@@ -77,6 +79,27 @@ def test_a_saved_folder_draws_the_same(pipeline: Any, family: Family, tmp_path: 
     theirs, ours = (stock.generator(made, 2)(stock.PROMPTS, stock.SEEDS) for made in (family, found))
     assert (theirs - ours).abs().max() <= 4e-6
     assert found.legibility(["a" * 40, "cat"]).cut.keys() == {"a" * 40}
+
+
+@pytest.mark.parametrize("ends", [(0.0,), (0.8, 0.0)], ids=["one network", "two, which callers change between steps"])
+def test_a_guided_student_of_several_prompts_verifies(ends: tuple[float, ...], pipeline: Any, tmp_path: Path) -> None:
+    """Stock cannot draw two with guidance, so verify has it draw one at a time, each call from the first network on."""
+    pipeline.save_pretrained(tmp_path / "teacher")
+    found = find_family(tmp_path / "teacher", **OPTIONS)
+    experts = [Expert(student_role(found, seed=seed), end) for seed, end in enumerate(ends)]
+    info = student_info(tmp_path / "teacher", steps=2, guidance=3.0, prompts=stock.PROMPTS)
+    export_student(experts, found, info, tmp_path / "student")
+    with verifying_here():
+        result = verify(tmp_path / "student", seeds=(0, 1, 2))
+    assert result.passed and result.pictures == 3, result
+
+
+def test_stock_itself_fails_on_two_prompts_with_guidance(family: Family, pipeline: Any) -> None:
+    """If this passes one day, `guides_singly` can go."""
+    with pytest.raises(RuntimeError):
+        stock.drawn_by_stock(family, pipeline, steps=2, guidance=3.0)
+    assert [draws_singly(cls, 3.0) for cls in ("PRXPixelPipeline", "StableDiffusion3Pipeline", "NobodysPipeline")] == [True, False, False]
+    assert not draws_singly("PRXPixelPipeline", 1.0) and not draws_singly("PRXPixelPipeline", None)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`fastgen plan` of FLUX.1-dev and SDXL from their configurations: what they weigh, and that the shipped recipes fit where they say."""
+"""`fastgen plan` of FLUX.1-dev, FLUX.2-dev and SDXL from their configurations: what they weigh, and that the shipped recipes fit where they say."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import real_sizes
 
 from fastgen.config import Recipe
+from fastgen.families import find_family
 from fastgen.memory import held
 from fastgen.plan import Plan, plan
 from fastgen.roles import build_roles
@@ -35,12 +36,19 @@ def test_a_base_under_adapters_is_its_published_parameters_in_half_precision(
     assert held(found, roles).frozen == pytest.approx(2 * parameters, rel=2e-3)  # biases and norms are in fp32
 
 
+def test_flux2_dev_has_the_32_billion_parameters_that_it_is_published_with(tmp_path: Path) -> None:
+    family = find_family(real_sizes.flux2_dev(tmp_path), planning=True, size=[512, 512])
+    assert sum(value.numel() for value in family.load_backbone(meta=True).parameters()) == 32_223_281_152
+    assert family.meta_conditioning(1)["encoder_hidden_states"].shape == (1, 512, 15360)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "configurations", "keys", "limit"),
     [
         ("flux_dev_dmd2_4step_lora", real_sizes.flux_dev, ("teacher.size=[1024, 1024]", "train.micro_batch=1"), 80 * GB),
         ("sdxl_dmd2_4step_lora", real_sizes.sdxl, (), 24 * GB),
+        ("flux2_dev_dmd2_4step_lora", real_sizes.flux2_dev, (), 80 * GB),
     ],
 )
 def test_shipped_recipes_fit_where_they_say(

@@ -25,7 +25,7 @@ from tiny_sd15 import tiny_sd15
 from tiny_sdxl import tiny_sdxl
 from tiny_wan import tiny_wan
 from tiny_zimage import tiny_zimage
-from tuned import diffusers, factors, kohya, native_wan, peft, saved, stock_with, xlabs_flux
+from tuned import diffusers, factors, kohya, native_wan, peft, saved, stock_with, trained_by_peft, xlabs_flux
 
 from fastgen import load_teacher
 from fastgen.config import Recipe, validate
@@ -119,6 +119,103 @@ def test_weights_are_the_base_and_the_sum_of_what_is_added(folders: Any, tmp_pat
         ]
         expected = pipeline.unet.get_submodule(place).weight.double() + sum(added)
         assert (network.get_submodule(place).weight - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+SCALES: dict[str, tuple[dict[str, Any], Callable[[str], float]]] = {
+    "alpha over rank": ({"lora_alpha": 2.0}, lambda name: 2 / 3),
+    "over its root": ({"lora_alpha": 2.0, "use_rslora": True}, lambda name: 2 / 3**0.5),
+    "of each layer": (
+        {"lora_alpha": 2.0, "alpha_pattern": {"to_v": 5.0}, "rank_pattern": {"to_v": 2}}, lambda name: 5 / 2 if name.endswith("to_v") else 2 / 3
+    ),
+    "of convolutions": ({"lora_alpha": 2.0, "targets": ("conv1", "to_q")}, lambda name: 2 / 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_weights_are_a_sum_however_the_file_scales_its_factors(case: str, folders: Any, tmp_path: Path) -> None:
+    (config, scale), weights, plain = SCALES[case], (0.7, -1.3), tiny_sd15().unet
+    files, tuned = zip(*(trained_by_peft(tiny_sd15(), tmp_path / str(seed), seed=seed, **config) for seed in range(2)), strict=True)
+    network = find_family(folders("sd"), lora=lora(*zip(files, weights, strict=True))).load_backbone()
+    places = [name for name, module in tuned[0].named_modules() if hasattr(module, "lora_A")]
+    for name in places:
+        expected = plain.get_submodule(name).weight.double()
+        for weight, each in zip(weights, tuned, strict=True):
+            layer: Any = each.get_submodule(name)
+            down, up = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+            expected = expected + weight * scale(name) * (up.flatten(1) @ down.flatten(1)).view(expected.shape)
+        assert (network.get_submodule(name).weight - expected).abs().max() <= 1e-6 * expected.abs().max(), name
+    others = {key for key in plain.state_dict() if key.removesuffix(".weight") not in places}
+    assert others and all(torch.equal(network.state_dict()[key], plain.state_dict()[key]) for key in others)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_alphas_that_diffusers_confuses_are_refused(part: str, folders: Any, tmp_path: Path) -> None:
+    """In kohya's keys it gives all layers the most frequent alpha. Where that is each one's, or where the factors hold it, weights are sums."""
+    state, weight = factors(tiny_sd15(), parts=(part,)), 0.6
+    named = kohya(state)
+    alphas = {key: 2.0 + (i == 1) for i, key in enumerate(key for key in named if key.endswith(".alpha"))}
+    mixed = saved(named | {key: torch.tensor(alpha) for key, alpha in alphas.items()}, tmp_path / "mixed.safetensors")
+    refused = r"^recipe key teacher\.lora\.0\.path: 'mixed\.safetensors' has alphas that differ from layer to layer, .*"
+    with pytest.raises(UserError, match=refused) as error:
+        dry_run(tuned_recipe(folders, tmp_path, lora=lora((mixed, weight))), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    scaled = {key: value * alphas.get(key.replace("lora_up.weight", "alpha"), 3.0) / 3 for key, value in named.items() if key not in alphas}
+    family = find_family(folders("sd"), lora=lora((saved(scaled, tmp_path / "scaled.safetensors"), weight)))
+    loaded = family.load_backbone() if part == "unet" else family.source.pipeline(without=("unet", "vae")).text_encoder  # type: ignore[attr-defined]
+    for key in (key.removesuffix(".lora_A.weight") for key in state if key.endswith("lora_A.weight")):
+        alpha = next(alphas[name] for name in kohya({f"{key}.lora_A.weight": state[f"{key}.lora_A.weight"]}) if name in alphas)
+        added = weight * alpha / 3 * state[f"{key}.lora_B.weight"].double() @ state[f"{key}.lora_A.weight"].double()
+        place = key.removeprefix(f"{part}.")
+        expected = getattr(tiny_sd15(), part).get_submodule(place).weight.double() + added
+        assert (loaded.get_submodule(place).weight - expected).abs().max() <= 1e-6 * expected.abs().max(), key
+
+
+def test_krons_factors_sum_too(folders: Any, tmp_path: Path) -> None:
+    generator, weights = torch.Generator().manual_seed(0), (0.7, -1.3)
+    name, plain = "layers.0.attention.to_q", tiny_zimage().transformer
+    layer: Any = plain.get_submodule(name)
+    rows, columns = (size // 4 for size in layer.weight.shape)
+    made = [(0.3 * torch.randn(4, 4, generator=generator), 0.3 * torch.randn(rows, columns, generator=generator)) for _ in weights]
+    files = [
+        (saved({f"diffusion_model.{name}.lokr_w1": small, f"diffusion_model.{name}.lokr_w2": large}, tmp_path / f"{i}.safetensors"), weights[i])
+        for i, (small, large) in enumerate(made)
+    ]
+    network = find_family(folders("z_image"), lora=lora(*files), **OPTIONS["z_image"]).load_backbone()
+    added = sum(weight * torch.kron(small.double(), large.double()) for weight, (small, large) in zip(weights, made, strict=True))
+    found: Any = network.get_submodule(name).weight
+    assert (found - layer.weight.double() - added).abs().max() <= 1e-6
+
+
+def test_magnitudes_are_fused_alone_and_whole_or_not_at_all(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA (Liu et al. 2024, eq. 5): m (W + B A) over the norm of each row, which is the adapter's effect once and no multiple of it."""
+    file, tuned = trained_by_peft(tiny_sd15(), tmp_path / "dora", lora_alpha=2.0, use_dora=True)
+    plain, network = tiny_sd15().unet, find_family(folders("sd"), lora=lora((file, 1.0))).load_backbone()
+    for name in (name for name, module in tuned.named_modules() if hasattr(module, "lora_A")):
+        layer: Any = tuned.get_submodule(name)
+        summed = plain.get_submodule(name).weight.double() + 2 / 3 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        expected = layer.lora_magnitude_vector["default"].weight.double()[:, None] * summed / summed.norm(dim=1, keepdim=True)
+        assert (network.get_submodule(name).weight - expected).abs().max() <= 1e-6 * expected.abs().max()
+    monkeypatch.setattr("fastgen.families.source.Source.network", lambda *_: pytest.fail("a network was loaded"))
+    other = saved(factors(tiny_sd15(), parts=("unet",)), tmp_path / "other.safetensors")
+    for asked, place, why in (
+        ([(file, 0.7)], 0, "weight 0.7"), ([(file, -1.0)], 0, "weight -1"), ([(other, 0.5), (file, 1.0)], 1, "2 adapters"),
+        ([(file, 1.0), (other, 0.5)], 0, "2 adapters"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"^recipe key teacher\.lora\.{place}\.path: '.*' scales whole layers anew .* not with {why}$") as error:
+            dry_run(tuned_recipe(folders, tmp_path, lora=lora(*asked)), tmp_path / "run")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("weight", "why"), [(0.0, "0 of '.*' is nothing; leave it out"), (float("nan"), "nan of '.*' is no finite number")])
+def test_a_weight_that_adds_nothing_is_refused(weight: float, why: str, folders: Any, tmp_path: Path) -> None:
+    file = saved(factors(tiny_sd15()), tmp_path / "a.safetensors")
+    folder, asked = folders("sd"), lora((file, weight))
+    for refuse in (lambda: find_family(folder, lora=asked), lambda: source_hash(str(folder), None, asked)):
+        with pytest.raises(UserError, match=rf"^recipe key teacher\.lora\.0\.weight: {why}$"):
+            refuse()
+    if weight == 0:
+        with pytest.raises(UserError, match=rf"^recipe key teacher\.lora\.0\.weight: {why}$"):
+            dry_run(tuned_recipe(folders, tmp_path, lora=asked), tmp_path / "run")
 
 
 def test_a_folder_stands_for_the_adapter_in_it(folders: Any, tmp_path: Path) -> None:
@@ -233,6 +330,12 @@ def test_pipelines_that_load_no_adapters_say_so(name: str, folders: Any, tmp_pat
 def test_a_weight_is_a_finite_number(weight: Any) -> None:
     with pytest.raises(UserError, match=r"^recipe key teacher\.lora\.0\.weight: "):
         validate(Recipe, {"teacher": {"pretrained": "fastgen:digits", "lora": [{"path": "a", "weight": weight}]}, **REST})
+
+
+def test_a_file_alone_is_no_list() -> None:
+    said = r"^recipe key teacher\.lora: a list in brackets, such as \[\{path: style\.safetensors, weight: 0\.8\}\] \(given: 'style"
+    with pytest.raises(UserError, match=said):
+        validate(Recipe, {"teacher": {"pretrained": "fastgen:digits", "lora": "style.safetensors"}, **REST})
 
 
 def test_an_empty_list_is_none() -> None:

@@ -45,6 +45,7 @@ PIPELINES: dict[str, Built] = {
     "auraflow": (tiny_auraflow.tiny_auraflow, tiny_auraflow.CALL | GUIDED),
     "lumina2": (tiny_lumina2.tiny_lumina2, tiny_lumina2.CALL | GUIDED),
     "flux2": (tiny_flux2.tiny_flux2, tiny_flux2.CALL | {"guidance_scale": 3.0}),
+    "flux2_dev": (tiny_flux2.tiny_flux2_dev, tiny_flux2.DEV_CALL | {"guidance_scale": 3.0}),
     "sprint": (tiny_sana.tiny_sprint, tiny_sana.CALL | {"guidance_scale": 3.0}),
     "ddpm": (tiny_ddpm.tiny_ddpm, {}),
     "prx": (tiny_prx.tiny_prx, tiny_prx.CALL | GUIDED),

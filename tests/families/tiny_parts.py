@@ -63,6 +63,51 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
+# How Mistral's text is laid out, and the marks of it.
+MISTRAL_CHAT = (
+    "{{- bos_token }}{%- for m in messages %}{%- set text = m['content'] | map(attribute='text') | join %}"
+    "{%- if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]{%- else %}[INST]{{ text }}[/INST]{%- endif %}{%- endfor %}"
+)
+MISTRAL_MARKS = ["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+
+
+def pixtral_processor() -> Any:
+    """Of texts one token a character, but for the words of FLUX.2's instruction and what begins like them; of pictures in patches of 4."""
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PixtralImageProcessor, PixtralProcessor, PreTrainedTokenizerFast
+
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merges = list(dict.fromkeys((word[:i], word[i]) for word, _ in split.pre_tokenize_str(SYSTEM_MESSAGE) for i in range(1, len(word))))
+    special = ["<pad>", "<s>", "</s>", *MISTRAL_MARKS]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    made.pre_tokenizer, made.decoder = split, decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", additional_special_tokens=MISTRAL_MARKS, model_max_length=600
+    )
+    return PixtralProcessor(
+        image_processor=PixtralImageProcessor(), tokenizer=tokenizer, chat_template=MISTRAL_CHAT, patch_size=4, spatial_merge_size=1
+    )
+
+
+def mistral3_encoder(tokenizer: Any, width: int, layers: int) -> Any:
+    """With a vision tower that no prompt looks through."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {
+        "model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 40, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 600, **special,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8,
+        "image_size": 16, "patch_size": 4,
+    }  # fmt: skip
+    picture = tokenizer.convert_tokens_to_ids("[IMG]")
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=picture, spatial_merge_size=1))
+
+
 def gemma_tokenizer(words: Sequence[str] = ()) -> Any:
     """One token a character, but for `words` and what begins like them (a space before one is ▁), with which `<bos>` comes first."""
     from tokenizers.processors import TemplateProcessing

@@ -92,3 +92,21 @@ def stock_with(folder: Path, *lora: tuple[Path, float]) -> Any:
     pipeline.set_adapters([f"own_{i}" for i in range(len(lora))], [weight for _, weight in lora])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def trained_by_peft(pipeline: Any, folder: Path, *, seed: int = 0, targets: tuple[str, ...] = TARGETS, **config: Any) -> tuple[Path, nn.Module]:
+    """The file that a trainer on peft writes of a UNet's adapters with a LoraConfig's options, which diffusers keeps in it; and its network."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline.unet.add_adapter(LoraConfig(r=RANK, target_modules=list(targets), **config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in pipeline.unet.named_parameters():
+            if "lora_" in name:
+                size = 0.2 * torch.randn(value.shape, generator=generator)
+                value.copy_(value * (1 + size) if "magnitude" in name else size)
+    layers: Any = get_peft_model_state_dict(pipeline.unet)
+    type(pipeline).save_lora_weights(folder, unet_lora_layers=layers, **_collate_lora_metadata({"unet": pipeline.unet}))
+    return folder / "pytorch_lora_weights.safetensors", pipeline.unet

@@ -19,7 +19,7 @@ from fastgen.evaluation.protocol import SampleSet
 from fastgen.evaluation.subjects.base import Subject
 from fastgen.evaluation.subjects.stock_call import CallSettings, StockCall, class_numbers
 from fastgen.export import DTYPES
-from fastgen.families import pinned_revision, resolve_source, source_hash
+from fastgen.families import draws_singly, pinned_revision, resolve_source, source_hash
 from fastgen.families.complete import check_complete, variants
 from fastgen.families.components import check_sizes, read_component, read_index
 from fastgen.files import loading
@@ -36,7 +36,7 @@ class StockPipeline(Subject):
     finished pictures or depend on what else is installed, are left out.
 
     Initial noise is drawn on the CPU, so it is the same on every device. Where a scheduler draws noise that its pipeline hands no generators to,
-    pictures are drawn one at a time: see `drawn_alone`.
+    pictures are drawn one at a time, and where the call takes one prompt alone: see `drawn_alone`.
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class StockPipeline(Subject):
         self.revision = pinned_revision(source, revision)
         self._of_class = _pipeline_class(self.folder)
         self._call(asked)
-        # Whether pictures are drawn one at a time, each from torch's global generator at a seed of its own. Found out when one is drawn.
-        self.drawn_alone = False
+        # Whether pictures are drawn one at a time: where the call takes no more, and where it draws from torch's global generator, each then at
+        # a seed of its own, which is found out when one is drawn.
+        self.drawn_alone = draws_singly(self._of_class.__name__, self.guidance)
         self.pipeline = self._loaded()
         self.takes: Literal["prompts", "classes", "nothing"] = self._takes()
 

@@ -63,6 +63,18 @@ def test_the_pictures_are_the_calls_own_whatever_the_batch(folder_of: Any, name:
     assert (subject.draw(prompts[:1], SEEDS[1:2], [0]) - alone[:1]).abs().max() > 1e-3, "the seed must count"
 
 
+def test_what_takes_one_prompt_at_a_time_is_given_one(folder_of: Any) -> None:
+    folder, size = folder_of("tiny_prx"), {"height": 16, "width": 16}
+    for guidance, alone in ((3.0, True), (None, True), (1.0, False)):  # its own guidance is 4
+        subject = StockPipeline(str(folder), CallSettings(2, guidance, (16, 16), more=AS_IS))
+        assert subject.drawn_alone == alone
+        told = {"guidance_scale": 4.0 if guidance is None else guidance, "num_inference_steps": 2, **size, **AS_IS}
+        pictures = subject.draw(PROMPTS, SEEDS, range(3))
+        batches = [[i] for i in range(3)] if alone else [[0, 1, 2]]
+        expected = [by_hand(folder, [SEEDS[i] for i in some], prompt=[PROMPTS[i] for i in some], **told) for some in batches]
+        assert torch.equal(pictures, torch.cat(expected))
+
+
 @pytest.fixture
 def lcm_sd3(folder_of: Any, tmp_path: Path) -> Path:
     """A pipeline that hands its scheduler no generators, with a scheduler that draws."""
