@@ -13,6 +13,7 @@ from cells import METHODS, PROMPTS, check_cell, check_experts, check_smaller, on
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_auraflow import tiny_auraflow
+from tiny_chroma import tiny_chroma
 from tiny_consistency import tiny_consistency
 from tiny_ddpm import tiny_ddpm
 from tiny_dit import tiny_dit
@@ -65,6 +66,7 @@ FAMILIES = {
     "qwen_image": Row(tiny_qwen, {"size": [32, 32], "max_sequence_length": 40}, ("tbcm", "full"), recipes=("qwen_image_",)),
     "z_image": Row(tiny_zimage, {"size": [16, 16], "max_sequence_length": 40}, ("scm", "full"), recipes=("z_image_",)),
     "auraflow": Row(tiny_auraflow, {"size": [16, 16], "max_sequence_length": 19}, ("scm", "lora")),
+    "chroma": Row(tiny_chroma, {"size": [16, 16], "max_sequence_length": 20}, ("scm", "lora")),
     "lumina2": Row(tiny_lumina2, {"size": [32, 32], "max_sequence_length": 69}, ("lcm", "full")),
     "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
     "sana_sprint": Row(tiny_sprint, {"size": [32, 32], "max_sequence_length": 18, "embedded_guidance": 2.5}, ("dmd2", "lora")),
