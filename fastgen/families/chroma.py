@@ -5,7 +5,8 @@ The pipeline gives its mask as numbers, so attention adds it to its logits: what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +37,7 @@ class Chroma(Pipelined):
         text, kept = cond["encoder_hidden_states"], cond["attention_mask"].to(x)
         ids = {"img_ids": image_ids, "txt_ids": image_ids.new_zeros(text.shape[1], 3)}
         mask = torch.cat([kept, kept.new_ones(len(x), len(image_ids))], 1)
-        with packing.exact_time(backbone.get_submodule("time_text_embed.time_proj"), t, 1000):
+        with packing.exact_time(backbone.get_submodule("time_text_embed.time_proj"), t, 1000), _masked_again(backbone, mask):
             given = {"timestep": t, "encoder_hidden_states": text, "attention_mask": mask, **ids}
             out: Any = backbone(hidden_states=packing.pack(x), **given, return_dict=False)
         return packing.unpack(out[0], x.shape)
@@ -51,3 +52,18 @@ class Chroma(Pipelined):
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         tokens = self.max_sequence_length or 0
         return {"encoder_hidden_states": (tokens, self.config.option("joint_attention_dim")), "attention_mask": (tokens,)}
+
+
+@contextmanager
+def _masked_again(backbone: Any, mask: Tensor) -> Iterator[None]:
+    """Within it, single blocks that will compute again (`train.checkpointing`) are given the mask, which diffusers 0.42 leaves out there."""
+    again = backbone._gradient_checkpointing_func
+
+    def masked(block: nn.Module, *args: Any) -> Any:
+        return again(block, *args, *([mask] if len(args) == 3 else []))
+
+    backbone._gradient_checkpointing_func = masked
+    try:
+        yield
+    finally:
+        backbone._gradient_checkpointing_func = again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastgen.errors import UserError
 from fastgen.families import find_family
 from fastgen.families.base import Family
 from fastgen.families.chroma import Chroma
+from fastgen.surgery.recompute import recompute_blocks
 
 OPTIONS: dict[str, Any] = {"size": [16, 24], "max_sequence_length": 20}
 
@@ -71,6 +73,21 @@ def test_a_blocks_feature_is_the_pictures_alone(family: Family) -> None:
         features = network(torch.randn(2, *family.latent.shape), torch.full((2,), 0.4), cond, taps=range(3)).features
     assert [feature.shape for feature in features] == [(2, 24, 32)] * 3
     assert torch.equal(features[2], into_output[0])
+
+
+def test_blocks_that_compute_again_see_the_mask(family: Family) -> None:
+    """Which diffusers gives its single blocks only where they do not."""
+    x, t, cond = torch.randn(2, *family.latent.shape), torch.full((2,), 0.4), family.encode_prompts(stock.PROMPTS)
+    found = list[tuple[torch.Tensor, torch.Tensor]]()
+    for again in (False, True):
+        network = family.load_backbone()
+        if again:
+            network = copy.deepcopy(network)
+            recompute_blocks(network)
+        weight: Any = network.get_parameter("single_transformer_blocks.0.attn.to_q.weight")
+        out = family.call(network, x, t, cond)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), weight)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_exact_tangents(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
