@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_a_saved_folder_draws_the_same(pipeline: Any, family: Family, tmp_path: 
     theirs, ours = (stock.generator(made, 2)(stock.PROMPTS, stock.SEEDS) for made in (family, found))
     assert (theirs - ours).abs().max() <= 4e-6
     assert found.legibility(["a" * 40, "cat"]).cut.keys() == {"a" * 40}
+
+
+@pytest.mark.parametrize(("option", "value"), [("approximator_layers", 10**6), ("approximator_hidden_dim", 2**40), ("approximator_num_channels", 0)])
+def test_sizes_that_no_network_has_are_refused_before_it_is_built(pipeline: Any, tmp_path: Path, option: str, value: int) -> None:
+    pipeline.save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {option: value}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^recipe key teacher\.pretrained: .*{option}"):
+        find_family(tmp_path, **OPTIONS)
 
 
 @pytest.mark.parametrize(
