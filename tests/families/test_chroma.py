@@ -54,7 +54,8 @@ def test_explicit_times_are_stepped_on_exactly(family: Family, pipeline: Any) ->
 
 def test_the_shift_goes_by_the_number_of_tokens(pipeline: Any) -> None:
     for size, tokens in (([16, 24], 24), ([16, 16], 16)):
-        family = find_family(pipeline, **OPTIONS | {"size": size})
+        given: dict[str, Any] = OPTIONS | {"size": size}
+        family = find_family(pipeline, **given)
         assert family.shift == pytest.approx(math.exp(0.4 + (tokens - 10) * (1.3 - 0.4) / (90 - 10)), rel=1e-9)
         draw(pipeline, stock.PROMPTS[:1], stock.SEEDS[:1], **family.call_arguments(4, 1.0))
         torch.testing.assert_close(family.grid(4), pipeline.scheduler.sigmas[:-1].double(), rtol=0, atol=1e-6)
