@@ -24,13 +24,17 @@ class Chroma(Pipelined):
     network = "ChromaTransformer2DModel"
     own: ClassVar = {"num_inference_steps": 35, "guidance_scale": 5.0}
     own_size = (1024, 1024)
-    pack, patch = 2, 1  # its configuration's patch_size is what `pack` does already
+    pack = 2
     gives_sigmas = True
     normalised_by = ("scaling_factor", "shift_factor")
     text_length, longest_text = 512, 512
     text_widths: ClassVar = {"joint_attention_dim": ("text_encoder.d_model",)}
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+    @property
+    def patch(self) -> int:
+        return 1  # its configuration's patch_size is what `pack` does already
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         image_ids = torch.cartesian_prod(*(torch.arange(count, device=x.device) for count in (1, x.shape[-2] // 2, x.shape[-1] // 2))).to(x)
