@@ -46,6 +46,9 @@ class Network(records.Schema):
     cross_attention_dim: _Widths | None = 1
     caption_projection_dim: _Width = 1
     pooled_projection_dim: _Width = 1
+    approximator_num_channels: _Width = 1
+    approximator_hidden_dim: _Width = 1
+    approximator_layers: _Count = 1
     block_out_channels: list[_Width] = Field(default=[1], min_length=1, max_length=12)
     layers_per_block: _Count | list[_Count] = 1
 

@@ -58,6 +58,7 @@ def shrunk(teacher: nn.Module, shrink: Shrink) -> nn.Module:
     the blocks, such as tables of positions, are the teacher's in any case. UserError where the class cannot be shrunk so."""
     kept = kept_blocks(teacher, shrink)
     changes = _own_options(teacher, kept)
+    _check_tables(teacher, changes)
     if shrink.init == "random":
         return _configured(_begun(teacher, changes, shrink.seed), changes)
     student = _configured(_pruned(teacher, kept), changes)
@@ -65,6 +66,16 @@ def shrunk(teacher: nn.Module, shrink: Shrink) -> nn.Module:
         what = f"{type(teacher).__name__} of these blocks is another than its configuration would build"
         raise UserError(f"recipe key student.shrink.keep: {what}")
     return student
+
+
+def _check_tables(teacher: nn.Module, changes: Mapping[str, Any]) -> None:
+    """UserError where a table outside the blocks goes by their number: the teacher's is not the one that a folder's configuration makes."""
+    inside = tuple(f"{name}." for name in _block_lists(teacher))
+    tables = {name: table.shape for name, table in _built(teacher, changes, "meta").named_buffers()}
+    for name, table in teacher.named_buffers():
+        if not name.startswith(inside) and tables.get(name, table.shape) != table.shape:
+            what = f"{name} of {type(teacher).__name__} has rows for each of its blocks by their places, which fewer would have to learn anew"
+            raise UserError(f"recipe key student.shrink: {what}; remove it")
 
 
 def kept_blocks(teacher: nn.Module, shrink: Shrink) -> dict[str, list[int]]:

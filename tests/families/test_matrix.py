@@ -13,6 +13,7 @@ from cells import METHODS, PROMPTS, check_cell, check_experts, check_smaller, on
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_auraflow import tiny_auraflow
+from tiny_chroma import tiny_chroma
 from tiny_consistency import tiny_consistency
 from tiny_ddpm import tiny_ddpm
 from tiny_dit import tiny_dit
@@ -65,6 +66,7 @@ FAMILIES = {
     "qwen_image": Row(tiny_qwen, {"size": [32, 32], "max_sequence_length": 40}, ("tbcm", "full"), recipes=("qwen_image_",)),
     "z_image": Row(tiny_zimage, {"size": [16, 16], "max_sequence_length": 40}, ("scm", "full"), recipes=("z_image_",)),
     "auraflow": Row(tiny_auraflow, {"size": [16, 16], "max_sequence_length": 19}, ("scm", "lora")),
+    "chroma": Row(tiny_chroma, {"size": [16, 16], "max_sequence_length": 20}, ("scm", "lora")),
     "lumina2": Row(tiny_lumina2, {"size": [32, 32], "max_sequence_length": 69}, ("lcm", "full")),
     "flux2": Row(tiny_flux2, {"size": [16, 16], "max_sequence_length": 40}, ("tbcm", "lora")),
     "flux2_dev": Row(
@@ -116,6 +118,10 @@ def test_every_other_cell(family: str, method: str, tuning: str, folders: Any, t
 
 
 UNETS = ("sd", "sd2", "sdxl", "ddpm", "consistency")
+NO_SMALLER = {
+    **dict.fromkeys(UNETS, r"UNet2D(Condition)?Model has no list of alike blocks"),
+    "chroma": r"time_text_embed\.mod_proj of ChromaTransformer2DModel has rows for each of its blocks",
+}
 
 
 def deeper(pipeline: Any, blocks: int = 3) -> Any:
@@ -130,18 +136,19 @@ def deeper(pipeline: Any, blocks: int = 3) -> Any:
         return stirred(pipeline)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNETS])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NO_SMALLER])
 def test_a_smaller_student(family: str, tmp_path: Path) -> None:
     row, source = FAMILIES[family], tmp_path / "teacher"
     deeper(row.build()).save_pretrained(source)
     check_smaller(source, tmp_path, prompts=row.prompts, **row.teacher)
 
 
-@pytest.mark.parametrize("family", UNETS)
-def test_no_smaller_unet(family: str, folders: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", NO_SMALLER)
+@pytest.mark.parametrize("init", ["pruned", "random"])
+def test_no_smaller_student_of_unets_or_where_tables_count_blocks(family: str, init: str, folders: Any, tmp_path: Path) -> None:
     data = recipe(folders(family), "dmd2", tmp_path, prompts=FAMILIES[family].prompts, **FAMILIES[family].teacher).dump()
-    data["student"]["shrink"] = {"depth": 0.5}
-    with pytest.raises(UserError, match=r"^recipe key student\.shrink: UNet2D(Condition)?Model has no list of alike blocks"):
+    data["student"]["shrink"] = {"depth": 0.5, "init": init}
+    with pytest.raises(UserError, match=rf"^recipe key student\.shrink: {NO_SMALLER[family]}"):
         plan(validate(Recipe, data))
 
 

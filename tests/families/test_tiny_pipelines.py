@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny_auraflow
+import tiny_chroma
 import tiny_consistency
 import tiny_ddpm
 import tiny_dit
@@ -43,6 +44,7 @@ PIPELINES: dict[str, Built] = {
     "zimage": (tiny_zimage.tiny_zimage, tiny_zimage.CALL | GUIDED),
     "wan": (tiny_wan.tiny_wan, tiny_wan.CALL | GUIDED),
     "auraflow": (tiny_auraflow.tiny_auraflow, tiny_auraflow.CALL | GUIDED),
+    "chroma": (tiny_chroma.tiny_chroma, tiny_chroma.CALL | GUIDED),
     "lumina2": (tiny_lumina2.tiny_lumina2, tiny_lumina2.CALL | GUIDED),
     "flux2": (tiny_flux2.tiny_flux2, tiny_flux2.CALL | {"guidance_scale": 3.0}),
     "flux2_dev": (tiny_flux2.tiny_flux2_dev, tiny_flux2.DEV_CALL | {"guidance_scale": 3.0}),
