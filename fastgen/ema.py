@@ -53,13 +53,17 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         return {**self.shadow, "updates": torch.tensor(self.updates)}
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Strict: exactly these parameters, with equal shapes; ValueError otherwise."""
-        differing = state.keys() ^ {*self.shadow, "updates"}
-        differing |= {name for name in self.shadow.keys() & state.keys() if self.shadow[name].shape != state[name].shape}
+    def check_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
+        """ValueError unless a state of these shapes is one of exactly these parameters."""
+        differing = shapes.keys() ^ {*self.shadow, "updates"}
+        differing |= {name for name in self.shadow.keys() & shapes.keys() if self.shadow[name].shape != shapes[name]}
         if differing:
             raise ValueError(f"averaged weights do not match: {sorted(differing)[:4]} …")
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Strict, as `check_shapes` is."""
+        self.check_shapes({name: value.shape for name, value in state.items()})
         self.updates = int(state["updates"])
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
