@@ -297,16 +297,20 @@ def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
     return files
 
 
-def _files_of(component: str, names: Iterable[str]) -> list[str]:
-    """Of a component that one process wrote, or several."""
-    return [name for name in names if re.fullmatch(rf"{re.escape(component)}(-\d+-of-\d+)?\.safetensors", name)]
+def component(file: str) -> str:
+    """Such as role_student, of which a file has all, or what one of several processes wrote."""
+    return re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file)
 
 
-def _saved(checkpoint: Path, component: str, state: Mapping[str, Any]) -> Saved:
+def _files_of(name: str, files: Iterable[str]) -> list[str]:
+    return [file for file in files if component(file) == name]
+
+
+def _saved(checkpoint: Path, name: str, state: Mapping[str, Any]) -> Saved:
     from fastgen.shards import Saved
 
-    names = _files_of(component, state["files"]) or [f"{component}.safetensors"]
-    return Saved([checkpoint / name for name in names])
+    names = _files_of(name, state["files"]) or [f"{name}.safetensors"]
+    return Saved([checkpoint / file for file in names])
 
 
 def _check_statistics(own: Mapping[str, Tensor], saved: Mapping[str, torch.Size]) -> None:

@@ -283,7 +283,8 @@ class OptimizerBlock(Block):
 class TrainBlock(Block):
     """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all. checkpointing: blocks keep
     their inputs alone and are computed again in the backward pass: less memory, more time. ema_device: where averages lie, with the weights or
-    on the CPU; offload_optimizers: states lie on the CPU but for their role's own step."""
+    on the CPU; offload_optimizers: states lie on the CPU but for their role's own step. save_beside: checkpoints are written while training goes on,
+    from copies in the CPU's memory."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     batch_size: int = Field(ge=1, le=2**20)
@@ -298,6 +299,7 @@ class TrainBlock(Block):
     device: str = "auto"
     checkpoint_every: int = Field(500, ge=0, le=MOST_STEPS)
     keep: int = Field(2, ge=1, le=MOST_STEPS)
+    save_beside: bool = Field(default=False, strict=True)
     sample_every: int = Field(500, ge=0, le=MOST_STEPS)
 
     @property

@@ -33,6 +33,7 @@ _FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs")
 _RESUMABLE = (
     "train.checkpoint_every",
     "train.keep",
+    "train.save_beside",
     "train.sample_every",
     "train.device",
     "train.checkpointing",

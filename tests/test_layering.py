@@ -39,7 +39,7 @@ LAYERS = [
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"},
     {"roles", "ema", "parallel"},
     {"distillers"},
-    {"divergence", "optimizers", "trainer", "checkpoint", "shards"},
+    {"divergence", "optimizers", "trainer", "checkpoint", "shards", "saving"},
     {"export", "evaluation", "report", "report_table", "card", "comfy", "adapter_files", "curves", "pictures", "doctor", "diagnostics", "runlog"}
     | {"report_quality", "report_nearest", "pages", "gallery", "votes", "straightness"},
     {"foresight", "plan", "inputs", "licensing", "memory", "outlook", "activations", "room"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastgen import checkpoint, diagnostics, pictures
+from fastgen import diagnostics, pictures
 from fastgen.errors import NotFinite, TrainingFailed, UserError
 from fastgen.evaluation import unkept
 from fastgen.evaluation.block import PROTOCOL, resources_of
@@ -21,6 +21,7 @@ from fastgen.run.building import Run, spread
 from fastgen.run.diverged import with_way_on
 from fastgen.run.interrupted import Interrupted
 from fastgen.runlog import RunLog
+from fastgen.saving import Saver
 from fastgen.trainer import Metrics
 
 _SAMPLES, _SAMPLE_PROMPTS = 16, 4  # pictures; the prompts they share, whose spread tells whether modes are lost
@@ -36,7 +37,8 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
     samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
     watch = diagnostics.Watch()
     is_due = lambda step, every: bool(every) and (step == settings.steps or step % every == 0)  # noqa: E731
-    with _signals() as caught, RunLog(run_dir) as log, _evaluations(run, progress) as measured:
+    saver = Saver(run_dir / "checkpoints", keep=settings.keep, beside=settings.save_beside)
+    with _signals() as caught, RunLog(run_dir) as log, _evaluations(run, progress) as measured, saver:
         if run.plan.recipe.data.encode == "ahead":
             run.plan.family.free_encoders()
         for row in (rows := log.rows()):  # of the part that is resumed
@@ -48,7 +50,7 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
             nonlocal saved
             trainer.check_weights()
             log.flush()
-            checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep, inputs=run.began.hashes, metrics=latest)
+            saver.save(trainer, resolved, inputs=run.began.hashes, metrics=latest)
             saved = trainer.step
 
         def write_row(step: int, metrics: Metrics) -> None:
@@ -85,8 +87,10 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
             if caught and saved != trainer.step:
                 save()
         except NotFinite as error:
+            saver.wait()
             raise with_way_on(TrainingFailed(f"step {trainer.step}: {error}"), run_dir / "checkpoints", trainer) from error
         except TrainingFailed as failure:
+            saver.wait()
             raise with_way_on(failure, run_dir / "checkpoints", trainer) from failure
         finally:  # a bar left running hides the terminal's cursor
             progress.finish()
