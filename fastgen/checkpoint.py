@@ -61,11 +61,9 @@ class Content:
         return cls(state, tensors)
 
 
-def save(
-    folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, inputs: Mapping[str, str] | None = None, metrics: Metrics | None = None
-) -> Path:
-    """`write` what a run is now; see `Content.of`."""
-    return write(folder, Content.of(trainer, recipe, inputs=inputs, metrics=metrics), keep=keep)
+def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, group: Group = None) -> Path:
+    """`write` what a run is now."""
+    return write(folder, Content.of(trainer, recipe), keep=keep, group=group)
 
 
 def write(folder: Path, content: Content, *, keep: int, group: Group = None) -> Path:

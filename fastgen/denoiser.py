@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgen import conditioning
+from fastgen import across, conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.families.base import Family
 from fastgen.guidance import GuidanceRule, linear
@@ -188,6 +188,9 @@ def _auxiliary(routings: Sequence[moe.Routing], weight: float) -> Auxiliary:
     """The weighted balance loss of one pass, and what its routers do. Means over layers: `balance` of the loss itself, 1 where even; `entropy` of
     a token's probabilities over that of a router without opinion; `idle` of the share of experts that nobody chose; `dropped` of tokens
     without a routed expert; `busiest`: the largest load of any expert over an even one."""
+    sizes = [len(routing.counts) for routing in routings]
+    totals = across.batch_total(torch.cat([routing.counts for routing in routings])).split(sizes)
+    routings = [routing._replace(counts=counts) for routing, counts in zip(routings, totals, strict=True)]
     loss = moe.balance_loss(routings)
     with torch.no_grad():
         counts = moe.counts(routings)

@@ -34,12 +34,14 @@ def largest(tensors: Iterable[Tensor]) -> float:
     return torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], math.inf).item()
 
 
-def diagnose(roles: Roles, begun: Mapping[str, float], inputs: Mapping[str, Tensor]) -> Diagnosis:
-    """What a number that is not finite comes from. begun: `largest` of each trained role's weights when it was made; inputs: what the term
-    was given, by name."""
+def of_inputs(inputs: Mapping[str, Tensor]) -> Diagnosis | None:
+    """Whether a number that is not finite comes from what the term was given, by name."""
     broken = [name for name, value in inputs.items() if value.is_floating_point() and not bool(value.isfinite().all())]
-    if broken:
-        return Diagnosis(f"no role is at fault, but the data: {' and '.join(broken)} hold numbers that are not finite")
+    return Diagnosis(f"no role is at fault, but the data: {' and '.join(broken)} hold numbers that are not finite") if broken else None
+
+
+def diagnose(roles: Roles, begun: Mapping[str, float]) -> Diagnosis:
+    """What else it comes from. begun: `largest` of each trained role's weights when it was made."""
     if found := unsound(roles.trained, begun, SUSPICIOUS):
         return found
     for name, role in roles.items():

@@ -36,7 +36,7 @@ from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.optimizers import check_optimizer
-from fastgen.parallel import launch
+from fastgen.parallel import check_launch
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 from fastgen.surgery import formats
 from fastgen.surgery.held import Storage
@@ -224,7 +224,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     """Check everything a recipe names, or what one stage alone needs. UserError for the first mistake. started: the run has checkpoints,
     which hold all that `student.init` has brought, so that is not opened again. dry: nothing will be built, so a teacher's configurations
     will do, with a warning."""
-    launch(recipe.train.shard, recipe.train.device)
+    check_launch(recipe.train)
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     protocol = None if only == "export" else protocol_of(recipe.evaluate)
@@ -479,8 +479,6 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
         if _optimizer_key(name, recipe) not in recipe.optimizer:
             raise UserError(f"recipe key optimizer.{name}: missing; {recipe.distiller.name} trains {', '.join(trained)}")
         check_optimizer(recipe.optimizer[_optimizer_key(name, recipe)], f"optimizer.{_optimizer_key(name, recipe)}")
-    if recipe.train.micro_batch and recipe.train.batch_size % recipe.train.micro_batch:
-        raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
 
 
 def _check_teacher(recipe: Recipe, family: Family) -> None:

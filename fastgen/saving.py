@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from fastgen.shards import Group
 
 
-def own_group() -> Group:
+def own_group(timeout: float) -> Group:
     """A group of all processes that nothing else uses, so that what a thread exchanges in it meets nothing of the training's; None for one
-    process. Collective."""
+    process. timeout: seconds after which waiting for another fails. Collective."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
-    group: Any = dist.new_group(backend="gloo")
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     return group
 
 
@@ -35,9 +36,9 @@ class Saver:
     Collective, as `save` and `wait` are.
     """
 
-    def __init__(self, folder: Path, *, keep: int, beside: bool) -> None:
+    def __init__(self, folder: Path, *, keep: int, beside: bool, timeout: float = 1800) -> None:
         self.folder, self.keep, self.beside = folder, keep, beside
-        self._group = own_group()
+        self._group = own_group(timeout)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self._running: Future[Path] | None = None
 

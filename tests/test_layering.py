@@ -20,6 +20,7 @@ PACKAGE = Path(fastgen.__file__).parent
 LAYERS = [
     {
         "errors",
+        "across",
         "path",
         "timesteps",
         "conditioning",
@@ -37,7 +38,7 @@ LAYERS = [
     }
     | {"printing", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"},
-    {"roles", "ema", "parallel"},
+    {"roles", "ema", "group", "parallel"},
     {"distillers"},
     {"divergence", "optimizers", "trainer", "checkpoint", "shards", "saving"},
     {"export", "evaluation", "report", "report_table", "card", "comfy", "adapter_files", "curves", "pictures", "doctor", "diagnostics", "runlog"}

@@ -15,6 +15,7 @@ from fastgen import timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.data.training import Batch
 from fastgen.denoiser import Predictor, guided
+from fastgen.distillers import running
 from fastgen.guidance import GuidanceRule, linear
 from fastgen.manifest import Sampler
 from fastgen.path import Flow, Kind, Path
@@ -226,6 +227,11 @@ class Distiller(ABC):
     def load(cls, config: Any) -> None:
         """Load what a recipe names of other people's code: when a run is built, for a plan runs none. UserError where that fails."""
         return
+
+    def take_together(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
+        """After student step `step`: make its running numbers those of all processes' samples; gather: (processes, ...) of a tensor (...)."""
+        for state in self.statistics.values():
+            running.take_together(state, step, gather)
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:

@@ -21,7 +21,7 @@ from fastgen.families import adapters
 from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
 from fastgen.licensing import license_of
-from fastgen.parallel import SingleProcess, launch
+from fastgen.parallel import Strategy, launch
 from fastgen.plan import Plan, drawing_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
@@ -38,7 +38,7 @@ class Run:
     roles: Roles
     data: training.TrainingData
     trainer: Trainer
-    parallel: SingleProcess
+    parallel: Strategy
     began: inputs.Inputs = field(default_factory=inputs.Inputs)
     warnings: tuple[str, ...] = ()
 
@@ -100,7 +100,7 @@ def keeping_of(plan: Plan, device: torch.device) -> Keeping:
 def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
-    parallel = launch(recipe.train.shard, recipe.train.device)
+    parallel = launch(recipe.train)
     plan.method.load(plan.method_config)
     family.encode_with(parallel.device, plan.frozen_dtype)
     left_out: list[str] = []

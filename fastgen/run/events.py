@@ -37,7 +37,7 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
     samples = Samples(run, run_dir / "samples") if run.plan.family.exportable and settings.sample_every else None
     watch = diagnostics.Watch()
     is_due = lambda step, every: bool(every) and (step == settings.steps or step % every == 0)  # noqa: E731
-    saver = Saver(run_dir / "checkpoints", keep=settings.keep, beside=settings.save_beside)
+    saver = Saver(run_dir / "checkpoints", keep=settings.keep, beside=settings.save_beside, timeout=settings.timeout)
     with _signals() as caught, RunLog(run_dir) as log, _evaluations(run, progress) as measured, saver:
         if run.plan.recipe.data.encode == "ahead":
             run.plan.family.free_encoders()
