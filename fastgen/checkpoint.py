@@ -2,7 +2,7 @@
 running statistics, and the step.
 
 Random numbers and data positions are functions of the step (rng.py), so there is nothing else to save. Tensors are safetensors
-(shards.py), which any number of processes reads, replicas as well as shards; nothing is pickled. A checkpoint appears under its final name
+(tensor_files.py), which any number of processes reads, replicas as well as shards; nothing is pickled. A checkpoint appears under its final name
 only when every process has written its part. `state.json` holds the hash of every other file, and its own seal; whoever loads from a
 checkpoint checks what it reads.
 """
@@ -31,7 +31,7 @@ from fastgen.roles import Roles
 from fastgen.trainer import Metrics, Trainer
 
 if TYPE_CHECKING:
-    from fastgen.shards import Group, Saved
+    from fastgen.tensor_files import Group, Saved
 
 FORMAT = 5
 BY_INDEX = 4  # the format that named optimizers' states by their parameters' places, which is read still
@@ -69,7 +69,7 @@ def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, g
 def write(folder: Path, content: Content, *, keep: int, group: Group = None) -> Path:
     """Write `folder`/step_NNNNNN and delete all but the newest `keep`; returns its path. UserError where that cannot be done, and then nothing
     of it is left. group: of the processes that write it together, each its own files; the first writes the record, once all have."""
-    from fastgen import shards
+    from fastgen import tensor_files
 
     target = folder / f"step_{content.state['step']:06d}"
     partial = target.with_name(PARTIAL + target.name)
@@ -89,9 +89,9 @@ def write(folder: Path, content: Content, *, keep: int, group: Group = None) -> 
 
     with writing(target):
         try:
-            shards.together(group, begin)
-            written = shards.together(group, lambda: shards.write(partial, content.tensors, target=target, group=group))
-            shards.together(group, end)
+            tensor_files.together(group, begin)
+            written = tensor_files.together(group, lambda: tensor_files.write(partial, content.tensors, target=target, group=group))
+            tensor_files.together(group, end)
         except BaseException:
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -305,7 +305,7 @@ def _files_of(name: str, files: Iterable[str]) -> list[str]:
 
 
 def _saved(checkpoint: Path, name: str, state: Mapping[str, Any]) -> Saved:
-    from fastgen.shards import Saved
+    from fastgen.tensor_files import Saved
 
     names = _files_of(name, state["files"]) or [f"{name}.safetensors"]
     return Saved([checkpoint / file for file in names])

@@ -17,7 +17,7 @@ from fastgen.errors import UserError
 from fastgen.trainer import Metrics, Trainer
 
 if TYPE_CHECKING:
-    from fastgen.shards import Group
+    from fastgen.tensor_files import Group
 
 
 def own_group(timeout: float) -> Group:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer, weights
 
-from fastgen import checkpoint, shards
+from fastgen import checkpoint, tensor_files
 from fastgen.config import OptimizerBlock
 from fastgen.distillers.dmd2 import DMD2
 from fastgen.errors import UserError
@@ -161,7 +161,7 @@ def test_a_crash_while_writing_leaves_the_earlier_checkpoint(tmp_path: Path, mon
     def full_disk(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full_disk)
+    monkeypatch.setattr(tensor_files, "save_file", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*step_000003': no space left on device"):
         checkpoint.save(folder, stop_at(trainer, 3), RECIPE, keep=1)
     assert checkpoint.latest(tmp_path) == earlier

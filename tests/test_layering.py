@@ -40,7 +40,7 @@ LAYERS = [
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"},
     {"roles", "ema", "group", "parallel"},
     {"distillers"},
-    {"divergence", "optimizers", "trainer", "checkpoint", "shards", "saving"},
+    {"divergence", "optimizers", "trainer", "checkpoint", "tensor_files", "saving"},
     {"export", "evaluation", "report", "report_table", "card", "comfy", "adapter_files", "curves", "pictures", "doctor", "diagnostics", "runlog"}
     | {"report_quality", "report_nearest", "pages", "gallery", "votes", "straightness"},
     {"foresight", "plan", "inputs", "licensing", "memory", "outlook", "activations", "room"},
