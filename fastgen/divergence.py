@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from fastgen import shards
 from fastgen.data.training import Batch
 from fastgen.ema import EMA
 from fastgen.roles import Role, Roles
@@ -31,7 +31,7 @@ class Diagnosis(NamedTuple):
 
 def largest(tensors: Iterable[Tensor]) -> float:
     """The largest absolute value; not finite where any value is not. One number leaves the device."""
-    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], math.inf).item()
+    return shards.largest(tensors)
 
 
 def of_inputs(inputs: Mapping[str, Tensor]) -> Diagnosis | None:
@@ -84,4 +84,4 @@ def inputs_of(batch: Batch, negative: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _first(tensors: Mapping[str, Tensor]) -> str:
-    return next(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+    return next(name for name, tensor in tensors.items() if not math.isfinite(shards.largest([tensor])))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastgen import shards
 from fastgen.config import OptimizerBlock
 from fastgen.optional import check_package
 
@@ -18,16 +19,23 @@ _TABLES = ("qmap1", "qmap2")
 
 
 def make_optimizer(block: OptimizerBlock, parameters: Sequence[torch.nn.Parameter]) -> Optimizer:
-    """The optimizer of one role."""
+    """The optimizer of one role. Parameters of which processes hold parts have a group of their own, before those that are whole everywhere: one
+    fused kernel does not take both, and a role's own order is the same."""
+    groups = [part for sharded in (True, False) if (part := [p for p in parameters if shards.is_sharded(p) == sharded])]
+    assert [id(p) for part in groups for p in part] == [id(p) for p in parameters], "a role's network comes before its additions"
     if block.name == "sgd":
-        return torch.optim.SGD(parameters, lr=block.lr, momentum=block.betas[0], weight_decay=block.weight_decay)
+        return torch.optim.SGD(_grouped(groups), lr=block.lr, momentum=block.betas[0], weight_decay=block.weight_decay)
     settings: dict[str, Any] = {"lr": block.lr, "betas": block.betas, "eps": block.eps, "weight_decay": block.weight_decay}
     if block.name == "adamw8bit":
         import bitsandbytes  # type: ignore[import-not-found]
 
         return bitsandbytes.optim.AdamW8bit(parameters, **settings)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[block.name]
-    return kind(parameters, **settings, fused=True)
+    return kind(_grouped(groups), **settings, fused=True)
+
+
+def _grouped(groups: Sequence[Sequence[torch.nn.Parameter]]) -> list[dict[str, Any]]:
+    return [{"params": list(group)} for group in groups]
 
 
 def check_optimizer(block: OptimizerBlock, key: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastgen import shards
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.surgery import lora
@@ -121,7 +122,8 @@ class Role:
         """
         theirs = source.own_network_parameters()
         for name, parameter in self.own_network_parameters().items():
-            parameter.lerp_(theirs[name].to(parameter.dtype), weight)
+            own = shards.own(parameter)
+            own.lerp_(shards.own(theirs[name]).to(own.dtype), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
@@ -140,7 +142,7 @@ class Role:
         """Strict, as `check_shapes` is."""
         self.check_shapes({name: value.shape for name, value in state.items()})
         for name, parameter in self.parameters().items():
-            parameter.copy_(state[name])
+            shards.assign(parameter, state[name])
 
 
 class Roles(dict[str, Role]):

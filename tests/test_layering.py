@@ -26,6 +26,7 @@ LAYERS = [
         "conditioning",
         "rng",
         "sampling",
+        "shards",
         "jvp",
         "config",
         "files",
@@ -38,7 +39,7 @@ LAYERS = [
     }
     | {"printing", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"},
-    {"roles", "ema", "group", "parallel"},
+    {"roles", "ema", "group", "parallel", "sharding"},
     {"distillers"},
     {"divergence", "optimizers", "trainer", "checkpoint", "tensor_files", "saving"},
     {"export", "evaluation", "report", "report_table", "card", "comfy", "adapter_files", "curves", "pictures", "doctor", "diagnostics", "runlog"}
