@@ -89,7 +89,7 @@ def load_states(role: str, optimizer: Optimizer, tensors: Mapping[str, Tensor], 
     kinds = {key for state in states.values() for key in state}
     for index, state in states.items():
         _check_shapes(role, names[index], state, dict.fromkeys(kinds, parameters[index].shape))
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": dict(sorted(states.items())), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _load_8bit(role: str, optimizer: Any, states: Mapping[int, Mapping[str, Tensor]], names: Sequence[str]) -> None:
