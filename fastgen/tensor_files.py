@@ -82,10 +82,12 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
     def keep(self, tensors: dict[str, Tensor], items: Sequence[WriteItem], index: int) -> None:
-        """Write these into the file of process `index`, counted from 1, with where each lies in its whole."""
-        offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in items if item.tensor_data}
-        metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-        part = "" if self.processes == 1 else f"-{index:05d}-of-{self.processes:05d}"
+        """Write these into the file of process `index`, counted from 1, with where each lies in its whole: one entry, for several would stand in
+        any order, and equal tensors are to be equal files."""
+        part, metadata = "", None
+        if self.processes > 1:
+            offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in items if item.tensor_data}
+            part, metadata = f"-{index:05d}-of-{self.processes:05d}", {"DCP_SHARDING_INFO": json.dumps(offsets)}
         path = self.folder / f"{self.name}{part}.safetensors"
         with writing(self.target):
             save_file(tensors, path, metadata)

@@ -55,11 +55,11 @@ def assert_bitwise_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert not [key for key in a if not torch.equal(a[key], b[key])]
 
 
-def record(path: Path) -> None:
-    """Make the files in a checkpoint those that its state.json knows."""
+def record(path: Path, **keys: Any) -> None:
+    """Make the files in a checkpoint those that its state.json knows; keys: what else that says."""
     state = checkpoint.read_state(path)
     files = file_hashes(path, sorted(file.name for file in path.glob("*.safetensors")))
-    (path / "state.json").write_text(json.dumps(sealed({**state, "files": files})))
+    (path / "state.json").write_text(json.dumps(sealed({**state, "files": files, **keys})))
 
 
 @pytest.fixture
@@ -321,3 +321,17 @@ def test_the_newest_whole_checkpoint_is_the_newest_by_number(tmp_path: Path) -> 
         shutil.copytree(first, tmp_path / f"step_{step:06d}")
     found = checkpoint.checkpoints(tmp_path)
     assert checkpoint.newest_whole(found) == tmp_path / "step_1000000"
+
+
+def test_the_format_that_named_states_by_index_is_read(saved: Path) -> None:
+    trainer, whole = dmd2(), dmd2()
+    checkpoint.load(saved, whole)
+    for role in ("student", "fake_score"):
+        file, names = saved / f"optimizer_{role}.safetensors", list(trainer.roles[role].parameters())
+        save_file({f"{names.index(name)}/{key}": value for flat, value in load_file(file).items() for name, key in [flat.rsplit("/")]}, file)
+    record(saved, format=4)
+    assert checkpoint.read_state(saved)["format"] == 4
+    checkpoint.load(saved, trainer)
+    assert_bitwise_equal(weights(trainer), weights(whole))
+    assert_bitwise_equal(moments(trainer), moments(whole))
+    assert (trainer.step, trainer.ema["student"].updates) == (3, 3)

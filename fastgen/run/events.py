@@ -95,6 +95,7 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
         finally:  # a bar left running hides the terminal's cursor
             progress.finish()
         if caught:
+            saver.wait()
             raise Interrupted(caught[0], trainer.step)
 
 

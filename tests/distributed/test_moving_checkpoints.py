@@ -74,7 +74,7 @@ def wrong_after_loading(folder: Path, name: str, source: str, strategy: str) -> 
     found, expected = whole(trainer), load_file(here / "state.safetensors")
     wrong = sorted(found.keys() ^ expected.keys()) or [key for key, value in expected.items() if not torch.equal(found[key], value)]
     for want, row in zip(json.loads((here / "after.json").read_text(encoding="utf-8")), steps(trainer, 2), strict=True):
-        wrong += [key for key in want.keys() ^ row.keys()] or [key for key in want if difference(key, want[key], row[key]) > 1e-9]
+        wrong += list(want.keys() ^ row.keys()) or [key for key in want if difference(key, want[key], row[key]) > 1e-9]
     return [f"{name} from {source} to {strategy}: {each}" for each in wrong]
 
 
