@@ -286,7 +286,7 @@ class TrainBlock(Block):
     on the CPU; offload_optimizers: states lie on the CPU but for their role's own step. shard: how a launcher's processes share the work, `ddp`
     with every network on each, `fsdp` with a part of each; auto: ddp under a launcher, none without. mesh: of fsdp, (copies, parts of a copy).
     timeout: seconds after which processes give up one that does not answer. save_beside: checkpoints are written while training goes on, from
-    copies in the CPU's memory."""
+    copies in the CPU's memory. compile: torch.compile of each of a network's blocks; results change by rounding."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     batch_size: int = Field(ge=1, le=2**20)
@@ -304,6 +304,7 @@ class TrainBlock(Block):
     checkpoint_every: int = Field(500, ge=0, le=MOST_STEPS)
     keep: int = Field(2, ge=1, le=MOST_STEPS)
     save_beside: bool = Field(default=False, strict=True)
+    compile: Literal["none", "blocks"] = "none"
     sample_every: int = Field(500, ge=0, le=MOST_STEPS)
 
     @property

@@ -36,9 +36,9 @@ from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.optimizers import check_optimizer
-from fastgen.parallel import check_launch
+from fastgen.parallel import check_launch, choose_device
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
-from fastgen.surgery import formats
+from fastgen.surgery import compiled, formats
 from fastgen.surgery.held import Storage
 from fastgen.surgery.moe import conversion
 from fastgen.surgery.moe.accounting import Account, account
@@ -257,6 +257,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
     _check_storage(planned)
+    _check_compile(planned)
     _check_shrink(planned)
     _check_experts(planned)
     _check_networks(planned)
@@ -439,6 +440,21 @@ def _check_shrink(planned: Plan) -> None:
         said = "adapters (student.tune.lora) share the teacher's network, of which they have every block; train with student.tune: full, or remove it"
         raise UserError(f"recipe key student.shrink: {said}")
     shrunk(planned.family.load_backbone(meta=True), planned.shrink)
+
+
+def _check_compile(planned: Plan) -> None:
+    """UserError where blocks are to be compiled and cannot be."""
+    if planned.recipe.train.compile == "none":
+        return
+    said = None
+    if planned.recipe.teacher.offload:
+        said = "its blocks come to the device one at a time (teacher.offload)"
+    elif planned.experts is not None:
+        said = "which experts a token uses is not known beforehand (student.moe)"
+    elif lack := compiled.missing(choose_device(planned.recipe.train.device)):
+        said = lack
+    if said is not None:
+        raise UserError(f"recipe key train.compile: blocks cannot be compiled: {said}; remove it")
 
 
 def _check_experts(planned: Plan) -> None:

@@ -26,6 +26,7 @@ from fastgen.plan import Plan, drawing_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
 from fastgen.run.calibration import measured
+from fastgen.surgery.compiled import compile_blocks
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
@@ -139,6 +140,9 @@ def build(plan: Plan, progress: Progress) -> Run:
         roles.align_adapters(taken)
     distiller = plan.method(plan.method_config, setting)
     trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
+    if recipe.train.compile == "blocks":
+        progress.stage("compiling blocks as they are called first")
+        compile_blocks(block for role in roles.values() for block in family.blocks(role.denoiser.backbone))
     return Run(plan, roles, data, trainer, parallel, warnings=(*plan.warnings, *left_out))
 
 
