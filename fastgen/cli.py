@@ -103,6 +103,10 @@ def plan_memory(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="SIZE", help="Of the device, such as 24GB: whether the run fits, and if not, what would make it fit."),
     ] = None,
+    processes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="How many processes share the run (train.shard), each on a device of its own; what is said is of one."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say how much memory a recipe needs, stage by stage, from its teacher's configurations alone."""
@@ -111,7 +115,7 @@ def plan_memory(
 
     terminal.quiet()
     limit = None if memory is None else room.bytes_of(memory)
-    found = room.answer(Recipe.load(recipe, overrides or []), limit, terminal.progress())
+    found = room.answer(Recipe.load(recipe, overrides or []), limit, terminal.progress(), processes=processes)
     terminal.print_json(found) if as_json else terminal.print_need(found)
     if found.get("fits") is False:
         raise typer.Exit(1)

@@ -100,7 +100,7 @@ def keeping_of(plan: Plan, device: torch.device) -> Keeping:
 def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
-    parallel = launch(recipe.train)
+    parallel, sharded = launch(recipe.train, plan.cut), plan.cut is not None
     plan.method.load(plan.method_config)
     family.encode_with(parallel.device, plan.frozen_dtype)
     left_out: list[str] = []
@@ -131,8 +131,8 @@ def build(plan: Plan, progress: Progress) -> Run:
         seed=recipe.train.seed,
         recompute=recipe.train.checkpointing,
         storage=plan.storage,
-        device=parallel.device,
-        offloaded=recipe.teacher.offload,
+        device=torch.device("cpu") if sharded else parallel.device,  # where they are cut, a block at a time
+        offloaded=recipe.teacher.offload and not sharded,
     )
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
