@@ -401,4 +401,6 @@ def run_main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a path may hold bytes, or the terminal lack letters, that make `print` fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if _launched():  # PyTorch's own account of a process that has gone, beside our line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(main())

@@ -71,6 +71,10 @@ class Member(Alone):
         self.store, self.rank, self.world_size = store, rank, world_size
         self.timeout = 1800.0
         self._is_printer = False
+        self._has_left = False
+        self._lock = threading.Lock()  # whoever of the threads has it ends the process
+        self._lost: set[int] = set()
+        self._heard = time.monotonic()  # from the store
         self._calls = 0
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
@@ -79,6 +83,7 @@ class Member(Alone):
         """Begin to write heartbeats, and to watch the next rank's."""
         self._thread = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch_store, name="store", daemon=True).start()
 
     def lone(self, work: Callable[[], T]) -> T | None:
         self._calls += 1
@@ -137,27 +142,62 @@ class Member(Alone):
 
     def fail(self, error: BaseException) -> None:
         """Say what this process ends with, unless another has before, and have rank 0 print it."""
-        if not self._ending.is_set():
+        if not self._lock.acquire(blocking=False):
+            time.sleep(2 * _GRACE)  # the other thread ends the process, and is saying why
+        if not self._has_left:
             self._ending.set()
             self._report(type(error).__name__, str(error), self.rank)
         if self.rank and not self._within(_GRACE, lambda: self.store.check(["printed"])):
             self._is_printer = self._claims()
+        if not self.prints:
+            self.leave()
 
     @property
     def prints(self) -> bool:
         """Whether this process says what all end with."""
         return self.rank == 0 or self._is_printer
 
-    def printed(self) -> None:
-        """It has been said."""
-        with suppress(Exception):  # the store may have gone
-            self.store.set("printed", "")
+    def said(self) -> None:
+        """What all end with has been printed, if this process prints."""
+        if self.prints:
+            with suppress(Exception):  # the store may have gone
+                self.store.set("printed", "")
+            self.leave()
 
     def part(self) -> None:
-        """End well, once all have come so far: nobody misses a heartbeat from here on."""
+        """End well, once all have come so far."""
         self.together()
-        self.store.set(f"left/{self.rank}", "")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.leave()
+
+    def leave(self) -> None:
+        """Ask the store nothing from here on. Rank 0, which may keep it, leaves last; nobody misses a heartbeat."""
+        if self._has_left:
+            return
+        self._has_left = True
         self._ending.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_GRACE)
+        with suppress(Exception):
+            self.store.set(f"left/{self.rank}", "")
+            if self.rank == 0:
+                keys = [f"left/{rank}" for rank in range(self.world_size) if rank not in self._lost]
+                self._within(_GRACE, lambda: self.store.check(keys))
+
+    def silent(self, seconds: float) -> list[int] | None:
+        """The processes that give no sign for so long; None where one says what it failed with meanwhile."""
+        before = self._beats()
+        if self._within(seconds, lambda: self.store.check(["failed"])):
+            return None
+        now = self._beats()
+        return [rank for rank in now if rank != self.rank and now[rank] == before.get(rank)]
+
+    def _beats(self) -> dict[int, bytes]:
+        with suppress(Exception):
+            keys = {rank: f"beat/{rank}" for rank in range(self.world_size)}
+            return {rank: self.store.get(key) for rank, key in keys.items() if self.store.check([key])}
+        return {}
 
     def _claims(self) -> bool:
         with suppress(Exception):
@@ -186,7 +226,6 @@ class Member(Alone):
         """The thread: beats, watches the next rank, and ends this process where it hangs while another has failed."""
         watched, beats = (self.rank + 1) % self.world_size, 0
         store, seen, since = self.store.clone(), b"", time.monotonic()
-        store.set_timeout(timedelta(seconds=max(_GRACE, 0.75 * self.timeout)))  # whoever keeps it may have been stopped
         while not self._ending.wait(min(BEAT, self.timeout / 8)):
             try:
                 beats += 1
@@ -194,6 +233,7 @@ class Member(Alone):
                 if store.check(["failed"]):
                     self._end(self.elsewhere())
                     return
+                self._heard = time.monotonic()
                 now = store.get(f"beat/{watched}") if store.check([f"beat/{watched}"]) else b""
                 seen, since = (now, time.monotonic()) if now != seen else (seen, since)
                 silent = time.monotonic() - since
@@ -201,6 +241,7 @@ class Member(Alone):
                     said = (
                         f"process {watched} has given no sign for {silent:.0f} seconds (train.timeout: {self.timeout:g}): stopped, or its machine is"
                     )
+                    self._lost.add(watched)
                     self._report("ProcessLost", said, self.rank)
                     self._end(ProcessLost(said))
                     return
@@ -209,16 +250,27 @@ class Member(Alone):
                     self._end(ProcessLost(f"the process that keeps the launcher's store has ended ({one_line(str(error), 80)})"))
                 return
 
+    def _watch_store(self) -> None:
+        """The other thread: a store whose keeper is stopped does not answer at all, and who asks it waits for good."""
+        while not self._ending.wait(min(BEAT, self.timeout / 8)):
+            silent = time.monotonic() - self._heard
+            if silent > 0.9 * self.timeout and self._lock.acquire(blocking=False):
+                if self.rank == min(1, self.world_size - 1):
+                    said = f"the process that keeps the launcher's store, rank 0 perhaps, has given no sign for {silent:.0f} seconds"
+                    print(f"error: {said} (train.timeout: {self.timeout:g})", file=sys.stderr, flush=True)
+                os._exit(1)
+
     def _end(self, error: Exception) -> None:
         """End a process whose main thread waits for others that will not come. It may come out by itself: then this is not needed."""
-        if self._ending.wait(1.0):
+        if self._ending.wait(1.0) or not self._lock.acquire(blocking=False):
             return
-        if self.rank and self._within(_GRACE, lambda: self.store.clone().check(["printed"])):
-            os._exit(status_of(error))
-        if self.rank == 0 or self._claims():
+        is_printed = self.rank and self._within(_GRACE, lambda: self.store.check(["printed"]))
+        self._is_printer = not is_printed and (self.rank == 0 or self._claims())
+        if self._is_printer:
             with suppress(Exception):
                 print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
-            self.printed()
+            self.said()
+        self.leave()
         os._exit(status_of(error))
 
 
@@ -253,8 +305,6 @@ def joined() -> Iterator[Alone]:
         _member.beat()
         yield _member
         _member.part()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except BaseException as error:
         if getattr(error, "everywhere", False):
             _member.part()
@@ -282,9 +332,11 @@ def _cause(member: Member, error: BaseException) -> BaseException:
     gone = isinstance(error, RuntimeError) and not isinstance(error, TrainingFailed) and _is_of_a_collective(error)
     if not gone:
         return error
-    if member._within(3 * BEAT, lambda: member.store.check(["failed"])):
+    lost = member.silent(3 * BEAT)
+    if lost is None:
         return member.elsewhere()
-    return ProcessLost(f"another process has ended without a word, killed perhaps ({one_line(str(error), 120)})")
+    who = f"process {lost[0]} has" if len(lost) == 1 else "another process has" if not lost else f"processes {', '.join(map(str, lost))} have"
+    return ProcessLost(f"{who} ended without a word, killed perhaps")
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
@@ -316,4 +368,4 @@ def speaks() -> bool:
 def said() -> None:
     """What a command ends with has been printed."""
     if _member is not None:
-        _member.printed()
+        _member.said()

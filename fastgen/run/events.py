@@ -132,11 +132,13 @@ def _signals() -> Iterator[list[int]]:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, where Python allows no handlers
         before = {}
+    is_over = False
     try:
         yield caught
+        is_over = not caught
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if caught and echoes else handler)
+            signal.signal(number, signal.SIG_IGN if echoes and not is_over else handler)
 
 
 class Samples:
