@@ -78,15 +78,19 @@ def train(
         terminal.print_plan(run.dry_run(Recipe.load(recipe, overrides or []), folder, **options))
         return
     try:
-        run.train(recipe, folder, overrides=overrides or [], progress=terminal.progress(log=sys.stdout), **options)
+        terminal.quiet()
+        progress = terminal.progress(log=sys.stdout) if _speaks() else None
+        run.train(recipe, folder, overrides=overrides or [], progress=progress, **options)
     except run.Interrupted as interrupted:
         words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else [])]
         words += [f"--allow-change={key}" for key in allow_change or []]
         again = shlex.join([*words, "--resume-or-start" if resume_or_start else "--resume"])
-        terminal.note(f"{interrupted}; checkpoint saved. To go on:")
-        terminal.note(f"  {again}")
+        if _speaks():
+            terminal.note(f"{interrupted}; checkpoint saved. To go on:")
+            terminal.note(f"  {again}")
         raise typer.Exit(128 + interrupted.number) from None
-    terminal.print_run(folder)
+    if _speaks():
+        terminal.print_run(folder)
 
 
 def _only(value: str | None) -> Literal["train"] | None:
@@ -372,8 +376,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    put("error: " + one_line(message), sys.stderr)
+    if _speaks():
+        put("error: " + one_line(message), sys.stderr)
+        sys.stderr.flush()
+    if _launched():
+        from fastgen import group
+
+        group.said()
     return status
+
+
+def _launched() -> bool:
+    """Whether a launcher has started several processes of this command."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _speaks() -> bool:
+    """Whether this process prints what the command has to say."""
+    if not _launched():
+        return True
+    from fastgen import group
+
+    return group.speaks()
 
 
 def run_main() -> None:
@@ -381,4 +405,6 @@ def run_main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a path may hold bytes, or the terminal lack letters, that make `print` fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if _launched():  # PyTorch's own account of a process that has gone, beside our line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(main())

@@ -166,7 +166,7 @@ class SeveralProcesses(Strategy):
         self.any(False)
 
     def lone(self, work: Callable[[], T]) -> T | None:
-        return group.lone(work)
+        return group.current().lone(work)
 
 
 class Replicas(SeveralProcesses):

@@ -300,8 +300,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     note(f"memory      {networks:,.1f} MiB of weights, buffers, gradients, optimizer states and averages, {data:,.1f} MiB of encoded data")
     note(f"            on top come activations, text encoders and VAE, which take {at_once} sample{'s' * (at_once > 1)} at a time: `fastgen plan`")
     note(f"grid        {plan['grid']} ({len(plan['grid'])} network evaluations)")
-    note(
-        f"batch       {plan['batch']} samples a step in {plan['micro_batches']} micro-batch{'es' * (plan['micro_batches'] > 1)} on {plan['processes']} process{'es' * (plan['processes'] > 1)}"
-    )
+    passes, several = f"{plan['micro_batches']} micro-batch{'es' * (plan['micro_batches'] > 1)}", plan["processes"] > 1
+    note(f"batch       {plan['batch']} samples a step in {passes} on {plan['processes']} process{'es' * several}")
     for warning in plan["warnings"]:
         note(f"warning     {warning}")

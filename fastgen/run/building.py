@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastgen import checkpoint, conditioning, inputs
+from fastgen import checkpoint, conditioning, group, inputs
 from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import origin_of
@@ -94,7 +94,7 @@ class Run:
 
 def keeping_of(plan: Plan, device: torch.device) -> Keeping:
     """How a run of the plan keeps what it encodes."""
-    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype))
+    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype), group.current())
 
 
 def build(plan: Plan, progress: Progress) -> Run:

@@ -6,26 +6,43 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from fastgen import checkpoint, inputs, report
+from fastgen import checkpoint, group, inputs, report
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Distiller
 from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL, resources_of
+from fastgen.evaluation.extraction import Part
+from fastgen.evaluation.settings import Settings
 from fastgen.export import Verification, export_lora, export_student, verify
 from fastgen.files import remove, writing
 from fastgen.fingerprints import digest, folder_hash
 from fastgen.plan import plan
 from fastgen.progress import Progress
 from fastgen.run.building import Run, build
-from fastgen.run.evaluating import evaluate
+from fastgen.run.evaluating import PartDone, evaluate
 from fastgen.run.folder import RunFolder, check_parents, plain
 
 
 def finish(run: Run, folder: RunFolder, progress: Progress) -> None:
     """Everything that comes after training. UserError where the student cannot be measured: it lies there whole, with a report that says so,
     and run.json says why under `unmeasured`."""
+    student_dir, members = folder.path / "student", group.current()
+    members.lone(lambda: _make_student(run, folder, student_dir, progress))
+    if members.world_size > 1 and run.plan.protocol is not None:
+        _draw_part(run, folder.path, Part(members.rank, members.world_size))
+        members.together()
+    members.lone(lambda: _measure_and_report(run, folder, progress))
+
+
+def _draw_part(run: Run, run_dir: Path, part: Part) -> None:
+    """Draw this process's chunks of the pictures, so that nothing is left to draw when they are measured. What cannot be done so, the measuring does
+    or says."""
+    with suppress(PartDone, UserError):
+        _measure(run, run_dir, Progress(), Settings(part=part))
+
+
+def _measure_and_report(run: Run, folder: RunFolder, progress: Progress) -> None:
     student_dir = folder.path / "student"
-    _make_student(run, folder, student_dir, progress)
     folder.note(unmeasured=None if run.plan.protocol is None else "its measuring has not come to an end")
     try:
         _measure(run, folder.path, progress)
@@ -58,7 +75,7 @@ def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Prog
     folder.note(student={"source": source, "sha256": folder_hash(student_dir)})
 
 
-def _measure(run: Run, run_dir: Path, progress: Progress) -> None:
+def _measure(run: Run, run_dir: Path, progress: Progress, settings: Settings | None = None) -> None:
     if run.plan.protocol is not None:
         evaluate(
             run_dir / "student",
@@ -67,6 +84,7 @@ def _measure(run: Run, run_dir: Path, progress: Progress) -> None:
             teacher="teacher" in run.plan.roles,
             device=str(run.parallel.device),
             resources=resources_of(run.plan.recipe.evaluate),
+            settings=settings,
             progress=progress,
         )
 
