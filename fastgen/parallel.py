@@ -54,6 +54,10 @@ class Strategy(ABC):
         """Put the role's module where it computes, wrapped or sharded in place, before optimizers are made."""
         role.module = role.denoiser if is_offloaded(role.denoiser.backbone) else role.denoiser.to(self.device)
 
+    def plain(self, role: Role) -> Role | None:
+        """The role with its network whole, to be exported: on every process that has it, and where processes keep parts on the main one alone."""
+        return role
+
     @contextmanager
     def gradients(self, modules: Iterable[nn.Module], *, synchronise: bool) -> Iterator[None]:
         """Around a backward pass; `synchronise` says that it is an update's last, for strategies that reduce gradients as they appear."""

@@ -469,6 +469,11 @@ def _check_cut(planned: Plan) -> None:
         raise UserError(f"recipe key teacher.quantise: {teacher.quantise}, but {said}")
     if teacher.dtype == "bf16":
         raise UserError(f"recipe key teacher.dtype: bf16, but {said}")
+    pairs, alone = planned.recipe.data.pairs_asked, "with train.shard: fsdp no process draws alone"
+    if pairs is not None and pairs.folder is None:
+        raise UserError(f"recipe key data.pairs: drawn by the teacher when the run starts, but {alone}; draw them with `fastgen cache pairs`")
+    if planned.recipe.evaluate.every:
+        raise UserError(f"recipe key evaluate.every: {planned.recipe.evaluate.every}, but {alone}; set it to 0, the end is measured all the same")
     for name, block in planned.recipe.optimizer.items():
         if block.name == "adamw8bit":
             raise UserError(f"recipe key optimizer.{name}.name: adamw8bit has no states of parts of weights (train.shard: fsdp); use adamw")

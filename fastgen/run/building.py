@@ -87,9 +87,11 @@ class Run:
         )
 
     def averaged(self) -> list[Expert]:
-        """The student's experts, with their averaged weights for good."""
+        """The student's experts, with their averaged weights for good. Where processes keep parts of networks all of them call this, and the main one
+        alone has experts."""
         self.trainer.ema.settle()
-        return [Expert(self.roles[name], end) for name, end in self.trainer.distiller.students()]
+        whole = [(self.parallel.plain(self.roles[name]), end) for name, end in self.trainer.distiller.students()]
+        return [Expert(role, end) for role, end in whole if role is not None]
 
 
 def keeping_of(plan: Plan, device: torch.device) -> Keeping:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -170,8 +171,12 @@ class Samples:
     def _pictures(self, generator: ImageGenerator) -> torch.Tensor:
         """In batches no larger than training's own, which the processes share."""
         size, parallel = self.run.plan.recipe.train.at_once, self.run.parallel
-        starts = range(0, len(self.prompts), size)[parallel.rank :: parallel.world_size]
+        all_starts = range(0, len(self.prompts), size)
+        starts = all_starts[parallel.rank :: parallel.world_size]
         own = [generate_pictures(generator, self.prompts[i : i + size], self.seeds[i : i + size], batch=size) for i in starts]
+        if self.run.plan.cut is not None:  # a pass through networks of which each process has a part takes all of them
+            for _ in range(math.ceil(len(all_starts) / parallel.world_size) - len(own)):
+                generate_pictures(generator, self.prompts[:size], self.seeds[:size], batch=size)
         return drawn_by_all(own)
 
 

@@ -13,7 +13,7 @@ from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL, resources_of
 from fastgen.evaluation.extraction import Part
 from fastgen.evaluation.settings import Settings
-from fastgen.export import Verification, export_lora, export_student, verify
+from fastgen.export import Expert, Verification, export_lora, export_student, verify
 from fastgen.files import remove, writing
 from fastgen.fingerprints import digest, folder_hash
 from fastgen.plan import plan
@@ -27,7 +27,8 @@ def finish(run: Run, folder: RunFolder, progress: Progress) -> None:
     """Everything that comes after training. UserError where the student cannot be measured: it lies there whole, with a report that says so,
     and run.json says why under `unmeasured`."""
     student_dir, members = folder.path / "student", group.current()
-    members.lone(lambda: _make_student(run, folder, student_dir, progress))
+    student = None if run.plan.cut is None else run.averaged()  # whose parts all processes have
+    members.lone(lambda: _make_student(run, folder, student_dir, progress, student))
     if members.world_size > 1 and run.plan.protocol is not None:
         _draw_part(run, folder.path, Part(members.rank, members.world_size))
         members.together()
@@ -59,15 +60,16 @@ def _measure_and_report(run: Run, folder: RunFolder, progress: Progress) -> None
     report.write_report(folder.path)
 
 
-def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Progress) -> None:
-    """Export and verify, unless the student of this recipe and this checkpoint lies there, as it was verified."""
+def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Progress, student: list[Expert] | None = None) -> None:
+    """Export and verify, unless the student of this recipe and this checkpoint lies there, as it was verified. student: where it is averaged
+    already."""
     source = digest([checkpoint.identity(folder.path), run.plan.resolved()])
     with suppress(UserError):  # there is none, or none that can be read
         if folder.noted("student") == {"source": source, "sha256": folder_hash(student_dir)}:
             progress.stage(f"{student_dir} is exported and verified already")
             return
     progress.stage(f"exporting to {student_dir}")
-    _write_student(run, student_dir, run.plan.recipe.export.weights)
+    _write_student(run, student_dir, run.plan.recipe.export.weights, student=student)
     with writing(folder.path):
         remove(folder.path / "results.json")  # of another student
     progress.stage("verifying in plain diffusers")
@@ -97,8 +99,8 @@ def require_verified(result: Verification, folder: Path) -> None:
         )
 
 
-def _write_student(run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool = False) -> Path:
-    student, family, info = run.averaged(), run.plan.family, run.info()
+def _write_student(run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool = False, student: list[Expert] | None = None) -> Path:
+    student, family, info = run.averaged() if student is None else student, run.plan.family, run.info()
     if weights == "lora":
         return export_lora(student, family, info, output, for_comfy=for_comfy)
     return export_student(student, family, info, output, dtype=run.plan.recipe.export.dtype)
