@@ -12,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -52,6 +53,10 @@ class Strategy(ABC):
     def prepare(self, role: Role) -> None:
         """Put the role's module where it computes, wrapped or sharded in place, before optimizers are made."""
         role.module = role.denoiser if is_offloaded(role.denoiser.backbone) else role.denoiser.to(self.device)
+
+    def plain(self, role: Role) -> Role | None:
+        """The role with its network whole, to be exported: on every process that has it, and where processes keep parts on the main one alone."""
+        return role
 
     @contextmanager
     def gradients(self, modules: Iterable[nn.Module], *, synchronise: bool) -> Iterator[None]:
@@ -165,7 +170,7 @@ class SeveralProcesses(Strategy):
         self.any(False)
 
     def lone(self, work: Callable[[], T]) -> T | None:
-        return group.lone(work)
+        return group.current().lone(work)
 
 
 class Replicas(SeveralProcesses):
@@ -246,9 +251,10 @@ def own_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def shard_of(train: TrainBlock) -> str:
-    """`none`, `ddp` or `fsdp`: how this run spreads. UserError where that does not fit the launcher's processes or the batch."""
-    processes = group.launched()
+def shard_of(train: TrainBlock, processes: int | None = None) -> str:
+    """`none`, `ddp` or `fsdp`: how a run spreads. processes: how many there are, None for the launcher's. UserError where that does not fit them or
+    the batch."""
+    processes = group.launched() if processes is None else processes
     shard = ("none" if processes == 1 else "ddp") if train.shard == "auto" else train.shard
     if shard == "none" and processes > 1:
         raise UserError(f"recipe key train.shard: 'none' runs one process, but the launcher started {processes}; say auto, or leave out the launcher")
@@ -267,18 +273,32 @@ def shard_of(train: TrainBlock) -> str:
     return shard
 
 
-def check_launch(train: TrainBlock) -> None:
-    """UserError for what `launch` would refuse."""
-    if shard_of(train) == "fsdp":
-        raise UserError("recipe key train.shard: 'fsdp' is not there yet; use ddp")
-    own_device(train.device)
+def check_launch(train: TrainBlock, processes: int | None = None) -> None:
+    """UserError for what `launch` would refuse. processes: of another machine's launcher, whose devices are not looked for here."""
+    shard_of(train, processes)
+    if processes is None:
+        own_device(train.device)
 
 
-def launch(train: TrainBlock) -> Strategy:
-    """The strategy that a recipe asks for, in the group of the launcher's processes, which it joins."""
+@dataclass(frozen=True)
+class Cut:
+    """How fsdp cuts networks. mesh: (copies, parts of a copy), None for one copy in as many parts as there are processes. compute: the dtype that
+    parameters are gathered in, None for their own; gradients are reduced in fp32 then. offload: parts of frozen networks lie on the CPU."""
+
+    mesh: tuple[int, int] | None = None
+    compute: torch.dtype | None = None
+    offload: bool = False
+
+
+def launch(train: TrainBlock, cut: Cut | None = None) -> Strategy:
+    """The strategy that a recipe asks for, in the group of the launcher's processes, which it joins. cut: of fsdp."""
     check_launch(train)
-    device = own_device(train.device)
-    if shard_of(train) == "none":
+    device, shard = own_device(train.device), shard_of(train)
+    if shard == "none":
         return SingleProcess(device)
     group.join(device, train.timeout)
-    return Replicas(device)
+    if shard == "ddp":
+        return Replicas(device)
+    from fastgen.sharding import Shards  # which is a strategy too
+
+    return Shards(device, cut or Cut(train.mesh))

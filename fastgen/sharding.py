@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,18 +21,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from fastgen import shards
 from fastgen.denoiser import Denoiser
-from fastgen.parallel import Replicas
+from fastgen.parallel import Cut, Replicas
 from fastgen.roles import Role
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How networks are cut. mesh: the sizes (replicas, parts), or (parts,) for all processes. compute: the dtype in which parameters are gathered,
-    None for their own; gradients are reduced in fp32 then. offload: frozen networks keep their parts on the CPU."""
-
-    mesh: tuple[int, ...] | None = None
-    compute: torch.dtype | None = None
-    offload: bool = False
 
 
 def mesh_of(device: torch.device, sizes: Sequence[int] | None) -> DeviceMesh:

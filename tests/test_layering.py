@@ -21,6 +21,7 @@ LAYERS = [
     {
         "errors",
         "across",
+        "group",
         "path",
         "timesteps",
         "conditioning",
@@ -39,7 +40,7 @@ LAYERS = [
     }
     | {"printing", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"},
-    {"roles", "ema", "group", "parallel", "sharding"},
+    {"roles", "ema", "parallel", "sharding"},
     {"distillers"},
     {"divergence", "optimizers", "trainer", "checkpoint", "tensor_files", "saving"},
     {"export", "evaluation", "report", "report_table", "card", "comfy", "adapter_files", "curves", "pictures", "doctor", "diagnostics", "runlog"}

@@ -148,6 +148,8 @@ class Distiller(ABC):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     samplers: ClassVar[tuple[Sampler, ...]] = ("euler", "stochastic")  # that its students are made for
+    # Whether it takes the student's derivative along a trajectory, which is checked, and by differences taken, in the weights' own precision.
+    differentiates: ClassVar[bool] = False
     roles: ClassVar[dict[str, RoleSpec]]  # all it can ask for; `roles_for` says which a configuration uses
 
     def __init__(self, config: Any, setting: Setting) -> None:

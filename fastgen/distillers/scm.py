@@ -72,6 +72,7 @@ class SCM(Distiller):
     """Roles: student (trained), teacher (frozen; absent when the ODE is the data's)."""
 
     Config = SCMConfig
+    differentiates = True
     roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "teacher": frozen()}
     config: SCMConfig
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastgen import checkpoint, conditioning, inputs
+from fastgen import checkpoint, conditioning, group, inputs
 from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import origin_of
@@ -88,20 +88,22 @@ class Run:
         )
 
     def averaged(self) -> list[Expert]:
-        """The student's experts, with their averaged weights for good."""
+        """The student's experts, with their averaged weights for good. Where processes keep parts of networks all of them call this, and the main one
+        alone has experts."""
         self.trainer.ema.settle()
-        return [Expert(self.roles[name], end) for name, end in self.trainer.distiller.students()]
+        whole = [(self.parallel.plain(self.roles[name]), end) for name, end in self.trainer.distiller.students()]
+        return [Expert(role, end) for role, end in whole if role is not None]
 
 
 def keeping_of(plan: Plan, device: torch.device) -> Keeping:
     """How a run of the plan keeps what it encodes."""
-    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype))
+    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype), group.current())
 
 
 def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
-    parallel = launch(recipe.train)
+    parallel, sharded = launch(recipe.train, plan.cut), plan.cut is not None
     plan.method.load(plan.method_config)
     family.encode_with(parallel.device, plan.frozen_dtype)
     left_out: list[str] = []
@@ -132,8 +134,8 @@ def build(plan: Plan, progress: Progress) -> Run:
         seed=recipe.train.seed,
         recompute=recipe.train.checkpointing,
         storage=plan.storage,
-        device=parallel.device,
-        offloaded=recipe.teacher.offload,
+        device=torch.device("cpu") if sharded else parallel.device,  # where they are cut, a block at a time
+        offloaded=recipe.teacher.offload and not sharded,
     )
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))

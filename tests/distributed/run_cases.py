@@ -78,7 +78,7 @@ def digits(recipe: str, parallel: Strategy, *overrides: str, batch: int = 4) -> 
     load = planned.family.load_backbone
     planned.family.load_backbone = lambda **asked: load(**asked).double()  # type: ignore[method-assign]
     before = building.launch
-    building.launch = lambda _: parallel  # type: ignore[assignment]
+    building.launch = lambda *_: parallel  # type: ignore[assignment]
     try:
         return run.build(planned, run.Progress()).trainer
     finally:

@@ -15,8 +15,8 @@ from torch import Tensor
 from toy_runs import CPU
 
 from fastgen import shards
-from fastgen.parallel import SingleProcess
-from fastgen.sharding import Cut, Shards
+from fastgen.parallel import Cut, SingleProcess
+from fastgen.sharding import Shards
 
 pytestmark = pytest.mark.distributed
 
