@@ -50,9 +50,10 @@ class Live(TorchDispatchMode):
 
 def step_bytes(planned: Plan, step: int) -> int:
     """The most that a student step holds at one time beside what it holds all along: of its updates, the one that needs most. Gradients are
-    among it."""
-    recipe, family = planned.recipe, planned.family
-    size, micro_batches = recipe.train.at_once, -(-recipe.train.batch_size // recipe.train.at_once)
+    among it, but where processes keep parts of networks: there a block's are gone, but for this process's part, when the next block's come."""
+    recipe, family, cut = planned.recipe, planned.family, planned.cut
+    size = planned.at_once
+    micro_batches = -(-recipe.train.batch_size // planned.processes // size)
     cond = _filled(family.meta_conditioning(size))
     setting = planned.setting({key: value[:1] for key, value in cond.items()})
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
@@ -69,7 +70,14 @@ def step_bytes(planned: Plan, step: int) -> int:
         defaults=defaults,
         recompute=recipe.train.checkpointing,
     )
+    if cut is not None and cut.compute is not None:  # as they are gathered, and a graph keeps no other copies of them
+        for role in roles.values():
+            narrow(role.denoiser.backbone, cut.compute)
     there = _without_content(roles)
+    if cut is not None:
+        for role in roles.values():
+            for parameter in role.parameters().values():
+                parameter.register_post_accumulate_grad_hook(_dropped)
     distiller: Any = planned.method(_without_pixels(planned.method_config), setting)
     distiller._checked = True  # its check of tangents on the network itself
     models, noise = roles.predictors(), torch.randn(size, *family.latent.shape)
@@ -87,6 +95,10 @@ def step_bytes(planned: Plan, step: int) -> int:
             for parameter in role.parameters().values():
                 parameter.grad = None
     return most
+
+
+def _dropped(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _without_pixels(config: MethodConfig) -> MethodConfig:

@@ -1,9 +1,10 @@
 """Atomic checkpoints of everything a run needs to go on bit for bit: every trained role, its optimizer, the averages, the method's
 running statistics, and the step.
 
-Random numbers and data positions are functions of the step (rng.py), so there is nothing else to save. Tensors are safetensors;
-nothing is pickled. A checkpoint appears under its final name only when it is complete. `state.json` holds the hash of every other file,
-and its own seal; whoever loads from a checkpoint checks what it reads.
+Random numbers and data positions are functions of the step (rng.py), so there is nothing else to save. Tensors are safetensors
+(tensor_files.py), which any number of processes reads, replicas as well as shards; nothing is pickled. A checkpoint appears under its final name
+only when every process has written its part. `state.json` holds the hash of every other file, and its own seal; whoever loads from a
+checkpoint checks what it reads.
 """
 
 from __future__ import annotations
@@ -12,61 +13,92 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen import records
 from fastgen.errors import UserError
 from fastgen.files import OLD, PARTIAL, publish, reading, recover, remove, remove_partial, share, write_atomically, writing
-from fastgen.fingerprints import check_files, digest, file_hashes, sealed, unsealed
+from fastgen.fingerprints import check_files, digest, sealed, unsealed
 from fastgen.optimizers import load_states, move_states, state_tensors
 from fastgen.roles import Roles
 from fastgen.trainer import Metrics, Trainer
 
-FORMAT = 4
+if TYPE_CHECKING:
+    from fastgen.tensor_files import Group, Saved
+
+FORMAT = 5
+BY_INDEX = 4  # the format that named optimizers' states by their parameters' places, which is read still
 NO_OTHER = "no other checkpoint is complete: fastgen train … --overwrite starts over"
 
 
-def save(
-    folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, inputs: Mapping[str, str] | None = None, metrics: Metrics | None = None
-) -> Path:
-    """Write `folder`/step_NNNNNN and delete all but the newest `keep`; returns its path. UserError where that cannot be done, and then nothing
-    of it is left.
+@dataclass(frozen=True)
+class Content:
+    """Of a checkpoint: the record without its files, and tensors by component."""
 
-    inputs: what the run was begun with, by content; metrics: of this step, which a run may have been killed before it logged.
-    """
-    target = folder / f"step_{trainer.step:06d}"
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    @classmethod
+    def of(
+        cls, trainer: Trainer, recipe: dict[str, Any], *, inputs: Mapping[str, str] | None = None, metrics: Metrics | None = None, apart: bool = False
+    ) -> Content:
+        """Of a run as it stands. inputs: what it was begun with, by content; metrics: of this step, which it may be killed before it logs.
+        apart: as copies in the CPU's memory, which do not change when it goes on."""
+        trained = [name for name in trainer.ema if trainer.distiller.finished(name, trainer.step)]
+        pairs = None if trainer.data.pairs is None else len(trainer.data.pairs)
+        state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "pairs": pairs}
+        state |= {"recipe": recipe, "inputs": dict(inputs or {}), "metrics": dict(metrics or {})}
+        tensors = _tensors(trainer)
+        if apart:
+            tensors = {name: {key: value.detach().to("cpu", copy=True) for key, value in own.items()} for name, own in tensors.items()}
+        return cls(state, tensors)
+
+
+def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, group: Group = None) -> Path:
+    """`write` what a run is now."""
+    return write(folder, Content.of(trainer, recipe), keep=keep, group=group)
+
+
+def write(folder: Path, content: Content, *, keep: int, group: Group = None) -> Path:
+    """Write `folder`/step_NNNNNN and delete all but the newest `keep`; returns its path. UserError where that cannot be done, and then nothing
+    of it is left. group: of the processes that write it together, each its own files; the first writes the record, once all have."""
+    from fastgen import tensor_files
+
+    target = folder / f"step_{content.state['step']:06d}"
     partial = target.with_name(PARTIAL + target.name)
-    with writing(target):
-        try:
+    is_main = group is None or group.rank() == 0
+
+    def begin() -> None:
+        if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write(partial, trainer, {"recipe": recipe, "inputs": dict(inputs or {}), "metrics": dict(metrics or {})})
+
+    def end() -> None:
+        if is_main:
+            share(partial)
+            files = {name: value for own in written for name, value in sorted(own.items())}
+            write_atomically(partial / "state.json", json.dumps(sealed({**content.state, "files": files}), indent=1))
             publish(partial, target)
+
+    with writing(target):
+        try:
+            tensor_files.together(group, begin)
+            written = tensor_files.together(group, lambda: tensor_files.write(partial, content.tensors, target=target, group=group))
+            tensor_files.together(group, end)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
-        for old in checkpoints(folder)[:-keep]:
+        for old in checkpoints(folder)[:-keep] if is_main else ():
             remove(old)
     return target
-
-
-def _write(folder: Path, trainer: Trainer, given: dict[str, Any]) -> None:
-    """Everything of a checkpoint into an empty folder."""
-    for name, tensors in _tensors(trainer).items():
-        _save_synced({key: value.contiguous().cpu() for key, value in tensors.items()}, folder / f"{name}.safetensors")
-    share(folder)
-    trained = [name for name in trainer.ema if trainer.distiller.finished(name, trainer.step)]
-    pairs = None if trainer.data.pairs is None else len(trainer.data.pairs)
-    state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "pairs": pairs, **given}
-    state["files"] = file_hashes(folder, sorted(file.name for file in folder.iterdir()))
-    write_atomically(folder / "state.json", json.dumps(sealed(state), indent=1))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -159,7 +191,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's step, resolved recipe, inputs and files, as they were written; UserError for a damaged record or another format."""
     state = records.read(checkpoint / "state.json")
     version = state.get("format")
-    if version != FORMAT or isinstance(version, bool):
+    if version not in (BY_INDEX, FORMAT) or not isinstance(version, int):
         raise UserError(f"{str(checkpoint)!r} has format {records.shown(version)}; {_why_not(version)}")
     with reading(checkpoint / "state.json"):
         return records.checked(unsealed(state), State)
@@ -195,15 +227,26 @@ def load(checkpoint: Path, trainer: Trainer, state: dict[str, Any] | None = None
         trainer.data = trainer.data.with_first_pairs(state["pairs"])
     with reading(checkpoint):
         for name, role in trainer.roles.trained.items():
-            role.load_state_dict(load_file(checkpoint / f"role_{name}.safetensors"))
+            found = _saved(checkpoint, f"role_{name}", state)
+            role.check_shapes(found.shapes)
+            found.read_into(role.state_dict())
         for name, optimizer in trainer.optimizers.items():
-            load_states(name, optimizer, load_file(checkpoint / f"optimizer_{name}.safetensors"))
+            parameters = trainer.roles[name].parameters()
+            if state["format"] == BY_INDEX:
+                parameters = {str(index): parameter for index, parameter in enumerate(parameters.values())}
+            states = _saved(checkpoint, f"optimizer_{name}", state).read(lambda flat, own=parameters: own.get(flat.rpartition("/")[0]))
+            load_states(name, optimizer, states, list(parameters))
             if trainer.settings.offload_optimizers:
                 move_states(optimizer, torch.device("cpu"))
         for name, average in trainer.ema.items():
-            average.load_state_dict(load_file(checkpoint / f"ema_{name}.safetensors"))
-        if trainer.distiller.statistics:
-            _load_statistics(trainer.distiller.statistics, load_file(checkpoint / "statistics.safetensors"))
+            found = _saved(checkpoint, f"ema_{name}", state)
+            average.check_shapes(found.shapes)
+            found.read_into({**average.shadow, "updates": (updates := torch.zeros((), dtype=torch.int64))})
+            average.updates = int(updates)
+        if statistics := trainer.distiller.statistics:
+            found = _saved(checkpoint, "statistics", state)
+            _check_statistics(statistics, found.shapes)
+            found.read_into(statistics)
     trainer.seconds = state["seconds"]
 
 
@@ -223,18 +266,19 @@ def trained_students(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
 def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> list[str]:
     """Take over those of another run's students in `names` whose training is over, and say which. UserError when they do not fit."""
     newest, trained = latest(run_dir), trained_students(run_dir)[0]
-    recorded, taken = read_state(newest)["files"], [name for name in names if name in trained]
+    state = read_state(newest)
+    recorded, taken = state["files"], [name for name in names if name in trained]
     for name in taken:
-        file = f"ema_{name}.safetensors"
         try:
-            check_files(newest, {file: recorded[file]}, "saved")
+            check_files(newest, {file: recorded[file] for file in _files_of(f"ema_{name}", recorded)}, "saved")
         except UserError as error:
             raise UserError(f"recipe key student.init: {error}") from error
         try:
             with reading(newest):
-                state = load_file(newest / file)
-            state.pop("updates")
-            roles[name].load_state_dict(state)
+                found = _saved(newest, f"ema_{name}", state)
+            del found.shapes["updates"]
+            roles[name].check_shapes(found.shapes)
+            found.read_into(roles[name].state_dict())
         except ValueError as error:
             raise UserError(f"recipe key student.init: {str(run_dir)!r} holds another student than this recipe's: {error}") from error
     return taken
@@ -246,17 +290,27 @@ def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         files["statistics"] = trainer.distiller.statistics
     for name, role in trainer.roles.trained.items():
         files[f"role_{name}"] = role.state_dict()
-    return files | {f"optimizer_{name}": state_tensors(optimizer) for name, optimizer in trainer.optimizers.items()}
+    for name, optimizer in trainer.optimizers.items():
+        files[f"optimizer_{name}"] = state_tensors(optimizer, list(trainer.roles[name].parameters()))
+    return files
 
 
-def _load_statistics(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    if own.keys() != saved.keys() or any(own[name].shape != saved[name].shape for name in own):
+def component(file: str) -> str:
+    """Such as role_student, of which a file has all, or what one of several processes wrote."""
+    return re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file)
+
+
+def _files_of(name: str, files: Iterable[str]) -> list[str]:
+    return [file for file in files if component(file) == name]
+
+
+def _saved(checkpoint: Path, name: str, state: Mapping[str, Any]) -> Saved:
+    from fastgen.tensor_files import Saved
+
+    names = _files_of(name, state["files"]) or [f"{name}.safetensors"]
+    return Saved([checkpoint / file for file in names])
+
+
+def _check_statistics(own: Mapping[str, Tensor], saved: Mapping[str, torch.Size]) -> None:
+    if own.keys() != saved.keys() or any(own[name].shape != saved[name] for name in own):
         raise ValueError(f"statistics of the method do not match: {sorted(own.keys() ^ saved.keys())}")
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
-
-
-def _save_synced(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

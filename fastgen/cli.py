@@ -78,15 +78,19 @@ def train(
         terminal.print_plan(run.dry_run(Recipe.load(recipe, overrides or []), folder, **options))
         return
     try:
-        run.train(recipe, folder, overrides=overrides or [], progress=terminal.progress(log=sys.stdout), **options)
+        terminal.quiet()
+        progress = terminal.progress(log=sys.stdout) if _speaks() else None
+        run.train(recipe, folder, overrides=overrides or [], progress=progress, **options)
     except run.Interrupted as interrupted:
         words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else [])]
         words += [f"--allow-change={key}" for key in allow_change or []]
         again = shlex.join([*words, "--resume-or-start" if resume_or_start else "--resume"])
-        terminal.note(f"{interrupted}; checkpoint saved. To go on:")
-        terminal.note(f"  {again}")
+        if _speaks():
+            terminal.note(f"{interrupted}; checkpoint saved. To go on:")
+            terminal.note(f"  {again}")
         raise typer.Exit(128 + interrupted.number) from None
-    terminal.print_run(folder)
+    if _speaks():
+        terminal.print_run(folder)
 
 
 def _only(value: str | None) -> Literal["train"] | None:
@@ -103,6 +107,10 @@ def plan_memory(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="SIZE", help="Of the device, such as 24GB: whether the run fits, and if not, what would make it fit."),
     ] = None,
+    processes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="How many processes share the run (train.shard), each on a device of its own; what is said is of one."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say how much memory a recipe needs, stage by stage, from its teacher's configurations alone."""
@@ -111,7 +119,7 @@ def plan_memory(
 
     terminal.quiet()
     limit = None if memory is None else room.bytes_of(memory)
-    found = room.answer(Recipe.load(recipe, overrides or []), limit, terminal.progress())
+    found = room.answer(Recipe.load(recipe, overrides or []), limit, terminal.progress(), processes=processes)
     terminal.print_json(found) if as_json else terminal.print_need(found)
     if found.get("fits") is False:
         raise typer.Exit(1)
@@ -371,8 +379,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    put("error: " + one_line(message), sys.stderr)
+    if _speaks():
+        put("error: " + one_line(message), sys.stderr)
+        sys.stderr.flush()
+    if _launched():
+        from fastgen import group
+
+        group.said()
     return status
+
+
+def _launched() -> bool:
+    """Whether a launcher has started several processes of this command."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _speaks() -> bool:
+    """Whether this process prints what the command has to say."""
+    if not _launched():
+        return True
+    from fastgen import group
+
+    return group.speaks()
 
 
 def run_main() -> None:
@@ -380,4 +408,6 @@ def run_main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a path may hold bytes, or the terminal lack letters, that make `print` fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if _launched():  # PyTorch's own account of a process that has gone, beside our line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(main())

@@ -347,7 +347,10 @@ class OptimizerBlock(Block):
 class TrainBlock(Block):
     """steps: student updates. batch_size: global. micro_batch: samples in memory at once on one process, None for all. checkpointing: blocks keep
     their inputs alone and are computed again in the backward pass: less memory, more time. ema_device: where averages lie, with the weights or
-    on the CPU; offload_optimizers: states lie on the CPU but for their role's own step."""
+    on the CPU; offload_optimizers: states lie on the CPU but for their role's own step. shard: how a launcher's processes share the work, `ddp`
+    with every network on each, `fsdp` with a part of each; auto: ddp under a launcher, none without. mesh: of fsdp, (copies, parts of a copy).
+    timeout: seconds after which processes give up one that does not answer. save_beside: checkpoints are written while training goes on, from
+    copies in the CPU's memory. compile: torch.compile of each of a network's blocks; results change by rounding."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     batch_size: int = Field(ge=1, le=2**20)
@@ -358,10 +361,14 @@ class TrainBlock(Block):
     ema: float = Field(0.999, ge=0, lt=1)
     ema_device: Literal["same", "cpu"] = "same"
     offload_optimizers: bool = Field(default=False, strict=True)
-    shard: Literal["none"] = "none"
+    shard: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    mesh: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    timeout: int = Field(1800, ge=1, le=10**6)
     device: str = "auto"
     checkpoint_every: int = Field(500, ge=0, le=MOST_STEPS)
     keep: int = Field(2, ge=1, le=MOST_STEPS)
+    save_beside: bool = Field(default=False, strict=True)
+    compile: Literal["none", "blocks"] = "none"
     sample_every: int = Field(500, ge=0, le=MOST_STEPS)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgen import conditioning
+from fastgen import across, conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.families.base import Family
 from fastgen.guidance import GuidanceRule, linear
@@ -208,10 +208,19 @@ def _auxiliary(routings: Sequence[moe.Routing], choices: Sequence[moe.Routing], 
     a token's probabilities over that of a router without opinion; `idle` of the share of experts that nobody chose; `dropped` of tokens
     without a routed expert; `busiest`: the largest load of any expert over an even one. Behind `blocks_` the same of groups of blocks, in choices,
     where nothing is dropped; behind each quarter of the noise range (`moe.by_time`), which samples at noise `fraction` (B,) are in."""
+    routings, choices = _over_processes(routings), _over_processes(choices)
     experts = {} if not routings else _told_of(routings) | moe.by_time(routings, fraction)
     blocks = {} if not choices else {f"blocks_{name}": value for name, value in _told_of(choices).items() if name != "dropped"}
     value = torch.stack([moe.balance_loss(each) for each in (routings, choices) if each]).sum()
     return Auxiliary(weight * value, experts | blocks)
+
+
+def _over_processes(routings: Sequence[moe.Routing]) -> list[moe.Routing]:
+    """The same with what all processes chose."""
+    if not routings:
+        return []
+    totals = across.batch_total(torch.cat([routing.counts for routing in routings])).split([len(routing.counts) for routing in routings])
+    return [routing._replace(counts=counts) for routing, counts in zip(routings, totals, strict=True)]
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from fastgen import shards
 from fastgen.data.training import Batch
 from fastgen.ema import EMA
 from fastgen.roles import Role, Roles
@@ -31,15 +31,17 @@ class Diagnosis(NamedTuple):
 
 def largest(tensors: Iterable[Tensor]) -> float:
     """The largest absolute value; not finite where any value is not. One number leaves the device."""
-    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], math.inf).item()
+    return shards.largest(tensors)
 
 
-def diagnose(roles: Roles, begun: Mapping[str, float], inputs: Mapping[str, Tensor]) -> Diagnosis:
-    """What a number that is not finite comes from. begun: `largest` of each trained role's weights when it was made; inputs: what the term
-    was given, by name."""
+def of_inputs(inputs: Mapping[str, Tensor]) -> Diagnosis | None:
+    """Whether a number that is not finite comes from what the term was given, by name."""
     broken = [name for name, value in inputs.items() if value.is_floating_point() and not bool(value.isfinite().all())]
-    if broken:
-        return Diagnosis(f"no role is at fault, but the data: {' and '.join(broken)} hold numbers that are not finite")
+    return Diagnosis(f"no role is at fault, but the data: {' and '.join(broken)} hold numbers that are not finite") if broken else None
+
+
+def diagnose(roles: Roles, begun: Mapping[str, float]) -> Diagnosis:
+    """What else it comes from. begun: `largest` of each trained role's weights when it was made."""
     if found := unsound(roles.trained, begun, SUSPICIOUS):
         return found
     for name, role in roles.items():
@@ -82,4 +84,4 @@ def inputs_of(batch: Batch, negative: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _first(tensors: Mapping[str, Tensor]) -> str:
-    return next(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+    return next(name for name, tensor in tensors.items() if not math.isfinite(shards.largest([tensor])))

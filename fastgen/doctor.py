@@ -22,7 +22,7 @@ def doctor_report() -> list[tuple[str, str]]:
     """Pairs of what and how it is; several pairs may have the same name (one for each CUDA device, kernel or bundled teacher)."""
     versions = [(package, _version(package)) for package in PACKAGES]
     python = ("python", f"{platform.python_version()} on {platform.platform()}")
-    return [("fastgen", fastgen.__version__), python, *versions, *_devices(), *_kernels(), *_hub(), *_teachers()]
+    return [("fastgen", fastgen.__version__), python, *versions, *_devices(), *_compiling(), *_kernels(), *_hub(), *_teachers()]
 
 
 def print_doctor() -> None:
@@ -52,6 +52,16 @@ def _devices() -> list[tuple[str, str]]:
         build = f"none visible (PyTorch is built for CUDA {torch.version.cuda})" if torch.version.cuda else "PyTorch is built without CUDA"
         pairs.append(("CUDA", build))
     return [*pairs, ("MPS", "available" if torch.backends.mps.is_available() else "not available")]
+
+
+def _compiling() -> list[tuple[str, str]]:
+    """Whether recipes may say train.compile: blocks."""
+    import torch
+
+    from fastgen.surgery.compiled import missing
+
+    lacks = {kind: missing(torch.device(kind)) for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))}
+    return [(f"compile, {kind}", "possible" if lack is None else f"not possible: {lack}") for kind, lack in lacks.items()]
 
 
 def _kernels() -> list[tuple[str, str]]:

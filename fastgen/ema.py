@@ -1,4 +1,5 @@
-"""Exponential moving average of a role's parameters, in fp32 whatever the parameters' dtype (a bf16 average never moves)."""
+"""Exponential moving average of a role's parameters, in fp32 whatever the parameters' dtype (a bf16 average never moves), and of their parts
+where processes hold parts."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from fastgen import shards
 
 
 class EMA:
@@ -28,7 +31,8 @@ class EMA:
         """Take in the current parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in self._parameters.items():
-            self.shadow[name].lerp_(parameter.detach().to(self.shadow[name]), 1 - decay)
+            shadow = shards.own(self.shadow[name])
+            shadow.lerp_(shards.own(parameter).to(shadow), 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -38,31 +42,35 @@ class EMA:
         kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         try:
             for name, parameter in self._parameters.items():
-                parameter.copy_(self.shadow[name])
+                shards.assign(parameter, self.shadow[name])
             yield
         finally:
             for name, parameter in self._parameters.items():
-                parameter.copy_(kept[name])
+                shards.assign(parameter, kept[name])
 
     @torch.no_grad()
     def settle(self) -> None:
         """Make the average the parameters' own value, for good."""
         for name, parameter in self._parameters.items():
-            parameter.copy_(self.shadow[name])
+            shards.assign(parameter, self.shadow[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**self.shadow, "updates": torch.tensor(self.updates)}
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Strict: exactly these parameters, with equal shapes; ValueError otherwise."""
-        differing = state.keys() ^ {*self.shadow, "updates"}
-        differing |= {name for name in self.shadow.keys() & state.keys() if self.shadow[name].shape != state[name].shape}
+    def check_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
+        """ValueError unless a state of these shapes is one of exactly these parameters."""
+        differing = shapes.keys() ^ {*self.shadow, "updates"}
+        differing |= {name for name in self.shadow.keys() & shapes.keys() if self.shadow[name].shape != shapes[name]}
         if differing:
             raise ValueError(f"averaged weights do not match: {sorted(differing)[:4]} …")
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Strict, as `check_shapes` is."""
+        self.check_shapes({name: value.shape for name, value in state.items()})
         self.updates = int(state["updates"])
         for name, shadow in self.shadow.items():
-            shadow.copy_(state[name])
+            shards.assign(shadow, state[name])
 
 
 def _apart(parameter: nn.Parameter, device: Literal["same", "cpu"]) -> Tensor:

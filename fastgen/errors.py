@@ -31,6 +31,10 @@ class TrainingFailed(RuntimeError):
         self.role = role
 
 
+class ProcessLost(TrainingFailed):
+    """Of several processes one has ended or stopped, so that the others cannot go on (exit status 1)."""
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Tail of an error message: the allowed name closest to `given` if there is one, then all of them."""
     names = sorted(allowed)

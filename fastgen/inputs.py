@@ -33,8 +33,12 @@ _FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs")
 _RESUMABLE = (
     "train.checkpoint_every",
     "train.keep",
+    "train.save_beside",
     "train.sample_every",
     "train.device",
+    "train.shard",
+    "train.mesh",
+    "train.timeout",
     "train.checkpointing",
     "teacher.offload",
     "train.ema_device",

@@ -1,4 +1,5 @@
-"""How much memory the tensors that a run holds all along take, from shapes alone: networks and what trains them, and the encoded data.
+"""How much memory the tensors that a run holds all along take on one process, from shapes alone: networks and what trains them, and the encoded
+data. Of a network that processes keep parts of (train.shard: fsdp), the largest part counts.
 
 Neither what the recipe keeps on the CPU nor what comes and goes is counted: activations, text encoders and VAE, and the copies with which
 averages are sampled.
@@ -10,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastgen import conditioning
@@ -44,11 +46,12 @@ def network_bytes(planned: Plan, roles: Roles) -> int:
 
 def held(planned: Plan, roles: Roles) -> Held:
     """The same by what it is."""
-    trained = {name: list(role.parameters().values()) for name, role in roles.items()}
-    own = {id(p) for parameters in trained.values() for p in parameters}
+    parts = _parts(planned, roles)
+    trained = {name: [parts.get(id(p), p) for p in role.parameters().values()] for name, role in roles.items()}
+    own = {id(p) for role in roles.values() for p in role.parameters().values()}
     # A teacher that no adapter shares is in the compute dtype under autocast, but for its buffers, unless the recipe says otherwise.
     narrow = planned.autocast is not None and planned.tuning is None and planned.storage.dtype == "auto"
-    shared = {id(p): p for role in roles.values() for p in role.denoiser.parameters() if id(p) not in own}
+    shared = {id(p): parts.get(id(p), p) for role in roles.values() for p in role.denoiser.parameters() if id(p) not in own}
     written = held_bytes(role.denoiser for role in roles.values())
     frozen = written + sum(p.numel() * (2 if narrow else p.element_size()) for p in shared.values())
     there = planned.recipe.train.ema_device == "same"
@@ -58,6 +61,39 @@ def held(planned: Plan, roles: Roles) -> Held:
     if planned.recipe.teacher.offload:
         frozen = buffers = 0
     return most._replace(frozen=frozen, buffers=most.buffers + buffers, averages=averages)
+
+
+def _parts(planned: Plan, roles: Roles) -> dict[int, Tensor]:
+    """What the first process has of the networks' parameters, by their ids; nothing where each has them whole. What lies beside a network is
+    whole everywhere."""
+    if planned.cut is None:
+        return {}
+    networks = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
+    return {id(p): part_as_cut(p, planned.parts) for network in networks.values() for p in network.parameters()}
+
+
+def part_as_cut(parameter: Tensor, parts: int) -> Tensor:
+    """The first and largest of `parts` parts, as FSDP2 cuts; on the meta device."""
+    return torch.empty(math.ceil(parameter.shape[0] / parts), *parameter.shape[1:], dtype=parameter.dtype, device="meta")
+
+
+def gathered_bytes(planned: Plan, roles: Roles) -> int:
+    """The most that is whole for a moment of networks that processes keep parts of: two blocks, the next on its way, in the dtype that they are
+    gathered in, and the gradients of one."""
+    cut = planned.cut
+    if cut is None:
+        return 0
+    most = 0
+    for role in roles.values():
+        family, network = role.denoiser.family, role.denoiser.backbone
+        blocks = family.blocks(network)
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        units = [list(block.parameters()) for block in blocks] + [[p for p in network.parameters() if id(p) not in inside]]
+        for unit in units:
+            count, width = _count(unit), max((p.element_size() for p in unit), default=0)
+            gathered = count * (width if cut.compute is None else cut.compute.itemsize)
+            most = max(most, 2 * gathered + 2 * sum(p.numel() * p.element_size() for p in unit if p.requires_grad))
+    return most
 
 
 def _most_at_once(planned: Plan, roles: Mapping[str, Role], trained: Mapping[str, Sequence[Tensor]]) -> Held:

@@ -39,8 +39,9 @@ def describe(planned: Plan) -> dict[str, Any]:
         "data_bytes": data,
         "grid": [round(t, 6) for t in planned.times.tolist()],
         "batch": recipe.train.batch_size,
-        "micro_batch": recipe.train.at_once,
-        "micro_batches": math.ceil(recipe.train.batch_size / recipe.train.at_once),
+        "micro_batch": planned.at_once,
+        "micro_batches": math.ceil(recipe.train.batch_size / planned.processes / planned.at_once),
+        "processes": planned.processes,
         "steps": recipe.train.steps,
         "warnings": list(planned.warnings),
     }

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastgen import checkpoint, export, foresight
+from fastgen import checkpoint, export, foresight, group
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data import pair_folder
@@ -36,9 +36,9 @@ from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.optimizers import check_optimizer
-from fastgen.parallel import launch
+from fastgen.parallel import Cut, check_launch, choose_device
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
-from fastgen.surgery import formats
+from fastgen.surgery import compiled, formats
 from fastgen.surgery.held import Storage
 from fastgen.surgery.moe import conversion
 from fastgen.surgery.moe.accounting import Account, account
@@ -68,6 +68,7 @@ class Plan:
     started: bool = False
     warnings: tuple[str, ...] = ()  # what will not go as the recipe may mean it
     kept: Mapping[str, Sequence[int]] | None = None  # the blocks that `student.shrink.keep: importance` came to, by their lists' names
+    processes: int = 1  # that share the run
 
     @property
     def roles(self) -> dict[str, RoleSpec]:
@@ -172,6 +173,25 @@ class Plan:
         return storage_of(self.recipe)
 
     @property
+    def cut(self) -> Cut | None:
+        """How the run's processes keep parts of its networks, None where each has them whole. What differentiates the student needs its weights in
+        full precision too; elsewhere they are gathered in the dtype that is computed in."""
+        train = self.recipe.train
+        compute = None if self.method.differentiates else self.autocast
+        return Cut(train.mesh, compute, self.recipe.teacher.offload) if train.shard == "fsdp" else None
+
+    @property
+    def parts(self) -> int:
+        """In how many parts processes keep each network."""
+        cut = self.cut
+        return 1 if cut is None else self.processes if cut.mesh is None else cut.mesh[1]
+
+    @property
+    def at_once(self) -> int:
+        """Samples that one process trains on at a time."""
+        return self.recipe.train.micro_batch or self.recipe.train.batch_size // self.processes
+
+    @property
     def frozen_dtype(self) -> torch.dtype:
         return DTYPES[frozen_dtype_of(self.recipe)]
 
@@ -239,6 +259,8 @@ def autocast_of(recipe: Recipe) -> torch.dtype | None:
 def storage_of(recipe: Recipe) -> Storage:
     """How weights are kept that nothing trains: under adapters in the dtype that is computed in, unless the recipe says otherwise."""
     teacher, narrow = recipe.teacher, autocast_of(recipe) is not None and isinstance(recipe.student.tune, Tuning)
+    if recipe.train.shard == "fsdp":  # cuts parameters, and what layers hold are none; under adapters they are rounded when they are gathered
+        narrow = False
     return Storage("bf16" if narrow and teacher.dtype == "auto" else teacher.dtype, teacher.quantise)
 
 
@@ -248,11 +270,13 @@ def frozen_dtype_of(recipe: Recipe) -> str:
     return recipe.train.precision if stated == "auto" else stated
 
 
-def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, started: bool = False, dry: bool = False) -> Plan:
+def plan(
+    recipe: Recipe, *, only: Literal["train", "export"] | None = None, started: bool = False, dry: bool = False, processes: int | None = None
+) -> Plan:
     """Check everything a recipe names, or what one stage alone needs. UserError for the first mistake. started: the run has checkpoints,
     which hold all that `student.init` has brought, so that is not opened again. dry: nothing will be built, so a teacher's configurations
-    will do, with a warning."""
-    launch(recipe.train.shard, recipe.train.device)
+    will do, with a warning. processes: of a launcher elsewhere, None for those of this one."""
+    check_launch(recipe.train, processes)
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     protocol = None if only == "export" else protocol_of(recipe.evaluate)
@@ -276,7 +300,8 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     if prompts is None and images is None and pairs is not None:
         prompts = pair_folder.weighted_prompts(pairs, pairs.count)
-    planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started)
+    spread = group.launched() if processes is None else processes
+    planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started, processes=spread)
     foresight.check_grid(recipe, family)
     check_pictures(images, recipe, family)
     if asked is not None and asked.folder is None and recipe.data.store is not None:
@@ -287,6 +312,8 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
     _check_storage(planned)
+    _check_compile(planned)
+    _check_cut(planned)
     _check_shrink(planned)
     _check_experts(planned)
     _check_networks(planned)
@@ -469,6 +496,28 @@ def _check_storage(planned: Plan) -> None:
         formats.check_installed(storage.quantise, "teacher.quantise")
 
 
+def _check_cut(planned: Plan) -> None:
+    """UserError for what processes that keep parts of networks cannot have."""
+    if planned.cut is None:
+        return
+    teacher, said = (
+        planned.recipe.teacher,
+        "train.shard: fsdp cannot cut weights that layers hold in a format; remove it, or use ddp",
+    )
+    if teacher.quantise is not None:
+        raise UserError(f"recipe key teacher.quantise: {teacher.quantise}, but {said}")
+    if teacher.dtype == "bf16":
+        raise UserError(f"recipe key teacher.dtype: bf16, but {said}")
+    pairs, alone = planned.recipe.data.pairs_asked, "with train.shard: fsdp no process draws alone"
+    if pairs is not None and pairs.folder is None:
+        raise UserError(f"recipe key data.pairs: drawn by the teacher when the run starts, but {alone}; draw them with `fastgen cache pairs`")
+    if planned.recipe.evaluate.every:
+        raise UserError(f"recipe key evaluate.every: {planned.recipe.evaluate.every}, but {alone}; set it to 0, the end is measured all the same")
+    for name, block in planned.recipe.optimizer.items():
+        if block.name == "adamw8bit":
+            raise UserError(f"recipe key optimizer.{name}.name: adamw8bit has no states of parts of weights (train.shard: fsdp); use adamw")
+
+
 def _check_shrink(planned: Plan) -> None:
     """UserError where the teacher's network cannot be made smaller so, or the student would share it."""
     if planned.shrink is None:
@@ -477,6 +526,21 @@ def _check_shrink(planned: Plan) -> None:
         said = "adapters (student.tune.lora) share the teacher's network, of which they have every block; train with student.tune: full, or remove it"
         raise UserError(f"recipe key student.shrink: {said}")
     shrunk(planned.family.load_backbone(meta=True), planned.shrink)
+
+
+def _check_compile(planned: Plan) -> None:
+    """UserError where blocks are to be compiled and cannot be."""
+    if planned.recipe.train.compile == "none":
+        return
+    said = None
+    if planned.recipe.teacher.offload:
+        said = "its blocks come to the device one at a time (teacher.offload)"
+    elif planned.experts is not None:
+        said = "which experts a token uses is not known beforehand (student.moe)"
+    elif lack := compiled.missing(choose_device(planned.recipe.train.device)):
+        said = lack
+    if said is not None:
+        raise UserError(f"recipe key train.compile: blocks cannot be compiled: {said}; remove it")
 
 
 def _check_experts(planned: Plan) -> None:
@@ -519,8 +583,6 @@ def _check_optimizers(recipe: Recipe, roles: Mapping[str, RoleSpec]) -> None:
         if _optimizer_key(name, recipe) not in recipe.optimizer:
             raise UserError(f"recipe key optimizer.{name}: missing; {recipe.distiller.name} trains {', '.join(trained)}")
         check_optimizer(recipe.optimizer[_optimizer_key(name, recipe)], f"optimizer.{_optimizer_key(name, recipe)}")
-    if recipe.train.micro_batch and recipe.train.batch_size % recipe.train.micro_batch:
-        raise UserError(f"recipe key train.micro_batch: {recipe.train.micro_batch} does not divide train.batch_size {recipe.train.batch_size}")
 
 
 def _check_teacher(recipe: Recipe, family: Family) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastgen import shards
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.surgery import lora
@@ -121,22 +122,27 @@ class Role:
         """
         theirs = source.own_network_parameters()
         for name, parameter in self.own_network_parameters().items():
-            parameter.lerp_(theirs[name].to(parameter.dtype), weight)
+            own = shards.own(parameter)
+            own.lerp_(shards.own(theirs[name]).to(own.dtype), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
+    def check_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
+        """ValueError unless a state of these shapes is one of exactly this role's parameters."""
+        own = self.parameters()
+        if own.keys() != shapes.keys():
+            raise ValueError(f"weights of role {self.name!r} do not match: {sorted(own.keys() ^ shapes.keys())[:4]} …")
+        for name, parameter in own.items():
+            if parameter.shape != shapes[name]:
+                raise ValueError(f"weights of role {self.name!r}: {name} is {tuple(shapes[name])}, not {tuple(parameter.shape)}")
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Strict: exactly this role's parameters, with equal shapes."""
-        own = self.parameters()
-        if own.keys() != state.keys():
-            raise ValueError(f"weights of role {self.name!r} do not match: {sorted(own.keys() ^ state.keys())[:4]} …")
-        for name, parameter in own.items():
-            if parameter.shape != state[name].shape:
-                raise ValueError(f"weights of role {self.name!r}: {name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+        """Strict, as `check_shapes` is."""
+        self.check_shapes({name: value.shape for name, value in state.items()})
+        for name, parameter in self.parameters().items():
+            shards.assign(parameter, state[name])
 
 
 class Roles(dict[str, Role]):

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from fastgen import group
 from fastgen.activations import step_bytes
 from fastgen.config import Recipe, Tuning, apply_override, validate
 from fastgen.errors import UserError, shown
 from fastgen.families import resolve_source
 from fastgen.families.components import read_index
-from fastgen.memory import Held, data_bytes, held
+from fastgen.memory import Held, data_bytes, gathered_bytes, held
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
 from fastgen.roles import build_roles
@@ -103,13 +104,16 @@ def need(planned: Plan) -> Need:
     asked: Any = planned.student | {"storage": planned.storage}
     roles = build_roles(planned.roles, planned.family, planned.family.load_backbone(meta=True), **asked)
     parts = held(planned, roles)
-    return Need(parts, data_bytes(planned), step_bytes(planned, parts.step), _encoder_bytes(planned))
+    step = step_bytes(planned, parts.step)
+    if planned.cut is not None:  # whole for a moment, beside this process's own part of the gradients
+        step += gathered_bytes(planned, roles) + parts.gradients
+    return Need(parts, data_bytes(planned), step, _encoder_bytes(planned))
 
 
-def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """What `fastgen plan` says: bytes by what they are and by stage, and with a limit whether the run fits, and if not the changes, of which each
-    has its keys and the peak after it."""
-    planned, progress = plan(recipe, dry=True), progress or Progress()
+def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None = None, *, processes: int | None = None) -> dict[str, Any]:
+    """What `fastgen plan` says: bytes on one process by what they are and by stage, and with a limit whether the run fits, and if not the changes,
+    of which each has its keys and the peak after it. processes: how many there will be, None for as many as there are."""
+    planned, progress = plan(recipe, dry=True, processes=processes), progress or Progress()
     progress.stage("taking a training step on tensors without content")
     found = need(planned)
     held_bytes = {name: getattr(found.held, name) for name in ("frozen", "trained", "buffers", "gradients", "optimizers", "averages")}
@@ -117,6 +121,7 @@ def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None =
     said: dict[str, Any] = {
         "teacher": recipe.teacher.pretrained,
         "method": recipe.distiller.name,
+        **({"processes": planned.processes, "parts": planned.parts} if planned.processes > 1 else {}),
         **({"student": smaller} if smaller else {}),
         **({"experts": sparse, "layers": by_kind(*planned.accounts())} if sparse else {}),
         "bytes": {**held_bytes, "data": found.data, "step": found.step, "encoders": found.encoders},
@@ -127,21 +132,26 @@ def answer(recipe: Recipe, limit: int | None = None, progress: Progress | None =
     if limit is not None:
         said |= {"memory": limit, "fits": found.peak <= limit}
         if not said["fits"]:
-            made, enough = changes_that_fit(recipe, found, limit, progress)
+            made, enough = changes_that_fit(recipe, found, limit, progress, processes=processes)
             said["changes"] = [{"what": change.what, "keys": keys, "peak": after.peak} for change, keys, after in made]
             said["fits_with_changes"] = enough
     return said
 
 
-def changes_that_fit(recipe: Recipe, now: Need, limit: int, progress: Progress | None = None) -> tuple[list[tuple[Change, list[str], Need]], bool]:
+def changes_that_fit(
+    recipe: Recipe, now: Need, limit: int, progress: Progress | None = None, *, processes: int | None = None
+) -> tuple[list[tuple[Change, list[str], Need]], bool]:
     """The changes, one on top of the other, after which a recipe needs at most `limit` bytes, each with its keys and what the recipe needs then;
     and whether it fits. now: what it needs as it is. One that saves nothing is left out, and fewer samples at a time are tried down to one."""
     made, progress = list[tuple[Change, list[str], Need]](), progress or Progress()
     for change in CHANGES:
-        while now.peak > limit and (keys := list(change.keys(recipe))):
+        while now.peak > limit and (keys := list(change.keys(_of_one(recipe, processes)))):
             progress.stage(f"the same with {' '.join(keys)}")
             changed = _changed(recipe, keys)
-            after = need(plan(changed, dry=True))
+            try:
+                after = need(plan(changed, dry=True, processes=processes))
+            except UserError:  # a batch that processes cannot share so, say
+                break
             if after.peak >= now.peak:
                 break
             if made and made[-1][0] is change:
@@ -149,6 +159,12 @@ def changes_that_fit(recipe: Recipe, now: Need, limit: int, progress: Progress |
             made.append((change, keys, after))
             recipe, now = changed, after
     return made, now.peak <= limit
+
+
+def _of_one(recipe: Recipe, processes: int | None) -> Recipe:
+    """A recipe with the share of the batch that one process has."""
+    share = recipe.train.batch_size // (group.launched() if processes is None else processes)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": share})})
 
 
 def _changed(recipe: Recipe, keys: Sequence[str]) -> Recipe:

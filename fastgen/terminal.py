@@ -248,6 +248,9 @@ _PARTS = {
 def print_need(found: Mapping[str, Any]) -> None:
     """The outcome of `fastgen plan`."""
     note(f"{found['method']} on {found['teacher']}")
+    if "processes" in found:
+        kept = "whole networks" if found["parts"] == 1 else f"one of {found['parts']} parts of each network"
+        note(f"on each of {found['processes']} processes, which has {kept}")
     if "student" in found:
         note(f"student: {in_words(found['student'])}")
     if "experts" in found:
@@ -297,6 +300,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     note(f"memory      {networks:,.1f} MiB of weights, buffers, gradients, optimizer states and averages, {data:,.1f} MiB of encoded data")
     note(f"            on top come activations, text encoders and VAE, which take {at_once} sample{'s' * (at_once > 1)} at a time: `fastgen plan`")
     note(f"grid        {plan['grid']} ({len(plan['grid'])} network evaluations)")
-    note(f"batch       {plan['batch']} samples a step in {plan['micro_batches']} micro-batch{'es' * (plan['micro_batches'] > 1)} on 1 process")
+    passes, several = f"{plan['micro_batches']} micro-batch{'es' * (plan['micro_batches'] > 1)}", plan["processes"] > 1
+    note(f"batch       {plan['batch']} samples a step in {passes} on {plan['processes']} process{'es' * several}")
     for warning in plan["warnings"]:
         note(f"warning     {warning}")

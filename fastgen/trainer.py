@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgen import divergence
+from fastgen import across, divergence
 from fastgen.config import OptimizerBlock, TrainBlock
 from fastgen.data.feed import feed
 from fastgen.data.training import Batch, TrainingData
-from fastgen.distillers.base import Distiller, Update
+from fastgen.distillers.base import Distiller, Term, Update
 from fastgen.ema import EMA, Averages
 from fastgen.errors import TrainingFailed
 from fastgen.optimizers import make_optimizer, states_on
-from fastgen.parallel import SingleProcess
+from fastgen.parallel import Strategy
 from fastgen.rng import SampleRng
 from fastgen.roles import Roles
 
@@ -49,7 +49,7 @@ class Trainer:
     data: TrainingData
     optimizer_blocks: Mapping[str, OptimizerBlock]
     settings: TrainBlock
-    parallel: SingleProcess
+    parallel: Strategy
 
     def __post_init__(self) -> None:
         self.seconds = 0.0  # spent training, interruptions left out
@@ -66,7 +66,7 @@ class Trainer:
 
     def run(self, events: Sequence[Callable[[int, Metrics], None]], should_stop: Callable[[], bool] = lambda: False) -> None:
         """Train up to `settings.steps`, or until `should_stop()` after a step. TrainingFailed at the first non-finite number."""
-        while self.step < self.settings.steps and not should_stop():
+        while self.step < self.settings.steps and not self.parallel.any(should_stop()):
             started = time.perf_counter()
             metrics = self.train_step()
             taken = time.perf_counter() - started
@@ -86,6 +86,7 @@ class Trainer:
                 sums.setdefault(name, []).append(value)
         for name in self.ema.keys() & {name for update in updates for name in update.trains}:
             self.ema[name].update()
+        self.distiller.take_together(self.step, self.parallel.gather)
         self.move_to(self.step + 1)
         self._fed = (self.step, self.data, batches)
         return {name: sum(values) / len(values) for name, values in sums.items()}
@@ -152,12 +153,11 @@ class Trainer:
         for m, rng in enumerate(micro_batches):
             batch, share = next(batches), len(rng.ids) / count
             for k, term in enumerate(update.terms):
-                loss = term(self.models, batch, rng.at(term.__name__), self.step)
+                with across.parts(self.parallel.total, self._parts):
+                    loss = term(self.models, batch, rng.at(term.__name__), self.step)
                 own = {name: taken for name in update.trains if (taken := self.models[name].take_auxiliary()) is not None}
                 value = sum((auxiliary.value for auxiliary in own.values()), loss.value)
-                if not bool(torch.isfinite(value)):
-                    trained = " and ".join(repr(name) for name in update.trains)
-                    raise self._failed(f"the loss of term {term.__name__!r}, which trains role {trained}, is {value.item()}", batch)
+                self._check_finite(value, term, update, batch)
                 last = m == len(micro_batches) - 1 and k == len(update.terms) - 1
                 with self.parallel.gradients(modules, synchronise=last):
                     (value * share).backward()
@@ -165,8 +165,25 @@ class Trainer:
                 found |= {f"experts/{name}/{n}": v for name, auxiliary in own.items() for n, v in auxiliary.logs.items()}
                 for name, number in found.items():
                     logs.setdefault(name, _Mean()).add(number.detach(), batch.size)
-        means = {name: self.parallel.mean(mean.value).item() for name, mean in logs.items()}
+        self.parallel.reduce(parameter for name in update.trains for parameter in self.parameters[name])
+        sums = torch.stack([number for mean in logs.values() for number in mean.sums(self.parallel.device)]).view(-1, 2)
+        totals, counts = self.parallel.total(sums).unbind(1)
+        means = dict(zip(logs, (totals / counts).tolist(), strict=True))
         return {name: value for name, value in means.items() if not math.isnan(value)}
+
+    @property
+    def _parts(self) -> int:
+        """In how many parts, one a process, lie the samples that one process would take at once."""
+        return 1 if self.settings.micro_batch else self.parallel.world_size
+
+    def _check_finite(self, value: Tensor, term: Term, update: Update, batch: Batch) -> None:
+        """TrainingFailed, on every process, where a term's loss is not finite on some process."""
+        own = None
+        if not bool(torch.isfinite(value)):
+            trained = " and ".join(repr(name) for name in update.trains)
+            own = f"the loss of term {term.__name__!r}, which trains role {trained}, is {value.item()}"
+        if (found := self.parallel.first(own)) is not None:
+            raise self._failed(found, batch)
 
     def _optimizer_step(self, name: str, update: Update) -> Metrics:
         block, optimizer = self.optimizer_blocks[name], self.optimizers[name]
@@ -185,7 +202,7 @@ class Trainer:
 
     def _failed(self, what: str, batch: Batch | None = None) -> TrainingFailed:
         inputs = {} if batch is None else divergence.inputs_of(batch, self.distiller.setting.negative)
-        found = divergence.diagnose(self.roles, self.begun, inputs)
+        found = self.parallel.first(divergence.of_inputs(inputs)) or divergence.diagnose(self.roles, self.begun)
         return TrainingFailed(f"step {self.step}: {what}; {found.reason}", role=found.role)
 
 
@@ -202,6 +219,6 @@ class _Mean:
         self.total = self.total + weight * value.nan_to_num().double().sum()
         self.count = self.count + weight * known.sum()
 
-    @property
-    def value(self) -> Tensor:
-        return torch.as_tensor(self.total / self.count)
+    def sums(self, device: torch.device) -> list[Tensor]:
+        """Sum and number, fp64, on `device`."""
+        return [torch.as_tensor(number, dtype=torch.float64, device=device) for number in (self.total, self.count)]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer, weights
 
-from fastgen import checkpoint
+from fastgen import checkpoint, tensor_files
 from fastgen.config import OptimizerBlock
 from fastgen.distillers.dmd2 import DMD2
 from fastgen.errors import UserError
@@ -55,11 +55,11 @@ def assert_bitwise_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert not [key for key in a if not torch.equal(a[key], b[key])]
 
 
-def record(path: Path) -> None:
-    """Make the files in a checkpoint those that its state.json knows."""
+def record(path: Path, **keys: Any) -> None:
+    """Make the files in a checkpoint those that its state.json knows; keys: what else that says."""
     state = checkpoint.read_state(path)
     files = file_hashes(path, sorted(file.name for file in path.glob("*.safetensors")))
-    (path / "state.json").write_text(json.dumps(sealed({**state, "files": files})))
+    (path / "state.json").write_text(json.dumps(sealed({**state, "files": files, **keys})))
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_every_file_is_json_or_holds_the_tensors_of_the_run(tmp_path: Path) -> N
     assert_bitwise_equal(load_file(path / "ema_student.safetensors"), {**trainer.ema["student"].shadow, "updates": torch.tensor(3)})
     state = json.loads((path / "state.json").read_text())
     expected = {
-        "format": 4,
+        "format": 5,
         "step": 3,
         "seconds": trainer.seconds,
         "trained": ["student"],
@@ -161,7 +161,7 @@ def test_a_crash_while_writing_leaves_the_earlier_checkpoint(tmp_path: Path, mon
     def full_disk(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(tensor_files, "save_file", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*step_000003': no space left on device"):
         checkpoint.save(folder, stop_at(trainer, 3), RECIPE, keep=1)
     assert checkpoint.latest(tmp_path) == earlier
@@ -179,8 +179,8 @@ def test_another_format_is_refused(saved: Path) -> None:
     (saved / "state.json").write_text(json.dumps({**state, "format": 1}))
     with pytest.raises(UserError, match=r"has format 1; its random streams are .* older fastgen, .*; train again, or resume with fastgen 0\.1"):
         checkpoint.load(saved, dmd2())
-    (saved / "state.json").write_text(json.dumps({**state, "format": 5}))
-    with pytest.raises(UserError, match="has format 5; this version reads 4"):
+    (saved / "state.json").write_text(json.dumps({**state, "format": 6}))
+    with pytest.raises(UserError, match="has format 6; this version reads 5"):
         checkpoint.load(saved, dmd2())
 
 
@@ -198,9 +198,9 @@ def misshapen(name: str) -> Callable[[dict[str, Tensor]], object]:
         ("role_student", without("layers.1.weight"), "role 'student' do not match"),
         ("role_fake_score", misshapen("layers.1.weight"), "role 'fake_score': layers.1.weight is (3, 5), not (64, 64)"),
         ("role_student", misshapen("extra"), "role 'student' do not match"),
-        ("optimizer_student", without("2/exp_avg"), "optimizer of role 'student' does not match"),
-        ("optimizer_student", misshapen("2/exp_avg_sq"), "optimizer of role 'student' does not match"),
-        ("optimizer_fake_score", misshapen("99/exp_avg"), "optimizer of role 'fake_score'"),
+        ("optimizer_student", without("layers.1.weight/exp_avg"), "optimizer of role 'student' does not match"),
+        ("optimizer_student", misshapen("layers.1.weight/exp_avg_sq"), "optimizer of role 'student' does not match"),
+        ("optimizer_fake_score", misshapen("layers.9.weight/exp_avg"), "optimizer of role 'fake_score'"),
         ("ema_student", without("out.bias"), "averaged weights"),
         ("ema_student", misshapen("out.bias"), "averaged weights"),
         ("ema_student", without("updates"), "averaged weights"),
@@ -321,3 +321,17 @@ def test_the_newest_whole_checkpoint_is_the_newest_by_number(tmp_path: Path) -> 
         shutil.copytree(first, tmp_path / f"step_{step:06d}")
     found = checkpoint.checkpoints(tmp_path)
     assert checkpoint.newest_whole(found) == tmp_path / "step_1000000"
+
+
+def test_the_format_that_named_states_by_index_is_read(saved: Path) -> None:
+    trainer, whole = dmd2(), dmd2()
+    checkpoint.load(saved, whole)
+    for role in ("student", "fake_score"):
+        file, names = saved / f"optimizer_{role}.safetensors", list(trainer.roles[role].parameters())
+        save_file({f"{names.index(name)}/{key}": value for flat, value in load_file(file).items() for name, key in [flat.rsplit("/")]}, file)
+    record(saved, format=4)
+    assert checkpoint.read_state(saved)["format"] == 4
+    checkpoint.load(saved, trainer)
+    assert_bitwise_equal(weights(trainer), weights(whole))
+    assert_bitwise_equal(moments(trainer), moments(whole))
+    assert (trainer.step, trainer.ema["student"].updates) == (3, 3)

@@ -20,12 +20,15 @@ PACKAGE = Path(fastgen.__file__).parent
 LAYERS = [
     {
         "errors",
+        "across",
+        "group",
         "path",
         "timesteps",
         "conditioning",
         "rng",
         "sampling",
         "windows",
+        "shards",
         "jvp",
         "config",
         "files",
@@ -38,9 +41,9 @@ LAYERS = [
     }
     | {"printing", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"},
-    {"roles", "ema", "parallel"},
+    {"roles", "ema", "parallel", "sharding"},
     {"distillers"},
-    {"divergence", "optimizers", "trainer", "checkpoint"},
+    {"divergence", "optimizers", "trainer", "checkpoint", "tensor_files", "saving"},
     {"export", "evaluation", "report", "report_table", "card", "comfy", "adapter_files", "curves", "pictures", "doctor", "diagnostics", "runlog"}
     | {"report_quality", "report_nearest", "pages", "gallery", "votes", "straightness"},
     {"foresight", "plan", "inputs", "licensing", "memory", "outlook", "activations", "room"},

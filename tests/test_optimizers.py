@@ -30,6 +30,11 @@ def dmd2(**options: Any) -> Trainer:
     return toy_trainer(method, family, prompts=["", "1"], **{"steps": 4, "optimizers": optimizer_block(lr=1e-2), **options})
 
 
+def states(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The student's optimizer's, by `parameter/state`."""
+    return state_tensors(trainer.optimizers["student"], list(trainer.roles["student"].parameters()))
+
+
 def descended(name: str, steps: int) -> torch.Tensor:
     """A matrix fitted to another one, which its entries reach at their own pace."""
     parameter, target = torch.nn.Parameter(torch.zeros(64, 80)), torch.randn(64, 80, generator=torch.Generator().manual_seed(0))
@@ -51,10 +56,10 @@ def test_eight_bit_states_descend_as_thirty_two_do() -> None:
 def test_eight_bit_states_take_a_quarter() -> None:
     trainer = dmd2(optimizers=optimizer_block(**BITS))
     trainer.train_step()
-    states = {key: value.dtype for key, value in state_tensors(trainer.optimizers["student"]).items() if key.endswith("state1")}
-    sizes = [parameter.numel() for parameter in trainer.parameters["student"]]
-    assert states == {f"{i}/state1": torch.uint8 if size >= 4096 else torch.float32 for i, size in enumerate(sizes)}
-    assert set(states.values()) == {torch.uint8, torch.float32}
+    found = {key: value.dtype for key, value in states(trainer).items() if key.endswith("state1")}
+    sizes = {name: parameter.numel() for name, parameter in trainer.roles["student"].parameters().items()}
+    assert found == {f"{name}/state1": torch.uint8 if size >= 4096 else torch.float32 for name, size in sizes.items()}
+    assert set(found.values()) == {torch.uint8, torch.float32}
 
 
 @needs_bitsandbytes
@@ -63,7 +68,7 @@ def test_a_run_with_eight_bit_states_goes_on_exactly(tmp_path: Path) -> None:
     whole.run([])
     first.run([], should_stop=lambda: first.step == 2)
     checkpoint.load(checkpoint.save(tmp_path, first, RECIPE, keep=1), rest)
-    then, now = (state_tensors(trainer.optimizers["student"]) for trainer in (first, rest))
+    then, now = states(first), states(rest)
     assert then.keys() == now.keys() and all(torch.equal(value, now[key]) for key, value in then.items())
     rest.run([])
     assert weights(rest).keys() == weights(whole).keys()
@@ -76,13 +81,14 @@ def test_eight_bit_states_of_another_run_are_refused(damage: str) -> None:
     trainer = dmd2(optimizers=optimizer_block(**BITS))
     trainer.train_step()
     optimizer = trainer.optimizers["student"]
-    tensors = {key: value.clone() for key, value in state_tensors(optimizer).items()}
+    tensors = {key: value.clone() for key, value in states(trainer).items()}
+    names = list(trainer.roles["student"].parameters())
     name = next(key for key in tensors if key.endswith("absmax1"))
-    tensors |= {"another kind": {"0/momentum": tensors[name]}, "misshapen": {name: tensors[name][1:]}}.get(damage, {})
+    tensors |= {"another kind": {f"{names[0]}/momentum": tensors[name]}, "misshapen": {name: tensors[name][1:]}}.get(damage, {})
     if damage == "missing":
         del tensors[name]
     with pytest.raises(ValueError, match="optimizer of role 'student' does not match"):
-        optimizers.load_states("student", optimizer, tensors)
+        optimizers.load_states("student", optimizer, tensors, names)
 
 
 def test_an_absent_package_is_refused_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

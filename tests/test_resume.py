@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,9 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen import cli, run
+from fastgen import cli, run, tensor_files
 from fastgen.config import Recipe
-from fastgen.errors import TrainingFailed
+from fastgen.errors import CannotWrite, TrainingFailed
 
 STEPS, EVERY = 400, 25
 OVERRIDES = ["student.grid=[0.9, 0.5]", "optimizer.student.schedule=cosine"]
@@ -144,6 +145,25 @@ def short(folder: Path, output: Path, *overrides: str, **options: Any) -> Path:
 
 def final(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints/step_000006/ema_student.safetensors")
+
+
+def test_saving_beside_training_changes_no_number(tmp_path: Path) -> None:
+    plain, beside = short(tmp_path, tmp_path / "plain"), short(tmp_path, tmp_path / "beside", "train.save_beside=true")
+    names = [sorted(path.relative_to(run_dir) for path in run_dir.glob("checkpoints/*/*")) for run_dir in (plain, beside)]
+    assert names[0] == names[1] and len(names[0]) == 2 * 6
+    tensors = {name: (plain / name).read_bytes() for name in names[0] if name.suffix == ".safetensors"}
+    assert all((beside / name).read_bytes() == content for name, content in tensors.items())
+    assert short(tmp_path, beside, resume=True) == beside  # and the key may change
+
+
+def test_a_disk_that_is_full_when_a_run_is_stopped_is_not_said_to_hold_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # while the first checkpoint is written
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tensor_files, "save_file", full)
+    with pytest.raises(CannotWrite, match=r"cannot write .*step_00000\d': no space left on device"):
+        short(tmp_path, tmp_path / "run", "train.save_beside=true")
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) -> None:

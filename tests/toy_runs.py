@@ -15,7 +15,7 @@ from fastgen.data.rows import Held
 from fastgen.denoiser import Output, Predictor
 from fastgen.distillers.base import Distiller, Setting
 from fastgen.families.toy import Toy
-from fastgen.parallel import SingleProcess
+from fastgen.parallel import SingleProcess, Strategy
 from fastgen.rng import SampleRng
 from fastgen.roles import Roles, build_roles
 from fastgen.surgery.second_time import Defaults
@@ -68,10 +68,11 @@ def toy_trainer(
     optimizers: OptimizerBlock | dict[str, OptimizerBlock] | None = None,
     dtype: torch.dtype = torch.float32,
     roles: Roles | None = None,
+    parallel: Strategy | None = None,
     **train: Any,
 ) -> Trainer:
     """Prompts are equally likely; latents (N, D), if given, all carry the first prompt. One optimizer block serves every role.
-    roles: instead of the method's own."""
+    roles: instead of the method's own; parallel: instead of one process."""
     data = training.prepare(family, dict.fromkeys(prompts, 1.0), None, Keeping(CPU))
     if latents is not None:
         one = (torch.tensor([0]), torch.ones(1, dtype=torch.float64))
@@ -80,7 +81,7 @@ def toy_trainer(
     block = optimizers or optimizer_block(lr=1e-3)
     blocks = block if isinstance(block, dict) else dict.fromkeys(roles.trained, block)
     settings = TrainBlock(**{"steps": 4, "batch_size": 8, "ema": 0.9, "shard": "none", **train})
-    return Trainer(distiller, roles, data, blocks, settings, SingleProcess(CPU))
+    return Trainer(distiller, roles, data, blocks, settings, parallel or SingleProcess(CPU))
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:

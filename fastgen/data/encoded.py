@@ -17,6 +17,7 @@ from fastgen.data.rows import Held, Rows, narrowed
 from fastgen.data.store import DTYPES, Encoded, Kind, Manifest, Store
 from fastgen.errors import UserError
 from fastgen.files import expanded
+from fastgen.group import Alone
 from fastgen.progress import Progress
 
 _Tell = Callable[[int], None]
@@ -81,11 +82,13 @@ class Online:
 
 @dataclass(frozen=True)
 class Keeping:
-    """How a run keeps what is encoded. device: that it computes on; origin: what encodes each kind, which a store records."""
+    """How a run keeps what is encoded. device: that it computes on; origin: what encodes each kind, which a store records. members: the
+    run's processes, each of which makes a part of the rows."""
 
     device: torch.device
     block: DataBlock = field(default_factory=DataBlock)
     origin: Callable[[Kind], Mapping[str, Any]] = lambda kind: {}
+    members: Alone = field(default_factory=Alone)
 
     @property
     def folder(self) -> Path | None:
@@ -105,13 +108,33 @@ class Keeping:
             return Online(encoder, self.device)
         if self.folder is None:
             progress.stage(f"{encoder.doing.replace(' ', f' {encoder.count} ')}")
-            cuts, parts = store.cuts(encoder.count), list[dict[str, Tensor]]()
-            self._counted(encoder, progress, cuts, lambda ids, tell: parts.append(dict(self._narrowed(encoder, ids, tell).tensors)))
-            return self._held(parts)
+            return self._held(self._made(encoder, progress))
+        if self.members.world_size > 1:
+            self.members.lone(lambda: store.create(self._place(encoder), self.manifest(encoder), encoder.identify, self.device))
+            self.fill(encoder, progress, (self.members.rank, self.members.world_size))
+            self.members.together()
         kept, _ = self.fill(encoder, progress)
         if encoder.left_out is not None:
             encoder.left_out.update(kept.left_out())
         return self.opened(kept, progress)
+
+    def _made(self, encoder: Encoder, progress: Progress) -> list[dict[str, Tensor]]:
+        """The rows of every cut in turn, each made by one process."""
+        cuts, parts = store.cuts(encoder.count), list[dict[str, Tensor]]()
+        own = cuts[self.members.rank :: self.members.world_size]
+        if own:
+            self._counted(encoder, progress, own, lambda ids, tell: parts.append(dict(self._narrowed(encoder, ids, tell).tensors)))
+        if self.members.world_size == 1:
+            return parts
+        each = self.members.gather((parts, encoder.left_out))
+        if encoder.left_out is not None:
+            for _, left_out in each:
+                encoder.left_out.update(left_out or {})
+        return [each[cut % len(each)][0][cut // len(each)] for cut in range(len(cuts))]
+
+    def _place(self, encoder: Encoder) -> Path:
+        assert self.folder is not None
+        return self.folder / encoder.kind
 
     def opened(self, kept: Store, progress: Progress) -> Rows:
         """A store's rows, read into memory where it is whole and they fit."""
@@ -163,8 +186,7 @@ class Keeping:
     def fill(self, encoder: Encoder, progress: Progress, part: tuple[int, int] = (0, 1), *, thorough: bool = False) -> tuple[Store, int]:
         """The store of an encoder's rows, with those of a part made that are missing, and how many these were; thorough: also those that are
         broken."""
-        assert self.folder is not None
-        kept = store.create(self.folder / encoder.kind, self.manifest(encoder), encoder.identify, self.device)
+        kept = store.create(self._place(encoder), self.manifest(encoder), encoder.identify, self.device)
         if thorough and kept.file(0).is_file():
             progress.stage(f"reading what {str(kept.path)!r} holds")
         todo = kept.broken(part) if thorough else kept.missing(part)

@@ -15,6 +15,7 @@ from fastgen import timesteps
 from fastgen.conditioning import Conditioning
 from fastgen.data.training import Batch
 from fastgen.denoiser import Predictor, guided
+from fastgen.distillers import running
 from fastgen.guidance import GuidanceRule, linear
 from fastgen.manifest import OwnSampler, Sampler
 from fastgen.path import Flow, Kind, Path
@@ -151,6 +152,8 @@ class Distiller(ABC):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     samplers: ClassVar[tuple[Sampler | OwnSampler, ...]] = ("euler", "stochastic")  # that its students are made for
+    # Whether it takes the student's derivative along a trajectory, which is checked, and by differences taken, in the weights' own precision.
+    differentiates: ClassVar[bool] = False
     roles: ClassVar[dict[str, RoleSpec]]  # all it can ask for; `roles_for` says which a configuration uses
 
     def __init__(self, config: Any, setting: Setting) -> None:
@@ -239,6 +242,11 @@ class Distiller(ABC):
     def load(cls, config: Any) -> None:
         """Load what a recipe names of other people's code: when a run is built, for a plan runs none. UserError where that fails."""
         return
+
+    def take_together(self, step: int, gather: Callable[[Tensor], Tensor]) -> None:
+        """After student step `step`: make its running numbers those of all processes' samples; gather: (processes, ...) of a tensor (...)."""
+        for state in self.statistics.values():
+            running.take_together(state, step, gather)
 
     @abstractmethod
     def updates(self, step: int) -> list[Update]:

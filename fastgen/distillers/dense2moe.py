@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastgen import conditioning
+from fastgen.across import batch_mean, batch_total
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Distiller, Facts, Loss, MethodConfig, Models, Update
 from fastgen.distillers.points import TRIG, TrajectoryConfig, trajectory_points
@@ -152,10 +153,10 @@ def self_weighted(features: Sequence[Tensor], wanted: Sequence[Tensor], output: 
     pairs = [(_wide(own), _wide(theirs)) for own, theirs in zip(features, wanted, strict=True)]
     errors = torch.stack([losses.mean_squared_error(own, theirs) for own, theirs in pairs])
     with torch.no_grad():
-        norms = torch.stack([theirs.flatten(1).norm(dim=1).mean() for _, theirs in pairs])
-        tiny = torch.finfo(errors.dtype).tiny
-        weights = (output / errors.clamp(min=tiny)) * (norms.mean() / norms.clamp(min=tiny))
-        weights = torch.where((errors > 0) & (norms > 0), weights, 0.0)
+        norms = batch_mean(torch.stack([theirs.flatten(1).norm(dim=1).mean() for _, theirs in pairs]))
+        whole, tiny = batch_mean(errors), torch.finfo(errors.dtype).tiny
+        weights = (batch_mean(output) / whole.clamp(min=tiny)) * (norms.mean() / norms.clamp(min=tiny))
+        weights = torch.where((whole > 0) & (norms > 0), weights, 0.0)
     return (weights * errors).sum()
 
 
@@ -163,8 +164,8 @@ def self_weighted(features: Sequence[Tensor], wanted: Sequence[Tensor], output: 
 def relative_error(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """The mean over layers of |f - f'|^2 / |f'|^2, (): what to watch, for the weighted loss is as large as the output's by its making."""
     pairs = [(_wide(own), _wide(theirs)) for own, theirs in zip(features, wanted, strict=True)]
-    errors = [(own - theirs).square().sum() / theirs.square().sum().clamp(min=torch.finfo(theirs.dtype).tiny) for own, theirs in pairs]
-    return torch.stack(errors).mean()
+    sums = [batch_total(torch.stack([(own - theirs).square().sum(), theirs.square().sum()])) for own, theirs in pairs]
+    return torch.stack([error / size.clamp(min=torch.finfo(size.dtype).tiny) for error, size in sums]).mean()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen import rewards
+from fastgen.across import batch_std
 from fastgen.distillers import gan, losses, regression
 from fastgen.distillers.anchor import AnchorConfig, anchor_loss
 from fastgen.distillers.base import Batch, Blend, Distiller, Facts, Loss, MethodConfig, Models, Update
@@ -251,7 +252,7 @@ class DMD2(Distiller):
         gradient = gradient if factor is None else factor.reshape(-1, *[1] * (gradient.ndim - 1)).to(gradient) * gradient
         x0 = sample.x0.detach()
         logs = {"gradient": gradient.abs().mean(), "normaliser": matched.normaliser, "gap": matched.gap}
-        return gradient, logs | {"sample_mean": losses.per_sample_mean(x0), "sample_std": x0.std()}
+        return gradient, logs | {"sample_mean": losses.per_sample_mean(x0), "sample_std": batch_std(x0)}
 
     def _matched(self, models: Models, batch: Batch, sample: Sample, rng: SampleRng, step: int) -> Matched:
         t, s = self._times(self.config.match_times, rng.uniform("match_time"), step)

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from fastgen.across import root_mean_square
 from fastgen.conditioning import Conditioning
 from fastgen.distillers import losses
 from fastgen.distillers.base import Batch, Distiller, Facts, Loss, Models, Update
@@ -77,7 +78,7 @@ class LCM(Distiller):
         cond = batch.cond if scale is None else second_time.given(batch.cond, guidance=scale)
         x0 = move(models["student"], pair.x, pair.t, torch.zeros_like(pair.t), cond)
         target = self._target(models, pair, cond)
-        return Loss(pseudo_huber(x0, target, self.config.huber), {"gap": (x0.detach() - target).square().mean().sqrt()})
+        return Loss(pseudo_huber(x0, target, self.config.huber), {"gap": root_mean_square(x0.detach() - target)})
 
     @torch.no_grad()
     def _target(self, models: Models, pair: Step, cond: Conditioning) -> Tensor:

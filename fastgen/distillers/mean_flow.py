@@ -68,6 +68,7 @@ class MeanFlow(Distiller):
 
     Config = MeanFlowConfig
     samplers = ("euler",)
+    differentiates = True
     roles: ClassVar[dict[str, RoleSpec]] = {"student": student(inputs=("second_time",)), "teacher": frozen()}
     config: MeanFlowConfig
 

@@ -6,6 +6,9 @@ is split, 1 where nothing came before, and no larger than the number of samples 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -31,3 +34,10 @@ def log_means(state: Tensor, values: Tensor, places: Tensor, step: int, decay: f
     state.copy_(torch.cat([own[:2], torch.logaddexp(own[2:4], fresh), own[4:]]))
     total, number = own[:2, places]
     return torch.logaddexp(total, values) - torch.logaddexp(number, torch.zeros_like(values))
+
+
+@torch.no_grad()
+def take_together(state: Tensor, step: int, gather: Callable[[Tensor], Tensor]) -> None:
+    """Add up, over processes, what `log_means` has taken in at `step`; gather: (processes, ...) of a tensor (...). Once a step."""
+    if bool((state[4] == step).all()):
+        state[2:4] = reduce(torch.logaddexp, gather(state[2:4]))

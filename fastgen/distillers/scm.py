@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fastgen.across import root_mean_square
 from fastgen.config import MOST_STEPS
 from fastgen.denoiser import Predictor
 from fastgen.distillers import losses
@@ -71,6 +72,7 @@ class SCM(Distiller):
     """Roles: student (trained), teacher (frozen; absent when the ODE is the data's)."""
 
     Config = SCMConfig
+    differentiates = True
     roles: ClassVar[dict[str, RoleSpec]] = {"student": student(), "teacher": frozen()}
     config: SCMConfig
 
@@ -169,4 +171,4 @@ def _network(student: Predict) -> Network:
 
 def _gap(prediction: Tensor, points: Points) -> Tensor:
     """RMS difference of the student's F from the ODE's velocity."""
-    return (prediction.detach() - points.velocity).square().mean().sqrt()
+    return root_mean_square(prediction.detach() - points.velocity)

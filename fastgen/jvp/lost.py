@@ -7,6 +7,7 @@ filled outside PyTorch by its address; `check_tangent` finds those.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -78,6 +79,8 @@ class LostTangents:
     def _enter(self, module: nn.Module, _inputs: Any) -> None:
         if not self.running:
             self.looking = self.always or module not in _innocent
+            if module not in _innocent and any(part._compiled_call_impl is not None for part in module.modules()):
+                warnings.warn("exact tangents run through compiled blocks uncompiled, which takes longer", stacklevel=2)
         self.running.append(module)
 
     def _leave(self, module: nn.Module, _inputs: Any, _out: Any) -> None:

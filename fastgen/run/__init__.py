@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from fastgen import checkpoint, inputs
-from fastgen.config import Recipe
+import fastgen
+from fastgen import checkpoint, group, inputs
+from fastgen.config import Recipe, flatten
 from fastgen.data import training
 from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL
@@ -51,29 +55,49 @@ def train(
     what cannot be written, TrainingFailed when a number stops being finite, Interrupted after SIGINT or SIGTERM; in the last three cases the
     run can be resumed from its last checkpoint.
     """
-    given = None if isinstance(recipe, Recipe) else os.path.realpath(expanded(recipe))
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
-    progress, folder = progress or Progress(), RunFolder(output)
+    folder = RunFolder(output)
     flags: Any = {"resume": resume or resume_from is not None, "overwrite": overwrite, "or_start": or_start}
+    with group.joined() as members:
+        given = None if isinstance(recipe, Recipe) else os.path.realpath(expanded(recipe))
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
+        progress = progress if progress is not None and members.is_main else Progress()
+        members.lone(lambda: _check_folder(folder, flags, given))
+        with folder.held() if members.is_main else nullcontext():
+            resume = members.told(lambda: _resumes(folder, flags))
+            start = _start(recipe, folder, resume=resume, resume_from=resume_from, allow_change=allow_change, only=only)
+            if members.world_size > 1:
+                members.same(_versions() | {f"recipe key {key}": repr(value) for key, value in flatten(start.planned.resolved()).items()})
+            for warning in start.planned.warnings:
+                progress.warn(f"warning: {warning}")
+            members.lone(lambda: folder.claim(lambda: folder.check(**flags)))
+            run = build(start.planned, progress)
+            _begin(run, start, folder, progress)
+            members.lone(lambda: folder.note(warnings=list(run.warnings) or None))
+            train_steps(run, folder.path, progress, None if start.state is None else start.state.get("metrics", {}))
+            if only != "train":
+                finish(run, folder, progress)
+    return folder.path
+
+
+def _check_folder(folder: RunFolder, flags: Mapping[str, bool], given: str | None) -> None:
+    """given: the recipe's file."""
     folder.check(**flags)
     check_writable(folder.path, "--output")
-    if overwrite and given == os.path.realpath(folder.path / "recipe.yaml"):
+    if flags["overwrite"] and given == os.path.realpath(folder.path / "recipe.yaml"):
         raise UserError(f"--overwrite: {str(folder.path)!r} holds the recipe itself, which would be replaced; choose another --output")
-    with folder.held():
-        resume = folder.check(**flags)
-        if resume:
-            folder.recover()
-        start = _start(recipe, folder, resume=resume, resume_from=resume_from, allow_change=allow_change, only=only)
-        for warning in start.planned.warnings:
-            progress.warn(f"warning: {warning}")
-        folder.claim(lambda: folder.check(**flags))
-        run = build(start.planned, progress)
-        _begin(run, start, folder, progress)
-        folder.note(warnings=list(run.warnings) or None)
-        train_steps(run, folder.path, progress, None if start.state is None else start.state.get("metrics", {}))
-        if only != "train":
-            finish(run, folder, progress)
-    return folder.path
+
+
+def _resumes(folder: RunFolder, flags: Mapping[str, bool]) -> bool:
+    """Whether the run that lies in the folder is gone on with; what kills have left there is mended then."""
+    if resumes := folder.check(**flags):
+        folder.recover()
+    return resumes
+
+
+def _versions() -> dict[str, str]:
+    """What processes of one run need to have alike besides the recipe."""
+    names = {"Python": platform.python_version(), "fastgen": fastgen.__version__}
+    return names | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
 
 
 def dry_run(
@@ -134,27 +158,36 @@ def _start(
 
 
 def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> None:
-    """Write what the run begins with, and bring its trainer to where it goes on."""
-    began = start.began
+    """Say what the run begins with, and bring its trainer to where it goes on."""
+    began, members = start.began, group.current()
     if began is None:
         progress.stage("identifying teacher and data by their content")
-        began = inputs.identify(run.plan)
+        began = members.lone(lambda: inputs.identify(run.plan))  # first by one: what it finds is known then to others on its machine
+        began = inputs.identify(run.plan) if began is None else began
+    members.same({**began.hashes, "number of data.pairs": str(began.pairs)})
     run.began = began
     if start.planned.recipe.data.pairs is not None:
         pairs, batch = load_pairs(run, progress), start.planned.recipe.train.at_once
         keeping = keeping_of(start.planned, run.parallel.device)
         data = training.with_pairs(run.data, pairs, start.planned.family, keeping, progress, batch=batch)
         run.trainer.data = data.with_first_pairs(began.pairs)
+    if start.chosen is not None:
+        progress.stage(f"resuming from {start.chosen}")
+        checkpoint.load(start.chosen, run.trainer, start.state)
+        members.together()
+    members.lone(lambda: _record(run, start, folder, progress))
+
+
+def _record(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> None:
+    """Write what the run begins with, or goes on with."""
     if start.chosen is None:  # also of a run that was killed before its first checkpoint
         folder.begin(None)
         folder.note(straightness=run.straightness)
     else:
         run.straightness = folder.noted("straightness")
-        progress.stage(f"resuming from {start.chosen}")
-        checkpoint.load(start.chosen, run.trainer, start.state)
         for name in checkpoint.set_aside(folder.path, start.chosen):
             progress.stage(f"newer than that, so kept aside: {folder.path / 'checkpoints' / name}")
         folder.begin({"step": run.trainer.step, "changed": dict(start.changed)})
         RunLog(folder.path).truncate(run.trainer.step)
-    inputs.write(folder.path, began)
+    inputs.write(folder.path, run.began)
     write_atomically(folder.path / "recipe.yaml", yaml.safe_dump(start.planned.resolved(), sort_keys=False, width=120))

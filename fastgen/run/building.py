@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastgen import checkpoint, conditioning, inputs
+from fastgen import checkpoint, conditioning, group, inputs
 from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import origin_of
@@ -23,12 +23,13 @@ from fastgen.families import adapters
 from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
 from fastgen.licensing import license_of
-from fastgen.parallel import SingleProcess, launch
+from fastgen.parallel import Strategy, launch
 from fastgen.plan import Plan, drawing_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
 from fastgen.run.calibration import measured, with_kept
 from fastgen.run.straightened import straightness_of
+from fastgen.surgery.compiled import compile_blocks
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer
 
@@ -42,7 +43,7 @@ class Run:
     roles: Roles
     data: training.TrainingData
     trainer: Trainer
-    parallel: SingleProcess
+    parallel: Strategy
     began: inputs.Inputs = field(default_factory=inputs.Inputs)
     warnings: tuple[str, ...] = ()
     straightness: dict[str, Any] | None = None
@@ -100,20 +101,22 @@ class Run:
         )
 
     def averaged(self) -> list[Expert]:
-        """The student's experts, with their averaged weights for good."""
+        """The student's experts, with their averaged weights for good. Where processes keep parts of networks all of them call this, and the main one
+        alone has experts."""
         self.trainer.ema.settle()
-        return [Expert(self.roles[name], end) for name, end in self.trainer.distiller.students()]
+        whole = [(self.parallel.plain(self.roles[name]), end) for name, end in self.trainer.distiller.students()]
+        return [Expert(role, end) for role, end in whole if role is not None]
 
 
 def keeping_of(plan: Plan, device: torch.device) -> Keeping:
     """How a run of the plan keeps what it encodes."""
-    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype))
+    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype), group.current())
 
 
 def build(plan: Plan, progress: Progress) -> Run:
     """Load the teacher, make the roles, encode the data."""
     recipe, family = plan.recipe, plan.family
-    parallel = launch(recipe.train.shard, recipe.train.device)
+    parallel, sharded = launch(recipe.train, plan.cut), plan.cut is not None
     plan.method.load(plan.method_config)
     family.encode_with(parallel.device, plan.frozen_dtype)
     left_out: list[str] = []
@@ -145,8 +148,8 @@ def build(plan: Plan, progress: Progress) -> Run:
         seed=recipe.train.seed,
         recompute=recipe.train.checkpointing,
         storage=plan.storage,
-        device=parallel.device,
-        offloaded=recipe.teacher.offload,
+        device=torch.device("cpu") if sharded else parallel.device,  # where they are cut, a block at a time
+        offloaded=recipe.teacher.offload and not sharded,
     )
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
@@ -158,6 +161,9 @@ def build(plan: Plan, progress: Progress) -> Run:
         before = straightness_of(teacher, data, setting, guidance=setting.guidance, samples=samples, train=recipe.train, device=parallel.device)
     distiller = plan.method(plan.method_config, setting)
     trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
+    if recipe.train.compile == "blocks":
+        progress.stage("compiling blocks as they are called first")
+        compile_blocks(block for role in roles.values() for block in family.blocks(role.denoiser.backbone))
     return Run(plan, roles, data, trainer, parallel, warnings=(*plan.warnings, *left_out), straightness=before)
 
 

@@ -44,10 +44,10 @@ def newest_sound(folder: Path, limits: Mapping[str, float]) -> Path | None:
 def _is_sound(path: Path, limits: Mapping[str, float]) -> bool:
     for file in [*path.glob("role_*.safetensors"), *path.glob("ema_*.safetensors")]:
         try:
-            size = largest(value for value in load_file(file).values() if value.is_floating_point())
+            size = largest(value for value in load_file(file).values() if value.is_floating_point() and value.numel())
         except (OSError, SafetensorError):
             return False
-        limit = limits.get(file.stem.removeprefix("role_").removeprefix("ema_"), 0.0)
+        limit = limits.get(checkpoint.component(file.name).partition("_")[2], 0.0)
         if not math.isfinite(size) or size > limit > 0:
             return False
     return True

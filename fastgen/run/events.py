@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgen import checkpoint, diagnostics, pictures
+from fastgen import diagnostics, group, pictures
 from fastgen.errors import NotFinite, TrainingFailed, UserError
 from fastgen.evaluation import unkept
 from fastgen.evaluation.block import PROTOCOL, resources_of
@@ -22,15 +25,18 @@ from fastgen.run.diverged import with_way_on
 from fastgen.run.interrupted import Interrupted
 from fastgen.run.straightened import straightness_of
 from fastgen.runlog import RunLog
+from fastgen.saving import Saver
 from fastgen.trainer import Metrics
 
+_ECHO = 10.0  # seconds
 _SAMPLES, _SAMPLE_PROMPTS = 16, 4  # pictures; the prompts they share, whose spread tells whether modes are lost
 
 
 def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | None = None) -> None:
     """Train to the end. logged: the metrics of the step that the run goes on from, whose row may be missing still.
 
-    A checkpoint is saved before the pictures of its step are drawn, and holds what else the step's row needs.
+    A checkpoint is saved before the pictures of its step are drawn, and holds what else the step's row needs. Of several processes the main one
+    writes while the others wait; all of them draw.
     """
     settings, evaluate, trainer = run.plan.recipe.train, run.plan.recipe.evaluate, run.trainer
     resolved = run.plan.resolved()
@@ -39,10 +45,14 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
         trainer.release(name)
     watch = diagnostics.Watch()
     is_due = lambda step, every: bool(every) and (step == settings.steps or step % every == 0)  # noqa: E731
-    with _signals() as caught, RunLog(run_dir) as log, _evaluations(run, progress) as measured:
+    parallel = run.parallel
+    log = RunLog(run_dir)
+    saver = Saver(run_dir / "checkpoints", keep=settings.keep, beside=settings.save_beside, timeout=settings.timeout)
+    with _signals() as caught, log if parallel.is_main else nullcontext(), _evaluations(run, progress) as measured, saver:
         if run.plan.recipe.data.encode == "ahead":
             run.plan.family.free_encoders()
-        for row in (rows := log.rows()):  # of the part that is resumed
+        rows = log.rows() if parallel.is_main else []  # of the part that is resumed
+        for row in rows:
             watch(row)
         saved = trainer.step if logged is not None else -1
         latest: Metrics = logged or {}
@@ -50,13 +60,19 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
         def save() -> None:
             nonlocal saved
             trainer.check_weights()
-            log.flush()
-            checkpoint.save(run_dir / "checkpoints", trainer, resolved, keep=settings.keep, inputs=run.began.hashes, metrics=latest)
+            parallel.lone(log.flush)
+            saver.save(trainer, resolved, inputs=run.began.hashes, metrics=latest)
             saved = trainer.step
 
         def write_row(step: int, metrics: Metrics) -> None:
             if samples and is_due(step, settings.sample_every):
                 metrics = {**metrics, **samples.draw(step)}
+            if is_due(step, evaluate.every) or is_due(step, settings.sample_every) or is_due(step, settings.checkpoint_every):
+                parallel.lone(lambda: finish_row(step, metrics))
+            elif parallel.is_main:  # a line, which nobody waits for
+                finish_row(step, metrics)
+
+        def finish_row(step: int, metrics: Metrics) -> None:
             failures: list[str] = []
             if step == settings.steps:
                 metrics = {**metrics, **_straightened(run)}
@@ -84,40 +100,53 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
 
         progress.start("training", settings.steps, trainer.step)
         try:
-            if logged and not any(row["step"] == trainer.step for row in rows):
+            if logged and parallel.broadcast(not any(row["step"] == trainer.step for row in rows)):
                 write_row(trainer.step, logged)
             trainer.run([after_step], should_stop=lambda: bool(caught))
-            if caught and saved != trainer.step:
+            stopped = parallel.first(next(iter(caught), None))
+            if stopped is not None and saved != trainer.step:
                 save()
         except NotFinite as error:
+            saver.wait()
             raise with_way_on(TrainingFailed(f"step {trainer.step}: {error}"), run_dir / "checkpoints", trainer) from error
         except TrainingFailed as failure:
+            saver.wait()
             raise with_way_on(failure, run_dir / "checkpoints", trainer) from failure
         finally:  # a bar left running hides the terminal's cursor
             progress.finish()
-        if caught:
-            raise Interrupted(caught[0], trainer.step)
+        if stopped is not None:
+            saver.wait()
+            raise Interrupted(stopped, trainer.step)
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one interrupts at once."""
+    """Collect SIGINT and SIGTERM instead of dying; a second one interrupts at once. A launcher passes on what a terminal or a queue has sent to all
+    its processes, and ends the others as soon as one has ended: these signals are the first one's echo."""
     caught: list[int] = []
+    echoes = group.launched() > 1
+    since = 0.0
 
     def note(number: int, frame: Any) -> None:
+        nonlocal since
+        if caught and echoes and time.monotonic() - since < _ECHO:
+            return
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
+        since = time.monotonic()
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, where Python allows no handlers
         before = {}
+    is_over = False
     try:
         yield caught
+        is_over = not caught
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if echoes and not is_over else handler)
 
 
 class Samples:
@@ -142,13 +171,29 @@ class Samples:
         with self.run.trainer.ema.applied():
             drawn = self._pictures(self.student)
         student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", drawn)
-        pictures.save_png(pictures.picture_grid([*self.rows, student], self.prompts), self.folder / f"step_{step:06d}.png")
+        file = self.folder / f"step_{step:06d}.png"
+        self.run.parallel.lone(lambda: pictures.save_png(pictures.picture_grid([*self.rows, student], self.prompts), file))
         return diagnostics.drift(drawn, self.rows[0][1], self.prompts) if self.rows else {}
 
     def _pictures(self, generator: ImageGenerator) -> torch.Tensor:
-        """In batches no larger than training's own."""
-        train = self.run.plan.recipe.train
-        return generate_pictures(generator, self.prompts, self.seeds, batch=train.at_once)
+        """In batches no larger than training's own, which the processes share."""
+        size, parallel = self.run.plan.recipe.train.at_once, self.run.parallel
+        all_starts = range(0, len(self.prompts), size)
+        starts = all_starts[parallel.rank :: parallel.world_size]
+        own = [generate_pictures(generator, self.prompts[i : i + size], self.seeds[i : i + size], batch=size) for i in starts]
+        if self.run.plan.cut is not None:  # a pass through networks of which each process has a part takes all of them
+            for _ in range(math.ceil(len(all_starts) / parallel.world_size) - len(own)):
+                generate_pictures(generator, self.prompts[:size], self.seeds[:size], batch=size)
+        return drawn_by_all(own)
+
+
+def drawn_by_all(own: list[torch.Tensor]) -> torch.Tensor:
+    """Batches of pictures that processes have drawn in turn, in their order."""
+    members = group.current()
+    if members.world_size == 1:
+        return torch.cat(own)
+    each = members.gather([drawn.cpu() for drawn in own])
+    return torch.cat([part for turn in zip_longest(*each) for part in turn if part is not None])
 
 
 def _straightened(run: Run) -> Metrics:

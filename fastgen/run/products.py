@@ -6,26 +6,44 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from fastgen import checkpoint, inputs, report
+from fastgen import checkpoint, group, inputs, report
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Distiller
 from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL, resources_of
-from fastgen.export import Verification, export_lora, export_student, verify
+from fastgen.evaluation.extraction import Part
+from fastgen.evaluation.settings import Settings
+from fastgen.export import Expert, Verification, export_lora, export_student, verify
 from fastgen.files import remove, writing
 from fastgen.fingerprints import digest, folder_hash
 from fastgen.plan import plan
 from fastgen.progress import Progress
 from fastgen.run.building import Run, build
-from fastgen.run.evaluating import evaluate
+from fastgen.run.evaluating import PartDone, evaluate
 from fastgen.run.folder import RunFolder, check_parents, plain
 
 
 def finish(run: Run, folder: RunFolder, progress: Progress) -> None:
     """Everything that comes after training. UserError where the student cannot be measured: it lies there whole, with a report that says so,
     and run.json says why under `unmeasured`."""
+    student_dir, members = folder.path / "student", group.current()
+    student = None if run.plan.cut is None else run.averaged()  # whose parts all processes have
+    members.lone(lambda: _make_student(run, folder, student_dir, progress, student))
+    if members.world_size > 1 and run.plan.protocol is not None:
+        _draw_part(run, folder.path, Part(members.rank, members.world_size))
+        members.together()
+    members.lone(lambda: _measure_and_report(run, folder, progress))
+
+
+def _draw_part(run: Run, run_dir: Path, part: Part) -> None:
+    """Draw this process's chunks of the pictures, so that nothing is left to draw when they are measured. What cannot be done so, the measuring does
+    or says."""
+    with suppress(PartDone, UserError):
+        _measure(run, run_dir, Progress(), Settings(part=part))
+
+
+def _measure_and_report(run: Run, folder: RunFolder, progress: Progress) -> None:
     student_dir = folder.path / "student"
-    _make_student(run, folder, student_dir, progress)
     folder.note(unmeasured=None if run.plan.protocol is None else "its measuring has not come to an end")
     try:
         _measure(run, folder.path, progress)
@@ -42,15 +60,16 @@ def finish(run: Run, folder: RunFolder, progress: Progress) -> None:
     report.write_report(folder.path)
 
 
-def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Progress) -> None:
-    """Export and verify, unless the student of this recipe and this checkpoint lies there, as it was verified."""
+def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Progress, student: list[Expert] | None = None) -> None:
+    """Export and verify, unless the student of this recipe and this checkpoint lies there, as it was verified. student: where it is averaged
+    already."""
     source = digest([checkpoint.identity(folder.path), run.plan.resolved()])
     with suppress(UserError):  # there is none, or none that can be read
         if folder.noted("student") == {"source": source, "sha256": folder_hash(student_dir)}:
             progress.stage(f"{student_dir} is exported and verified already")
             return
     progress.stage(f"exporting to {student_dir}")
-    _write_student(run, student_dir, run.plan.recipe.export.weights)
+    _write_student(run, student_dir, run.plan.recipe.export.weights, student=student)
     with writing(folder.path):
         remove(folder.path / "results.json")  # of another student
     progress.stage("verifying in plain diffusers")
@@ -58,7 +77,7 @@ def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Prog
     folder.note(student={"source": source, "sha256": folder_hash(student_dir)})
 
 
-def _measure(run: Run, run_dir: Path, progress: Progress) -> None:
+def _measure(run: Run, run_dir: Path, progress: Progress, settings: Settings | None = None) -> None:
     if run.plan.protocol is not None:
         evaluate(
             run_dir / "student",
@@ -67,6 +86,7 @@ def _measure(run: Run, run_dir: Path, progress: Progress) -> None:
             teacher="teacher" in run.plan.roles,
             device=str(run.parallel.device),
             resources=resources_of(run.plan.recipe.evaluate),
+            settings=settings,
             progress=progress,
         )
 
@@ -79,8 +99,8 @@ def require_verified(result: Verification, folder: Path) -> None:
         )
 
 
-def _write_student(run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool = False) -> Path:
-    student, family, info = run.averaged(), run.plan.family, run.info()
+def _write_student(run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool = False, student: list[Expert] | None = None) -> Path:
+    student, family, info = run.averaged() if student is None else student, run.plan.family, run.info()
     if weights == "lora":
         return export_lora(student, family, info, output, for_comfy=for_comfy)
     return export_student(student, family, info, output, dtype=run.plan.recipe.export.dtype)
@@ -100,7 +120,8 @@ def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | No
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "fastgen.json").is_file())):
         raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
     chosen, state = checkpoint.opened(run_dir)
-    state["recipe"]["train"]["device"] = "auto"  # the machine that exports need not be the one that trained
+    # The machine that exports need not be the one that trained, nor are there its processes.
+    state["recipe"]["train"] |= {"device": "auto", "shard": "auto", "mesh": None}
     planned = inputs.as_begun(plan(validate(Recipe, state["recipe"]), only="export", started=True), inputs.Inputs(state["inputs"]))
     inputs.check_teacher(state["inputs"], planned)
     if for_comfy and weights == "full":

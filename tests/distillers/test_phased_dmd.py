@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from matching_cases import batch_of, double
+from safetensors.torch import load_file
 from test_dmd2 import disturb
 from torch import Tensor
 from toy_runs import Recorded, normal, optimizer_block, rng, toy_method, toy_roles, toy_setting, toy_trainer
@@ -424,12 +425,12 @@ def test_a_later_phase_goes_on_from_a_folder_with_the_experts_before_it(tmp_path
     """The averaged first expert of that run is this run's from its first step on."""
     first = train(planned(recipe(tmp_path)), tmp_path / "first", only="train")
     second = train(planned(recipe(tmp_path, first_phase=2), init=str(first)), tmp_path / "second", only="train")
-    average = checkpoint.load_file(checkpoint.latest(first) / "ema_student.safetensors")
+    average = load_file(checkpoint.latest(first) / "ema_student.safetensors")
     for saved in checkpoint.checkpoints(second / "checkpoints"):
-        own = checkpoint.load_file(saved / "role_student.safetensors")
+        own = load_file(saved / "role_student.safetensors")
         assert own.keys() == average.keys() - {"updates"}
         assert all(torch.equal(value, average[name]) for name, value in own.items())
-    assert int(checkpoint.load_file(checkpoint.latest(second) / "ema_student_2.safetensors")["updates"]) == 4
+    assert int(load_file(checkpoint.latest(second) / "ema_student_2.safetensors")["updates"]) == 4
 
 
 def test_an_unfinished_expert_does_not_count(tmp_path: Path) -> None:
@@ -451,7 +452,7 @@ def test_phases_one_run_each(tmp_path: Path) -> None:
         runs.append(train(planned(data, init=str(runs[-1])), tmp_path / str(k), only="train"))
 
     def saved(run: int, step: int, name: str) -> dict[str, Tensor]:
-        state = checkpoint.load_file(runs[run] / "checkpoints" / f"step_{step:06d}" / f"{name}.safetensors")
+        state = load_file(runs[run] / "checkpoints" / f"step_{step:06d}" / f"{name}.safetensors")
         state.pop("updates", None)
         return state
 
@@ -505,7 +506,7 @@ def test_a_run_that_has_begun_no_longer_needs_the_one_it_began_from(tmp_path: Pa
     shutil.rmtree(first)
     resumed = train(data, tmp_path / "cut", only="train", resume=True)
     for name in ("role_student", "role_student_2", "ema_student_2"):
-        ends = [checkpoint.load_file(checkpoint.latest(run) / f"{name}.safetensors") for run in (whole, resumed)]
+        ends = [load_file(checkpoint.latest(run) / f"{name}.safetensors") for run in (whole, resumed)]
         assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
     with pytest.raises(UserError, match=r"recipe key student\.init: .* is neither teacher nor the folder of a run"):
         train(data, tmp_path / "new", only="train")

@@ -111,7 +111,7 @@ class Membership(NamedTuple):
 
 class GroupedBlock(nn.Module):
     """Mixed into a subclass of a block's class. A sample that skips the block has its streams as they were, to the bit; a block that none of a
-    batch's samples keeps does not run, unless several processes train it; otherwise it runs for all of them, and its outputs count for those that
+    batch's samples keeps does not run, unless processes train shards of it; otherwise it runs for all of them, and its outputs count for those that
     keep it."""
 
     membership: Membership
@@ -135,9 +135,13 @@ class GroupedBlock(nn.Module):
 
 
 def _others_may_train(block: nn.Module) -> bool:
-    """Whether another process may run this block for a gradient: without one from here too, sharded weights wait for it forever."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return several and torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
+    """Whether another process may run this block for a gradient: without one from here too, sharded weights wait for it forever. Replicas do not:
+    a block that no process's samples keep has no gradient on any, as in one process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(block, FSDPModule) and torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
 
 
 def _mixed(old: Tensor, new: Tensor, choice: Choice, index: int) -> Tensor:

@@ -108,12 +108,13 @@ def by_time(routings: Iterable[Routing], fraction: Tensor, parts: int = 4) -> di
 
 
 def balance_loss(routings: Iterable[Routing]) -> Tensor:
-    """E sum_i f_i P_i, the mean over layers and passes, fp32: f_i is expert i's load, a constant, P_i its mean probability. 1 where even, at most
-    E. (Fedus et al. 2021, arXiv:2101.03961, eq. 4; Dense2MoE weighs its balance loss by 1e-2.) ValueError where nothing was routed."""
+    """E sum_i f_i P_i, the mean over layers and passes, fp32 or wider: f_i is expert i's load, a constant, P_i its mean probability. 1 where even, at
+    most E. (Fedus et al. 2021, arXiv:2101.03961, eq. 4; Dense2MoE weighs its balance loss by 1e-2.) ValueError where nothing was routed."""
     losses = [len(routing.load) * (routing.load * routing.probabilities.mean(0)).sum() for routing in routings]
     if not losses:
         raise ValueError("routings: none; they are recorded inside `recording`")
-    return torch.stack(losses).mean().float()
+    value = torch.stack(losses).mean()
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def counts(routings: Iterable[Routing]) -> dict[str, Tensor]:

@@ -1,0 +1,129 @@
+"""Short runs in fp64 for the tests of strategies: the same recipe on one process and on several, of every kind of method.
+
+Everything is in fp64 because rounding grows: in fp32 a discriminator's losses differ by 1e-4 after twenty steps for no other reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from toy_runs import CPU, normal, optimizer_block, toy_method, toy_setting, toy_trainer
+
+from fastgen import run
+from fastgen.config import Recipe
+from fastgen.data import training
+from fastgen.data.encoded import Keeping
+from fastgen.data.pairs import TeacherSampler, make_pairs
+from fastgen.denoiser import Denoiser, Predictor
+from fastgen.distillers.base import Distiller
+from fastgen.distillers.dmd2 import DMD2
+from fastgen.distillers.f_distill import FDistill
+from fastgen.distillers.phased_dmd import PhasedDMD
+from fastgen.distillers.reflow import Reflow
+from fastgen.distillers.scm import SCM
+from fastgen.families.toy import Toy
+from fastgen.parallel import Strategy
+from fastgen.plan import plan
+from fastgen.roles import LoraTuning, build_roles
+from fastgen.run import building
+from fastgen.surgery.second_time import Defaults
+from fastgen.trainer import Metrics, Trainer
+
+STEPS, BATCH = 20, 8
+LORA = LoraTuning(rank=3, alpha=3, targets=("layers.0", "layers.1", "layers.2"))
+PHASES = [{"start": 1, "end": 0.5}, {"start": 0.5, "end": 0}]
+
+
+def toy(
+    kind: type[Distiller],
+    parallel: Strategy,
+    *,
+    tuning: LoraTuning | None = None,
+    grid: tuple[float, ...] = (1.0, 0.5),
+    micro_batch: int | None = None,
+    **keys: Any,
+) -> Trainer:
+    family = Toy("toy:mixture", width=16)
+    method = toy_method(kind, replace(toy_setting(family, grid=grid, guidance=1.5), train_steps=STEPS, decode=family.decode), **keys)
+    defaults = Defaults.on(family.path, method.setting.grid, method.setting.guidance)
+    backbone = family.load_backbone().double()
+    roles = build_roles(method.roles_for(method.config), family, backbone, tuning=tuning, defaults=defaults)
+    trainer = toy_trainer(
+        method,
+        family,
+        prompts=("", "0", "1"),
+        latents=normal(64, 2),
+        optimizers=optimizer_block(lr=3e-3, schedule="cosine", clip=0.5),
+        roles=roles,
+        parallel=parallel,
+        steps=STEPS,
+        batch_size=BATCH,
+        micro_batch=micro_batch,
+    )
+    if kind is Reflow:
+        teacher = Predictor(Denoiser(Toy("toy:mixture").load_backbone(), family), family)
+        pairs = make_pairs(TeacherSampler(teacher, family.grid(20), (2,), "heun"), family.encode_prompts, {"": 1.0}, range(64), seed=1, batch=64)
+        trainer.data = training.with_pairs(trainer.data, pairs, family, Keeping(CPU))
+    return trainer
+
+
+def digits(recipe: str, parallel: Strategy, *overrides: str, batch: int = 4) -> Trainer:
+    """A run of the digits teacher, in fp64."""
+    keys = [f"train.batch_size={batch}", f"train.steps={STEPS}", "train.sample_every=0", "train.device=cpu", "evaluate.protocol=null", *overrides]
+    planned = plan(Recipe.load(recipe, keys), only="train")
+    load = planned.family.load_backbone
+    planned.family.load_backbone = lambda **asked: load(**asked).double()  # type: ignore[method-assign]
+    before = building.launch
+    building.launch = lambda *_: parallel  # type: ignore[assignment]
+    try:
+        return run.build(planned, run.Progress()).trainer
+    finally:
+        building.launch = before
+
+
+MOE = ("student.moe.calibration=2", "student.moe.experts=4", "student.moe.balance=0.1", "distiller.shared=0.5", "optimizer.student.warmup=0")
+# Each makes a run of 20 steps on a strategy. A whole batch at once shows what depends on the samples that a process sees together.
+CASES: dict[str, Callable[[Strategy], Trainer]] = {
+    "dmd2": lambda on: toy(DMD2, on, gan={"r1": 0.1}, critic_updates=2),
+    "dmd2 heads on the fake score": lambda on: toy(DMD2, on, gan={"features": "fake_score", "r1": 0.1}, critic_updates=2),
+    "dmd2 lora": lambda on: toy(DMD2, on, tuning=LORA, gan={}, critic_updates=2),
+    "dmd2 reward": lambda on: toy(DMD2, on, reward={"name": "matching_cases:first_coordinate"}, critic_updates=1),
+    "dmd2 micro-batches": lambda on: toy(DMD2, on, gan={"r1": 0.1}, critic_updates=2, micro_batch=2),
+    "scm": lambda on: toy(SCM, on, grid=(1.0,)),
+    "scm lora": lambda on: toy(SCM, on, tuning=LORA, grid=(1.0,)),
+    "phased_dmd": lambda on: toy(PhasedDMD, on, phases=PHASES, gan={}, critic_updates=1, grid=(1.0, 0.75, 0.5, 0.25)),
+    "phased_dmd lora": lambda on: toy(PhasedDMD, on, tuning=LORA, phases=PHASES, gan={}, critic_updates=1, grid=(1.0, 0.75, 0.5, 0.25)),
+    "f_distill": lambda on: toy(FDistill, on, gan={}, critic_updates=1),
+    "f_distill lora": lambda on: toy(FDistill, on, tuning=LORA, gan={}, critic_updates=1),
+    "reflow": lambda on: toy(Reflow, on, grid=(1.0,)),
+    "reflow lora": lambda on: toy(Reflow, on, tuning=LORA, grid=(1.0,)),
+    "dense2moe": lambda on: digits("digits_dense2moe", on, *MOE),
+    "dense2moe micro-batches": lambda on: digits("digits_dense2moe", on, *MOE, "train.micro_batch=1", "train.steps=4"),
+}
+
+
+def trained(trainer: Trainer) -> list[Metrics]:
+    """Every step's metrics, unrounded, without times."""
+    rows: list[Metrics] = []
+    trainer.run([lambda _step, metrics: rows.append({k: v for k, v in metrics.items() if k not in ("seconds", "samples_per_second")})])
+    return rows
+
+
+def kept(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights, averages, statistics and moments by name."""
+    named = {f"{name}/{key}": value for name, role in trainer.roles.trained.items() for key, value in role.state_dict().items()}
+    named |= {f"ema/{name}/{key}": value for name, average in trainer.ema.items() for key, value in average.state_dict().items()}
+    named |= {f"statistics/{key}": value for key, value in trainer.distiller.statistics.items()}
+    for name, optimizer in trainer.optimizers.items():
+        for index, state in enumerate(optimizer.state.values()):
+            named |= {f"moments/{name}/{index}/{key}": torch.as_tensor(value) for key, value in state.items()}
+    return {key: value.detach().clone() for key, value in named.items()}
+
+
+def difference(name: str, one: float, other: float) -> float:
+    """Relative where numbers are large: a running factor may reach thousands. A standard deviation is logged in fp32."""
+    return abs(one - other) / max(1.0, abs(one)) * (1e-3 if name.endswith("sample_std") else 1)

@@ -1,0 +1,154 @@
+"""What ends one process ends all, within its bound and with one line. Run with `pytest -m distributed`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ranks
+
+pytestmark = pytest.mark.distributed
+
+RECIPE = """
+teacher: {pretrained: "toy:mixture"}
+student: {steps: 2}
+distiller: {name: dmd2, critic_updates: 1}
+data: {prompts: prompts.txt}
+optimizer:
+  student: {name: adamw, lr: 1.0e-4}
+  fake_score: {name: adamw, lr: 1.0e-4}
+train: {steps: 100000, batch_size: 8, device: cpu, checkpoint_every: 0, sample_every: 0, ema: 0.9}
+"""
+TOGETHER = ("train.steps=2", "train.batch_size=4", "train.device=cpu", "train.sample_every=2", "train.checkpoint_every=2")
+TRAIN = ("train", "recipe.yaml", "--only", "train", "--output", "run")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("0\n1\n2\n", encoding="utf-8")
+    return tmp_path
+
+
+def steps(folder: Path) -> int:
+    log = folder / "run/metrics.jsonl"
+    return len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
+
+
+def one_line(ranks: Ranks, *words: str) -> None:
+    """Rank 0 has said the one line; nobody else has said anything."""
+    lines = [line for rank in range(2) for line in ranks.err(rank).splitlines()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_on_any_process_saves_once_and_ends_all(folder: Path, rank: int) -> None:
+    ranks = Ranks(folder, TRAIN, TRAIN)
+    ranks.until(lambda: steps(folder) >= 3)
+    ranks.kill(rank, signal.SIGTERM)
+    assert ranks.ends() == [143, 143]
+    assert ranks.err(0) == ranks.err(1) == ranks.out(1) == ""
+    assert "stopped at step" in ranks.out(0) and "--resume" in ranks.out(0)
+    (saved,) = (folder / "run/checkpoints").iterdir()
+    assert json.loads((saved / "state.json").read_text(encoding="utf-8"))["step"] == steps(folder)
+    resumed = (*TRAIN[:2], f"train.steps={steps(folder) + 2}", *TRAIN[2:], "--resume", "--allow-change", "train.steps")
+    again = Ranks(folder, resumed, resumed)
+    assert again.ends() == [0, 0], (again.err(0), again.err(1))
+    assert again.out(1) == again.err(1) == ""
+
+
+def test_a_stopped_process_is_named_within_the_timeout(folder: Path) -> None:
+    train = (*TRAIN[:2], "train.timeout=4", *TRAIN[2:])
+    ranks = Ranks(folder, train, train)
+    ranks.until(lambda: steps(folder) >= 3)
+    ranks.kill(1, signal.SIGSTOP)
+    assert ranks.ends(12, but=[1])[0] == 1
+    one_line(ranks, "process 1 has given no sign", "train.timeout")
+
+
+def test_a_stopped_process_that_keeps_the_store_ends_the_others_too(folder: Path) -> None:
+    train = (*TRAIN[:2], "train.timeout=4", *TRAIN[2:])
+    ranks = Ranks(folder, train, train)
+    ranks.until(lambda: steps(folder) >= 3)
+    ranks.kill(0, signal.SIGSTOP)
+    assert ranks.ends(30, but=[0])[1] == 1
+    one_line(ranks, "process")
+
+
+def test_a_killed_process_ends_the_others(folder: Path) -> None:
+    ranks = Ranks(folder, TRAIN, TRAIN)
+    ranks.until(lambda: steps(folder) >= 3)
+    ranks.kill(1, signal.SIGKILL)
+    assert ranks.ends(30) == [1, -signal.SIGKILL]
+    one_line(ranks, "process")
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_for_files() -> None:
+    """No space is left for what this process writes as a whole file."""
+    import fastgen.files
+
+    fastgen.files._replace = refuse
+
+
+def full_for_checkpoints() -> None:
+    import fastgen.checkpoint
+
+    fastgen.checkpoint.save_file = refuse
+
+
+def test_a_full_disk_on_one_process_ends_all_with_one_line(folder: Path) -> None:
+    train = ("train", "digits_dmd2_gan_1step", *TOGETHER, "data.store=store", *TRAIN[2:])
+    ranks = Ranks(folder, train, train, before={1: full_for_files})
+    assert ranks.ends(60) == [2, 2]
+    one_line(ranks, "process 1 on", "store", "no space left")
+
+
+def test_a_checkpoint_that_finds_no_space_ends_all_with_one_line(folder: Path) -> None:
+    train = (*TRAIN[:2], "train.checkpoint_every=3", *TRAIN[2:])
+    ranks = Ranks(folder, train, train, before={0: full_for_checkpoints})
+    assert ranks.ends(60) == [2, 2]
+    one_line(ranks, "step_000003", "no space left")
+    assert steps(folder) == 2 and not list((folder / "run/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (("train.batch_size=16",), ("process 1 on", "recipe key train.batch_size", "16", "8")),
+        (("data.prompts=other.txt",), ("process 1 on", "data.prompts")),
+    ],
+)
+def test_processes_that_disagree_do_not_start(folder: Path, other: tuple[str, ...], words: tuple[str, ...]) -> None:
+    (folder / "other.txt").write_text("0\n2\n", encoding="utf-8")
+    ranks = Ranks(folder, TRAIN, (*TRAIN[:2], *other, *TRAIN[2:]))
+    assert ranks.ends(60) == [2, 2]
+    one_line(ranks, *words)
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.batch_size=9", ("recipe key train.batch_size", "9", "2 processes")),
+        ("train.micro_batch=3", ("recipe key train.micro_batch", "3", "4 samples")),
+        ("train.mesh=[2,1]", ("recipe key train.mesh", "fsdp")),
+        ("train.shard=none", ("recipe key train.shard", "2")),
+        ("train.sample_evry=1", ("sample_every",)),
+    ],
+)
+def test_a_mistake_is_said_once(folder: Path, override: str, words: tuple[str, ...]) -> None:
+    train = (*TRAIN[:2], override, *TRAIN[2:])
+    ranks = Ranks(folder, train, train)
+    assert ranks.ends(60) == [2, 2]
+    one_line(ranks, *words)
+    assert not (folder / "run").exists()
