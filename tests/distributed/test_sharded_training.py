@@ -131,6 +131,10 @@ def parts_are_read_and_written() -> None:
     vector = torch.cat([value.flatten() for value in values.values()])
     assert shards.largest(net.parameters()) == vector.abs().max().item()
     assert abs(shards.norm(net.parameters()) - vector.norm().item()) <= 1e-12
+    first = next(net.parameters())
+    elsewhere: Any = shards.moved(first, "meta", torch.float32)  # there is no other device here
+    assert (elsewhere.to_local().device.type, elsewhere.dtype, elsewhere.shape) == ("meta", torch.float32, first.shape)
+    assert shards.own(first).device == CPU and elsewhere.to_local().shape == shards.own(first).shape
     if dist.get_rank() == 0:
         shards.own(next(net.parameters()))[0, 0] = math.nan
     assert shards.largest(net.parameters()) == math.inf  # on the process that has it, and on the other
