@@ -45,13 +45,16 @@ def agree(found: Any) -> None:
 
 
 def training_is_that_of_one_process() -> None:
-    """Losses to 1e-9, weights and moments to 1e-10, of 20 steps in fp64. Each process makes the reference of every other case."""
+    """Losses to 1e-9, weights and moments to 1e-10, of 20 steps in fp64. Each process makes the reference of every other
+    case."""
     found = {}
     for name in TRAINED:
         trainer = CASES[name](Shards(CPU, Cut()))
         found[name] = trained(trainer), whole(kept(trainer))
         agree(found[name])
-    for name in TRAINED[dist.get_rank() :: 2]:
+    for place, name in enumerate(TRAINED):
+        if place % 2 != dist.get_rank() and name != "dense2moe":  # whose data processes prepare together
+            continue
         alone = CASES[name](SingleProcess(CPU))
         (rows, tensors), expected, there = found[name], trained(alone), kept(alone)
         assert [row.keys() for row in rows] == [row.keys() for row in expected] and there.keys() == tensors.keys()
