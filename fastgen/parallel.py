@@ -246,13 +246,16 @@ def own_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def shard_of(train: TrainBlock) -> str:
-    """`none`, `ddp` or `fsdp`: how this run spreads. UserError where that does not fit the launcher's processes or the batch."""
+def shard_of(train: TrainBlock, *, dry: bool = False) -> str:
+    """`none`, `ddp` or `fsdp`: how this run spreads. UserError where that does not fit the launcher's processes or the batch. dry: it does not start
+    now, so there may be no launcher."""
     processes = group.launched()
     shard = ("none" if processes == 1 else "ddp") if train.shard == "auto" else train.shard
     if shard == "none" and processes > 1:
         raise UserError(f"recipe key train.shard: 'none' runs one process, but the launcher started {processes}; say auto, or leave out the launcher")
-    if shard != "none" and processes == 1:
+    if dry and processes == 1:
+        processes = 1 if train.mesh is None else math.prod(train.mesh)
+    elif shard != "none" and processes == 1:
         raise UserError(f"recipe key train.shard: {shard!r} needs several processes; start it with torchrun or accelerate launch --multi_gpu")
     if train.mesh is not None and shard != "fsdp":
         raise UserError(f"recipe key train.mesh: {list(train.mesh)} is for train.shard: fsdp alone, and this run has {shard!r}")
@@ -267,9 +270,9 @@ def shard_of(train: TrainBlock) -> str:
     return shard
 
 
-def check_launch(train: TrainBlock) -> None:
-    """UserError for what `launch` would refuse."""
-    if shard_of(train) == "fsdp":
+def check_launch(train: TrainBlock, *, dry: bool = False) -> None:
+    """UserError for what `launch` would refuse. dry: without asking for a launcher."""
+    if shard_of(train, dry=dry) == "fsdp":
         raise UserError("recipe key train.shard: 'fsdp' is not there yet; use ddp")
     own_device(train.device)
 

@@ -224,7 +224,7 @@ def plan(recipe: Recipe, *, only: Literal["train", "export"] | None = None, star
     """Check everything a recipe names, or what one stage alone needs. UserError for the first mistake. started: the run has checkpoints,
     which hold all that `student.init` has brought, so that is not opened again. dry: nothing will be built, so a teacher's configurations
     will do, with a warning."""
-    check_launch(recipe.train)
+    check_launch(recipe.train, dry=dry)
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     protocol = None if only == "export" else protocol_of(recipe.evaluate)
