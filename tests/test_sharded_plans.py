@@ -91,4 +91,4 @@ def test_pairs_are_drawn_beforehand() -> None:
 
 def test_one_process_has_no_parts() -> None:
     with pytest.raises(UserError, match=r"^recipe key train[.]shard: 'fsdp' needs several processes"):
-        plan(Recipe.load("digits_dmd2_1step", list(FSDP)), dry=True)
+        plan(Recipe.load("digits_dmd2_1step", list(FSDP)))

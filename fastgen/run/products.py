@@ -120,8 +120,7 @@ def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | No
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "fastgen.json").is_file())):
         raise UserError(f"--output: {str(output)!r} exists and is no exported student; choose a new folder")
     chosen, state = checkpoint.opened(run_dir)
-    # The machine that exports need not be the one that trained, nor are there its processes.
-    state["recipe"]["train"] |= {"device": "auto", "shard": "auto", "mesh": None}
+    state["recipe"]["train"] |= {"device": "auto", "shard": "auto", "mesh": None}  # what exports need not be what trained
     planned = plan(validate(Recipe, state["recipe"]), only="export", started=True)
     inputs.check_teacher(state["inputs"], planned)
     if for_comfy and weights == "full":
