@@ -75,7 +75,8 @@ class EMA:
 
 def _apart(parameter: nn.Parameter, device: Literal["same", "cpu"]) -> Tensor:
     """A copy in fp32."""
-    return parameter.detach().to(parameter.device if device == "same" else device, torch.float32, copy=True)
+    copy = parameter.detach().clone()
+    return shards.moved(copy, shards.own(copy).device if device == "same" else device, torch.float32)
 
 
 class Averages(dict[str, EMA]):

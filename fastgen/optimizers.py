@@ -58,7 +58,7 @@ def move_states(optimizer: Optimizer, device: torch.device) -> None:
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                state[key] = value.to(device)
+                state[key] = shards.moved(value, device)
 
 
 def state_tensors(optimizer: Optimizer, names: Sequence[str]) -> dict[str, Tensor]:

@@ -251,14 +251,16 @@ def own_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def shard_of(train: TrainBlock, processes: int | None = None) -> str:
+def shard_of(train: TrainBlock, processes: int | None = None, *, dry: bool = False) -> str:
     """`none`, `ddp` or `fsdp`: how a run spreads. processes: how many there are, None for the launcher's. UserError where that does not fit them or
-    the batch."""
+    the batch. dry: it does not start now, so there may be no launcher."""
     processes = group.launched() if processes is None else processes
     shard = ("none" if processes == 1 else "ddp") if train.shard == "auto" else train.shard
     if shard == "none" and processes > 1:
         raise UserError(f"recipe key train.shard: 'none' runs one process, but the launcher started {processes}; say auto, or leave out the launcher")
-    if shard != "none" and processes == 1:
+    if dry and processes == 1:
+        processes = 1 if train.mesh is None else math.prod(train.mesh)
+    elif shard != "none" and processes == 1:
         raise UserError(f"recipe key train.shard: {shard!r} needs several processes; start it with torchrun or accelerate launch --multi_gpu")
     if train.mesh is not None and shard != "fsdp":
         raise UserError(f"recipe key train.mesh: {list(train.mesh)} is for train.shard: fsdp alone, and this run has {shard!r}")
@@ -273,9 +275,10 @@ def shard_of(train: TrainBlock, processes: int | None = None) -> str:
     return shard
 
 
-def check_launch(train: TrainBlock, processes: int | None = None) -> None:
-    """UserError for what `launch` would refuse. processes: of another machine's launcher, whose devices are not looked for here."""
-    shard_of(train, processes)
+def check_launch(train: TrainBlock, processes: int | None = None, *, dry: bool = False) -> None:
+    """UserError for what `launch` would refuse. processes: of another machine's launcher, whose devices are not looked for here; dry: without asking
+    for a launcher."""
+    shard_of(train, processes, dry=dry)
     if processes is None:
         own_device(train.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -276,7 +277,7 @@ def plan(
     """Check everything a recipe names, or what one stage alone needs. UserError for the first mistake. started: the run has checkpoints,
     which hold all that `student.init` has brought, so that is not opened again. dry: nothing will be built, so a teacher's configurations
     will do, with a warning. processes: of a launcher elsewhere, None for those of this one."""
-    check_launch(recipe.train, processes)
+    check_launch(recipe.train, processes, dry=dry)
     method = distiller_class(recipe.distiller.name)
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     protocol = None if only == "export" else protocol_of(recipe.evaluate)
@@ -301,6 +302,8 @@ def plan(
     if prompts is None and images is None and pairs is not None:
         prompts = pair_folder.weighted_prompts(pairs, pairs.count)
     spread = group.launched() if processes is None else processes
+    if dry and spread == 1 and recipe.train.mesh is not None:  # there is no launcher yet
+        spread = math.prod(recipe.train.mesh)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started, processes=spread)
     foresight.check_grid(recipe, family)
     check_pictures(images, recipe, family)

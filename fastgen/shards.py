@@ -64,10 +64,23 @@ def sharded_like(value: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
+def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy on another device, of a part too, whose mesh stays what it is: FSDP2 offloads so. The tensor itself where nothing changes."""
+    dtype = tensor.dtype if dtype is None else dtype
+    part = own(tensor).to(device, dtype)
+    if not isinstance(tensor, DTensor):
+        return part
+    elsewhere = tensor.detach().clone().to(dtype)
+    elsewhere._local_tensor = part  # type: ignore[attr-defined]
+    return elsewhere
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Collective: the whole tensor, on the device of its mesh."""
     detached = tensor.detach()
-    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+    if not isinstance(detached, DTensor):
+        return detached
+    return moved(detached, detached.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def largest(tensors: Iterable[Tensor]) -> float:

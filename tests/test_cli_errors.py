@@ -425,9 +425,9 @@ def test_a_dry_run_finds_the_mistake_too(name: str, workshop: Path, monkeypatch:
     assert_refused((*arguments, "--dry-run"), words, workshop, monkeypatch, capfd)
 
 
-def test_a_launcher_with_two_processes_is_refused(workshop: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_half_a_launcher_is_refused(workshop: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_refused(train("train.shard=none"), ("recipe key train.shard", "2", "launcher"), workshop, monkeypatch, capfd)
+    assert_refused(train(), ("WORLD_SIZE=2", "MASTER_PORT", "torchrun"), workshop, monkeypatch, capfd)
 
 
 def test_an_output_that_ends_in_dots_does_not_hide_what_it_replaces(

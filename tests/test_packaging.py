@@ -67,7 +67,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_assets(wheel: Path) -> 
     for name in ("assets/digits/model_index.json", "assets/digits_classifier/model.safetensors", "templates/report.html.j2"):
         assert f"fastgen/{name}" in names
     assert sizes["fastgen/assets/digits/transformer/diffusion_pytorch_model.safetensors"] > 1_000_000
-    recipes |= {"fastgen/recipes/README.md"}
+    recipes |= {"fastgen/recipes/README.md", "fastgen/recipes/cluster/README.md"}
     others = {name for name in names - files - recipes - kernels if ".dist-info/" not in name}
     assert others == set()
     metadata = next(name for name in names if name.endswith(".dist-info/entry_points.txt"))

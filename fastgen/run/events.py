@@ -67,6 +67,8 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
         def write_row(step: int, metrics: Metrics) -> None:
             if samples and is_due(step, settings.sample_every):
                 metrics = {**metrics, **samples.draw(step)}
+            if step == settings.steps:
+                metrics = {**metrics, **_straightened(run)}
             if is_due(step, evaluate.every) or is_due(step, settings.sample_every) or is_due(step, settings.checkpoint_every):
                 parallel.lone(lambda: finish_row(step, metrics))
             elif parallel.is_main:  # a line, which nobody waits for
@@ -74,8 +76,6 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
 
         def finish_row(step: int, metrics: Metrics) -> None:
             failures: list[str] = []
-            if step == settings.steps:
-                metrics = {**metrics, **_straightened(run)}
             if is_due(step, evaluate.every):
                 try:
                     metrics = {**metrics, **measured()}

@@ -40,14 +40,14 @@ def command(folder: str, environment: Mapping[str, str], arguments: Sequence[str
 
 
 class Ranks:
-    """Two processes of `fastgen …`, which stand for what a launcher starts; their streams in files of `folder`."""
+    """Two processes of `fastgen …`, which stand for what a launcher starts; their streams in files of `folder`, which is their home too."""
 
     def __init__(self, folder: Path, *each: Sequence[str], before: Mapping[int, Callable[[], None]] | None = None) -> None:
         self.folder = folder
         shared = {"WORLD_SIZE": str(len(each)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         self.processes: list[BaseProcess] = []
         for rank, arguments in enumerate(each):
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "HOME": str(folder)}
             process = FORKS.Process(target=command, args=(str(folder), environment, arguments, (before or {}).get(rank)))
             process.start()
             self.processes.append(process)

@@ -152,3 +152,15 @@ def test_a_mistake_is_said_once(folder: Path, override: str, words: tuple[str, .
     assert ranks.ends(60) == [2, 2]
     one_line(ranks, *words)
     assert not (folder / "run").exists()
+
+
+def test_a_role_that_diverges_is_said_once(folder: Path) -> None:
+    train = (*TRAIN[:2], "optimizer.fake_score.lr=1e12", *TRAIN[2:])
+    ranks = Ranks(folder, train, train)
+    assert ranks.ends(60) == [1, 1]
+    one_line(ranks, "role 'fake_score'", "diverged", "start again with a lower learning rate")
+
+
+def test_a_dry_run_needs_no_launcher(folder: Path) -> None:
+    ranks = Ranks(folder, (*TRAIN[:2], "train.shard=ddp", *TRAIN[2:], "--dry-run"))
+    assert ranks.ends(60) == [0], ranks.err(0)
