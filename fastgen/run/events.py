@@ -172,12 +172,11 @@ class Samples:
         size, parallel = self.run.plan.recipe.train.at_once, self.run.parallel
         starts = range(0, len(self.prompts), size)[parallel.rank :: parallel.world_size]
         own = [generate_pictures(generator, self.prompts[i : i + size], self.seeds[i : i + size], batch=size) for i in starts]
-        return drawn_by_all(own)
+        return drawn_by_all(own, parallel.members)
 
 
-def drawn_by_all(own: list[torch.Tensor]) -> torch.Tensor:
+def drawn_by_all(own: list[torch.Tensor], members: group.Alone) -> torch.Tensor:
     """Batches of pictures that processes have drawn in turn, in their order."""
-    members = group.current()
     if members.world_size == 1:
         return torch.cat(own)
     each = members.gather([drawn.cpu() for drawn in own])
