@@ -45,6 +45,11 @@ class Strategy(ABC):
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
+    @property
+    def members(self) -> group.Alone:
+        """The processes that share its work."""
+        return group.Alone()
+
     def share(self, batch_size: int) -> range:
         """Global sample ids of this process."""
         each = batch_size // self.world_size
@@ -141,6 +146,10 @@ class SeveralProcesses(Strategy):
         super().__init__(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
+    @property
+    def members(self) -> group.Alone:
+        return group.current()
+
     def total(self, value: Tensor) -> Tensor:
         value = value.detach().clone()
         dist.all_reduce(value)
@@ -170,7 +179,7 @@ class SeveralProcesses(Strategy):
         self.any(False)
 
     def lone(self, work: Callable[[], T]) -> T | None:
-        return group.current().lone(work)
+        return self.members.lone(work)
 
 
 class Replicas(SeveralProcesses):

@@ -159,7 +159,7 @@ def _start(
 
 def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> None:
     """Say what the run begins with, and bring its trainer to where it goes on."""
-    began, members = start.began, group.current()
+    began, members = start.began, run.parallel.members
     if began is None:
         progress.stage("identifying teacher and data by their content")
         began = members.lone(lambda: inputs.identify(run.plan))  # first by one: what it finds is known then to others on its machine
@@ -168,7 +168,7 @@ def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> No
     run.began = began
     if start.planned.recipe.data.pairs is not None:
         pairs, batch = load_pairs(run, progress), start.planned.recipe.train.at_once
-        keeping = keeping_of(start.planned, run.parallel.device)
+        keeping = keeping_of(start.planned, run.parallel.device, members)
         data = training.with_pairs(run.data, pairs, start.planned.family, keeping, progress, batch=batch)
         run.trainer.data = data.with_first_pairs(began.pairs)
     if start.chosen is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastgen import checkpoint, conditioning, group, inputs
+from fastgen import checkpoint, conditioning, inputs
 from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import origin_of
@@ -22,6 +22,7 @@ from fastgen.export import Expert, StudentInfo
 from fastgen.families import adapters
 from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
+from fastgen.group import Alone
 from fastgen.licensing import license_of
 from fastgen.parallel import Strategy, launch
 from fastgen.plan import Plan, drawing_of
@@ -108,9 +109,9 @@ class Run:
         return [Expert(role, end) for role, end in whole if role is not None]
 
 
-def keeping_of(plan: Plan, device: torch.device) -> Keeping:
-    """How a run of the plan keeps what it encodes."""
-    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype), group.current())
+def keeping_of(plan: Plan, device: torch.device, members: Alone | None = None) -> Keeping:
+    """How a run of the plan keeps what it encodes, which its processes share."""
+    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype), members or Alone())
 
 
 def build(plan: Plan, progress: Progress) -> Run:
@@ -121,7 +122,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     family.encode_with(parallel.device, plan.frozen_dtype)
     left_out: list[str] = []
     data = training.prepare(
-        family, plan.prompts, plan.images, keeping_of(plan, parallel.device), progress, left_out.append, batch=recipe.train.at_once
+        family, plan.prompts, plan.images, keeping_of(plan, parallel.device, parallel.members), progress, left_out.append, batch=recipe.train.at_once
     )
     for warning in left_out:
         progress.warn(f"warning: {warning}")
@@ -171,7 +172,7 @@ def load_pairs(run: Run, progress: Progress) -> Pairs:
     """The noise-sample pairs that the recipe names: of a folder, or drawn from the teacher now."""
     plan = run.plan
     recipe, asked = plan.recipe, plan.recipe.data.pairs_asked
-    keeping = keeping_of(plan, run.parallel.device)
+    keeping = keeping_of(plan, run.parallel.device, run.parallel.members)
     if plan.pairs is not None:
         return plan.pairs.load(keeping, progress)
     assert asked is not None and asked.count is not None

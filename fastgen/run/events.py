@@ -184,12 +184,11 @@ class Samples:
         if self.run.plan.cut is not None:  # a pass through networks of which each process has a part takes all of them
             for _ in range(math.ceil(len(all_starts) / parallel.world_size) - len(own)):
                 generate_pictures(generator, self.prompts[:size], self.seeds[:size], batch=size)
-        return drawn_by_all(own)
+        return drawn_by_all(own, parallel.members)
 
 
-def drawn_by_all(own: list[torch.Tensor]) -> torch.Tensor:
+def drawn_by_all(own: list[torch.Tensor], members: group.Alone) -> torch.Tensor:
     """Batches of pictures that processes have drawn in turn, in their order."""
-    members = group.current()
     if members.world_size == 1:
         return torch.cat(own)
     each = members.gather([drawn.cpu() for drawn in own])

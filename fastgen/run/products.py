@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from fastgen import checkpoint, group, inputs, report
+from fastgen import checkpoint, inputs, report
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Distiller
 from fastgen.errors import UserError
@@ -26,7 +26,7 @@ from fastgen.run.folder import RunFolder, check_parents, plain
 def finish(run: Run, folder: RunFolder, progress: Progress) -> None:
     """Everything that comes after training. UserError where the student cannot be measured: it lies there whole, with a report that says so,
     and run.json says why under `unmeasured`."""
-    student_dir, members = folder.path / "student", group.current()
+    student_dir, members = folder.path / "student", run.parallel.members
     student = None if run.plan.cut is None else run.averaged()  # whose parts all processes have
     members.lone(lambda: _make_student(run, folder, student_dir, progress, student))
     if members.world_size > 1 and run.plan.protocol is not None:
