@@ -45,7 +45,7 @@ def _with_pairs(run: Run) -> TrainingData:
 
 def of_network(planned: Plan, network: Network) -> Trainer:
     """A trainer of random networks on random data, at the same place; every tensor is made on the recipe's device."""
-    parallel = launch(planned.recipe.train.shard, planned.recipe.train.device)
+    parallel = launch(planned.recipe.train)
     device, family = parallel.device, planned.family
     generator = torch.Generator(device).manual_seed(0)
     cond = {key: torch.randn(PROMPTS, *shape, generator=generator, device=device) for key, shape in network.texts.items()}

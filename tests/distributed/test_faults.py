@@ -101,9 +101,9 @@ def full_for_files() -> None:
 
 
 def full_for_checkpoints() -> None:
-    import fastgen.checkpoint
+    import fastgen.tensor_files
 
-    fastgen.checkpoint.save_file = refuse
+    fastgen.tensor_files.save_file = refuse
 
 
 def test_a_full_disk_on_one_process_ends_all_with_one_line(folder: Path) -> None:
