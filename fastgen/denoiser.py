@@ -135,9 +135,10 @@ class Denoiser(nn.Module):
     def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
         """What follows an optimizer step: where `bias_rate` says so, experts' selection bias moves against their load in the passes of that step.
         total: over all processes, up to a factor."""
-        loads = {name: total(load) for name, load in self._loads.items()}
-        self._loads = {}
-        if loads:
+        if self.bias_rate:  # for all layers, for each process may have passed through others
+            layers = moe.expert_layers(self.backbone)
+            loads = {layer.name: total(self._loads.get(layer.name, torch.zeros_like(layer.selection_bias))) for layer in layers}
+            self._loads = {}
             moe.even_out(self.backbone, loads, self.bias_rate)
 
     @property

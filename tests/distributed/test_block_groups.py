@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from fastgen import across
 from fastgen.surgery import moe
 
 SURGERY = str(Path(__file__).parents[1] / "surgery")
@@ -45,11 +46,25 @@ def shard(network: Any) -> None:
     fully_shard(network)
 
 
+def total(value: Tensor) -> Tensor:
+    found = value.clone()
+    dist.all_reduce(found)
+    return found
+
+
 def process(rank: int, store: str) -> None:
     alone = [gradient(other, lambda _: None) for other in range(2)]  # before there is another process
     assert [2, 0] in alone[0][0] + alone[1][0] and alone[0][0] != alone[1][0]  # one skips what the other runs
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     try:
+        with across.parts(total, 2):  # as replicas are, which run what either's samples keep
+            _, grads = gradient(rank, lambda _: None)
+        union = alone[0][1].keys() | alone[1][1].keys()
+        assert grads.keys() == union
+        for name in sorted(union):
+            both = total(grads[name])
+            expected = sum(found[1].get(name, torch.zeros(())) for found in alone)
+            assert networks.largest(both, expected) <= 1e-9 * max(1.0, float(both.abs().max())), name
         _, grads = gradient(rank, shard)
         for name, grad in grads.items():
             each = [found[1].get(name, torch.zeros(())) for found in alone]

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastgen import across
 from fastgen.errors import UserError
 from fastgen.surgery.moe.layer import Router
 from fastgen.surgery.moe.routing import Routing
@@ -37,11 +38,12 @@ class Groups:
 
 class Choice(NamedTuple):
     """keep: (B, m) bool; is_kept: the same, by block, where Python can see it; gates: (B, m), 0 in value, with the gradient of kept blocks'
-    probabilities; None where nothing has one."""
+    probabilities; None where nothing has one; runs: whether any sample of the whole batch, of which other processes may hold parts, keeps a block."""
 
     keep: Tensor
     is_kept: list[list[bool]]
     gates: Tensor | None
+    runs: list[bool]
 
 
 class BlockRouter(nn.Module):
@@ -72,7 +74,9 @@ class BlockRouter(nn.Module):
         is_kept = [[True] * len(keep)] * self.size if runs_all else keep.T.tolist()
         # Inside torch.func a tensor does not say whether the weights outside want a gradient.
         has_gradient = torch.is_grad_enabled() and (probabilities.requires_grad or self.tokens.weight.requires_grad)
-        self.choice = Choice(keep, is_kept, _Opened.apply(probabilities) * keep if has_gradient else None)  # type: ignore[operator]
+        gates: Any = _Opened.apply(probabilities) * keep if has_gradient else None  # type: ignore[operator]
+        runs = [True] * self.size if runs_all else (across.batch_total(keep.any(0).float()) > 0).tolist()
+        self.choice = Choice(keep, is_kept, gates, runs)
         if self.records is not None:
             counts = keep.sum(0).float()
             self.records.append(Routing(self.name, probabilities, counts, counts.new_zeros(())))
@@ -111,7 +115,7 @@ class Membership(NamedTuple):
 
 class GroupedBlock(nn.Module):
     """Mixed into a subclass of a block's class. A sample that skips the block has its streams as they were, to the bit; a block that none of a
-    batch's samples keeps does not run, unless processes train shards of it; otherwise it runs for all of them, and its outputs count for those that
+    batch's samples keeps, on any process, does not run, unless processes train shards of it; otherwise it runs for all of them, and its outputs count for those that
     keep it."""
 
     membership: Membership
@@ -126,7 +130,7 @@ class GroupedBlock(nn.Module):
         if index == router.size - 1:
             router.choice = None
         out: list[Tensor] = [given[name] for name in streams.outputs]
-        if any(choice.is_kept[index]) or _others_may_train(self):
+        if choice.runs[index] or _others_may_train(self):
             after = super().forward(*args, **kwargs)
             assert isinstance(after, tuple) == (len(out) > 1), f"{type(self).__name__} gives other streams than `streams` says"
             pairs = zip(out, after if isinstance(after, tuple) else (after,), strict=True)
@@ -135,8 +139,8 @@ class GroupedBlock(nn.Module):
 
 
 def _others_may_train(block: nn.Module) -> bool:
-    """Whether another process may run this block for a gradient: without one from here too, sharded weights wait for it forever. Replicas do not:
-    a block that no process's samples keep has no gradient on any, as in one process."""
+    """Whether another process may run this block for a gradient: without one from here too, sharded weights wait for it forever, also where
+    `train.micro_batch` makes each process's samples a batch of their own."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return False
     from torch.distributed.fsdp import FSDPModule
