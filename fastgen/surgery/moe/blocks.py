@@ -115,8 +115,8 @@ class Membership(NamedTuple):
 
 class GroupedBlock(nn.Module):
     """Mixed into a subclass of a block's class. A sample that skips the block has its streams as they were, to the bit; a block that none of a
-    batch's samples keeps, on any process, does not run, unless processes train shards of it; otherwise it runs for all of them, and its outputs count for those that
-    keep it."""
+    batch's samples keeps, on any process, does not run, unless processes train shards of it; otherwise it runs for all of them, and its outputs
+    count for those that keep it."""
 
     membership: Membership
 
