@@ -147,7 +147,7 @@ def _cell(values: list[float]) -> str:
         return "–"
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
-    return f"{mean:.3g} ± {spread:.2g}" if spread else f"{mean:.3g}"
+    return f"{mean:.3g} ± {spread:.2g}" if spread > 1e-9 * abs(mean) else f"{mean:.3g}"
 
 
 if __name__ == "__main__":
