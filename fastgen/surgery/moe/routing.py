@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen import across
+
 
 def token_choice(probabilities: Tensor, bias: Tensor, active: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """(ids, gates), each (T, active): the experts with the highest probability, (T, E), plus bias, (E,), which gates do not see."""
@@ -87,24 +89,30 @@ def by_time(routings: Iterable[Routing], fraction: Tensor, parts: int = 4) -> di
     entropy over that of a router without opinion, and the share of tokens without a routed expert, `entropy_t0`, `dropped_t0`; NaN where
     no sample is in that part. fraction: (B,) in [0, 1], of the passes' samples."""
     part = (fraction * parts).long().clamp(max=parts - 1)
-    found: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(parts)] for name in ("busiest", "entropy", "dropped")}
-    for routing in routings:
-        if routing.chosen is None:
-            continue
-        num, p = routing.probabilities.shape[-1], routing.probabilities.detach()
-        of_samples = {
-            "busiest": routing.chosen.view(len(part), -1, num).sum(1).float(),
-            "entropy": -torch.xlogy(p, p).sum(-1).view(len(part), -1).mean(1) / math.log(max(2, num)),
-            "dropped": (~routing.chosen.any(1)).float().view(len(part), -1).mean(1),
-        }
-        for i in range(parts):
-            inside = (part == i).to(p.dtype)
-            load = inside.to(torch.float32) @ of_samples["busiest"]
-            found["busiest"][i].append(num * load.max() / load.sum())
-            for name in ("entropy", "dropped"):
-                found[name][i].append((inside * of_samples[name]).sum() / inside.sum())
+    kept = [routing for routing in routings if routing.chosen is not None]
+    if not kept:
+        return {}
+    inside = torch.stack([part == i for i in range(parts)]).to(kept[0].probabilities.dtype)  # (parts, B)
+    sums = [inside @ _of_samples(routing, len(part)) for routing in kept]  # (parts, E + 3)
+    sums = across.batch_total(torch.cat(sums, 1)).split([each.shape[1] for each in sums], 1)
+    found: dict[str, list[Tensor]] = {"busiest": [], "entropy": [], "dropped": []}
+    for each in sums:
+        load, entropy, dropped, samples = each.split([each.shape[1] - 3, 1, 1, 1], 1)
+        found["busiest"].append(load.shape[1] * load.amax(1) / load.sum(1))
+        found["entropy"].append((entropy / samples)[:, 0])
+        found["dropped"].append((dropped / samples)[:, 0])
     joined = {"busiest": torch.amax, "entropy": torch.mean, "dropped": torch.mean}
-    return {f"{name}_t{i}": joined[name](torch.stack(each), 0) for name, some in found.items() for i, each in enumerate(some) if each}
+    return {f"{name}_t{i}": value for name, some in found.items() for i, value in enumerate(joined[name](torch.stack(some), 0).unbind())}
+
+
+def _of_samples(routing: Routing, count: int) -> Tensor:
+    """(B, E + 3) of `count` samples: tokens that went to each expert, entropy, the share of tokens without one, and 1."""
+    assert routing.chosen is not None
+    p = routing.probabilities.detach()
+    load = routing.chosen.view(count, -1, p.shape[-1]).sum(1).to(p.dtype)
+    entropy = -torch.xlogy(p, p).sum(-1).view(count, -1).mean(1) / math.log(max(2, p.shape[-1]))
+    dropped = (~routing.chosen.any(1)).to(p.dtype).view(count, -1).mean(1)
+    return torch.cat([load, torch.stack([entropy, dropped, torch.ones_like(dropped)], 1)], 1)
 
 
 def balance_loss(routings: Iterable[Routing]) -> Tensor:
