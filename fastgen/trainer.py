@@ -107,9 +107,11 @@ class Trainer:
             self.release(name)
 
     def release(self, name: str) -> None:
-        """Free a role that no step asks."""
+        """Free a role that no step asks, and what trained it."""
         self.roles.release(name)
         del self.models[name]
+        self.optimizers.pop(name, None)
+        self.parameters.pop(name, None)
 
     def _span(self, name: str) -> tuple[int, int]:
         """(first, count) of the student steps in which a role trains."""

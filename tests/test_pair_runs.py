@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen import checkpoint, cli, run
+from fastgen import cli, run
 from fastgen.config import Recipe
 from fastgen.data.prompts import load_prompts
 from fastgen.errors import UserError
 from fastgen.plan import plan
 from fastgen.runlog import read_rows
+from fastgen.saving import Saver
 
 SMALL = ["train.batch_size=4", "train.steps=2", "train.checkpoint_every=1", "evaluate.protocol=null", "train.device=cpu", "distiller.straightness=0"]
 
@@ -68,14 +69,14 @@ def test_who_draws_needs_prompts(overrides: list[str]) -> None:
 @pytest.mark.parametrize(("method", "kept"), [("reflow", {"student"}), ("{name: slimflow, two_step: {}}", {"student", "teacher"})])
 def test_a_teacher_that_has_drawn_the_pairs_is_released(method: str, kept: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
-    save = checkpoint.save
+    save = Saver.save
 
-    def saving(folder: Path, trainer: Any, *arguments: Any, **named: Any) -> Path:
+    def saving(saver: Saver, trainer: Any, *arguments: Any, **named: Any) -> None:
         assert trainer.models.keys() == trainer.roles.keys()
         seen.append(set(trainer.roles))
-        return save(folder, trainer, *arguments, **named)
+        save(saver, trainer, *arguments, **named)
 
-    monkeypatch.setattr(checkpoint, "save", saving)
+    monkeypatch.setattr(Saver, "save", saving)
     block = f"distiller={method}" if method.startswith("{") else f"distiller.name={method}"
     keys = [block, "data.pairs=8", "train.sample_every=1"]
     whole = run.train(recipe(*keys), tmp_path / "run", only="train")

@@ -244,7 +244,10 @@ def test_a_shipped_recipe_is_planned_from_its_teachers_configurations(
     data: dict[str, Any] = {key: value if value is None else str(made(tmp_path, row.prompts)) for key, value, made in given(shipped)}
     if (pairs := shipped.data.pairs_asked) is not None:  # drawn by the tiny teacher, for those of the recipe's own are not here
         data |= {"pairs": pairs.model_dump(by_alias=True) | {"from": "teacher", "count": 8}}
-    recipe = validate(Recipe, shipped.dump() | {"teacher": teacher, "data": data})
+    asked = shipped.dump() | {"teacher": teacher, "data": data}
+    if (modulation := (asked["student"].get("moe") or {}).get("modulation")) is not None:
+        modulation["rank"] = 4  # which the tiny network's layers have too
+    recipe = validate(Recipe, asked)
     outcome = dry_run(recipe, tmp_path / "run")
     assert len(outcome["grid"]) == shipped.student.steps
     assert outcome["roles"]["student"]["trains"] > 0
