@@ -131,7 +131,7 @@ def table(world: str, rows: Rows, quality: Rows) -> str:
     for name, own in {f"dense, the teacher in {steps} steps": teacher, **groups}.items():
         if own:
             dense = not any(row["name"] == "active_share" for row in own)
-            cells = [_cell(_values(own, metric, dense=dense)) for metric in shown]
+            cells = [kept.in_words(_values(own, metric, dense=dense)) for metric in shown]
             lines.append(f"| {name} | {' | '.join(cells)} | {len({row['seed'] for row in own})} |")
     return "\n".join(lines)
 
@@ -140,14 +140,6 @@ def _values(rows: Rows, metric: str, *, dense: bool) -> list[float]:
     if metric == "images_per_second":
         return [1000 / value for value in _values(rows, "seconds_per_1000_images", dense=dense)]
     return [1.0] if metric == "active_share" and dense else [row["value"] for row in rows if row["name"] == metric]
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "–"
-    mean = sum(values) / len(values)
-    spread = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
-    return f"{mean:.3g} ± {spread:.2g}" if spread > 1e-9 * abs(mean) else f"{mean:.3g}"
 
 
 if __name__ == "__main__":

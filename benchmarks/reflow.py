@@ -84,16 +84,10 @@ def table(world: str, rows: Rows) -> str:
     for name in variants(world):
         own = [row for row in rows if row["model"] == name]
         if own:
-            cells = [_cell([row["value"] for row in own if row["name"] == metric]) for metric in shown]
-            cells.append(_cell([1000 / row["value"] for row in own if row["name"] == "seconds_per_1000_images"]))
+            cells = [kept.in_words([row["value"] for row in own if row["name"] == metric]) for metric in shown]
+            cells.append(kept.in_words([1000 / row["value"] for row in own if row["name"] == "seconds_per_1000_images"]))
             lines.append(f"| {name} | {' | '.join(cells)} | {len({row['seed'] for row in own})} |")
     return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    mean = sum(values) / len(values)
-    spread = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
-    return f"{mean:.3g} ± {spread:.2g}" if len(values) > 1 else f"{mean:.3g}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,14 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def in_words(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, where there is one."""
+    if not values:
+        return "–"
+    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean:.3g} ± {spread:.2g}" if spread > 1e-9 * abs(mean) else f"{mean:.3g}"
+
+
 def over_seeds(runs: Iterable[Rows]) -> Rows:
     """Mean and standard deviation over seeds of each metric of one recipe, one list of rows a seed; over the seeds that have it."""
     same: dict[tuple[str, int | None], Rows] = {}
