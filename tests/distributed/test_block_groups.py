@@ -25,15 +25,27 @@ networks: Any = importlib.import_module("moe_networks")
 pytestmark = pytest.mark.distributed
 
 
-def gradient(rank: int, wrap: Any) -> tuple[list[list[float]], dict[str, Tensor]]:
-    """What each group's samples kept, and the parameters' gradients, of a batch of its own for each process."""
+def made(rank: int, wrap: Any) -> tuple[Any, Tensor]:
+    """A network in groups, and a batch of its own for each process."""
     denoiser, routers = networks.grouped("pixart", 1)
     for router in routers:
         torch.nn.init.zeros_(router.modulation.weight)  # the time is the same in both processes
     denoiser.network.requires_grad_(True)
     wrap(denoiser.network)
+    return denoiser, denoiser.x + 30 * (2 * rank - 1)
+
+
+@torch.no_grad()
+def prediction(rank: int, wrap: Any) -> Tensor:
+    denoiser, x = made(rank, wrap)
+    return denoiser.call(x, denoiser.t)
+
+
+def gradient(rank: int, wrap: Any) -> tuple[list[list[float]], dict[str, Tensor]]:
+    """What each group's samples kept, and the parameters' gradients."""
+    denoiser, x = made(rank, wrap)
     with moe.recording_blocks(denoiser.network) as choices:
-        denoiser.call(denoiser.x + 30 * (2 * rank - 1), denoiser.t).square().sum().backward()
+        denoiser.call(x, denoiser.t).square().sum().backward()
     grads = {name: p.grad for name, p in denoiser.network.named_parameters() if p.grad is not None}
     return [choice.counts.tolist() for choice in choices], grads
 
@@ -55,6 +67,7 @@ def total(value: Tensor) -> Tensor:
 def process(rank: int, store: str) -> None:
     alone = [gradient(other, lambda _: None) for other in range(2)]  # before there is another process
     assert [2, 0] in alone[0][0] + alone[1][0] and alone[0][0] != alone[1][0]  # one skips what the other runs
+    drawn = prediction(rank, lambda _: None)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     try:
         with across.parts(total, 2):  # as replicas are, which run what either's samples keep
@@ -72,6 +85,7 @@ def process(rank: int, store: str) -> None:
             full: Any = grad
             assert networks.largest(full.full_tensor(), expected) <= 1e-9 * max(1.0, float(expected.abs().max())), name
         assert len(grads) == len(alone[0][1].keys() | alone[1][1].keys())
+        assert networks.largest(prediction(rank, shard), drawn) <= 1e-9  # without gradients weights are gathered too
         dist.barrier()  # gloo aborts a process that still listens to one that has gone
     finally:
         dist.destroy_process_group()
