@@ -7,15 +7,15 @@ is too high, and the next term that asks this role shows it. What a role's weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fastgen import shards
 from fastgen.data.training import Batch
 from fastgen.ema import EMA
 from fastgen.roles import Role, Roles
+from fastgen.shards import largest
 
 # Multiples of a role's largest weight at the start. Fine-tuning moves it by little, and adapters, which start small, by less than a
 # hundred; Adam moves every weight by the learning rate a step, so a rate that is too high passes both soon.
@@ -27,11 +27,6 @@ class Diagnosis(NamedTuple):
 
     reason: str
     role: str | None = None
-
-
-def largest(tensors: Iterable[Tensor]) -> float:
-    """The largest absolute value; not finite where any value is not. One number leaves the device."""
-    return shards.largest(tensors)
 
 
 def of_inputs(inputs: Mapping[str, Tensor]) -> Diagnosis | None:
@@ -84,4 +79,4 @@ def inputs_of(batch: Batch, negative: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _first(tensors: Mapping[str, Tensor]) -> str:
-    return next(name for name, tensor in tensors.items() if not math.isfinite(shards.largest([tensor])))
+    return next(name for name, tensor in tensors.items() if not math.isfinite(largest([tensor])))

@@ -63,6 +63,11 @@ class Alone:
         """What each process has, in the order of ranks. Any object of ours; the processes have `join`ed."""
         return [own]
 
+    def in_turn(self, own: list[T]) -> list[T]:
+        """Of a list that processes share by dealing it out, `all[rank::world_size]` to each, what each has made of its items: in the list's order."""
+        each = self.gather(own)
+        return [each[i % len(each)][i // len(each)] for i in range(sum(map(len, each)))]
+
 
 class Member(Alone):
     """This process among the others. store: what all of them read and write."""

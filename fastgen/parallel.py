@@ -105,10 +105,10 @@ class Strategy(ABC):
     def barrier(self) -> None:
         """Wait until every process has come here."""
 
-    @abstractmethod
     def lone(self, work: Callable[[], T]) -> T | None:
         """Have the main process do it while the others wait, for as long as it takes; its result there, None elsewhere. What it raises is raised
         everywhere."""
+        return self.members.lone(work)
 
 
 class SingleProcess(Strategy):
@@ -134,9 +134,6 @@ class SingleProcess(Strategy):
 
     def barrier(self) -> None:
         return
-
-    def lone(self, work: Callable[[], T]) -> T | None:
-        return work()
 
 
 class SeveralProcesses(Strategy):
@@ -177,9 +174,6 @@ class SeveralProcesses(Strategy):
 
     def barrier(self) -> None:
         self.any(False)
-
-    def lone(self, work: Callable[[], T]) -> T | None:
-        return self.members.lone(work)
 
 
 class Replicas(SeveralProcesses):
@@ -260,16 +254,21 @@ def own_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
+def processes_of(train: TrainBlock, processes: int | None = None, *, dry: bool = False) -> int:
+    """How many processes share a run: as many as are given, else as the launcher has started; of a dry run without a launcher, as its mesh has."""
+    found = group.launched() if processes is None else processes
+    return math.prod(train.mesh) if dry and found == 1 and train.mesh is not None else found
+
+
 def shard_of(train: TrainBlock, processes: int | None = None, *, dry: bool = False) -> str:
     """`none`, `ddp` or `fsdp`: how a run spreads. processes: how many there are, None for the launcher's. UserError where that does not fit them or
     the batch. dry: it does not start now, so there may be no launcher."""
-    processes = group.launched() if processes is None else processes
-    shard = ("none" if processes == 1 else "ddp") if train.shard == "auto" else train.shard
-    if shard == "none" and processes > 1:
-        raise UserError(f"recipe key train.shard: 'none' runs one process, but the launcher started {processes}; say auto, or leave out the launcher")
-    if dry and processes == 1:
-        processes = 1 if train.mesh is None else math.prod(train.mesh)
-    elif shard != "none" and processes == 1:
+    started = processes_of(train, processes)
+    processes = processes_of(train, processes, dry=dry)
+    shard = ("none" if started == 1 else "ddp") if train.shard == "auto" else train.shard
+    if shard == "none" and started > 1:
+        raise UserError(f"recipe key train.shard: 'none' runs one process, but the launcher started {started}; say auto, or leave out the launcher")
+    if shard != "none" and started == 1 and not dry:
         raise UserError(f"recipe key train.shard: {shard!r} needs several processes; start it with torchrun or accelerate launch --multi_gpu")
     if train.mesh is not None and shard != "fsdp":
         raise UserError(f"recipe key train.mesh: {list(train.mesh)} is for train.shard: fsdp alone, and this run has {shard!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastgen import checkpoint, export, foresight, group
+from fastgen import checkpoint, export, foresight
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data import pair_folder
@@ -37,7 +36,7 @@ from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.optimizers import check_optimizer
-from fastgen.parallel import Cut, check_launch, choose_device
+from fastgen.parallel import Cut, check_launch, choose_device, processes_of
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 from fastgen.surgery import compiled, formats
 from fastgen.surgery.held import Storage
@@ -301,9 +300,7 @@ def plan(
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     if prompts is None and images is None and pairs is not None:
         prompts = pair_folder.weighted_prompts(pairs, pairs.count)
-    spread = group.launched() if processes is None else processes
-    if dry and spread == 1 and recipe.train.mesh is not None:  # there is no launcher yet
-        spread = math.prod(recipe.train.mesh)
+    spread = processes_of(recipe.train, processes, dry=dry)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started, processes=spread)
     foresight.check_grid(recipe, family)
     check_pictures(images, recipe, family)
@@ -557,10 +554,7 @@ def _check_experts(planned: Plan) -> None:
         raise UserError(f"recipe key student.moe: {said}")
     if planned.shrink is not None:
         raise UserError("recipe key student.moe: the student has fewer blocks than its teacher (student.shrink); remove one of them")
-    network = planned.family.load_backbone(meta=True)
-    planned.experts.layers(network, planned.family.blocks(network))
-    if planned.experts.groups or planned.experts.slim:
-        conversion.converted(network, planned.family.blocks(network), planned.experts)
+    planned._converted()
 
 
 def _check_networks(planned: Plan) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fastgen import group
 from fastgen.activations import step_bytes
 from fastgen.config import Recipe, Tuning, apply_override, validate
 from fastgen.errors import UserError, shown
 from fastgen.families import resolve_source
 from fastgen.families.components import read_index
 from fastgen.memory import Held, data_bytes, gathered_bytes, held
+from fastgen.parallel import processes_of
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
 from fastgen.roles import build_roles
@@ -163,7 +163,7 @@ def changes_that_fit(
 
 def _of_one(recipe: Recipe, processes: int | None) -> Recipe:
     """A recipe with the share of the batch that one process has."""
-    share = recipe.train.batch_size // (group.launched() if processes is None else processes)
+    share = recipe.train.batch_size // processes_of(recipe.train, processes, dry=True)
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": share})})
 
 

@@ -25,6 +25,7 @@ from fastgen.optimizers import make_optimizer, states_on
 from fastgen.parallel import Strategy
 from fastgen.rng import SampleRng
 from fastgen.roles import Roles
+from fastgen.shards import largest
 
 Metrics = dict[str, float]
 
@@ -57,7 +58,7 @@ class Trainer:
             self.parallel.prepare(role)
         self.models = self.roles.predictors()
         self.parameters = {name: list(role.parameters().values()) for name, role in self.roles.trained.items()}
-        self.begun = {name: divergence.largest(own) for name, own in self.parameters.items()}  # largest weights, by role
+        self.begun = {name: largest(own) for name, own in self.parameters.items()}  # largest weights, by role
         self.optimizers = {name: make_optimizer(self.optimizer_blocks[name], own) for name, own in self.parameters.items()}
         averaged = {name: role for name, role in self.roles.items() if role.spec.averaged}
         self.ema = Averages({name: EMA(role.parameters(), self.settings.ema, self.settings.ema_device) for name, role in averaged.items()})

@@ -124,13 +124,10 @@ class Keeping:
         own = cuts[self.members.rank :: self.members.world_size]
         if own:
             self._counted(encoder, progress, own, lambda ids, tell: parts.append(dict(self._narrowed(encoder, ids, tell).tensors)))
-        if self.members.world_size == 1:
-            return parts
-        each = self.members.gather((parts, encoder.left_out))
         if encoder.left_out is not None:
-            for _, left_out in each:
-                encoder.left_out.update(left_out or {})
-        return [each[cut % len(each)][0][cut // len(each)] for cut in range(len(cuts))]
+            for left_out in self.members.gather(encoder.left_out):
+                encoder.left_out.update(left_out)
+        return self.members.in_turn(parts)
 
     def _place(self, encoder: Encoder) -> Path:
         assert self.folder is not None

@@ -16,7 +16,6 @@ from fastgen.data.encoders import origin_of
 from fastgen.data.pair_folder import kept_before
 from fastgen.data.pairs import Pairs, drawn_prompts
 from fastgen.denoiser import Denoiser, Predictor
-from fastgen.divergence import largest
 from fastgen.errors import UserError
 from fastgen.export import Expert, StudentInfo
 from fastgen.families import adapters
@@ -30,6 +29,7 @@ from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
 from fastgen.run.calibration import measured, with_kept
 from fastgen.run.straightened import straightness_of
+from fastgen.shards import largest
 from fastgen.surgery.compiled import compile_blocks
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Trainer

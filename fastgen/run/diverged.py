@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastgen import checkpoint
-from fastgen.divergence import DIVERGED, SUSPICIOUS, largest
+from fastgen.divergence import DIVERGED, SUSPICIOUS
 from fastgen.errors import TrainingFailed
+from fastgen.shards import largest
 from fastgen.trainer import Trainer
 
 

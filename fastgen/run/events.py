@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -184,15 +183,7 @@ class Samples:
         if self.run.plan.cut is not None:  # a pass through networks of which each process has a part takes all of them
             for _ in range(math.ceil(len(all_starts) / parallel.world_size) - len(own)):
                 generate_pictures(generator, self.prompts[:size], self.seeds[:size], batch=size)
-        return drawn_by_all(own, parallel.members)
-
-
-def drawn_by_all(own: list[torch.Tensor], members: group.Alone) -> torch.Tensor:
-    """Batches of pictures that processes have drawn in turn, in their order."""
-    if members.world_size == 1:
-        return torch.cat(own)
-    each = members.gather([drawn.cpu() for drawn in own])
-    return torch.cat([part for turn in zip_longest(*each) for part in turn if part is not None])
+        return torch.cat(parallel.members.in_turn(own))
 
 
 def _straightened(run: Run) -> Metrics:
