@@ -23,6 +23,12 @@ LORA = "student.tune={lora: {rank: 4}}"
 KEYS = ("train.batch_size=4", "train.steps=3", "train.sample_every=0", "train.device=cpu", "evaluate.protocol=null")
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another run compiled for another ATEN_CPU_CAPABILITY is found in torch's cache all the same, and does not compile for this one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+
+
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are traced and guarded as when they are compiled, but then run as they were traced: a tenth of the time."""
