@@ -49,13 +49,14 @@ class Live(TorchDispatchMode):
 
 
 def step_bytes(planned: Plan, step: int) -> int:
-    """The most that a student step holds at one time beside what it holds all along: of its updates, the one that needs most. Gradients are
-    among it, but where processes keep parts of networks: there a block's are gone, but for this process's part, when the next block's come."""
-    recipe, family, cut = planned.recipe, planned.family, planned.cut
-    size = planned.at_once
+    """The most that a student step holds at one time beside what it holds all along: of its updates, the one that needs most, at the largest of
+    several sizes. Gradients are among it, but where processes keep parts of networks: there a block's are gone, but for this process's part, when
+    the next block's come."""
+    recipe, place, cut = planned.recipe, planned.largest, planned.cut
+    family, size = planned.families[place], planned.at_once
     micro_batches = -(-recipe.train.batch_size // planned.processes // size)
     cond = _filled(family.meta_conditioning(size))
-    setting = planned.setting({key: value[:1] for key, value in cond.items()})
+    setting = planned.setting({key: value[:1] for key, value in cond.items()}, place=place)
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
     network = family.load_backbone(meta=True)
     kept_narrow = planned.storage.dtype == "bf16" or planned.storage.quantise is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.config import Recipe
-from fastgen.data.encoded import Keeping
+from fastgen.data.encoded import Encoder, Keeping
 from fastgen.data.encoders import of_images, of_prompts
 from fastgen.data.images import CaptionedImages, images_of
 from fastgen.data.latents import LatentImages
@@ -30,7 +30,7 @@ from fastgen.parallel import choose_device
 from fastgen.plan import autocast_of, check_pictures, check_texts, drawing, frozen_dtype_of, pinned, plan, storage_of
 from fastgen.progress import Progress
 from fastgen.roles import build_roles, frozen
-from fastgen.run.building import keeping_of
+from fastgen.run.building import image_keepings, keeping_of
 from fastgen.sampling import Predict
 
 
@@ -54,6 +54,9 @@ def cache_pairs(
     of the same drawing is continued, also to a larger count. UserError before anything is written.
     """
     progress, recipe = progress or Progress(), pinned(recipe)
+    if given := [key for key, value in {"student.sizes": recipe.student.sizes, "data.buckets": recipe.data.buckets}.items() if value is not None]:
+        said = "a folder holds pairs of one size; give teacher.size in its place, or have a run draw them of every size (data.pairs: a number)"
+        raise UserError(f"recipe key {given[0]}: {said}")
     images = images_of(recipe.data)
     if recipe.data.prompts is None and images is None:
         raise UserError("recipe key data.prompts: missing; pairs are drawn for prompts, or for the captions of data.images")
@@ -146,7 +149,16 @@ def _latents(
 
 
 def cache_encoded(kind: Kind, recipe: Recipe, output: Path, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None) -> tuple[Store, int]:
-    """Encode a recipe's prompts or images into the folder `output`, for data.store; returns the store and how many of its rows are new.
+    """`cache_each` where it makes one store."""
+    (made,) = cache_each(kind, recipe, output, part=part, progress=progress)
+    return made
+
+
+def cache_each(
+    kind: Kind, recipe: Recipe, output: Path, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None
+) -> list[tuple[Store, int]]:
+    """Encode a recipe's prompts or images into the folder `output`, for data.store; returns the store and how many of its rows are new, of images
+    of several sizes those of each, in a folder `HxW` of its own.
 
     Archives that lie elsewhere are fetched into `output/archives` first, which nothing needs afterwards.
     part: i of n, from 0 on, whose shards alone are made; the whole is the same whoever makes which. What is there already is read and kept, and
@@ -163,13 +175,19 @@ def cache_encoded(kind: Kind, recipe: Recipe, output: Path, *, part: tuple[int, 
     if kind == "latents" and not isinstance(planned.images, CaptionedImages):
         why = "missing" if planned.images is None else f"{recipe.data.images!r} holds latents already"
         raise UserError(f"recipe key data.images: {why}; there are no pictures to encode")
-    keeping, batch = keeping_of(planned, choose_device(recipe.train.device)), recipe.train.at_once
-    planned.family.encode_with(keeping.device, planned.frozen_dtype)
-    if kind == "latents":
-        assert isinstance(planned.images, CaptionedImages)
-        encoder = of_images(planned.family, planned.images, keeping.device, batch)
-    else:
+    device, batch = choose_device(recipe.train.device), recipe.train.at_once
+    planned.family.encode_with(device, planned.frozen_dtype)
+    if kind == "prompts":
         encoder = of_prompts(planned.family, list(prompt_weights(planned.prompts, planned.images)), batch)
+        return [_filled(keeping_of(planned, device), encoder, part, progress)]
+    made = []
+    for family, images, keeping in zip(planned.families, planned.divided or [planned.images], image_keepings(planned, device), strict=True):
+        assert isinstance(images, CaptionedImages)
+        made.append(_filled(keeping, of_images(family, images, device, batch), part, progress))
+    return made
+
+
+def _filled(keeping: Keeping, encoder: Encoder, part: tuple[int, int], progress: Progress) -> tuple[Store, int]:
     kept, new = keeping.fill(encoder, progress, part, thorough=True)
     for place, why in (kept.left_out() if not kept.missing() else {}).items():
         progress.warn(f"warning: recipe key data.images: image {place} is left out: {why}")

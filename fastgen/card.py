@@ -234,9 +234,12 @@ def model_card(manifest: dict[str, Any]) -> str:
     experts = [_experts_text(manifest), ""] if "experts" in manifest else []
     unfinished = [unfinished_text(manifest), ""] if "unfinished" in manifest else []
     comfy = ["", _comfy_text(manifest)] if manifest.get("comfyui") else []
+    sizes = ["", _sizes_text(manifest)] if manifest.get("sizes") else []
     base = [_base_text(teacher["pretrained"]), ""] if manifest["weights"] == "lora" and not on_hub else []
     snippet = f"```python\n{call_snippet(manifest)}```"
-    return "\n".join([*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, *base, how, "", snippet, *comfy, ""])
+    return "\n".join(
+        [*header, f"# {method}, {manifest['steps']}-step", "", what, "", *unfinished, *experts, *base, how, "", snippet, *sizes, *comfy, ""]
+    )
 
 
 def _lora_text(lora: Sequence[dict[str, Any]], weights: str) -> str:
@@ -247,6 +250,19 @@ def _lora_text(lora: Sequence[dict[str, Any]], weights: str) -> str:
         return f"{text}, which is merged into these weights."
     both = "the student's adapter goes on top, so the code below loads both"
     return f"{text}; {both}. `{TEACHER_LORA}/` holds the teacher's, whose licence is its author's."
+
+
+def _sizes_text(manifest: dict[str, Any]) -> str:
+    """The other sizes, by what of the call differs."""
+    first, lines = manifest["call"], []
+    for each in manifest["sizes"]:
+        told = ", ".join(
+            f"{_identifier(key)}={value!r}" for key, value in each["call"].items() if key in ("height", "width") or first.get(key) != value
+        )
+        lines.append(f"- `{told}`, at times {[round(t, 4) for t in each['grid']]}")
+    alike = all(each["grid"] == manifest["grid"] for each in manifest["sizes"])
+    why = "" if alike else " Its scheduler shifts the times by the size, as the pipeline tells it, so nothing else need be passed."
+    return "\n".join([f"It was trained at these sizes, and draws each with its own height and width in the same call.{why}", "", *lines])
 
 
 def _comfy_text(manifest: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from fastgen.cli_evaluate import MOST_STEPS, evaluate
+from fastgen.cli_evaluate import MOST_STEPS, evaluate, size_of
 from fastgen.cli_gallery import gallery
 from fastgen.cli_straightness import straightness
 from fastgen.errors import TrainingFailed, UserError, one_line
@@ -181,6 +181,7 @@ def sample(
     output: Annotated[Path, typer.Option(help="PNG file; of videos it gets a film strip, and a .webp file beside it moves.")],
     steps: Annotated[Optional[int], typer.Option(min=1, max=MOST_STEPS, help="Network evaluations (default: the student's).")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture; the next ones count up.")] = 0,
+    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of a student of several sizes (default: its first).")] = None,  # noqa: UP045
     native: Annotated[bool, typer.Option("--native", help="As its pipeline draws, where it is made for a sampler of fastgen's own.")] = False,
     first_step_from_teacher: Annotated[
         Optional[int],  # noqa: UP045
@@ -205,13 +206,14 @@ def sample(
         raise UserError(f"--output: {str(output)!r} must end in .png")
     check_writable_file(output, "--output")
     terminal.quiet()
-    student = load_student(student_dir, teacher_dir=teacher_dir)
+    chosen = size_of(size)
+    student = load_student(student_dir, teacher_dir=teacher_dir).at_size(chosen)
     student = student if native else student.with_own_sampler()
     for warning in student.family.legibility(prompt).check("--prompt"):
         terminal.warn(warning)
     if first_step_from_teacher is not None:
         student.times_after_first(steps)  # refuses before the teacher is loaded
-        teacher = load_teacher_of(student_dir, guidance=guidance, teacher_dir=teacher_dir)
+        teacher = load_teacher_of(student_dir, guidance=guidance, size=chosen, teacher_dir=teacher_dir)
         student = student.with_first_step(teacher, first_step_from_teacher)
     images = student(prompt, [seed + i for i in range(len(prompt))], steps)
     pictures.save_png(pictures.picture_row(images), output)
@@ -336,8 +338,8 @@ def _cache_encoded(kind: Literal["prompts", "latents"], recipe: str, output: Pat
     from fastgen.evaluation.settings import part_of
 
     read = Recipe.load(recipe, overrides or [])
-    store, made = caching.cache_encoded(kind, read, output, part=part_of(part), progress=terminal.progress())
-    _note_store(store, made)
+    for store, made in caching.cache_each(kind, read, output, part=part_of(part), progress=terminal.progress()):
+        _note_store(store, made)
 
 
 def _note_store(store: Store, made: int) -> None:

@@ -73,7 +73,7 @@ def evaluate(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="W", help="Classifier-free guidance.", rich_help_panel=_STOCK),
     ] = None,
-    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of its pictures.", rich_help_panel=_STOCK)] = None,  # noqa: UP045
+    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of its pictures; of a student, one of its own.", rich_help_panel=_STOCK)] = None,  # noqa: UP045
     max_sequence_length: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, metavar="N", help="Tokens of a prompt that it reads.", rich_help_panel=_STOCK),
@@ -132,9 +132,9 @@ def evaluate(
     if model is None:
         raise UserError("MODEL: missing: name what to measure, or two results files with --compare")
     counts, teacher_counts = _counts("--steps", steps), _counts("--teacher-steps", teacher_steps)
-    target = output or run.results_file(model)
+    target = output or run.results_file(model, size=size_of(size))
     check_writable_file(target, "--output")
-    asked = Asked(guidance, _size(size), max_sequence_length, _arguments(call or []), revision, dtype, captions)
+    asked = Asked(guidance, size_of(size), max_sequence_length, _arguments(call or []), revision, dtype, captions)
     try:
         results = run.evaluate(
             model,
@@ -171,7 +171,7 @@ def _compare(files: tuple[Path, Path], output: Path | None, protocol: Any, setti
         terminal.note(f"comparison: {output}")
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def size_of(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     height, _, width = text.lower().partition("x")

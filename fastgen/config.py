@@ -23,6 +23,8 @@ from fastgen.yaml_files import MOST_DEPTH, parse, read_yaml
 
 MOST_STEPS = 10**9  # of training: a year of them at thirty a second
 Pixels = Annotated[int, Field(ge=1, le=2**16)]
+Size = Annotated[list[Pixels], Field(min_length=2, max_length=2)]  # height, width
+MOST_SIZES = 64
 LARGEST = 1e18  # of a real number: its square fits single precision
 
 
@@ -54,7 +56,7 @@ class TeacherBlock(Block):
     guidance: float = Field(1.0, ge=1)
     negative_prompt: str = ""
     max_sequence_length: int | None = Field(None, ge=1, le=2**20)
-    size: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
+    size: Size | None = None
     resolution: Pixels | None = None
     frames: int | None = Field(None, ge=1, le=2**12)
     embedded_guidance: float | None = Field(None, ge=0, le=1e3)
@@ -205,7 +207,8 @@ class StudentBlock(Block):
     teacher. moe: a student whose feed-forward layers are split into experts. steps: network evaluations at inference. grid: the export
     scheduler's own times, or explicit ones in (0, 1], descending. sampler: how a sample moves between them, keeping its own noise (`euler`) or
     drawing it anew (`stochastic`); or as only fastgen draws, going back to its first noise (`fixed_noise`, RF++) or along PeRFlow's
-    `linear_windows`: such a student is exported as `euler`, and measured both ways."""
+    `linear_windows`: such a student is exported as `euler`, and measured both ways. sizes: [height, width] in pixels of each size that it draws,
+    of which a batch has one; None for the teacher's alone."""
 
     init: str = "teacher"
     tune: Literal["full"] | Tuning = "full"
@@ -214,6 +217,7 @@ class StudentBlock(Block):
     steps: int = Field(ge=1, le=1000)
     grid: Literal["auto"] | list[float] = "auto"
     sampler: Literal[Sampler, OwnSampler] = "euler"
+    sizes: Annotated[list[Size], Field(min_length=1, max_length=MOST_SIZES)] | None = None
 
     @property
     def stock_sampler(self) -> Sampler:
@@ -224,6 +228,13 @@ class StudentBlock(Block):
     def own_sampler(self) -> OwnSampler | None:
         """`sampler` where no pipeline has it."""
         return None if self.sampler in ("euler", "stochastic") else self.sampler
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes_differ(cls, sizes: list[list[int]] | None) -> list[list[int]] | None:
+        if twice := [size for place, size in enumerate(sizes or ()) if size in (sizes or ())[:place]]:
+            raise ValueError(f"{twice[0]} is there twice")
+        return sizes
 
     @field_validator("grid")
     @classmethod
@@ -272,11 +283,11 @@ def _kind_of_pairs(given: Any) -> str:
 class DataBlock(Block):
     """background: what transparent pixels of the images lie on, a colour as CSS writes it. caption_key: of their metadata, the key or column
     with the captions. skip_broken: leave out images without caption or that cannot be read. crop: which part of an image of another aspect is
-    taken, the middle or a random one. store: a folder that encoded prompts and images are kept in and read from, None for memory. dtype: of what is
-    kept. keep: whether a store's rows are read into memory at the start, or each batch when it is needed; `auto`: what fits. encode: all before
-    training, or each batch when it is drawn, by encoders that stay in memory. pairs: noise-sample pairs of the teacher: how many it
-    draws when the run starts, or a folder made by `fastgen cache pairs`, or both with how they are drawn. prompts: where a method trains
-    on a folder of pairs, by default those of the pairs."""
+    taken, the middle or a random one. buckets: `auto` fills student.sizes with those that the images come nearest to. store: a folder that encoded
+    prompts and images are kept in and read from, None for memory. dtype: of what is kept. keep: whether a store's rows are read into memory at the
+    start, or each batch when it is needed; `auto`: what fits. encode: all before training, or each batch when it is drawn, by encoders that stay in
+    memory. pairs: noise-sample pairs of the teacher: how many it draws when the run starts, or a folder made by `fastgen cache pairs`, or both with
+    how they are drawn. prompts: where a method trains on a folder of pairs, by default those of the pairs."""
 
     prompts: str | None = None
     images: str | None = None
@@ -284,6 +295,7 @@ class DataBlock(Block):
     caption_key: str = Field(default="text", min_length=1)
     skip_broken: bool = Field(default=False, strict=True)
     crop: Literal["center", "random"] = "center"
+    buckets: Literal["auto"] | None = None
     store: str | None = Field(default=None, min_length=1)
     dtype: Literal["fp32", "bf16"] = "fp32"
     keep: Literal["auto", "memory", "disk"] = "auto"

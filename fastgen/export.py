@@ -35,7 +35,7 @@ from fastgen.families import draws_singly, resolve_source
 from fastgen.families.base import Family
 from fastgen.files import PARTIAL, publish, recover, share, write_atomically, writing
 from fastgen.fingerprints import file_hashes, file_names, sealed
-from fastgen.generator import check_student, open_student, read_manifest
+from fastgen.generator import ImageGenerator, check_student, open_student, read_manifest
 from fastgen.manifest import FORMAT, Sampler
 from fastgen.portable import forget_origins, portable, source_name
 from fastgen.provenance import teacher_source
@@ -66,6 +66,7 @@ class StudentInfo:
     own_steps_only: bool = False  # the network is right at the times of its own grid alone; `export_student` finds out
     unfinished: dict[str, dict[str, int]] = field(default_factory=dict)  # {role: {step, of}} where training was not over
     own_sampler: dict[str, Any] | None = None  # that it is made for beside, and no pipeline has (`manifest.Beside`)
+    families: Sequence[Family] = ()  # of a student of several sizes, the family at each; the one that is exported is the first
     smaller: dict[str, Any] | None = None  # what it has of its teacher, where that is not all (`shrink.summary`)
     sparse: dict[str, Any] | None = None  # what it has of experts, where it has any (`moe.conversion.summary`)
 
@@ -265,6 +266,14 @@ def _publish(output: Path, write: Callable[[Path], None], describe: Callable[[Pa
 def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
     """more: what only some students have."""
     negative = info.teacher["negative_prompt"] or None
+
+    def call(family: Family) -> dict[str, Any]:
+        return family.call_arguments(info.steps, info.guidance, info.grid) | family.negative_arguments(negative, info.guidance)
+
+    def grid(family: Family) -> list[float]:
+        return family.sampling_times(info.steps, info.grid, info.sampler).tolist()
+
+    sized = [{"size": family.options["size"], "grid": grid(family), "call": call(family)} for family in info.families]
     loading = {key: value for key, value in family.loading_arguments.items() if weights == "lora" or key != "variant"}  # which is the teacher's
     if any(folder.glob("*/modeling_*.py")):
         loading["trust_remote_code"] = True
@@ -274,19 +283,20 @@ def _manifest(folder: Path, info: StudentInfo, family: Family, weights: str, dty
         "dtype": dtype,
         "method": info.method,
         "steps": info.steps,
-        "grid": family.sampling_times(info.steps, info.grid, info.sampler).tolist(),
+        "grid": grid(family),
         "explicit_grid": None if info.grid is None else list(info.grid),
         "sampler": info.sampler,
         "guidance": info.guidance,
         "options": family.options,
         "inputs": family.call_inputs(list(info.prompts)[:8]),
         "own_steps_only": info.own_steps_only,
-        "call": family.call_arguments(info.steps, info.guidance, info.grid) | family.negative_arguments(negative, info.guidance),
+        "call": call(family),
         "pipeline": family.pipeline_classes[0],
         "teacher": info.teacher | {"pretrained": source_name(info.teacher["pretrained"])},
         **({"loading": loading} if loading else {}),
         **({"unfinished": info.unfinished} if info.unfinished else {}),
         **({"own_sampler": info.own_sampler} if info.own_sampler else {}),
+        **({"sizes": sized} if sized else {}),
         **({"shrink": info.smaller} if info.smaller else {}),
         **({"moe": info.sparse} if info.sparse else {}),
         **more,
@@ -349,7 +359,7 @@ def verify(
     device: torch.device | str = "cpu",
     dtype: str = "fp32",
 ) -> Verification:
-    """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours.
+    """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours, at every size.
 
     teacher_dir: as in `load_student`. device, dtype: where, and in which precision, both draw; a large network fits no other way, but half
     precision shows only gross mistakes.
@@ -362,9 +372,39 @@ def verify(
     rows = [[i] for i in range(len(seeds))] if draws_singly(manifest["pipeline"], manifest["guidance"]) else [list(range(len(seeds)))]
     job = {"batches": [[card.chosen(manifest["inputs"], [shown[i] for i in some]), [seeds[i] for i in some]] for some in rows]}
     place = "" if (str(device), dtype) == ("cpu", "fp32") else f"pipe.to({str(device)!r}, {DTYPES[dtype]})\n"
-    images, timesteps, sigmas = _plain_diffusers(folder, manifest, job, place, teacher_dir)
-    others = [_plain_diffusers(folder, manifest, job, place, teacher_dir, by_comfy=True)[0]] if manifest.get("comfyui") else []
-    student = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
+    student, found = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir), list[Verification]()
+    for each in sized(manifest):
+        drawn = _plain_diffusers(folder, each, job, place, teacher_dir)
+        others = [_plain_diffusers(folder, each, job, place, teacher_dir, by_comfy=True)[0]] if manifest.get("comfyui") else []
+        found.append(_compared(folder, each, student.at_size(each["options"].get("size")), prompts, seeds, drawn, others, dtype))
+    return Verification(
+        max(each.grid_error for each in found),
+        max(each.picture_error for each in found),
+        sum(each.pictures for each in found),
+        min(each.tolerance for each in found),
+    )
+
+
+def sized(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record of a student as that of one for each of its sizes: itself where it has but one."""
+    return [
+        manifest | {"options": {**manifest["options"], "size": each["size"]}, "grid": each["grid"], "call": each["call"]}
+        for each in manifest.get("sizes", ())
+    ] or [manifest]
+
+
+def _compared(
+    folder: Path,
+    manifest: dict[str, Any],
+    student: ImageGenerator,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    drawn: tuple[np.ndarray, np.ndarray, np.ndarray],
+    others: Sequence[np.ndarray],
+    dtype: str,
+) -> Verification:
+    """What plain diffusers has drawn at one size, and with adapters for other programs, beside ours."""
+    images, timesteps, sigmas = drawn
     family, ours = student.family, student(prompts, seeds).movedim(1, -1).numpy()
     stock = family.path_times(torch.from_numpy(timesteps), torch.from_numpy(sigmas)).numpy()
     if images.shape != ours.shape or len(stock) != manifest["steps"]:

@@ -90,7 +90,14 @@ def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images
         return
     keeping = Keeping(torch.device("cpu"), block, origin_of(family, recipe.teacher, block, dtype))
     keeping.check(of_prompts(family, list(prompts)))
-    if isinstance(images, CaptionedImages):
+    if isinstance(images, CaptionedImages) and not family.several_sizes:
+        keeping.check(of_images(family, images, keeping.device))
+
+
+def check_stored_images(recipe: Recipe, family: Family, images: CaptionedImages | LatentImages, dtype: torch.dtype, name: str) -> None:
+    """The same of the images of one of several sizes, whose store lies in a folder of that name."""
+    if isinstance(images, CaptionedImages) and recipe.data.store is not None:
+        keeping = Keeping(torch.device("cpu"), recipe.data, origin_of(family, recipe.teacher, recipe.data, dtype)).beside(name)
         keeping.check(of_images(family, images, keeping.device))
 
 

@@ -84,9 +84,27 @@ class ImageGenerator:
             negative = conditioning.to(family.encode_negative(negative_prompt or None), self.device)
             self.predict = guided(predict, guidance, negative, family.guidance_rule, family.guidance_kind)
         self._encoded: dict[str, Conditioning] = {}
+        self.families: Sequence[Family] = ()  # of several sizes, at each
         self._first: FirstStep | None = None
         self.own: dict[str, Any] | None = None
         self.moves: Sampler | OwnSampler = sampler
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """[height, width] in pixels of what it draws."""
+        return [list(family.picture_shape[-2:]) for family in self.families or (self.family,)]
+
+    def at_size(self, size: Sequence[int] | None) -> ImageGenerator:
+        """The same model, whose weights and encoded prompts are shared, at another of its sizes (height, width); None: as it is. UserError for one
+        that is not among them."""
+        if size is None or list(size) == list(self.family.picture_shape[-2:]):
+            return self
+        if list(size) not in self.sizes:
+            made = ", ".join(f"{height}x{width}" for height, width in self.sizes)
+            raise UserError(f"--size: {size[0]}x{size[1]}, but {self.name} was made for {made} (height x width)")
+        other = copy.copy(self)
+        other.family = (self.families or (self.family,))[self.sizes.index(list(size))]
+        return other
 
     def with_own_sampler(self) -> ImageGenerator:
         """The same student, drawn as it is made for where no stock pipeline does: `fixed_noise` goes back to the first noise between the steps
@@ -274,6 +292,8 @@ def open_student(
 ) -> ImageGenerator:
     """`load_student` for files that have been checked; dtype: of the networks."""
     family = student_family(folder, manifest, teacher_dir)
+    families = family.at_sizes([each["size"] for each in manifest["sizes"]]) if manifest.get("sizes") else []
+    family = families[0] if families else family
     experts = manifest.get("experts", [{"end": 0.0, "where": ""}])
     load = _load_adapters if manifest["weights"] == "lora" else _load_networks
     denoisers = load(family, folder, [expert["where"] for expert in experts])
@@ -291,6 +311,7 @@ def open_student(
         name=f"student {str(folder)!r}",
     )
     student.own = manifest.get("own_sampler")
+    student.families = families
     return student
 
 
@@ -326,10 +347,15 @@ def _load_networks(family: Family, folder: Path, places: Sequence[str]) -> list[
 
 
 def load_teacher_of(
-    student: str | Path, *, guidance: float | None = None, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
+    student: str | Path,
+    *,
+    guidance: float | None = None,
+    size: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    teacher_dir: str | Path | None = None,
 ) -> ImageGenerator:
     """The teacher that an exported student's fastgen.json names (`teacher_source`, unless it is in `teacher_dir`), with the options
-    that the student's was loaded with; guidance: by default its own there."""
+    that the student's was loaded with; guidance: by default its own there; size: one of the student's, by default its first."""
     manifest = read_manifest(Path(student))
     recorded = manifest["teacher"]
     source, revision = teacher_source(Path(student), recorded, teacher_dir)
@@ -340,7 +366,7 @@ def load_teacher_of(
         device=device,
         revision=revision,
         lora=teacher_lora(Path(student), recorded),
-        **manifest["options"],
+        **manifest["options"] | ({} if size is None else {"size": list(size)}),
     )
 
 

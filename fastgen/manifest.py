@@ -85,6 +85,14 @@ class Expert(Schema):
     where: str
 
 
+class Sized(Schema):
+    """Of a student that draws several sizes, one of them: its own grid, and what a call of it must be passed."""
+
+    size: Annotated[list[Pixels], Field(min_length=2, max_length=2)]
+    grid: list[Time] = Field(min_length=1, max_length=1000)
+    call: dict[str, Any]
+
+
 _Number = Annotated[int, Field(ge=0)]
 
 
@@ -133,6 +141,7 @@ class _Record(Schema):
     prompts: list[str] = Field(min_length=1)
     own_steps_only: bool = False
     experts: list[Expert] = Field(default_factory=list, max_length=1000)
+    sizes: list[Sized] = Field(default_factory=list, max_length=64)  # those of several, `options`, `grid` and `call` being the first's
     sha256: dict[str, Hash] = Field(default_factory=dict)
     method: str = ""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"

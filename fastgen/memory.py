@@ -18,7 +18,7 @@ from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.data.store import DTYPES
 from fastgen.data.training import prompt_weights
-from fastgen.plan import Plan
+from fastgen.plan import Plan, pairs_of
 from fastgen.roles import Role, Roles
 from fastgen.surgery.held import held_bytes
 
@@ -69,7 +69,7 @@ def _parts(planned: Plan, roles: Roles) -> dict[int, Tensor]:
     if planned.cut is None:
         return {}
     networks = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
-    return {id(p): part_as_cut(p, planned.parts) for network in networks.values() for p in network.parameters()}
+    return {id(p): part_as_cut(p, planned.divided) for network in networks.values() for p in network.parameters()}
 
 
 def part_as_cut(parameter: Tensor, parts: int) -> Tensor:
@@ -151,18 +151,19 @@ def data_bytes(planned: Plan) -> int:
     """Text embeddings of every prompt and of the negative one, latents of every image, pairs, and the tables that they are drawn by. Of a store
     the tables alone: what of it fits into memory is read into it, and nothing has to."""
     family, images, pairs, block = planned.family, planned.images, planned.pairs, planned.recipe.data
-    texts, sample = prompt_weights(planned.prompts, images), 4 * math.prod(family.latent.shape)
+    texts, samples = prompt_weights(planned.prompts, images), [4 * math.prod(each.latent.shape) for each in planned.families]
     held = block.encode == "ahead" and (block.store is None or block.keep == "memory")
     of_one = conditioning.to(family.meta_conditioning(1), dtype=DTYPES[block.dtype])
     total = _conditioning(family.meta_conditioning(1)) + 8 * len(texts) + held * len(texts) * _conditioning(of_one)
     if images is not None:
-        total += held * len(images) * sample * DTYPES[block.dtype].itemsize // 4 + sum(16 * len(captions) for captions in images.captions)
+        counts = [len(part) for part in planned.divided or (images,)]
+        of_all = sum(count * sample for count, sample in zip(counts, samples, strict=True))
+        total += held * of_all * DTYPES[block.dtype].itemsize // 4 + sum(16 * len(captions) for captions in images.captions)
     asked = block.pairs_asked
     if asked is not None:  # a row and a seed for each; those of a folder where they are kept in memory
-        count = asked.count if pairs is None else pairs.count
-        assert count is not None
+        counts = [pairs_of(planned, place) for place in range(len(samples))] if pairs is None else [pairs.count]
         held = (block.store is None and pairs is None) or block.keep == "memory"
-        total += count * (16 + held * sample * DTYPES[block.dtype].itemsize // 4)
+        total += sum(count * (16 + held * sample * DTYPES[block.dtype].itemsize // 4) for count, sample in zip(counts, samples, strict=True))
     return total
 
 

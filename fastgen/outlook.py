@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastgen.config import Recipe
 from fastgen.memory import data_bytes, network_bytes
-from fastgen.plan import Plan, plan
+from fastgen.plan import Plan, plan, times_of
 from fastgen.roles import build_roles
 from fastgen.surgery.held import num_held
 
@@ -38,6 +38,7 @@ def describe(planned: Plan) -> dict[str, Any]:
         "network_bytes": networks,
         "data_bytes": data,
         "grid": [round(t, 6) for t in planned.times.tolist()],
+        **({"sizes": sizes} if (sizes := _sizes(planned)) else {}),
         "batch": recipe.train.batch_size,
         "micro_batch": planned.at_once,
         "micro_batches": math.ceil(recipe.train.batch_size / planned.processes / planned.at_once),
@@ -45,6 +46,13 @@ def describe(planned: Plan) -> dict[str, Any]:
         "steps": recipe.train.steps,
         "warnings": list(planned.warnings),
     }
+
+
+def _sizes(planned: Plan) -> list[dict[str, Any]]:
+    """Of several sizes, each with its grid and how many images are its own, where there are any."""
+    counts = [{"images": len(part)} for part in planned.divided] or [{}] * len(planned.sized)
+    sized = [(list(family.picture_shape[-2:]), times_of(planned.recipe, family).tolist()) for family in planned.sized]
+    return [{"size": size, "grid": [round(t, 6) for t in times], **count} for (size, times), count in zip(sized, counts, strict=True)]
 
 
 def _tuning_name(planned: Plan, role: str) -> str:

@@ -13,30 +13,32 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastgen import checkpoint, export, foresight
+from fastgen import checkpoint, export, foresight, sizes
 from fastgen.conditioning import Conditioning
 from fastgen.config import OptimizerBlock, Recipe, Tuning, flatten, validate
 from fastgen.data import pair_folder
-from fastgen.data.encoded import Keeping
+from fastgen.data.encoded import Encoder, Keeping
 from fastgen.data.images import CaptionedImages, images_of
-from fastgen.data.latents import LatentImages
+from fastgen.data.latents import LatentImages, name_of
 from fastgen.data.pair_folder import Drawing, PairFolder, kept_before
-from fastgen.data.pairs import Solver, TeacherSampler
+from fastgen.data.pairs import Encode, Solver, TeacherSampler
 from fastgen.data.prompts import load_prompts
 from fastgen.data.store import DTYPES
 from fastgen.data.training import prompt_weights
 from fastgen.distillers import distiller_class
 from fastgen.distillers.base import Distiller, Facts, MethodConfig, Origin, Setting
+from fastgen.distillers.by_size import BySize
 from fastgen.errors import UserError, nearest, shown
 from fastgen.evaluation.block import protocol_of
 from fastgen.evaluation.protocol import Protocol, shipped_protocols
-from fastgen.families import adapters, find_family, pinned_revision, resolve_source, source_hash
+from fastgen.families import adapters, pinned_revision, resolve_source, source_hash
 from fastgen.families.base import Family
 from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
 from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
 from fastgen.optimizers import check_optimizer
 from fastgen.parallel import Cut, check_launch, choose_device, processes_of
+from fastgen.rng import derive_seed
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
 from fastgen.surgery import compiled, formats
 from fastgen.surgery.held import Storage
@@ -66,6 +68,8 @@ class Plan:
     pairs: PairFolder | None = None  # None also where the teacher draws them when the run starts
     protocol: Protocol | None = None
     started: bool = False
+    sized: tuple[Family, ...] = ()  # the family at each of several sizes; `family` is the first
+    divided: tuple[CaptionedImages | LatentImages, ...] = ()  # the images of each of them
     warnings: tuple[str, ...] = ()  # what will not go as the recipe may mean it
     kept: Mapping[str, Sequence[int]] | None = None  # the blocks that `student.shrink.keep: importance` came to, by their lists' names
     processes: int = 1  # that share the run
@@ -87,9 +91,30 @@ class Plan:
         return None if self.recipe.student.grid == "auto" else list(self.recipe.student.grid)
 
     @property
+    def families(self) -> tuple[Family, ...]:
+        """The family at each size that the student draws."""
+        return self.sized or (self.family,)
+
+    @property
+    def largest(self) -> int:
+        """The place of the size with the most latents."""
+        return max(range(len(self.families)), key=lambda place: math.prod(self.families[place].latent.shape))
+
+    @property
     def times(self) -> Tensor:
-        """The path times (N,) fp64 that the student is sampled at."""
-        return self.family.sampling_times(self.recipe.student.steps, self.grid, self.recipe.student.stock_sampler)
+        """The path times (N,) fp64 that the student is sampled at, of several sizes at the first."""
+        return times_of(self.recipe, self.family)
+
+    def keepings(self, keeping: Keeping) -> list[Keeping]:
+        """How what has a size is kept, for each: of several in folders beside each other."""
+        if not self.sized:
+            return [keeping]
+        return [keeping.beside(name_of(family.picture_shape[-2:])) for family in self.sized]
+
+    def pairs_at(self, place: int, keeping: Keeping, sampler: Callable[[], TeacherSampler], encode: Encode) -> Encoder:
+        """The pairs that the teacher draws at one of the sizes when the run starts, as many as the recipe asks for or its folder was begun for."""
+        count = max(pairs_of(self, place), 0 if keeping.folder is None else kept_before(keeping.folder / "pairs"))
+        return drawing_of(self, place).of_noise(sampler, encode, count, self.recipe.train.at_once)
 
     @property
     def guidance(self) -> float:
@@ -195,13 +220,18 @@ class Plan:
     def frozen_dtype(self) -> torch.dtype:
         return DTYPES[frozen_dtype_of(self.recipe)]
 
-    def setting(self, negative: Conditioning, decode: Callable[[Tensor], Tensor] | None = None) -> Setting:
-        """What the method may know of the run. negative: conditioning of the teacher's negative prompt, on the run's device."""
-        family = self.family
+    def distiller(self, settings: Sequence[Setting]) -> Distiller:
+        """The method, from the settings of every size."""
+        each = [self.method(self.method_config, setting) for setting in settings]
+        return BySize(each) if self.sized else each[0]
+
+    def setting(self, negative: Conditioning, decode: Callable[[Tensor], Tensor] | None = None, place: int = 0) -> Setting:
+        """What the method may know of the run at one of its sizes. negative: conditioning of the teacher's negative prompt, on the run's device."""
+        family = self.families[place]
         return Setting(
             path=family.path,
             shape=family.latent.shape,
-            grid=self.times,
+            grid=times_of(self.recipe, family),
             guidance=self.recipe.teacher.guidance,
             negative=negative,
             shift=family.shift,
@@ -251,6 +281,12 @@ class Plan:
         return data
 
 
+def times_of(recipe: Recipe, family: Family) -> Tensor:
+    """The path times (N,) fp64 that a recipe's student is sampled at, at a family's size."""
+    student = recipe.student
+    return family.sampling_times(student.steps, None if student.grid == "auto" else list(student.grid), student.stock_sampler)
+
+
 def autocast_of(recipe: Recipe) -> torch.dtype | None:
     """The dtype that networks compute in, None for that of their weights."""
     return _AUTOCAST[recipe.train.precision]
@@ -281,34 +317,44 @@ def plan(
     config = validate(method.Config, recipe.distiller.model_dump(), "distiller")
     protocol = None if only == "export" else protocol_of(recipe.evaluate)
     recipe = pinned(recipe)
-    teacher = recipe.teacher
-    family = find_family(teacher.pretrained, teacher.family, planning=dry, **teacher.options)
+    family = sizes.find_teacher(recipe, planning=dry)
     _check_teacher(recipe, family)
     if not family.exportable and only != "train":
-        raise UserError(f"recipe key teacher.pretrained: {teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
+        raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
     foresight.check_explicit(recipe, family)
     foresight.check_sampler(recipe, family, method.samplers)
-    method.check(config, _facts(recipe, family, started=started))
+    early = None if recipe.data.buckets is None else images_of(recipe.data)
+    sized = sizes.at_all(recipe, family, early)
+    family = sized[0] if sized else family
+    for each in sized or [family]:
+        method.check(config, _facts(recipe, each, started=started))
+    sizes.check_one_grid(recipe, method, config, [times_of(recipe, each) for each in sized])
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     _check_inputs(recipe, method.roles_for(config), family)
-    images = images_of(recipe.data)
+    images = early or images_of(recipe.data, recipe.student.sizes)
     asked = recipe.data.pairs_asked
     pairs = None if asked is None or asked.folder is None else pair_folder.open_folder(asked.folder, asked)
+    sizes.check_pairs(recipe, sized)
     if pairs is not None:
         pair_folder.check(pairs, identified_teacher(recipe), family.latent.shape, recipe.data.dtype)
     prompts = None if recipe.data.prompts is None else load_prompts(recipe.data.prompts)
     if prompts is None and images is None and pairs is not None:
         prompts = pair_folder.weighted_prompts(pairs, pairs.count)
     spread = processes_of(recipe.train, processes, dry=dry)
-    planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started, processes=spread)
-    foresight.check_grid(recipe, family)
-    check_pictures(images, recipe, family)
+    parts = sizes.parts_of(images, sized)
+    several: Any = {"sized": tuple(sized), "divided": tuple(parts)}
+    planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started, processes=spread, **several)
+    for each in planned.families:
+        foresight.check_grid(recipe, each)
+    for own, each in zip(parts or [images], sized if parts else [family], strict=True):
+        check_pictures(own, recipe, each)
     if asked is not None and asked.folder is None and recipe.data.store is not None:
-        keeping = Keeping(torch.device("cpu"), recipe.data).of_pairs()
-        count = max(asked.count or 0, kept_before(expanded(recipe.data.store) / "pairs"))
-        keeping.check(drawing_of(planned).of_noise(_undrawn, family.encode_prompts, count, recipe.train.at_once))
+        for place, keeping in enumerate(planned.keepings(Keeping(torch.device("cpu"), recipe.data).of_pairs())):
+            keeping.check(planned.pairs_at(place, keeping, _undrawn, family.encode_prompts))
     foresight.check_store(recipe, family, prompt_weights(prompts, images), images, planned.frozen_dtype)
+    for own, each in zip(parts, sized, strict=bool(parts)):
+        foresight.check_stored_images(recipe, each, own, planned.frozen_dtype, name_of(each.picture_shape[-2:]))
     unmeasured = foresight.check_measuring(recipe, family, protocol, at_the_end=only is None, teacher="teacher" in planned.roles)
     _check_export(planned)
     _check_storage(planned)
@@ -339,11 +385,10 @@ def check_texts(recipe: Recipe, family: Family, prompts: Iterable[str]) -> list[
 
 def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
     student = recipe.student
-    times = family.sampling_times(student.steps, None if student.grid == "auto" else list(student.grid), student.stock_sampler)
     return Facts(
         steps=student.steps,
         guidance=recipe.teacher.guidance,
-        grid=tuple(times.tolist()),
+        grid=tuple(times_of(recipe, family).tolist()),
         end=family.path.t_max,
         train_steps=recipe.train.steps,
         origin=None if student.init == "teacher" or started else _origin(recipe),
@@ -441,11 +486,20 @@ def _undrawn() -> TeacherSampler:
     raise AssertionError("a plan draws nothing")
 
 
-def drawing_of(planned: Plan) -> Drawing:
-    """What the teacher draws a run's pairs with when it starts."""
-    recipe, family, asked = planned.recipe, planned.family, planned.recipe.data.pairs_asked
+def drawing_of(planned: Plan, place: int = 0) -> Drawing:
+    """What the teacher draws a run's pairs with when it starts, at one of its sizes: each but the first with a seed, and so prompts, of its own."""
+    recipe, family, asked = planned.recipe, planned.families[place], planned.recipe.data.pairs_asked
     assert asked is not None and asked.folder is None
-    return drawing(recipe, family, prompt_weights(planned.prompts, planned.images), asked.steps, asked.solver or "euler")
+    found = drawing(recipe, family, prompt_weights(planned.prompts, planned.images), asked.steps, asked.solver or "euler")
+    return found if place == 0 else replace(found, seed=derive_seed(found.seed, "size", *family.picture_shape))
+
+
+def pairs_of(planned: Plan, place: int) -> int:
+    """How many of the pairs that the teacher draws are of one of the sizes: even shares."""
+    asked = planned.recipe.data.pairs_asked
+    assert asked is not None and asked.count is not None
+    share, left = divmod(asked.count, len(planned.families))
+    return share + (place < left)
 
 
 def drawing(recipe: Recipe, family: Family, prompts: Mapping[str, float], steps: int | None, solver: Solver, images: str | None = None) -> Drawing:

@@ -300,6 +300,9 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     note(f"memory      {networks:,.1f} MiB of weights, buffers, gradients, optimizer states and averages, {data:,.1f} MiB of encoded data")
     note(f"            on top come activations, text encoders and VAE, which take {at_once} sample{'s' * (at_once > 1)} at a time: `fastgen plan`")
     note(f"grid        {plan['grid']} ({len(plan['grid'])} network evaluations)")
+    for each in plan.get("sizes", ()):
+        images = f", {each['images']} images" if "images" in each else ""
+        note(f"size        {each['size'][0]} x {each['size'][1]} (height x width) on {each['grid']}{images}")
     passes, several = f"{plan['micro_batches']} micro-batch{'es' * (plan['micro_batches'] > 1)}", plan["processes"] > 1
     note(f"batch       {plan['batch']} samples a step in {passes} on {plan['processes']} process{'es' * several}")
     for warning in plan["warnings"]:

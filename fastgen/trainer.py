@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgen import across, divergence
 from fastgen.config import OptimizerBlock, TrainBlock
 from fastgen.data.feed import feed
-from fastgen.data.training import Batch, TrainingData
+from fastgen.data.training import Batch, Data
 from fastgen.distillers.base import Distiller, Term, Update
 from fastgen.ema import EMA, Averages
 from fastgen.errors import TrainingFailed
@@ -47,7 +47,7 @@ class Trainer:
 
     distiller: Distiller
     roles: Roles
-    data: TrainingData
+    data: Data
     optimizer_blocks: Mapping[str, OptimizerBlock]
     settings: TrainBlock
     parallel: Strategy
@@ -62,7 +62,7 @@ class Trainer:
         self.optimizers = {name: make_optimizer(self.optimizer_blocks[name], own) for name, own in self.parameters.items()}
         averaged = {name: role for name, role in self.roles.items() if role.spec.averaged}
         self.ema = Averages({name: EMA(role.parameters(), self.settings.ema, self.settings.ema_device) for name, role in averaged.items()})
-        self._fed: tuple[int, TrainingData, Iterator[Batch]] | None = None  # the step that the batches are for, and what they are of
+        self._fed: tuple[int, Data, Iterator[Batch]] | None = None  # the step that the batches are for, and what they are of
         self.move_to(0)
 
     def run(self, events: Sequence[Callable[[int, Metrics], None]], should_stop: Callable[[], bool] = lambda: False) -> None:

@@ -46,7 +46,7 @@ LAYERS = [
     {"divergence", "optimizers", "trainer", "checkpoint", "tensor_files", "saving"},
     {"export", "evaluation", "report", "report_table", "card", "comfy", "adapter_files", "curves", "pictures", "doctor", "diagnostics", "runlog"}
     | {"report_quality", "report_nearest", "pages", "gallery", "votes", "straightness"},
-    {"foresight", "plan", "inputs", "licensing", "memory", "outlook", "activations", "room"},
+    {"foresight", "sizes", "plan", "inputs", "licensing", "memory", "outlook", "activations", "room"},
     {"run"},
     {"caching"},
     {"terminal", "cli", "cli_evaluate", "cli_gallery", "cli_straightness", "__main__"},

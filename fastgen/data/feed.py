@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from fastgen.data.training import Batch, TrainingData
+from fastgen.data.training import Batch, Data
 from fastgen.rng import SampleRng
 
 AHEAD = 2  # batches
 
 
-def feed(data: TrainingData, coming: Iterable[SampleRng]) -> Iterator[Batch]:
+def feed(data: Data, coming: Iterable[SampleRng]) -> Iterator[Batch]:
     """The batch of each of the `coming` samples, in order. What is drawn depends on the samples alone, so it is the same read ahead or not."""
     return _ahead(data.draw, iter(coming)) if data.read_ahead else map(data.draw, coming)
 

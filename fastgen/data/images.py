@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,8 @@ from torch import Tensor
 from fastgen.config import DataBlock
 from fastgen.data import digits, scenes
 from fastgen.data.captions import KEY, Captions, Faults, read_captions
-from fastgen.data.latents import LatentImages, latents_in
-from fastgen.data.pixels import Colour, Readable, Unreadable, check_header, read_rgb
+from fastgen.data.latents import LatentImages, latents_in, latents_of_sizes
+from fastgen.data.pixels import Colour, Readable, Unreadable, check_header, read_rgb, upright_size
 from fastgen.data.remote import is_remote
 from fastgen.errors import UserError
 from fastgen.files import expanded
@@ -70,11 +70,20 @@ class CaptionedImages:
         """The same of single images, (3, height, width) by their index."""
         return {i: picture for i in indices if (picture := self._pixels(i, height, width)) is not None}
 
+    def chosen(self, indices: Sequence[int]) -> CaptionedImages:
+        """Some of them, in that order."""
+        return replace(self, captions=[self.captions[i] for i in indices], sources=[self.sources[i] for i in indices], undecodable={})
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each as it is shown, by its header."""
+        known = functools.cache(upright_size)  # a file may have several rows
+        return [(source.shape[-2], source.shape[-1]) if isinstance(source, Tensor) else known(source) for source in self.sources]
+
     def decodable(self) -> tuple[CaptionedImages, list[str]]:
         """The images that `batches` has yielded, once it is through, and a warning of others; UserError where there is none."""
         kept = [i for i in range(len(self)) if i not in self.undecodable]
         warnings = Faults(self.skip_broken, list(self.undecodable.values())).warnings(len(kept))
-        return replace(self, captions=[self.captions[i] for i in kept], sources=[self.sources[i] for i in kept], undecodable={}), warnings
+        return self.chosen(kept), warnings
 
     def _pixels(self, index: int, height: int, width: int) -> Tensor | None:
         source, faults = self.sources[index], Faults(self.skip_broken)
@@ -95,9 +104,10 @@ class CaptionedImages:
         return 0.5 if self.crop == "center" else SampleRng(0, ("crop",), (index,)).uniform("place").item()
 
 
-def images_of(data: DataBlock) -> CaptionedImages | LatentImages | None:
-    """`load_images` of what a recipe names, or the latents there; None where it names nothing. UserError for keys that have nothing to say of it."""
-    options = {key: getattr(data, key) for key in ("background", "caption_key", "skip_broken", "crop")}
+def images_of(data: DataBlock, sizes: Sequence[Sequence[int]] | None = None) -> CaptionedImages | LatentImages | None:
+    """`load_images` of what a recipe names, or the latents there; None where it names nothing. sizes: student.sizes. UserError for keys that have
+    nothing to say of it."""
+    options = {key: getattr(data, key) for key in ("background", "caption_key", "skip_broken", "crop", "buckets")}
     given = [key for key, value in options.items() if value != DataBlock.model_fields[key].default]
     if given and data.images is None:
         raise UserError(f"recipe key data.{given[0]}: needs data.images, which it is about; remove it")
@@ -108,9 +118,13 @@ def images_of(data: DataBlock) -> CaptionedImages | LatentImages | None:
     if is_remote(data.images):
         way_on = f"fastgen cache latents RECIPE data.images={data.images} --output DIR fetches and encodes it once, then data.images: DIR"
         raise UserError(f"recipe key data.images: {data.images!r} lies elsewhere, and training reads pictures at random; {way_on}")
-    latents = None if data.images in BUNDLED else latents_in(expanded(data.images))
+    latents = None
+    if data.images not in BUNDLED:
+        folder = expanded(data.images)
+        latents = (latents_of_sizes(folder, sizes) if sizes else None) or latents_in(folder)
     if given and latents is not None:
         raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {data.images!r} holds latents; remove it")
+    options.pop("buckets")
     return load_images(data.images, **options) if latents is None else latents
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class LatentImages:
     content: Callable[[], str]
     check: Callable[[Family, Mapping[str, Any], str], None]
     warnings: tuple[str, ...] = ()
+    parts: tuple[LatentImages, ...] = ()  # those of each size, where there are several
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -49,6 +50,29 @@ def latents_in(folder: Path) -> LatentImages | None:
             found = open_store(home, key=KEY)
             return _of_pairs(open_folder(home)) if found is not None and found.manifest.kind == "pairs" else _of_store(home)
     return None
+
+
+def latents_of_sizes(folder: Path, sizes: Sequence[Sequence[int]]) -> LatentImages | None:
+    """What a folder holds in a folder for each size, `768x1024` (height x width); None where it has none of these. UserError where one is missing."""
+    found = {name_of(size): latents_in(folder / name_of(size)) for size in sizes}
+    if not any(found.values()):
+        return None
+    for name, one in found.items():
+        if one is None:
+            raise UserError(f"{KEY}: {str(folder)!r} holds latents by size, but none of {name}; fill it with `fastgen cache latents`")
+    parts = tuple(one for one in found.values() if one is not None)
+
+    def of_all(*_: Any) -> Any:
+        raise AssertionError("latents of several sizes are read by size")
+
+    captions = [each for part in parts for each in part.captions]
+    return LatentImages(captions, of_all, lambda: digest([part.content() for part in parts]), of_all, parts=parts)
+
+
+def name_of(size: Sequence[int]) -> str:
+    """What the folder of a size, (height, width) in pixels, is called."""
+    height, width = size
+    return f"{height}x{width}"
 
 
 def _of_pairs(pairs: PairFolder) -> LatentImages:

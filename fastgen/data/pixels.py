@@ -62,6 +62,24 @@ def check_header(path: Readable) -> Header:
         return Header(image.mode, image.size)
 
 
+_ORIENTATION, _LYING = 274, range(5, 9)  # the EXIF tag, and its values that exchange width and height
+
+
+def upright_size(path: Readable) -> tuple[int, int]:
+    """(height, width) of a picture as it is shown; Unreadable as of `check_header`."""
+    with _pillow():
+        file = path.open("rb")
+    with file:
+        image = _opened(file)
+        width, height = image.size
+        try:
+            with _pillow():
+                lying = image.getexif().get(_ORIENTATION) in _LYING
+        except Unreadable:  # the metadata alone are broken
+            lying = False
+    return (width, height) if lying else (height, width)
+
+
 @functools.cache
 def picture_suffixes() -> frozenset[str]:
     """Suffixes, in lower case, of the formats that are read."""

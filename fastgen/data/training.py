@@ -32,14 +32,15 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one micro-batch: conditioning (B, ...) and its prompts, clean latents (B, *shape) where the method asks for them, and
-    pairs, as many as samples but with prompts of their own, where it asks for these."""
+    """Samples of one micro-batch, all of one size: conditioning (B, ...) and its prompts, clean latents (B, *shape) where the method asks for
+    them, and pairs, as many as samples but with prompts of their own, where it asks for these."""
 
     size: int
     cond: Conditioning
     latents: Tensor | None = None
     prompts: tuple[str, ...] = ()
     pairs: PairBatch | None = None
+    place: int = 0  # of the samples' size among those of the run
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,39 @@ class TrainingData:
         return self.cond.select(torch.tensor([row[prompt] for prompt in prompts]))
 
 
+@dataclass(frozen=True)
+class SizedData:
+    """What a run of several sizes draws from: the data of each, with one table of prompts, and the cumulative probabilities of the sizes. Which
+    one an update has is a number that its samples share, so that all of its micro-batches have the same, on any number of processes."""
+
+    parts: tuple[TrainingData, ...]
+    cumulative: Tensor
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.parts[0].prompts
+
+    @property
+    def read_ahead(self) -> bool:
+        return any(part.read_ahead for part in self.parts)
+
+    def draw(self, rng: SampleRng) -> Batch:
+        """One sample for each of the rng's, all of one size, drawn with replacement."""
+        place = int(weighted.rows(self.cumulative, rng.shared_uniform("size", 1)).item())
+        return replace(self.parts[place].draw(rng), place=place)
+
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning (B, ...) of prompts that are among its own."""
+        return self.parts[0].conditioning(prompts)
+
+    def with_first_pairs(self, count: int | None) -> SizedData:
+        """The same data with the first `count` pairs of each size; None: with all."""
+        return replace(self, parts=tuple(part.with_first_pairs(count) for part in self.parts))
+
+
+Data = TrainingData | SizedData
+
+
 def _uniform_rows(count: int, uniform: Tensor) -> Tensor:
     return (uniform.double() * count).long().clamp(max=count - 1)
 
@@ -136,9 +170,40 @@ def prepare(
     table, progress = prompt_weights(prompts, images), progress or Progress()
     texts = list(table)
     cond = keeping.rows(of_prompts(family, texts, batch), progress)
-    cumulative = weighted.cumulative(table.values())
+    data = TrainingData(texts, cond, weighted.cumulative(table.values()))
+    return data if images is None else _with_images(data, family, images, keeping, progress, warn, batch)
+
+
+def prepare_sizes(
+    families: Sequence[Family],
+    prompts: Mapping[str, float] | None,
+    images: CaptionedImages | LatentImages | None,
+    parts: Sequence[CaptionedImages | LatentImages],
+    keepings: Sequence[Keeping],
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+    *,
+    batch: int = 64,
+) -> SizedData:
+    """`prepare` for several sizes, each with its family. parts: the images of each. keepings: how prompts are kept, then each size's images."""
+    progress = progress or Progress()
+    without = prepare(families[0], prompt_weights(prompts, images), None, keepings[0], progress, batch=batch)
     if images is None:
-        return TrainingData(texts, cond, cumulative)
+        return SizedData((without,) * len(families), weighted.cumulative([1.0] * len(families)))
+    each = zip(families, parts, keepings[1:], strict=True)
+    made = [_with_images(without, family, own, keeping, progress, warn, batch) for family, own, keeping in each]
+    return SizedData(tuple(made), weighted.cumulative([float(len(data.captions or ())) for data in made]))
+
+
+def _with_images(
+    data: TrainingData,
+    family: Family,
+    images: CaptionedImages | LatentImages,
+    keeping: Keeping,
+    progress: Progress,
+    warn: Callable[[str], None],
+    batch: int,
+) -> TrainingData:
     if isinstance(images, LatentImages):
         latents = images.latents(keeping, progress)
     else:
@@ -149,9 +214,9 @@ def prepare(
         images, warnings = images.decodable()
         for warning in warnings:
             warn(warning)
-    row = {text: i for i, text in enumerate(texts)}
+    row = {text: i for i, text in enumerate(data.prompts)}
     captions = [(torch.tensor([row[text] for text in image]), weighted.cumulative(image.values())) for image in images.captions]
-    return TrainingData(texts, cond, cumulative, latents, captions)
+    return replace(data, latents=latents, captions=captions)
 
 
 def with_pairs(

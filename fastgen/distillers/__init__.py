@@ -7,7 +7,7 @@ from fastgen.distillers.base import Distiller
 
 # What several methods are made of.
 SHARED = (
-    *("anchor", "base", "divergences", "gan", "losses", "matching", "points", "premetrics", "regression", "rollout", "running", "solver"),
+    *("anchor", "base", "by_size", "divergences", "gan", "losses", "matching", "points", "premetrics", "regression", "rollout", "running", "solver"),
     "tangents",
 )
 

@@ -25,15 +25,17 @@ class AuraFlow(Pipelined):
     block_lists = ("joint_transformer_blocks", "single_transformer_blocks")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     time_projection = "time_step_proj.linear_2"
+    _picture: int  # tokens of a picture in the call that is running, for `block_feature`
 
     def largest_side(self) -> int:
         return math.isqrt(self.config.option("pos_embed_max_size")) * self.pixels_per_latent * self.patch
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self._picture = self.tokens_of(x)
         return backbone(hidden_states=x, timestep=t, **cond, return_dict=False)[0]
 
     def block_feature(self, output: Any) -> Tensor:
-        return one_stream.last(output, self.tokens)
+        return one_stream.last(output, self._picture)
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeds, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length)

@@ -67,6 +67,8 @@ class Family(ABC):
     kind: Kind
     latent: LatentSpec
 
+    several_sizes: bool = False  # whether it is one of those that `at_sizes` has made
+
     @abstractmethod
     def __init__(self, source: Any, **options: Any) -> None:
         """options: those of OPTIONS that the family has, and `resolution` for a square `size`; None: the pipeline's own. UserError for others."""
@@ -96,6 +98,16 @@ class Family(ABC):
     @abstractmethod
     def own_call(self) -> dict[str, Any]:
         """`num_inference_steps` and `guidance_scale` the pipeline is meant to be called with: its fastgen.json, else its signature."""
+
+    def at_sizes(self, sizes: Sequence[Sequence[int]]) -> list[Family]:
+        """The same pipeline at each of several sizes, (height, width) in pixels; all of it but the sizes is shared, and one exported scheduler
+        serves them all. UserError, by the recipe key student.sizes, for a size that the pipeline cannot draw, and where no scheduler serves all."""
+        raise UserError(f"recipe key student.sizes: {type(self).__name__} has no sizes to choose from")
+
+    @property
+    def size_unit(self) -> int:
+        """Of which both sides of its pictures, in pixels, are multiples."""
+        return self.pixels_per_latent
 
     def has(self, component: str) -> bool:
         """Whether the pipeline has a component, rather than going without it; what is no pipeline has none."""

@@ -35,6 +35,7 @@ class Flux2Klein(Pipelined):
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj")
     time_projection = "time_guidance_embed.timestep_embedder.linear_2"
+    _picture: int  # tokens of a picture in the call that is running, for `block_feature`
 
     @property
     def own_call(self) -> dict[str, Any]:
@@ -56,6 +57,7 @@ class Flux2Klein(Pipelined):
         def places(*counts: int) -> Tensor:
             return torch.cartesian_prod(*(torch.arange(count, device=x.device) for count in counts)).expand(len(x), -1, -1)
 
+        self._picture = self.tokens_of(x)
         ids: dict[str, Any] = {"img_ids": places(1, *x.shape[-2:], 1), "txt_ids": places(1, 1, 1, cond["encoder_hidden_states"].shape[1])}
         told = () if self.embedded_guidance is None else (torch.full((len(x),), self.embedded_guidance, device=x.device),)
         ids["guidance"] = told[0] if told else None
@@ -64,7 +66,7 @@ class Flux2Klein(Pipelined):
         return out[0].transpose(1, 2).reshape(x.shape)
 
     def block_feature(self, output: Any) -> Tensor:
-        return one_stream.last(output, self.tokens)
+        return one_stream.last(output, self._picture)
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         return {"encoder_hidden_states": pipeline.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)[0]}

@@ -6,7 +6,6 @@ negative ones without it. Guided predictions get back the length that they had w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -34,6 +33,7 @@ class Lumina2(Pipelined):
     guidance_kind = "velocity"
     time_projection = "time_caption_embed.timestep_embedder.linear_2"
     _lengths: Tensor  # (B,) of the texts of the call that is running, for `block_feature`
+    _picture: int  # tokens of a picture in it
 
     def check_network(self) -> None:
         if self.codec.stride != 8:
@@ -53,12 +53,13 @@ class Lumina2(Pipelined):
         return length
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self._picture = self.tokens_of(x)
         self._lengths = cond["encoder_attention_mask"].sum(1)
         with one_stream.counted(backbone.get_submodule("rope_embedder")):
             return -backbone(hidden_states=x, timestep=1 - t, **cond, return_dict=False)[0]
 
     def block_feature(self, output: Tensor) -> Tensor:
-        return one_stream.behind_texts(output, self._lengths, math.prod(self.latent.size) // self.patch**2)
+        return one_stream.behind_texts(output, self._lengths, self._picture)
 
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         return [self.config.option("hidden_size")] * len(self.blocks(backbone))

@@ -6,9 +6,11 @@ Where parts come from is source.py, the VAE codec.py, the schedule's shift sched
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from fastgen import manifest
 from fastgen.conditioning import Conditioning
-from fastgen.errors import UserError
+from fastgen.errors import UserError, shown
 from fastgen.families import adapters, fitting, schedules
 from fastgen.families.base import OPTIONS, Family, LatentSpec
 from fastgen.families.codec import Codec
@@ -31,6 +33,13 @@ from fastgen.path import Flow, Path
 
 class _Found(Exception):
     """Ends a network's call once its time features are known."""
+
+
+@dataclass
+class _Loaded:
+    """What one pipeline at several sizes loads once."""
+
+    encoders: Any = None
 
 
 class Pipelined(Family):
@@ -66,7 +75,7 @@ class Pipelined(Family):
         **options: Any,
     ) -> None:
         self.source = Source(source, type(self).__name__, self.pipeline_classes[0], self.optional)
-        self._encoders: Any = None
+        self._loaded = _Loaded()
         self._checked = False
         self.config = self.source.component(self.component, self.network)
         self.codec = self.codec_class(self.source, self.vae_network, self.normalised_by)
@@ -82,9 +91,12 @@ class Pipelined(Family):
         self.size, self.frames = self._size(given), self._frames(given)
         self.max_sequence_length = self._text_length(given)
         self.embedded_guidance = given.get("embedded_guidance", self.own_embedded_guidance) if self._has()["embedded_guidance"] else None
+        self.latent = self._latent()
+
+    def _latent(self) -> LatentSpec:
         height, width = (side // self.pixels_per_latent for side in self.size)
         frames = () if self.frames is None else ((self.frames - 1) // self.codec.frame_stride + 1,)
-        self.latent = LatentSpec(self.config.option("in_channels") // self.pack**2, (*frames, height, width))
+        return LatentSpec(self.config.option("in_channels") // self.pack**2, (*frames, height, width))
 
     def check_network(self) -> None:
         """UserError for a network of the right class that this family's pipeline calls in another way."""
@@ -153,13 +165,48 @@ class Pipelined(Family):
             height, width = first * self.pixels_per_latent, latents * self.pixels_per_latent
         else:
             raise UserError(f"recipe key teacher.pretrained: its {self.component} has no sample_size; give the recipe key teacher.size")
-        unit, largest = math.lcm(self.pixels_per_latent * self.pack * self.patch, self.side_unit), self.largest_side() or math.inf
-        allowed = f"a multiple of {unit}" + ("" if largest == math.inf else f" and at most {largest}")
         for side in (height, width):
-            if side % unit or side > largest:
+            if (allowed := self._allowed(side)) is not None:
                 said = f"{side} is not {allowed}" if key in given else f"the pipeline's own, {side}, is not {allowed}; give one"
                 raise UserError(f"recipe key teacher.{key}: {said}")
         return height, width
+
+    @property
+    def size_unit(self) -> int:
+        return math.lcm(self.pixels_per_latent * self.pack * self.patch, self.side_unit)
+
+    def _allowed(self, side: int) -> str | None:
+        """What a side of a picture must be, where this one is not."""
+        unit, largest = self.size_unit, self.largest_side() or math.inf
+        allowed = f"a multiple of {unit}" + ("" if largest == math.inf else f" and at most {largest}")
+        return allowed if side % unit or side > largest else None
+
+    def at_sizes(self, sizes: Sequence[Sequence[int]]) -> list[Family]:
+        key = "recipe key student.sizes"
+        if not self.sized:
+            raise UserError(f"{key}: the call of {self.pipeline_classes[0]} takes no height and width, so it draws one size alone")
+        made: list[Family] = [self._at(size, f"{key}.{place}") for place, size in enumerate(sizes)]
+        shifts = {tuple(family.size): family.shift for family in made if isinstance(family, Pipelined)}
+        follows = len(set(shifts.values())) > 1
+        if follows and not self.gives_sigmas:
+            (one, a), (other, b) = min(shifts.items(), key=lambda each: each[1]), max(shifts.items(), key=lambda each: each[1])
+            raise UserError(
+                f"{key}: the teacher's shift follows the size, {a:.4g} at {list(one)} and {b:.4g} at {list(other)}, and {self.pipeline_classes[0]} "
+                "hands its scheduler times that cannot follow it; give teacher.shift, one for all sizes"
+            )
+        for family in made:
+            vars(family)["follows_size"] = follows
+        return made
+
+    def _at(self, size: Sequence[int], key: str) -> Pipelined:
+        for side in size:
+            if (allowed := self._allowed(side)) is not None:
+                raise UserError(f"{key}: {shown(list(size))}: {side} is not {allowed}")
+        other = copy.copy(self)
+        height, width = size
+        other.size, other._shift, other.several_sizes = (height, width), self._stated_shift, True
+        other.latent = other._latent()
+        return other
 
     def _frames(self, given: Mapping[str, Any]) -> int | None:
         """The first frame stands alone in the latents, and each further one of them stands for `frame_stride` more."""
@@ -201,14 +248,25 @@ class Pipelined(Family):
             self._shift = schedules.teacher_shift(*given) if isinstance(self.path, Flow) else 1.0
         return self._shift
 
+    follows_size: bool = False  # whether its exported scheduler shifts by mu, which the call makes of the size
+
     def mu_at(self, steps: int) -> float | None:
         """mu of a call of so many steps, where it depends on them and the scheduler has no say in it; None: it is linear in `tokens`."""
         return None
+
+    def _mu(self, steps: int) -> float:
+        """What the call hands its scheduler."""
+        stepped = self.mu_at(steps)
+        return schedules.linear_mu(self._dynamic, self.tokens) if stepped is None else stepped
 
     @property
     def tokens(self) -> int:
         """Of a picture, as the call counts them where its shift goes by their number."""
         return math.prod(self.latent.size) // (self.pack * self.patch) ** 2
+
+    def tokens_of(self, x: Tensor) -> int:
+        """Of a picture in a call of the network with latents x (B, C, ..., H, W)."""
+        return math.prod(x.shape[2:]) // (self.pack * self.patch) ** 2
 
     @property
     def takes_times(self) -> bool:
@@ -226,7 +284,7 @@ class Pipelined(Family):
         found = adapters.find(lora)
         self.load_backbone(meta=True)  # which says what is wrong with the pipeline itself
         warnings = adapters.check(self.source, found)
-        self.source.adapters, self._encoders = found, None
+        self.source.adapters, self._loaded.encoders = found, None
         return warnings
 
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
@@ -284,21 +342,21 @@ class Pipelined(Family):
     def by_encoders(self, encode: Callable[[Any], Conditioning]) -> Conditioning:
         """What the pipeline with its encoders gives, fp32 or integers, on the CPU; they load on first use. On a GPU each is there while it
         computes, and no longer."""
-        if self._encoders is None:
+        if self._loaded.encoders is None:
             device, dtype = self.encoding
             without = (self.component, "vae", *self.after_drawing)
-            self._encoders = self.source.live or self.source.pipeline(without=without, dtype=dtype)
+            self._loaded.encoders = self.source.live or self.source.pipeline(without=without, dtype=dtype)
             if self.source.live is None and device.type == "cuda":
-                self._encoders.enable_model_cpu_offload(device=device)
+                self._loaded.encoders.enable_model_cpu_offload(device=device)
         with self.source.reading():
-            cond = encode(self._encoders)
+            cond = encode(self._loaded.encoders)
         if self.source.live is None and self.encoding[0].type == "cuda":
-            self._encoders.maybe_free_model_hooks()  # the last one goes back too
+            self._loaded.encoders.maybe_free_model_hooks()  # the last one goes back too
         return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}
 
     def encode_with(self, device: torch.device, dtype: torch.dtype) -> None:
         super().encode_with(device, dtype)
-        self._encoders = None
+        self._loaded.encoders = None
 
     def meta_conditioning(self, count: int) -> Conditioning:
         integers = {"length", "class_labels"}
@@ -315,7 +373,7 @@ class Pipelined(Family):
         encoders, which are large."""
         names = self.source.names("tokenizer")
         partners = [name.replace("tokenizer", "text_encoder") for name in names]
-        pipeline = self.source.live or self._encoders or self.source.pipeline(without=(self.component, "vae", *self.after_drawing, *partners))
+        pipeline = self.source.live or self._loaded.encoders or self.source.pipeline(without=(self.component, "vae", *self.after_drawing, *partners))
         readers = []
         for name, partner in zip(names, partners, strict=True):
             if (tokenizer := getattr(pipeline, name)) is not None and self.has(partner):
@@ -324,7 +382,7 @@ class Pipelined(Family):
         return readers
 
     def free_encoders(self) -> None:
-        self._encoders = None
+        self._loaded.encoders = None
         self.codec.free()
 
     @property
@@ -342,12 +400,18 @@ class Pipelined(Family):
         from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
         scheduler: Any = FlowMatchEulerDiscreteScheduler if self.gives_sigmas else FlowMapEulerDiscreteScheduler
+        if self.follows_size and grid is None:
+            return scheduler(shift=1.0, shift_terminal=None, use_dynamic_shifting=True, **self._dynamic)
         return scheduler(shift=self.shift if grid is None else 1.0)
+
+    @cached_property
+    def _dynamic(self) -> dict[str, Any]:
+        return schedules.dynamic(self.source.place, self.mu)
 
     def grid(self, steps: int, grid: Sequence[float] | None = None) -> Tensor:
         given = np.linspace(1.0, 1 / steps, steps) if self.gives_sigmas and grid is None else grid
         scheduler = self.export_scheduler(grid)
-        told = {"mu": self.mu_at(steps)} if scheduler.config.get("use_dynamic_shifting") else {}
+        told = {"mu": self._mu(steps)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(**({"num_inference_steps": steps} if given is None else {"sigmas": list(given)}), **told)
         return scheduler.sigmas[:-1].double()
 

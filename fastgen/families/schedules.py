@@ -130,12 +130,26 @@ def _check_options(name: str, reading: _Reading, options: Mapping[str, Any], pas
             raise _refusal(f"its scheduler {name} has {key}: {records.shown(value)}, which fastgen does not follow")
 
 
-def _mu(name: str, options: Mapping[str, Any], tokens: int) -> float:
+def dynamic(source: Any, fallbacks: Mapping[str, float]) -> dict[str, Any]:
+    """How a scheduler of dynamic shifting makes a shift of the number of tokens, by the options of FlowMatchEulerDiscreteScheduler, which makes the
+    same. source, fallbacks: as of `teacher_shift`, which has read it."""
+    scheduler = read_component(source, "scheduler")
+    options = {**fallbacks, **defaults(scheduler.classes[0]), **scheduler.given}
+    return {**{key: options[key] for key in _OF_MU}, "time_shift_type": options.get("time_shift_type", "exponential")}
+
+
+def linear_mu(options: Mapping[str, Any], tokens: int) -> float:
     """Linear in the number of tokens through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift)."""
-    low, high, base, top = (_number(name, key, options[key]) for key in _OF_MU)
-    if low == high:
-        raise _refusal(f"its scheduler {name} has base_image_seq_len and max_image_seq_len both {low:g}, between which no shift can be found")
+    low, high, base, top = (options[key] for key in _OF_MU)
     return base + (tokens - low) * (top - base) / (high - low)
+
+
+def _mu(name: str, options: Mapping[str, Any], tokens: int) -> float:
+    """`linear_mu` of options that somebody may have written."""
+    numbers = {key: _number(name, key, options[key]) for key in _OF_MU}
+    if (low := numbers["base_image_seq_len"]) == numbers["max_image_seq_len"]:
+        raise _refusal(f"its scheduler {name} has base_image_seq_len and max_image_seq_len both {low:g}, between which no shift can be found")
+    return linear_mu(numbers, tokens)
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,6 @@ Samples and texts, of any length, are lists. The pipeline's guidance_scale is wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -32,6 +31,7 @@ class ZImage(Pipelined):
     block_lists = ("noise_refiner", "layers")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     time_projection = "t_embedder.mlp.2"
+    _picture: int  # tokens of a picture in the call that is running, for `block_feature`
 
     @property
     def patch(self) -> int:
@@ -48,12 +48,13 @@ class ZImage(Pipelined):
         return length
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self._picture = self.tokens_of(x)
         texts = [text[:length] for text, length in zip(cond["text"], conditioning.lengths(cond), strict=True)]
         out: Any = backbone(list(x[:, :, None]), 1 - t, texts, return_dict=False)
         return -torch.stack(out[0])[:, :, 0]
 
     def block_feature(self, output: Tensor) -> Tensor:
-        return output[:, : math.prod(self.latent.size) // self.patch**2]  # after the picture's tokens come padding and text
+        return output[:, : self._picture]  # after the picture's tokens come padding and text
 
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         return [self.config.option("dim")] * len(self.blocks(backbone))

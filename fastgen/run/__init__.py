@@ -17,14 +17,13 @@ import yaml
 import fastgen
 from fastgen import checkpoint, group, inputs
 from fastgen.config import Recipe, flatten
-from fastgen.data import training
 from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL
 from fastgen.files import check_writable, expanded, write_atomically
 from fastgen.outlook import describe
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
-from fastgen.run.building import Run, build, keeping_of, load_pairs
+from fastgen.run.building import Run, build, with_pairs
 from fastgen.run.evaluating import PartDone, evaluate, results_file
 from fastgen.run.events import train_steps
 from fastgen.run.folder import RunFolder
@@ -167,10 +166,7 @@ def _begin(run: Run, start: _Start, folder: RunFolder, progress: Progress) -> No
     members.same({**began.hashes, "number of data.pairs": str(began.pairs)})
     run.began = began
     if start.planned.recipe.data.pairs is not None:
-        pairs, batch = load_pairs(run, progress), start.planned.recipe.train.at_once
-        keeping = keeping_of(start.planned, run.parallel.device, members)
-        data = training.with_pairs(run.data, pairs, start.planned.family, keeping, progress, batch=batch)
-        run.trainer.data = data.with_first_pairs(began.pairs)
+        run.trainer.data = with_pairs(run, progress).with_first_pairs(began.pairs)
     if start.chosen is not None:
         progress.stage(f"resuming from {start.chosen}")
         checkpoint.load(start.chosen, run.trainer, start.state)

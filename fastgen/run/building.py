@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,18 +13,18 @@ from fastgen import checkpoint, conditioning, inputs
 from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import origin_of
-from fastgen.data.pair_folder import kept_before
 from fastgen.data.pairs import Pairs, drawn_prompts
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.errors import UserError
 from fastgen.export import Expert, StudentInfo
 from fastgen.families import adapters
+from fastgen.families.base import Family
 from fastgen.files import expanded
 from fastgen.generator import ImageGenerator
 from fastgen.group import Alone
 from fastgen.licensing import license_of
 from fastgen.parallel import Strategy, launch
-from fastgen.plan import Plan, drawing_of
+from fastgen.plan import Plan, drawing_of, pairs_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
 from fastgen.run.calibration import measured, with_kept
@@ -42,7 +42,7 @@ class Run:
 
     plan: Plan
     roles: Roles
-    data: training.TrainingData
+    data: training.Data
     trainer: Trainer
     parallel: Strategy
     began: inputs.Inputs = field(default_factory=inputs.Inputs)
@@ -68,6 +68,7 @@ class Run:
             prompts=spread(self.data.prompts, 8),
             recipe=resolved,
             unfinished=self.unfinished(),
+            families=self.plan.sized,
             smaller=self.plan.smaller(),
             sparse=self.plan.sparse(),
         )
@@ -86,10 +87,10 @@ class Run:
         return {role: {"step": step, "of": count} for role, (step, count) in trained.items() if step < count}
 
     def generator(self, role: str) -> ImageGenerator:
-        """Pictures from a role's current weights: the student on its grid, the teacher at its own steps."""
+        """Pictures from a role's current weights, of several sizes the first: the student on its grid, the teacher at its own steps."""
         recipe, family = self.plan.recipe, self.plan.family
         student = role == "student"
-        return ImageGenerator(
+        made = ImageGenerator(
             family,
             self.trainer.distiller.sampler(self.trainer.models) if student else self.roles[role].predictor,
             steps=recipe.student.steps if student else family.own_call["num_inference_steps"],
@@ -100,6 +101,8 @@ class Run:
             sampler=recipe.student.stock_sampler if student else family.samplers[0],
             name="the student" if student else f"teacher {recipe.teacher.pretrained!r}",
         )
+        made.families = self.plan.sized
+        return made
 
     def averaged(self) -> list[Expert]:
         """The student's experts, with their averaged weights for good. Where processes keep parts of networks all of them call this, and the main one
@@ -109,9 +112,24 @@ class Run:
         return [Expert(role, end) for role, end in whole if role is not None]
 
 
-def keeping_of(plan: Plan, device: torch.device, members: Alone | None = None) -> Keeping:
-    """How a run of the plan keeps what it encodes, which its processes share."""
-    return Keeping(device, plan.recipe.data, origin_of(plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype), members or Alone())
+def keeping_of(plan: Plan, device: torch.device, members: Alone | None = None, family: Family | None = None) -> Keeping:
+    """How a run of the plan keeps what it encodes, which its processes share, at the size of a family, by default the first."""
+    origin = origin_of(family or plan.family, plan.recipe.teacher, plan.recipe.data, plan.frozen_dtype)
+    return Keeping(device, plan.recipe.data, origin, members or Alone())
+
+
+def image_keepings(plan: Plan, device: torch.device, members: Alone | None = None) -> list[Keeping]:
+    """And its images at each of its sizes."""
+    return [plan.keepings(keeping_of(plan, device, members, family))[place] for place, family in enumerate(plan.families)]
+
+
+def prepared(plan: Plan, parallel: Strategy, progress: Progress, warn: Callable[[str], None]) -> training.Data:
+    """What a plan trains on but pairs, encoded."""
+    keeping, batch = keeping_of(plan, parallel.device, parallel.members), plan.recipe.train.at_once
+    if not plan.sized:
+        return training.prepare(plan.family, plan.prompts, plan.images, keeping, progress, warn, batch=batch)
+    keepings = [keeping, *image_keepings(plan, parallel.device, parallel.members)]
+    return training.prepare_sizes(plan.sized, plan.prompts, plan.images, plan.divided, keepings, progress, warn, batch=batch)
 
 
 def build(plan: Plan, progress: Progress) -> Run:
@@ -119,25 +137,25 @@ def build(plan: Plan, progress: Progress) -> Run:
     recipe, family = plan.recipe, plan.family
     parallel, sharded = launch(recipe.train, plan.cut), plan.cut is not None
     plan.method.load(plan.method_config)
-    family.encode_with(parallel.device, plan.frozen_dtype)
+    for each in plan.families:
+        each.encode_with(parallel.device, plan.frozen_dtype)
     left_out: list[str] = []
-    data = training.prepare(
-        family, plan.prompts, plan.images, keeping_of(plan, parallel.device, parallel.members), progress, left_out.append, batch=recipe.train.at_once
-    )
+    data = prepared(plan, parallel, progress, left_out.append)
     for warning in left_out:
         progress.warn(f"warning: {warning}")
     progress.stage(f"loading {recipe.teacher.pretrained}")
     backbone = family.load_backbone()
     if not math.isfinite(largest(backbone.parameters())):
         raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has weights that are not finite, so it cannot teach")
-    negative = family.encode_negative(recipe.teacher.negative_prompt or None)
-    setting = plan.setting(conditioning.to(negative, parallel.device), family.decode)
+    negative = conditioning.to(family.encode_negative(recipe.teacher.negative_prompt or None), parallel.device)
+    settings = [plan.setting(negative, each.decode, place) for place, each in enumerate(plan.families)]
+    setting = settings[0]
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
-    plan = with_kept(plan, backbone, data, setting, parallel.device, progress)
+    plan = with_kept(plan, backbone, data, settings, parallel.device, progress)
     importance = None
     if plan.experts is not None and not plan.started and recipe.student.init == "teacher":
         progress.stage("measuring which neurons count")
-        importance = measured(plan, plan.experts, backbone, data, setting, parallel.device)
+        importance = measured(plan, plan.experts, backbone, data, settings, parallel.device)
     roles = build_roles(
         plan.roles,
         family,
@@ -159,30 +177,40 @@ def build(plan: Plan, progress: Progress) -> Run:
     if (samples := plan.method.straightness_of(plan.method_config)) and not plan.started:
         progress.stage("measuring how straight the teacher's flow is")
         teacher = setting.guide(Predictor(Denoiser(backbone, family, autocast=plan.autocast), family))  # without the roles' adapters
-        before = straightness_of(teacher, data, setting, guidance=setting.guidance, samples=samples, train=recipe.train, device=parallel.device)
-    distiller = plan.method(plan.method_config, setting)
-    trainer = Trainer(distiller, roles, data, plan.optimizers, recipe.train, parallel)
+        told: Any = {"guidance": setting.guidance, "samples": samples, "train": recipe.train, "device": parallel.device}
+        before = straightness_of(teacher, data, setting, **told)
+    trainer = Trainer(plan.distiller(settings), roles, data, plan.optimizers, recipe.train, parallel)
     if recipe.train.compile == "blocks":
         progress.stage("compiling blocks as they are called first")
         compile_blocks(block for role in roles.values() for block in family.blocks(role.denoiser.backbone))
     return Run(plan, roles, data, trainer, parallel, warnings=(*plan.warnings, *left_out), straightness=before)
 
 
-def load_pairs(run: Run, progress: Progress) -> Pairs:
-    """The noise-sample pairs that the recipe names: of a folder, or drawn from the teacher now."""
+def load_pairs(run: Run, progress: Progress, place: int = 0) -> Pairs:
+    """The noise-sample pairs that the recipe names, at one of its sizes: of a folder, or drawn from the teacher now."""
     plan = run.plan
-    recipe, asked = plan.recipe, plan.recipe.data.pairs_asked
-    keeping = keeping_of(plan, run.parallel.device, run.parallel.members)
+    keeping = plan.keepings(keeping_of(plan, run.parallel.device, run.parallel.members).of_pairs())[place]
     if plan.pairs is not None:
         return plan.pairs.load(keeping, progress)
-    assert asked is not None and asked.count is not None
-    drawing = drawing_of(plan)
+    drawing, asked = drawing_of(plan, place), pairs_of(plan, place)
     predict = run.trainer.distiller.setting.guide(run.trainer.models["teacher"])
-    sampler = drawing.sampler(predict, run.parallel.device)
-    count = max(asked.count, 0 if keeping.folder is None else kept_before(keeping.folder / "pairs"))
-    rows = keeping.of_pairs().rows(drawing.of_noise(lambda: sampler, run.data.conditioning, count, recipe.train.at_once), progress)
-    pairs = Pairs(rows, tuple(drawn_prompts(drawing.prompts, range(count), seed=drawing.seed)))
-    return pairs if count == asked.count else pairs.first(asked.count)
+    encoder = plan.pairs_at(place, keeping, lambda: drawing.sampler(predict, run.parallel.device), run.data.conditioning)
+    rows = keeping.rows(encoder, progress)
+    pairs = Pairs(rows, tuple(drawn_prompts(drawing.prompts, range(encoder.count), seed=drawing.seed)))
+    return pairs if encoder.count == asked else pairs.first(asked)
+
+
+def with_pairs(run: Run, progress: Progress) -> training.Data:
+    """A run's data with the pairs that its recipe names beside it, of each size."""
+    plan, batch = run.plan, run.plan.recipe.train.at_once
+    keepings = plan.keepings(keeping_of(plan, run.parallel.device, run.parallel.members))
+
+    def at(place: int, data: training.TrainingData) -> training.TrainingData:
+        return training.with_pairs(data, load_pairs(run, progress, place), plan.family, keepings[place], progress, batch=batch)
+
+    if isinstance(run.data, training.SizedData):
+        return replace(run.data, parts=tuple(at(place, data) for place, data in enumerate(run.data.parts)))
+    return at(0, run.data)
 
 
 def spread(items: Sequence[str], count: int) -> list[str]:

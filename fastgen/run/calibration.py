@@ -11,14 +11,14 @@ blocks stay is recorded among the run's inputs, as weights do not tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fastgen import inputs
-from fastgen.data.training import TrainingData
+from fastgen.data.training import Data
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.distillers.base import Batch, Setting
 from fastgen.distillers.losses import mean_squared_error
@@ -37,17 +37,17 @@ from fastgen.timesteps import TimeSampling
 DRAWN_IN = 8
 
 
-def measured(plan: Plan, conversion: Conversion, network: nn.Module, data: TrainingData, setting: Setting, device: torch.device) -> Importance:
+def measured(plan: Plan, conversion: Conversion, network: nn.Module, data: Data, settings: Sequence[Setting], device: torch.device) -> Importance:
     """The importance that a plan asks for, of the teacher's `network`, which is on `device` afterwards."""
     blocks = plan.family.blocks(network)
     if conversion.importance != "taylor":
         return conversion.without_measuring(network, blocks)
     teacher = _predictor(plan, network, device)
-    losses = _losses(plan, "expert importance", conversion.batches, teacher, data, setting, device)
+    losses = _losses(plan, "expert importance", conversion.batches, teacher, data, settings, device)
     return moe.taylor(conversion.layers(network, blocks), losses)
 
 
-def with_kept(plan: Plan, network: nn.Module, data: TrainingData, setting: Setting, device: torch.device, progress: Progress) -> Plan:
+def with_kept(plan: Plan, network: nn.Module, data: Data, settings: Sequence[Setting], device: torch.device, progress: Progress) -> Plan:
     """The plan with the blocks that importance keeps, where it is to decide: those of the run that `student.init` names, else measured on the
     teacher's `network`, which is on `device` afterwards."""
     block, shrink = plan.recipe.student.shrink, plan.shrink
@@ -57,7 +57,7 @@ def with_kept(plan: Plan, network: nn.Module, data: TrainingData, setting: Setti
         return replace(plan, kept=inputs.kept_by(expanded(plan.recipe.student.init)))
     progress.stage("measuring which blocks count")
     teacher = _predictor(plan, network, device)
-    losses = _losses(plan, "block importance", block.calibration, teacher, data, setting, device)
+    losses = _losses(plan, "block importance", block.calibration, teacher, data, settings, device)
     return replace(plan, kept=most_important(network, shrink, losses))
 
 
@@ -66,20 +66,20 @@ def _predictor(plan: Plan, network: nn.Module, device: torch.device) -> Predicto
 
 
 def _losses(
-    plan: Plan, name: str, batches: int, teacher: Predictor, data: TrainingData, setting: Setting, device: torch.device
+    plan: Plan, name: str, batches: int, teacher: Predictor, data: Data, settings: Sequence[Setting], device: torch.device
 ) -> Iterator[Callable[[], Tensor]]:
     """name: of the random stream."""
     train = plan.recipe.train
-    times = plan.family.sampling_times(DRAWN_IN).to(device)
     for index in range(batches):
         rng = SampleRng(train.seed, (name, index), range(train.at_once), device)
         batch = data.draw(rng.at("data"))
-        clean = batch.latents
+        clean, setting = batch.latents, settings[batch.place]
         if clean is None:
             with torch.no_grad():
+                times = plan.families[batch.place].sampling_times(DRAWN_IN).to(device)
                 noise = rng.normal("sample", setting.shape)
                 clean = few_step(setting.guide(teacher), noise, times, batch.cond, renoise="euler")
-        yield lambda clean=clean, batch=batch, rng=rng: _denoising(teacher, clean, batch, rng, setting)
+        yield lambda clean=clean, batch=batch, rng=rng, setting=setting: _denoising(teacher, clean, batch, rng, setting)
 
 
 def _denoising(teacher: Predictor, clean: Tensor, batch: Batch, rng: SampleRng, setting: Setting) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastgen.data.latents import name_of
 from fastgen.errors import CannotWrite, UserError
 from fastgen.evaluation import results
 from fastgen.evaluation.dumps import DumpFolder
@@ -72,7 +73,7 @@ def evaluate(
         raise UserError("--teacher-steps: there is no teacher to measure")
     if dump is not None:
         check_writable(dump.folder, "--dump")
-    target = results_file(str(model)) if output is None else Path(output)
+    target = results_file(str(model), size=asked.size) if output is None else Path(output)
     models = _subjects(subject_of(str(model), asked, device=place, teacher_dir=teacher_dir, name=_name(str(model), beside)), steps, progress)
     with with_root(settings or Settings(), progress) as settings:
         evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress, teacher=beside is not None)
@@ -114,7 +115,7 @@ def _teacher(
     """What loads the model's teacher; None where there is none. UserError where a student's teacher is not found, or it is no model."""
     if is_student(model):
         teacher_source(expanded(model), read_manifest(expanded(model))["teacher"], teacher_dir)
-        return lambda: teacher_subject(expanded(model), device=device, teacher_dir=teacher_dir)
+        return lambda: teacher_subject(expanded(model), size=asked.size, device=device, teacher_dir=teacher_dir)
     if teacher_dir is None:
         return None
     if kind_of(str(teacher_dir), asked.of_teacher(), key="--teacher") == "pictures" and steps is not None:
@@ -122,9 +123,10 @@ def _teacher(
     return lambda: subject_of(str(teacher_dir), asked.of_teacher(), device=device, name="teacher")
 
 
-def results_file(model: str) -> Path:
-    """Where results go: beside a student, and otherwise into the current folder."""
-    return expanded(model) / "results.json" if is_student(model) else Path(re.sub("[/:]", "_", f"{source_name(model)}.results.json"))
+def results_file(model: str, *, size: tuple[int, int] | None = None) -> Path:
+    """Where results go: beside a student, and otherwise into the current folder. size: that of a student which is asked for."""
+    own = f"results.{name_of(size)}.json" if size else "results.json"
+    return expanded(model) / own if is_student(model) else Path(re.sub("[/:]", "_", f"{source_name(model)}.results.json"))
 
 
 def _subjects(model: Subject, steps: Sequence[int] | None, progress: Progress) -> list[Subject]:

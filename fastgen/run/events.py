@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastgen import diagnostics, group, pictures
+from fastgen.data.latents import name_of
 from fastgen.errors import NotFinite, TrainingFailed, UserError
 from fastgen.evaluation import unkept
 from fastgen.evaluation.block import PROTOCOL, resources_of
@@ -157,22 +158,30 @@ class Samples:
         self.prompts = [prompt for prompt in prompts for _ in range(_SAMPLES // len(prompts))]
         self.seeds = list(range(len(self.prompts)))
         self.student = run.generator("student")
+        self.students = [self.student, *map(self.student.at_size, self.student.sizes[1:])]
         for start in range(0, len(prompts), at_once := run.plan.recipe.train.at_once):
             self.student.conditioning(prompts[start : start + at_once])  # while the text encoders are still there
-        self.rows: list[tuple[str, torch.Tensor]] = []
+        self.rows: list[list[tuple[str, torch.Tensor]]] = [[] for _ in self.students]  # by size
         if "teacher" in run.roles:
             teacher = run.generator("teacher")
-            self.rows.append((f"teacher, {teacher.steps} steps", self._pictures(teacher)))
+            for rows, size in zip(self.rows, self.student.sizes, strict=True):
+                rows.append((f"teacher, {teacher.steps} steps", self._pictures(teacher.at_size(size))))
 
     def draw(self, step: int) -> Metrics:
-        """Write `step_NNNNNN.png` from the averaged weights; returns the student's drift from the teacher, where there is one."""
+        """Write `step_NNNNNN.png` from the averaged weights, and of more sizes than one `step_NNNNNN_HxW.png` of each other; returns the student's
+        drift from the teacher at the first, where there is one."""
         self.run.trainer.check_weights()
         with self.run.trainer.ema.applied():
-            drawn = self._pictures(self.student)
-        student = (f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}", drawn)
-        file = self.folder / f"step_{step:06d}.png"
-        self.run.parallel.lone(lambda: pictures.save_png(pictures.picture_grid([*self.rows, student], self.prompts), file))
-        return diagnostics.drift(drawn, self.rows[0][1], self.prompts) if self.rows else {}
+            drawn = [self._pictures(student) for student in self.students]
+        name = f"student, {self.student.steps} step{'s' * (self.student.steps > 1)}"
+
+        def save() -> None:
+            for place, (rows, own, size) in enumerate(zip(self.rows, drawn, self.student.sizes, strict=True)):
+                file = f"step_{step:06d}.png" if place == 0 else f"step_{step:06d}_{name_of(size)}.png"
+                pictures.save_png(pictures.picture_grid([*rows, (name, own)], self.prompts), self.folder / file)
+
+        self.run.parallel.lone(save)
+        return diagnostics.drift(drawn[0], self.rows[0][0][1], self.prompts) if self.rows[0] else {}
 
     def _pictures(self, generator: ImageGenerator) -> torch.Tensor:
         """In batches no larger than training's own, which the processes share."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastgen.config import TrainBlock
-from fastgen.data.training import TrainingData
+from fastgen.data.training import Data
 from fastgen.distillers.base import Setting
 from fastgen.rng import SampleRng
 from fastgen.sampling import Predict
@@ -22,7 +22,7 @@ STEPS = 16  # of Heun's, 31 evaluations a sample
 
 @torch.no_grad()
 def straightness_of(
-    predict: Predict, data: TrainingData, setting: Setting, *, guidance: float, samples: int, train: TrainBlock, device: torch.device
+    predict: Predict, data: Data, setting: Setting, *, guidance: float, samples: int, train: TrainBlock, device: torch.device
 ) -> dict[str, Any]:
     """`straightness` and `one_step` with their standard errors, and `samples`. predict: guided, by `guidance`. Sample i depends on the run's seed,
     the data's prompts and i alone."""

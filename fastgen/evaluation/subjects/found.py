@@ -25,8 +25,9 @@ FORMS = "an exported student, a diffusers folder, a folder of pictures, or a hub
 
 @dataclass(frozen=True)
 class Asked:
-    """What a user wants of a model beside its steps; None: its own. guidance, size (height, width), max_sequence_length, call (other arguments, as
-    JSON has them) and revision (of a hub id) are of stock pipelines alone; captions: a file, of a folder of pictures."""
+    """What a user wants of a model beside its steps; None: its own. guidance, max_sequence_length, call (other arguments, as JSON has them) and
+    revision (of a hub id) are of stock pipelines alone; size (height, width) of these and of students, of which it is one of their own; captions:
+    a file, of a folder of pictures."""
 
     guidance: float | None = None
     size: tuple[int, int] | None = None
@@ -83,7 +84,7 @@ def subject_of(
         if kind == "bundled":
             subject = bundled_subject(model, steps=steps, guidance=asked.guidance, device=device)
         else:
-            options: Any = {"dtype": asked.dtype or "fp32", "device": device, "teacher_dir": teacher_dir}
+            options: Any = {"dtype": asked.dtype or "fp32", "device": device, "teacher_dir": teacher_dir, "size": asked.size}
             subject = student_subject(folder, steps=steps, **options)
     return _called(subject, name)
 
@@ -110,7 +111,7 @@ def kind_of(model: str, asked: Asked = Asked(), *, steps: int | None = None, key
             raise UserError(f"--guidance: {asked.guidance:g}; a bundled teacher takes 1 (none) and more, as in diffusers")
         return "bundled"
     if is_student(model):
-        asked.refuse("an exported student, whose fastgen.json says how it is called", "dtype")
+        asked.refuse("an exported student, whose fastgen.json says how it is called", "dtype", "size")
         return "student"
     if (folder / "model_index.json").is_file() or is_hub_id(model):
         from fastgen.evaluation.subjects.stock import check_pipeline

@@ -109,11 +109,13 @@ def student_subject(
     dtype: str = "fp32",
     device: torch.device | str = "cpu",
     teacher_dir: str | Path | None = None,
+    size: Sequence[int] | None = None,
 ) -> GeneratorSubject:
-    """An exported student. UserError where its files are not those that were exported, as of `load_student`."""
+    """An exported student, at one of its sizes (height, width), by default the first. UserError where its files are not those that were exported,
+    as of `load_student`."""
     manifest = read_manifest(folder)
     check_student(folder, manifest)
-    generator = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
+    generator = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir).at_size(size)
     told = {"negative_prompt": manifest["teacher"]["negative_prompt"]} | {key: manifest[key] for key in ("method", "unfinished") if manifest.get(key)}
     if manifest["weights"] == "lora":
         told["teacher"] = manifest["teacher"].get("sha256") or _teacher_hash(folder, manifest["teacher"], teacher_dir)
@@ -122,12 +124,17 @@ def student_subject(
 
 
 def teacher_subject(
-    student: Path, *, steps: int | None = None, device: torch.device | str = "cpu", teacher_dir: str | Path | None = None
+    student: Path,
+    *,
+    steps: int | None = None,
+    size: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    teacher_dir: str | Path | None = None,
 ) -> GeneratorSubject:
     """The teacher that an exported student's fastgen.json names, or the one in `teacher_dir`, with the student's options and its guidance there."""
     recorded = read_manifest(student)["teacher"]
     source, revision = teacher_source(student, recorded, teacher_dir)
-    generator = load_teacher_of(student, device=device, teacher_dir=teacher_dir)
+    generator = load_teacher_of(student, size=size, device=device, teacher_dir=teacher_dir)
     told = {"negative_prompt": recorded["negative_prompt"], **({} if revision is None else {"revision": revision})}
     if recorded.get("lora"):
         told["lora"] = [{key: adapter[key] for key in ("name", "weight", "sha256")} for adapter in recorded["lora"]]
