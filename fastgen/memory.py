@@ -69,7 +69,7 @@ def _parts(planned: Plan, roles: Roles) -> dict[int, Tensor]:
     if planned.cut is None:
         return {}
     networks = {id(role.denoiser.backbone): role.denoiser.backbone for role in roles.values()}
-    return {id(p): part_as_cut(p, planned.divided) for network in networks.values() for p in network.parameters()}
+    return {id(p): part_as_cut(p, planned.parts) for network in networks.values() for p in network.parameters()}
 
 
 def part_as_cut(parameter: Tensor, parts: int) -> Tensor:
