@@ -52,7 +52,7 @@ class Content:
         """Of a run as it stands. inputs: what it was begun with, by content; metrics: of this step, which it may be killed before it logs.
         apart: as copies in the CPU's memory, which do not change when it goes on."""
         trained = [name for name in trainer.ema if trainer.distiller.finished(name, trainer.step)]
-        pairs = None if trainer.data.pairs is None else len(trainer.data.pairs)
+        pairs = trainer.data.num_pairs
         state = {"format": FORMAT, "step": trainer.step, "seconds": trainer.seconds, "trained": trained, "pairs": pairs}
         state |= {"recipe": recipe, "inputs": dict(inputs or {}), "metrics": dict(metrics or {})}
         tensors = _tensors(trainer)
@@ -221,9 +221,9 @@ def load(checkpoint: Path, trainer: Trainer, state: dict[str, Any] | None = None
     leaves this trainer's. state: what `opened` gave, which has checked the files already."""
     state = check(checkpoint) if state is None else state
     trainer.move_to(state["step"])
-    if trainer.data.pairs is not None:  # their folder may have grown since, and draws depend on their number
-        if len(trainer.data.pairs) < state["pairs"]:
-            raise UserError(f"recipe key data.pairs: {len(trainer.data.pairs)} pairs, but the run began with {state['pairs']}")
+    if (count := trainer.data.num_pairs) is not None:  # their folder may have grown since, and draws depend on their number
+        if count < state["pairs"]:
+            raise UserError(f"recipe key data.pairs: {count} pairs, but the run began with {state['pairs']}")
         trainer.data = trainer.data.with_first_pairs(state["pairs"])
     with reading(checkpoint):
         for name, role in trainer.roles.trained.items():

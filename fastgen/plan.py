@@ -326,9 +326,9 @@ def plan(
     early = None if recipe.data.buckets is None else images_of(recipe.data)
     sized = sizes.at_all(recipe, family, early)
     family = sized[0] if sized else family
+    sizes.check_one_grid(recipe, method, config, [times_of(recipe, each) for each in sized])
     for each in sized or [family]:
         method.check(config, _facts(recipe, each, started=started))
-    sizes.check_one_grid(recipe, method, config, [times_of(recipe, each) for each in sized])
     _check_optimizers(recipe, method.roles_for(config))
     _check_data(recipe, needs_latents=method.needs_latents(config), needs_pairs=method.needs_pairs(config))
     _check_inputs(recipe, method.roles_for(config), family)

@@ -77,6 +77,11 @@ class TrainingData:
     captions: list[tuple[Tensor, Tensor]] | None = None
     pairs: PairTable | None = None
 
+    @property
+    def num_pairs(self) -> int | None:
+        """How many pairs there are to draw from; None: it trains on none."""
+        return None if self.pairs is None else len(self.pairs)
+
     def with_first_pairs(self, count: int | None) -> TrainingData:
         """The same data with the first `count` pairs; None: with all."""
         return self if count is None or self.pairs is None else replace(self, pairs=self.pairs.first(count))
@@ -135,6 +140,11 @@ class SizedData:
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...) of prompts that are among its own."""
         return self.parts[0].conditioning(prompts)
+
+    @property
+    def num_pairs(self) -> int | None:
+        """Of its only size; of several, whose pairs are no folder that may grow, None."""
+        return self.parts[0].num_pairs if len(self.parts) == 1 else None
 
     def with_first_pairs(self, count: int | None) -> SizedData:
         """The same data with the first `count` pairs of each size; None: with all."""

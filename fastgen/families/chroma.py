@@ -31,12 +31,14 @@ class Chroma(Pipelined):
     text_widths: ClassVar = {"joint_attention_dim": ("text_encoder.d_model",)}
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    _picture: int  # tokens of a picture in the call that is running, for `block_feature`
 
     @property
     def patch(self) -> int:
         return 1  # its configuration's patch_size is what `pack` does already
 
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self._picture = self.tokens_of(x)
         image_ids = torch.cartesian_prod(*(torch.arange(count, device=x.device) for count in (1, x.shape[-2] // 2, x.shape[-1] // 2))).to(x)
         text, kept = cond["encoder_hidden_states"], cond["attention_mask"].to(x)
         ids = {"img_ids": image_ids, "txt_ids": image_ids.new_zeros(text.shape[1], 3)}
@@ -47,7 +49,7 @@ class Chroma(Pipelined):
         return packing.unpack(out[0], x.shape)
 
     def block_feature(self, output: Any) -> Tensor:
-        return one_stream.last(output, self.tokens)
+        return one_stream.last(output, self._picture)
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeds, _, mask, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length)

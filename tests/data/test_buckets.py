@@ -24,7 +24,17 @@ def always(_size: tuple[int, int]) -> bool:
 
 @pytest.mark.parametrize(
     ("picture", "place"),
-    [((500, 500), 0), ((300, 400), 1), ((400, 300), 2), ((1000, 2000), 1), ((3000, 1000), 2), ((1100, 1000), 3), ((501, 500), 0), ((1024, 1024), 3), ((800, 800), 3)],
+    [
+        ((500, 500), 0),
+        ((300, 400), 1),
+        ((400, 300), 2),
+        ((1000, 2000), 1),
+        ((3000, 1000), 2),
+        ((1100, 1000), 3),
+        ((501, 500), 0),
+        ((1024, 1024), 3),
+        ((800, 800), 3),
+    ],
 )
 def test_a_picture_goes_to_the_nearest_aspect_and_among_those_to_the_nearest_area(picture: tuple[int, int], place: int) -> None:
     assert nearest([(512, 512), (448, 576), (576, 448), (1024, 1024)], picture) == place
@@ -47,8 +57,8 @@ def pictures(folder: Path, sizes: list[tuple[int, int]]) -> CaptionedImages:
     for i, (height, width) in enumerate(sizes):
         turned = Image.Exif()
         turned[274] = 6
-        stored, more = ((height, width), {"exif": turned}) if i % 2 else ((width, height), {})
-        Image.linear_gradient("L").resize(stored).convert("RGB").save(folder / f"{i:04d}.jpg", **more)
+        image = Image.linear_gradient("L").resize((height, width) if i % 2 else (width, height)).convert("RGB")
+        image.save(folder / f"{i:04d}.jpg", exif=turned if i % 2 else Image.Exif())
         (folder / f"{i:04d}.txt").write_text(f"picture {i}")
     return load_images(str(folder))
 
