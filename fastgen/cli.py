@@ -207,7 +207,8 @@ def sample(
     check_writable_file(output, "--output")
     terminal.quiet()
     chosen = size_of(size)
-    student = load_student(student_dir, teacher_dir=teacher_dir).at_size(chosen)
+    student = load_student(student_dir, teacher_dir=teacher_dir)
+    student = student if chosen is None else student.at_size(chosen)
     student = student if native else student.with_own_sampler()
     for warning in student.family.legibility(prompt).check("--prompt"):
         terminal.warn(warning)
