@@ -372,11 +372,15 @@ def verify(
     rows = [[i] for i in range(len(seeds))] if draws_singly(manifest["pipeline"], manifest["guidance"]) else [list(range(len(seeds)))]
     job = {"batches": [[card.chosen(manifest["inputs"], [shown[i] for i in some]), [seeds[i] for i in some]] for some in rows]}
     place = "" if (str(device), dtype) == ("cpu", "fp32") else f"pipe.to({str(device)!r}, {DTYPES[dtype]})\n"
-    student, found = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir), list[Verification]()
-    for each in sized(manifest):
-        drawn = _plain_diffusers(folder, each, job, place, teacher_dir)
+    stock = []
+    for each in (records := sized(manifest)):
         others = [_plain_diffusers(folder, each, job, place, teacher_dir, by_comfy=True)[0]] if manifest.get("comfyui") else []
-        found.append(_compared(folder, each, student.at_size(each["options"].get("size")), prompts, seeds, drawn, others, dtype))
+        stock.append((_plain_diffusers(folder, each, job, place, teacher_dir), others))
+    student = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
+    found = [
+        _compared(folder, each, student.at_size(each["options"].get("size")), prompts, seeds, *drawn, dtype)
+        for each, drawn in zip(records, stock, strict=True)
+    ]
     return Verification(
         max(each.grid_error for each in found),
         max(each.picture_error for each in found),
