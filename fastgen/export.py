@@ -351,6 +351,9 @@ for name in ("safety_checker", "watermark"):
 """
 
 
+_Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]  # pictures, timesteps, sigmas
+
+
 def verify(
     folder: Path,
     *,
@@ -372,10 +375,11 @@ def verify(
     rows = [[i] for i in range(len(seeds))] if draws_singly(manifest["pipeline"], manifest["guidance"]) else [list(range(len(seeds)))]
     job = {"batches": [[card.chosen(manifest["inputs"], [shown[i] for i in some]), [seeds[i] for i in some]] for some in rows]}
     place = "" if (str(device), dtype) == ("cpu", "fp32") else f"pipe.to({str(device)!r}, {DTYPES[dtype]})\n"
-    stock = []
-    for each in (records := sized(manifest)):
+    records, stock = sized(manifest), list[tuple[_Drawn, list[np.ndarray]]]()
+    for each in records:
+        drawn = _plain_diffusers(folder, each, job, place, teacher_dir)
         others = [_plain_diffusers(folder, each, job, place, teacher_dir, by_comfy=True)[0]] if manifest.get("comfyui") else []
-        stock.append((_plain_diffusers(folder, each, job, place, teacher_dir), others))
+        stock.append((drawn, others))
     student = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
     found = [
         _compared(folder, each, student.at_size(each["options"].get("size")), prompts, seeds, *drawn, dtype)
@@ -403,7 +407,7 @@ def _compared(
     student: ImageGenerator,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    drawn: tuple[np.ndarray, np.ndarray, np.ndarray],
+    drawn: _Drawn,
     others: Sequence[np.ndarray],
     dtype: str,
 ) -> Verification:
