@@ -27,6 +27,7 @@ FOLDER = Path(families.__file__).parent
 # The rooms that pipelines are built on; `base` is the interface, the rest reads foreign folders with care.
 ROOMS = {
     "pipelined": "what every pipeline has in common",
+    "sizing": "which sizes it draws",
     "codec": "pixels to latents and back",
     "source": "where components come from",
     "packing": "latents packed into tokens",

@@ -57,6 +57,8 @@ def check_grid(recipe: Recipe, family: Family) -> None:
     key = f"student.steps: {student.steps} steps with teacher.shift {family.shift:g}" if given is None else f"student.grid: {given}"
     if given is not None and not _agree(times / family.path.t_max, torch.tensor(given, dtype=torch.float64)):
         raise UserError(f"recipe key {key[:200]} cannot be exported: the scheduler would step on {times.tolist()}"[:500])
+    if not bool(times.isfinite().all()):
+        raise UserError(f"recipe key {key[:200]} cannot be exported: the scheduler's times are not finite at {list(family.picture_shape[-2:])}")
     for a, b in pairwise([*(_TIMES * times.float()).tolist(), 0.0]):
         if a <= b:
             raise UserError(f"recipe key {key[:200]} has two times that are the same in fp32 ({b / _TIMES:.9g}), which no scheduler tells apart")

@@ -20,7 +20,7 @@ Lora = Sequence[Mapping[str, Any]]  # adapters of a teacher, `{path, weight}` ea
 # Modules that are no family.
 _SHARED = (
     *("adapters", "base", "betas", "codec", "complete", "components", "discrete", "fitting", "one_stream", "packing", "pipelined", "schedules"),
-    "source",
+    *("sizing", "source"),
     *("stock_samplers", "unet", "weights"),
 )
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml"}

@@ -1,13 +1,11 @@
 """What every family with a diffusers pipeline shares. A family states what it is in class variables, and writes `call`, `encode` and
 `text_shapes`; whatever else its pipeline does differently it overrides.
 
-Where parts come from is source.py, the VAE codec.py, the schedule's shift schedules.py, and whether the parts fit fitting.py.
+Where parts come from is source.py, sizes sizing.py, the VAE codec.py, the schedule's shift schedules.py, and whether the parts fit fitting.py.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +19,12 @@ from torch import Tensor, nn
 
 from fastgen import manifest
 from fastgen.conditioning import Conditioning
-from fastgen.errors import UserError, shown
+from fastgen.errors import UserError
 from fastgen.families import adapters, fitting, schedules
-from fastgen.families.base import OPTIONS, Family, LatentSpec
+from fastgen.families.base import OPTIONS
 from fastgen.families.codec import Codec
-from fastgen.families.components import Component, of_teacher
+from fastgen.families.components import of_teacher
+from fastgen.families.sizing import Sizing
 from fastgen.families.source import Source
 from fastgen.legibility import Legibility, Reader, read
 from fastgen.path import Flow, Path
@@ -42,7 +41,7 @@ class _Loaded:
     encoders: Any = None
 
 
-class Pipelined(Family):
+class Pipelined(Sizing):
     """source: a folder, a hub id or a live pipeline."""
 
     network: ClassVar[str]  # diffusers class of `component`
@@ -54,14 +53,8 @@ class Pipelined(Family):
     longest_text: ClassVar[int | None] = None  # the most that the call takes
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # see fitting.check_encoders
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # the network's attributes that hold its blocks, in order
-    pack: ClassVar[int] = 1  # latents on a side that `call` packs into channels
-    own_size: ClassVar[tuple[int, int] | None] = None  # the call's default height and width; None: what the network's sample_size says
-    own_frames: ClassVar[int | None] = None  # of a video's call; None: pictures
     own_embedded_guidance: ClassVar[float | None] = None  # the call's, for networks with `guidance_embeds`; None: it has none
-    sized: ClassVar[bool] = True  # the call takes height and width
-    side_unit: ClassVar[int] = 1  # of which the call wants them to be multiples, whatever its network takes
     grid_argument: ClassVar[str | None] = "sigmas"  # of the call, for explicit times; None: it takes none
-    gives_sigmas: ClassVar[bool] = False  # the call hands its scheduler mu and evenly spaced times, which the scheduler shifts
     fixed_call: ClassVar[Mapping[str, Any]] = {}  # what the call must always be passed
     grid_ends: ClassVar[tuple[str, ...]] = ()  # options of its scheduler that move the ends of its grid and are not ours, see schedules.py
     after_drawing: ClassVar[tuple[str, ...]] = ()  # components that only look at finished pictures, and may be missing
@@ -92,11 +85,6 @@ class Pipelined(Family):
         self.max_sequence_length = self._text_length(given)
         self.embedded_guidance = given.get("embedded_guidance", self.own_embedded_guidance) if self._has()["embedded_guidance"] else None
         self.latent = self._latent()
-
-    def _latent(self) -> LatentSpec:
-        height, width = (side // self.pixels_per_latent for side in self.size)
-        frames = () if self.frames is None else ((self.frames - 1) // self.codec.frame_stride + 1,)
-        return LatentSpec(self.config.option("in_channels") // self.pack**2, (*frames, height, width))
 
     def check_network(self) -> None:
         """UserError for a network of the right class that this family's pipeline calls in another way."""
@@ -133,88 +121,6 @@ class Pipelined(Family):
             raise UserError("recipe key teacher.resolution: teacher.size says it already; remove one of them")
         return given
 
-    @property
-    def resolution(self) -> int:
-        """Pixels on a side of square pictures."""
-        return self.size[0]
-
-    @property
-    def picture_shape(self) -> tuple[int, ...]:
-        return (3, *(() if self.frames is None else (self.frames,)), *self.size)
-
-    @property
-    def patch(self) -> int:
-        """Latents on a side of the network's own patches, beside what `pack` does."""
-        size = _last(self.config, "patch_size")
-        return 1 if size is None else size
-
-    def largest_side(self) -> int | None:
-        """The most pixels that the network's positions reach; None: any number."""
-        return None
-
-    def _size(self, given: Mapping[str, Any]) -> tuple[int, int]:
-        """(height, width) in pixels, the pipeline's own where none is given; UserError where its call refuses it."""
-        key = "resolution" if "resolution" in given else "size"
-        if key in given:
-            height, width = (given[key],) * 2 if key == "resolution" else given[key]
-        elif self.own_size is not None:
-            height, width = self.own_size
-        elif (latents := _last(self.config, "sample_size")) is not None:
-            sides = self.config.option("sample_size")
-            first = sides[0] if isinstance(sides, (list, tuple)) else latents
-            height, width = first * self.pixels_per_latent, latents * self.pixels_per_latent
-        else:
-            raise UserError(f"recipe key teacher.pretrained: its {self.component} has no sample_size; give the recipe key teacher.size")
-        for side in (height, width):
-            if (allowed := self._allowed(side)) is not None:
-                said = f"{side} is not {allowed}" if key in given else f"the pipeline's own, {side}, is not {allowed}; give one"
-                raise UserError(f"recipe key teacher.{key}: {said}")
-        return height, width
-
-    @property
-    def size_unit(self) -> int:
-        return math.lcm(self.pixels_per_latent * self.pack * self.patch, self.side_unit)
-
-    def _allowed(self, side: int) -> str | None:
-        """What a side of a picture must be, where this one is not."""
-        unit, largest = self.size_unit, self.largest_side() or math.inf
-        allowed = f"a multiple of {unit}" + ("" if largest == math.inf else f" and at most {largest}")
-        return allowed if side % unit or side > largest else None
-
-    def at_sizes(self, sizes: Sequence[Sequence[int]]) -> list[Family]:
-        key = "recipe key student.sizes"
-        if not self.sized:
-            raise UserError(f"{key}: the call of {self.pipeline_classes[0]} takes no height and width, so it draws one size alone")
-        made: list[Family] = [self._at(size, f"{key}.{place}") for place, size in enumerate(sizes)]
-        shifts = {tuple(family.size): family.shift for family in made if isinstance(family, Pipelined)}
-        follows = len(set(shifts.values())) > 1
-        if follows and not self.gives_sigmas:
-            (one, a), (other, b) = min(shifts.items(), key=lambda each: each[1]), max(shifts.items(), key=lambda each: each[1])
-            raise UserError(
-                f"{key}: the teacher's shift follows the size, {a:.4g} at {list(one)} and {b:.4g} at {list(other)}, and {self.pipeline_classes[0]} "
-                "hands its scheduler times that cannot follow it; give teacher.shift, one for all sizes"
-            )
-        for family in made:
-            vars(family)["follows_size"] = follows
-        return made
-
-    def _at(self, size: Sequence[int], key: str) -> Pipelined:
-        for side in size:
-            if (allowed := self._allowed(side)) is not None:
-                raise UserError(f"{key}: {shown(list(size))}: {side} is not {allowed}")
-        other = copy.copy(self)
-        height, width = size
-        other.size, other._shift, other.several_sizes = (height, width), self._stated_shift, True
-        other.latent = other._latent()
-        return other
-
-    def _frames(self, given: Mapping[str, Any]) -> int | None:
-        """The first frame stands alone in the latents, and each further one of them stands for `frame_stride` more."""
-        frames = given.get("frames", self.own_frames)
-        if frames is not None and (frames - 1) % self.codec.frame_stride:
-            raise UserError(f"recipe key teacher.frames: {frames} is not 1 more than a multiple of {self.codec.frame_stride}")
-        return frames
-
     def _text_length(self, given: Mapping[str, Any]) -> int | None:
         if self.text_length is None:
             return None
@@ -248,8 +154,6 @@ class Pipelined(Family):
             self._shift = schedules.teacher_shift(*given) if isinstance(self.path, Flow) else 1.0
         return self._shift
 
-    follows_size: bool = False  # whether its exported scheduler shifts by mu, which the call makes of the size
-
     def mu_at(self, steps: int) -> float | None:
         """mu of a call of so many steps, where it depends on them and the scheduler has no say in it; None: it is linear in `tokens`."""
         return None
@@ -258,15 +162,6 @@ class Pipelined(Family):
         """What the call hands its scheduler."""
         stepped = self.mu_at(steps)
         return schedules.linear_mu(self._dynamic, self.tokens) if stepped is None else stepped
-
-    @property
-    def tokens(self) -> int:
-        """Of a picture, as the call counts them where its shift goes by their number."""
-        return math.prod(self.latent.size) // (self.pack * self.patch) ** 2
-
-    def tokens_of(self, x: Tensor) -> int:
-        """Of a picture in a call of the network with latents x (B, C, ..., H, W)."""
-        return math.prod(x.shape[2:]) // (self.pack * self.patch) ** 2
 
     @property
     def takes_times(self) -> bool:
@@ -440,12 +335,3 @@ class Pipelined(Family):
     def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
         components: dict[str, Any] = {} if backbone is None else {self.component: backbone}
         return self.source.pipeline(scheduler=scheduler, **components)
-
-
-def _last(component: Component, key: str) -> Any:
-    """An option that is one number or one for each axis; None where it is given as null or its class has none."""
-    try:
-        value = component.option(key)
-    except UserError:
-        return None
-    return value[-1] if isinstance(value, (list, tuple)) else value

@@ -240,8 +240,8 @@ def test_a_shipped_recipe_is_planned_from_its_teachers_configurations(
     source = shutil.copytree(folders(family), tmp_path / "configurations", ignore=shutil.ignore_patterns("*.safetensors"))
     shipped = Recipe.load(name)
     here = {key: value for key, value in shipped.teacher.options.items() if key in ("shift", "embedded_guidance")} | row.teacher
-    if shipped.student.sizes is not None:  # which say it
-        here.pop("size", None)
+    if shipped.student.sizes is not None:  # which say it, here near the tiny teacher's own
+        height, width = here.pop("size")
     teacher = {"pretrained": str(source), "guidance": shipped.teacher.guidance, "negative_prompt": shipped.teacher.negative_prompt, **here}
     data: dict[str, Any] = {key: value if value is None else str(made(tmp_path, row.prompts)) for key, value, made in given(shipped)}
     if (pairs := shipped.data.pairs_asked) is not None:  # drawn by the tiny teacher, for those of the recipe's own are not here
@@ -249,6 +249,8 @@ def test_a_shipped_recipe_is_planned_from_its_teachers_configurations(
     asked = shipped.dump() | {"teacher": teacher, "data": data}
     if (modulation := (asked["student"].get("moe") or {}).get("modulation")) is not None:
         modulation["rank"] = 4  # which the tiny network's layers have too
+    if shipped.student.sizes is not None:
+        asked["student"]["sizes"] = [[height, width], [height, 2 * width]]
     recipe = validate(Recipe, asked)
     outcome = dry_run(recipe, tmp_path / "run")
     assert len(outcome["grid"]) == shipped.student.steps
