@@ -79,8 +79,8 @@ def test_a_discriminator_with_a_number_that_is_none_is_named() -> None:
 
 
 def spoil_latents(trained: Trainer) -> None:
-    assert isinstance(trained.data.latents, Held)
-    trained.data.latents.tensors["latents"][:] = NAN
+    assert isinstance(trained.data.parts[0].latents, Held)
+    trained.data.parts[0].latents.tensors["latents"][:] = NAN
 
 
 def spoil_teacher(trained: Trainer) -> None:

@@ -62,7 +62,7 @@ def held(run: Run) -> tuple[int, int]:
         if isinstance(value, Tensor)
     )
     averages = size(tensor for average in trainer.ema.values() for tensor in average.shadow.values())
-    data = run.data
+    (data,) = run.data.parts
     rows = [tensor for table in (data.cond, data.latents) if isinstance(table, Held) for tensor in table.tensors.values()]
     tables = [data.cumulative, *(t for pair in data.captions or [] for t in pair)]
     return networks + states + averages + max(gradients), size([*rows, *trainer.distiller.setting.negative.values(), *tables])

@@ -52,7 +52,9 @@ def standing(trainer: Trainer) -> list[Tensor]:
     found = [tensor for role in trainer.roles.values() for tensor in (*role.denoiser.parameters(), *role.denoiser.buffers())]
     found += [value for optimizer in trainer.optimizers.values() for state in optimizer.state.values() for value in state.values()]
     found += [shadow for average in trainer.ema.values() for shadow in average.shadow.values()]
-    found += [tensor for rows in (trainer.data.cond, trainer.data.latents) if isinstance(rows, Held) for tensor in rows.tensors.values()]
+    found += [
+        tensor for rows in (trainer.data.parts[0].cond, trainer.data.parts[0].latents) if isinstance(rows, Held) for tensor in rows.tensors.values()
+    ]
     return list({tensor.untyped_storage().data_ptr(): tensor for tensor in found}.values())
 
 

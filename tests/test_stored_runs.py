@@ -95,7 +95,7 @@ def test_training_from_a_store_is_training_from_memory_to_the_bit(sd3_folder: Pa
     stored = recipe(sd3_folder, source, kind, method, store=str(tmp_path / "store"), keep="disk")
     expected = weights(run.train(memory, tmp_path / "memory", only="train"))
     built = build(plan(stored, only="train"), Progress())
-    assert isinstance(built.data.cond, Store) and built.data.read_ahead and len(expected) > 10
+    assert isinstance(built.data.parts[0].cond, Store) and built.data.read_ahead and len(expected) > 10
     assert same(weights(run.train(stored, tmp_path / "stored", only="train")), expected)
 
 
@@ -112,7 +112,7 @@ def test_a_run_goes_on_from_a_store_as_it_would_have_from_memory_and_the_other_w
 def test_a_small_store_is_read_into_memory_at_the_start(sd3_folder: Path, source: Path, tmp_path: Path) -> None:
     heard = Heard()
     built = build(plan(recipe(sd3_folder, source, "images", "scm", store=str(tmp_path / "store")), only="train"), heard)
-    assert isinstance(built.data.cond, Held) and isinstance(built.data.latents, Held)
+    assert isinstance(built.data.parts[0].cond, Held) and isinstance(built.data.parts[0].latents, Held)
     assert f"5 images in '{tmp_path}/store/latents': 0.00 GB, read into memory" in heard.stages
 
 

@@ -40,7 +40,7 @@ def of_recipe(name: str, overrides: Sequence[str]) -> tuple[Trainer, Plan]:
 
 
 def _with_pairs(run: Run) -> TrainingData:
-    return with_pairs(run.data, load_pairs(run, Progress()), run.plan.family, keeping_of(run.plan, run.parallel.device))
+    return with_pairs(run.data.parts[0], load_pairs(run, Progress()), run.plan.family, keeping_of(run.plan, run.parallel.device))
 
 
 def of_network(planned: Plan, network: Network) -> Trainer:

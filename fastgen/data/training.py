@@ -78,6 +78,11 @@ class TrainingData:
     pairs: PairTable | None = None
 
     @property
+    def parts(self) -> tuple[TrainingData, ...]:
+        """The data of each size that a run has, here the only one."""
+        return (self,)
+
+    @property
     def num_pairs(self) -> int | None:
         """How many pairs there are to draw from; None: it trains on none."""
         return None if self.pairs is None else len(self.pairs)

@@ -160,7 +160,7 @@ def test_a_run_resumes_across_its_stages(tmp_path: Path) -> None:
 def test_points_of_the_teachers_trajectories_need_prompts_only() -> None:
     keys = ["distiller.points=teacher_trajectory", "distiller.trajectory.evaluations=3", "data={prompts: fastgen:digits}", "train.steps=2"]
     running = built(*keys, "distiller.shared=0.5", "optimizer.student.warmup=0")
-    assert running.data.latents is None
+    assert running.data.parts[0].latents is None
     for part in ("shared", "experts"):
         moved = changed(running)
         assert moved

@@ -380,7 +380,7 @@ def trained(method: str, steps: int = 600, **keys: Any) -> tuple[float, float]:
         ema=0.98,
     )
     trainer.data = training.with_pairs(
-        trainer.data, make_pairs(sampler, family.encode_prompts, {"": 1.0}, range(4096), seed=1, batch=4096), family, Keeping(CPU)
+        trainer.data.parts[0], make_pairs(sampler, family.encode_prompts, {"": 1.0}, range(4096), seed=1, batch=4096), family, Keeping(CPU)
     )
     trainer.run([])
     trainer.ema.settle()
@@ -422,7 +422,7 @@ def test_reflow_straightens_two_modes() -> None:
         ema=0.98,
     )
     pairs = make_pairs(sampler, family.encode_prompts, {"": 1.0}, range(8192), seed=1, batch=8192)
-    trainer.data = training.with_pairs(trainer.data, pairs, family, Keeping(CPU))
+    trainer.data = training.with_pairs(trainer.data.parts[0], pairs, family, Keeping(CPU))
     trainer.run([])
     trainer.ema.settle()
     fresh = make_pairs(sampler, family.encode_prompts, {"": 1.0}, range(1024), seed=2, batch=1024)

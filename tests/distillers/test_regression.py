@@ -227,7 +227,7 @@ def test_a_resumed_run_keeps_to_the_pairs_it_began_with(tmp_path: Folder) -> Non
         family = Toy("toy:gaussian", width=16)
         trainer = toy_trainer(toy_method(DMD, toy_setting(family)), family, optimizers=optimizer_block(lr=1e-2), steps=4)
         made = Pairs.held(torch.arange(count), ("",) * count, normal(33, 2)[:count].float())
-        trainer.data = training.with_pairs(trainer.data, made, family, Keeping(CPU))
+        trainer.data = training.with_pairs(trainer.data.parts[0], made, family, Keeping(CPU))
         return trainer
 
     whole = run(20)

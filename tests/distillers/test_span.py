@@ -99,7 +99,7 @@ def rates(method: Any, family: Toy) -> dict[str, dict[int, float]]:
     trainer = toy_trainer(method, family, latents=latents, optimizers=block, steps=method.setting.train_steps)
     teacher = TeacherSampler(trainer.models["teacher"], torch.tensor([1.0, 0.5]), (2,))
     made = make_pairs(teacher, family.encode_prompts, {"": 1.0}, range(8), seed=0)
-    trainer.data = training.with_pairs(trainer.data, made, family, Keeping(CPU))
+    trainer.data = training.with_pairs(trainer.data.parts[0], made, family, Keeping(CPU))
     seen: dict[str, dict[int, float]] = {}
     while trainer.step < method.setting.train_steps:
         step = trainer.step

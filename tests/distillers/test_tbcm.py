@@ -129,7 +129,7 @@ def test_nothing_opens_an_image_or_a_vae(monkeypatch: pytest.MonkeyPatch) -> Non
     planned = run.plan(Recipe.load("digits_tbcm_2step", keys))
     built = run.build(planned, run.Progress())
     built.trainer.run([])
-    assert built.data.latents is None
+    assert built.data.parts[0].latents is None
     with pytest.raises(UserError, match=r"data\.images: tbcm does not use it"):
         run.plan(Recipe.load("digits_tbcm_2step", ["data.images=fastgen:digits"]))
 

@@ -67,7 +67,7 @@ def toy(
     if kind is Reflow:
         teacher = Predictor(Denoiser(Toy("toy:mixture").load_backbone(), family), family)
         pairs = make_pairs(TeacherSampler(teacher, family.grid(20), (2,), "heun"), family.encode_prompts, {"": 1.0}, range(64), seed=1, batch=64)
-        trainer.data = training.with_pairs(trainer.data, pairs, family, Keeping(CPU))
+        trainer.data = training.with_pairs(trainer.data.parts[0], pairs, family, Keeping(CPU))
     return trainer
 
 

@@ -231,7 +231,7 @@ def test_free_encoders_drops_them_and_a_later_call_loads_them_again(sd3_folder: 
     before = family.encode_prompts(PROMPTS)
     pixels = family.decode_latents(torch.ones(1, 4, 8, 8))
     family.free_encoders()
-    assert family._encoders is None
+    assert family._loaded.encoders is None
     assert family.codec._loaded is None
     for key, value in family.encode_prompts(PROMPTS).items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=1e-5)  # as in any two readings of one file
