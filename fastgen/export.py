@@ -316,12 +316,14 @@ def _base(info: StudentInfo, scheduler: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest absolute differences between plain diffusers and our sampler, and what pictures may differ by."""
+    """Largest absolute differences between plain diffusers and our sampler, and what pictures may differ by. trained_error: root mean square
+    difference between pictures of the folder and of the networks that it was made of, at the worst size; None where these were not at hand."""
 
     grid_error: float
     picture_error: float
     pictures: int
     tolerance: float = TOLERANCE
+    trained_error: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -361,17 +363,17 @@ def verify(
     teacher_dir: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: str = "fp32",
+    trained: Sequence[Tensor] = (),
 ) -> Verification:
     """Reload `folder` with plain diffusers, where importing fastgen fails, and compare its grid and pictures with ours, at every size.
 
     teacher_dir: as in `load_student`. device, dtype: where, and in which precision, both draw; a large network fits no other way, but half
-    precision shows only gross mistakes.
+    precision shows only gross mistakes. trained: what the student drew before it was exported, by size (`drawn_at_every_size`).
     """
     manifest = read_manifest(folder)
     check_student(folder, manifest)
     stored.check_code(folder)
     shown = [i % len(manifest["prompts"]) for i in range(len(seeds))]
-    prompts = [manifest["prompts"][i] for i in shown]
     rows = [[i] for i in range(len(seeds))] if draws_singly(manifest["pipeline"], manifest["guidance"]) else [list(range(len(seeds)))]
     job = {"batches": [[card.chosen(manifest["inputs"], [shown[i] for i in some]), [seeds[i] for i in some]] for some in rows]}
     place = "" if (str(device), dtype) == ("cpu", "fp32") else f"pipe.to({str(device)!r}, {DTYPES[dtype]})\n"
@@ -381,16 +383,28 @@ def verify(
         others = [_plain_diffusers(folder, each, job, place, teacher_dir, by_comfy=True)[0]] if manifest.get("comfyui") else []
         stock.append((drawn, others))
     student = open_student(folder, manifest, device=device, dtype=DTYPES[dtype], teacher_dir=teacher_dir)
+    ours = drawn_at_every_size(student, manifest["prompts"], seeds)
     found = [
-        _compared(folder, each, student.at_size(each["options"].get("size")), prompts, seeds, *drawn, dtype)
-        for each, drawn in zip(records, stock, strict=True)
+        _compared(folder, each, student.at_size(each["options"].get("size")), own, *drawn, dtype)
+        for each, own, drawn in zip(records, ours, stock, strict=True)
     ]
     return Verification(
         max(each.grid_error for each in found),
         max(each.picture_error for each in found),
         sum(each.pictures for each in found),
         min(each.tolerance for each in found),
+        max(_rms(own - before) for own, before in zip(ours, trained, strict=True)) if trained else None,
     )
+
+
+def _rms(difference: Tensor) -> float:
+    return difference.square().mean().sqrt().item()
+
+
+def drawn_at_every_size(student: ImageGenerator, prompts: Sequence[str], seeds: Sequence[int] = (0, 1, 2, 3)) -> list[Tensor]:
+    """Pictures (B, 3, H, W) of each of a student's sizes, as `verify` draws them. prompts: those of its manifest, one after the other."""
+    chosen = [prompts[i % len(prompts)] for i in range(len(seeds))]
+    return [student.at_size(size)(chosen, seeds) for size in student.sizes]
 
 
 def sized(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -405,15 +419,14 @@ def _compared(
     folder: Path,
     manifest: dict[str, Any],
     student: ImageGenerator,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    pictures: Tensor,
     drawn: _Drawn,
     others: Sequence[np.ndarray],
     dtype: str,
 ) -> Verification:
-    """What plain diffusers has drawn at one size, and with adapters for other programs, beside ours."""
+    """What plain diffusers has drawn at one size, and with adapters for other programs, beside our pictures."""
     images, timesteps, sigmas = drawn
-    family, ours = student.family, student(prompts, seeds).movedim(1, -1).numpy()
+    family, ours = student.family, pictures.movedim(1, -1).numpy()
     stock = family.path_times(torch.from_numpy(timesteps), torch.from_numpy(sigmas)).numpy()
     if images.shape != ours.shape or len(stock) != manifest["steps"]:
         raise UserError(

@@ -86,18 +86,20 @@ class Run:
         trained = {role: distiller.trained(role, self.trainer.step) for role, _ in distiller.students()}
         return {role: {"step": step, "of": count} for role, (step, count) in trained.items() if step < count}
 
-    def generator(self, role: str) -> ImageGenerator:
-        """Pictures from a role's current weights, of several sizes the first: the student on its grid, the teacher at its own steps."""
+    def generator(self, role: str, experts: Sequence[Expert] = ()) -> ImageGenerator:
+        """Pictures from a role's current weights, of several sizes the first: the student on its grid, the teacher at its own steps. experts: the
+        student's own, where they are not the run's roles as they stand."""
         recipe, family = self.plan.recipe, self.plan.family
         student = role == "student"
+        models = self.trainer.models | {expert.role.name: expert.role.predictor for expert in experts}
         made = ImageGenerator(
             family,
-            self.trainer.distiller.sampler(self.trainer.models) if student else self.roles[role].predictor,
+            self.trainer.distiller.sampler(models) if student else self.roles[role].predictor,
             steps=recipe.student.steps if student else family.own_call["num_inference_steps"],
             guidance=self.plan.guidance if student else recipe.teacher.guidance,
             negative_prompt=recipe.teacher.negative_prompt,
             grid=self.plan.grid if student else None,
-            device=self.parallel.device,
+            device=next(experts[0].role.denoiser.parameters()).device if experts else self.parallel.device,
             sampler=recipe.student.stock_sampler if student else family.samplers[0],
             name="the student" if student else f"teacher {recipe.teacher.pretrained!r}",
         )

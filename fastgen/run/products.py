@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from fastgen import checkpoint, inputs, report
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Distiller
@@ -13,7 +15,7 @@ from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL, resources_of
 from fastgen.evaluation.extraction import Part
 from fastgen.evaluation.settings import Settings
-from fastgen.export import Expert, Verification, export_lora, export_student, verify
+from fastgen.export import Expert, Verification, drawn_at_every_size, export_lora, export_student, verify
 from fastgen.files import remove, writing
 from fastgen.fingerprints import digest, folder_hash
 from fastgen.plan import plan
@@ -21,6 +23,9 @@ from fastgen.progress import Progress
 from fastgen.run.building import Run, build
 from fastgen.run.evaluating import PartDone, evaluate
 from fastgen.run.folder import RunFolder, check_parents, plain
+
+# What pictures in [0, 1] of the trained and of the exported student may differ by: rounding in single precision, and where either rounds to less.
+_EXACT, _ROUNDED = 1e-3, 5e-2
 
 
 def finish(run: Run, folder: RunFolder, progress: Progress) -> None:
@@ -69,11 +74,16 @@ def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Prog
             progress.stage(f"{student_dir} is exported and verified already")
             return
     progress.stage(f"exporting to {student_dir}")
+    student = run.averaged() if student is None else student
+    trained = drawn_at_every_size(run.generator("student", student), run.info().prompts)  # now, for adapters are merged where they are
+    run.plan.family.free_encoders()
     _write_student(run, student_dir, run.plan.recipe.export.weights, student=student)
     with writing(folder.path):
         remove(folder.path / "results.json")  # of another student
     progress.stage("verifying in plain diffusers")
-    require_verified(verify(student_dir), student_dir)
+    result = verify(student_dir, trained=trained)
+    require_verified(result, student_dir)
+    _check_as_trained(run, result, student_dir, progress)
     folder.note(student={"source": source, "sha256": folder_hash(student_dir)})
 
 
@@ -97,6 +107,25 @@ def require_verified(result: Verification, folder: Path) -> None:
         raise UserError(
             f"{str(folder)!r}: plain diffusers differs from our sampler: grid by {result.grid_error:.2g}, pictures by {result.picture_error:.2g}"
         )
+
+
+def _check_as_trained(run: Run, result: Verification, student_dir: Path, progress: Progress) -> None:
+    """UserError for an export that draws something else than the networks which were trained; a warning where rounding alone may do that much."""
+    assert result.trained_error is not None
+    if result.trained_error <= (_ROUNDED if (rounds := _rounds(run)) else _EXACT):
+        return
+    said = f"{str(student_dir)!r}: draws other pictures than the network that was trained, by {result.trained_error:.2g} (root mean square)"
+    if not rounds:
+        raise UserError(said)
+    progress.warn(f"warning: {said}; in half precision steps may drift so far apart, but look at its samples")
+
+
+def _rounds(run: Run) -> bool:
+    """Whether training and export need not compute the same to single precision."""
+    plan, export = run.plan, run.plan.recipe.export
+    stored = plan.storage.quantise is not None or plan.storage.dtype == "bf16"
+    narrow = stored or plan.autocast is not None or export.dtype != "fp32" or plan.frozen_dtype != torch.float32
+    return narrow or run.parallel.device.type != "cpu"
 
 
 def _write_student(run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool = False, student: list[Expert] | None = None) -> Path:
