@@ -11,7 +11,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgen.errors import CannotWrite, UserError
@@ -40,8 +40,9 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
 def _replace(target: Path, data: bytes) -> None:
     stem = PARTIAL + os.fsdecode(os.fsencode(target.name)[:100])
     for leftover in target.parent.glob(f"{glob.escape(stem)}.*"):  # of a kill; what another process is writing now is younger
-        if time.time() - leftover.stat().st_mtime > _ABANDONED:
-            leftover.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # which that process has just put in its place
+            if time.time() - leftover.stat().st_mtime > _ABANDONED:
+                leftover.unlink()
     partial = target.with_name(f"{stem}.{os.getpid()}.{threading.get_ident()}")
     try:
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb") as file:

@@ -28,7 +28,7 @@ from fastgen.yaml_files import read_yaml
 FILE = "inputs.json"
 TEACHER, LORA, INIT, KEPT = "teacher.pretrained", "teacher.lora", "student.init", "student.shrink.keep"
 # What no continuation can change: beginnings of keys.
-_FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs")
+_FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs", "data.buckets")
 # What may differ between a run and its continuation: nothing that changes a number.
 _RESUMABLE = (
     "train.checkpoint_every",

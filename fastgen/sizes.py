@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,18 @@ from fastgen.families import find_family
 from fastgen.families.base import Family
 
 KEY = "recipe key student.sizes"
-_OF_THE_TEACHER = "recipe key teacher.size: "
+_BUCKETS = "recipe key data.buckets"  # of sizes that come of it
+
+
+@contextmanager
+def _naming(key: str, instead_of: str) -> Iterator[None]:
+    """What is refused by another key is by the one that a recipe has."""
+    try:
+        yield
+    except UserError as error:
+        if (said := str(error)).startswith(instead_of):
+            raise UserError(f"{key}{said.removeprefix(instead_of)}") from error
+        raise
 
 
 def find_teacher(recipe: Recipe, *, planning: bool = False) -> Family:
@@ -29,13 +41,9 @@ def find_teacher(recipe: Recipe, *, planning: bool = False) -> Family:
         if getattr(teacher, key) is not None:
             raise UserError(f"recipe key teacher.{key}: student.sizes says which sizes are drawn; remove one of them")
     if recipe.data.buckets is not None:
-        raise UserError("recipe key data.buckets: fills student.sizes, which is given; remove one of them")
-    try:
+        raise UserError(f"{_BUCKETS}: fills student.sizes, which is given; remove one of them")
+    with _naming(f"{KEY}.0: ", instead_of="recipe key teacher.size: "):
         return find_family(teacher.pretrained, teacher.family, planning=planning, **teacher.options, size=sizes[0])
-    except UserError as error:
-        if (said := str(error)).startswith(_OF_THE_TEACHER):
-            raise UserError(f"{KEY}.0: {said.removeprefix(_OF_THE_TEACHER)}") from error
-        raise
 
 
 def at_all(recipe: Recipe, family: Family, images: CaptionedImages | LatentImages | None) -> list[Family]:
@@ -50,9 +58,10 @@ def at_all(recipe: Recipe, family: Family, images: CaptionedImages | LatentImage
                 return False
 
         *_, height, width = family.picture_shape
-        if not fits((height, width)):  # which is the teacher's own, so it is the pipeline that has no other
-            family.at_sizes([(height, width)])
-        return family.at_sizes(buckets.found(images, (height, width), family.size_unit, fits)[:MOST_SIZES])
+        with _naming(_BUCKETS, instead_of=KEY):
+            if not fits((height, width)):  # which is the teacher's own, so it is the pipeline that has no other
+                family.at_sizes([(height, width)])
+            return family.at_sizes(buckets.found(images, (height, width), family.size_unit, fits)[:MOST_SIZES])
     return family.at_sizes(recipe.student.sizes) if recipe.student.sizes else []
 
 
@@ -84,8 +93,9 @@ def check_one_grid(recipe: Recipe, method: type[Distiller], config: Any, grids: 
     if why := next((why for why, holds in reasons.items() if holds), None):
         other = next(place for place, times in enumerate(grids) if not bool((times == grids[0]).all()))
         here, there = ([round(time, 4) for time in grids[place].tolist()] for place in (0, other))
+        key = f"{KEY}.{other}" if recipe.data.buckets is None else _BUCKETS
         raise UserError(
-            f"{KEY}.{other}: the teacher's shift follows the size, so its grid is {there} where the first has {here}, but of {recipe.distiller.name} "
+            f"{key}: the teacher's shift follows the size, so its grid is {there} where the first has {here}, but of {recipe.distiller.name} "
             f"{why}; give teacher.shift or student.grid, one for all sizes"
         )
 

@@ -145,6 +145,22 @@ def test_what_a_kill_left_of_an_earlier_writing_is_removed_and_what_is_being_wri
     assert sorted(os.listdir(tmp_path)) == [f"{PARTIAL}file.young", "file"]
 
 
+def test_what_another_process_puts_in_its_place_meanwhile_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tmp_path / f"{PARTIAL}file.theirs"
+    theirs.touch()
+    stat = Path.stat
+
+    def replaced(path: Path, **told: bool) -> os.stat_result:
+        if path == theirs and theirs.exists():
+            os.replace(theirs, tmp_path / "file")
+        return stat(path, **told)
+
+    monkeypatch.setattr(Path, "exists", lambda path: os.path.exists(path))
+    monkeypatch.setattr(Path, "stat", replaced)
+    write_atomically(tmp_path / "file", "ours")
+    assert (tmp_path / "file").read_text("utf-8") == "ours" and os.listdir(tmp_path) == ["file"]
+
+
 def put(folder: Path, text: str) -> Path:
     folder.mkdir()
     (folder / "content").write_text(text)

@@ -121,7 +121,7 @@ def images_of(data: DataBlock, sizes: Sequence[Sequence[int]] | None = None) -> 
     latents = None
     if data.images not in BUNDLED:
         folder = expanded(data.images)
-        latents = (latents_of_sizes(folder, sizes) if sizes else None) or latents_in(folder)
+        latents = latents_of_sizes(folder, sizes) or latents_in(folder) if sizes else latents_in(folder) or latents_of_sizes(folder, ())
     if given and latents is not None:
         raise UserError(f"recipe key data.{given[0]}: says how picture files are read, and {data.images!r} holds latents; remove it")
     options.pop("buckets")

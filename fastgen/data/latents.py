@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,18 @@ def latents_in(folder: Path) -> LatentImages | None:
 
 
 def latents_of_sizes(folder: Path, sizes: Sequence[Sequence[int]]) -> LatentImages | None:
-    """What a folder holds in a folder for each size, `768x1024` (height x width); None where it has none of these. UserError where one is missing."""
-    found = {name_of(size): latents_in(folder / name_of(size)) for size in sizes}
-    if not any(found.values()):
+    """What a folder holds in a folder for each size, `768x1024` (height x width); None where it has no such folders. UserError where one is
+    missing."""
+    there = _sizes_in(folder)
+    if not there:
         return None
+    if not sizes:
+        raise UserError(f"{KEY}: {str(folder)!r} holds latents by size; say which in student.sizes: it has {[list(size) for size in there]}")
+    found = {name_of(size): latents_in(folder / name_of(size)) for size in sizes}
     for name, one in found.items():
         if one is None:
-            raise UserError(f"{KEY}: {str(folder)!r} holds latents by size, but none of {name}; fill it with `fastgen cache latents`")
+            held = ", ".join(map(name_of, there))
+            raise UserError(f"{KEY}: {str(folder)!r} holds latents by size, but none of {name} (it has {held}); fill it with `fastgen cache latents`")
     parts = tuple(one for one in found.values() if one is not None)
 
     def of_all(*_: Any) -> Any:
@@ -67,6 +73,14 @@ def latents_of_sizes(folder: Path, sizes: Sequence[Sequence[int]]) -> LatentImag
 
     captions = [each for part in parts for each in part.captions]
     return LatentImages(captions, of_all, lambda: digest([part.content() for part in parts]), of_all, parts=parts)
+
+
+def _sizes_in(folder: Path) -> list[tuple[int, int]]:
+    """(height, width) of each size that a folder has latents of."""
+    if not folder.is_dir():
+        return []
+    named = [(int(found[1]), int(found[2])) for each in folder.iterdir() if (found := re.fullmatch(r"(\d{1,5})x(\d{1,5})", each.name, re.ASCII))]
+    return [size for size in sorted(named) if latents_in(folder / name_of(size)) is not None]
 
 
 def name_of(size: Sequence[int]) -> str:

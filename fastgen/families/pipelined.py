@@ -161,7 +161,8 @@ class Pipelined(Sizing):
     def _mu(self, steps: int) -> float:
         """What the call hands its scheduler."""
         stepped = self.mu_at(steps)
-        return schedules.linear_mu(self._dynamic, self.tokens) if stepped is None else stepped
+        mu = schedules.linear_mu(self._dynamic, self.tokens) if stepped is None else stepped
+        return mu if self._dynamic["time_shift_type"] == "linear" else min(mu, schedules.LARGEST_MU)
 
     @property
     def takes_times(self) -> bool:

@@ -49,6 +49,7 @@ _HARMLESS = {
     *("timestep_spacing", "steps_offset", "sigma_min", "sigma_max"),
     *("dynamic_thresholding_ratio", "sample_max_value"),  # of `thresholding`
 }
+LARGEST_MU = 80.0  # whose exponential, and that of which a call makes times, is a number of single precision
 _OF_MU = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 
 
@@ -114,7 +115,7 @@ def flow_shift(scheduler: Component, tokens: int, fallbacks: Mapping[str, float]
     mu = _mu(name, {**fallbacks, **options}, tokens) if mu is None else mu
     if options["time_shift_type"] == "linear":
         return _positive(name, "mu", mu)
-    return _positive(name, "exp(mu)", math.exp(min(mu, 700.0)))
+    return _positive(name, "exp(mu)", math.exp(min(mu, LARGEST_MU)))
 
 
 def _check_options(name: str, reading: _Reading, options: Mapping[str, Any], passed: Collection[str]) -> None:

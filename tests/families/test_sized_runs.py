@@ -161,10 +161,14 @@ def test_latents_of_both_sizes_are_cached_beside_each_other_and_train_the_same(f
             running.trainer.train_step()
     expected = weights(ours)
     assert all(torch.equal(value, expected[name]) for name, value in weights(theirs).items())
-    with pytest.raises(UserError, match=r"^recipe key data\.images: .* holds latents by size, but none of 24x16"):
+    with pytest.raises(UserError, match=r"^recipe key data\.images: .* holds latents by size, but none of 24x16 \(it has 16x16, 16x24\)"):
         plan(
             recipe(folders("sd3"), tmp_path, "lcm", data={"images": str(tmp_path / "latents")}, student={"sizes": [[16, 16], [24, 16]]}), only="train"
         )
+    for key in ("sizes", "buckets"):  # neither says which
+        sizes, buckets = {"student": {"sizes": None}}, {"buckets": "auto"} if key == "buckets" else {}
+        with pytest.raises(UserError, match=r"^recipe key data\.images: .* say which in student\.sizes: it has \[\[16, 16\], \[16, 24\]\]"):
+            plan(recipe(folders("sd3"), tmp_path, "lcm", data={"images": str(tmp_path / "latents"), **buckets}, **sizes), only="train")
     one = str(tmp_path / "latents" / "16x16")
     with pytest.raises(UserError, match=r"^recipe key data\.images: these are latents of one size, and student\.sizes has 2"):
         plan(recipe(folders("sd3"), tmp_path, "lcm", data={"images": one}), only="train")
@@ -230,6 +234,18 @@ def test_memory_is_that_of_the_largest_size(folders: Any, tmp_path: Path) -> Non
         ("sd3", "dmd2", {"data": {"buckets": "auto"}, "student": {"sizes": None}}, r"data\.buckets: needs data\.images"),
         ("sd3", "lcm", {"student": {"sizes": [[16, 16], [16, 24], [32, 8]]}}, r"student\.sizes\.2: \[32, 8\] is nearest to none of the 4 images"),
         ("dit", "dmd2", {"teacher": {"max_sequence_length": None}}, r"student\.sizes\.0: does not apply to DiTPipeline"),
+        (
+            "dit",
+            "lcm",
+            {"teacher": {"max_sequence_length": None}, "data": {"buckets": "auto"}, "student": {"sizes": None}},
+            r"data\.buckets: the call of DiTPipeline takes no height and width",
+        ),
+        (
+            "flux",
+            "dmd2",
+            {"student": {"sizes": [[16, 16], [2**16, 2**16]]}},
+            r"student\.steps: 2 steps with teacher\.shift .* has two times that are",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_key(family: str, method: str, changes: Any, message: str, folders: Any, tmp_path: Path) -> None:
