@@ -86,7 +86,7 @@ def check_one_grid(recipe: Recipe, method: type[Distiller], config: Any, grids: 
         return
     students = [spec for spec in method.roles_for(config).values() if spec.averaged]
     reasons = {
-        "its phases divide one grid": len(students) > 1,
+        "its phases divide one grid": method.phased,
         "its second time is folded into the weights, for one grid": any("second_time" in spec.inputs for spec in students),
         "its sampler's windows have the ends of one grid": recipe.student.own_sampler == "linear_windows",
     }

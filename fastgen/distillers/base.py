@@ -154,6 +154,7 @@ class Distiller(ABC):
     samplers: ClassVar[tuple[Sampler | OwnSampler, ...]] = ("euler", "stochastic")  # that its students are made for
     # Whether it takes the student's derivative along a trajectory, which is checked, and by differences taken, in the weights' own precision.
     differentiates: ClassVar[bool] = False
+    phased: ClassVar[bool] = False  # whether the networks that make up its student divide the times of one grid
     roles: ClassVar[dict[str, RoleSpec]]  # all it can ask for; `roles_for` says which a configuration uses
 
     def __init__(self, config: Any, setting: Setting) -> None:

@@ -60,6 +60,7 @@ class PhasedDMD(DMD2):
     """Roles: student, student_2, ... (an expert for each phase), fake_score, fake_score_2, ..., discriminator (with `gan`), teacher."""
 
     samplers = ("euler",)
+    phased = True
     Config = PhasedDMDConfig
     config: PhasedDMDConfig  # type: ignore[assignment]
 

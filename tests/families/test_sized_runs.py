@@ -284,6 +284,18 @@ def test_phases_and_windows_need_one_grid_for_all_sizes(folders: Any, tmp_path: 
         plan(validate(Recipe, data), only="train")
 
 
+def test_students_that_follow_each_other_have_the_grids_of_sizes(folders: Any, tmp_path: Path) -> None:
+    """Several networks, of which one is drawn with."""
+    halved = recipe(folders("flux"), tmp_path, "dmd2", train={"steps": 2}).dump()
+    halved["optimizer"].pop("fake_score")
+    halved["distiller"], halved["data"] = {"name": "progressive", "halvings": 2}, {"images": str(sized_pictures(tmp_path))}
+    running = built(validate(Recipe, halved))
+    for _ in range(2):
+        running.trainer.train_step()
+    steps = [distiller._steps["student_2"] for distiller in running.trainer.distiller.each]
+    assert not torch.equal(*steps)
+
+
 def test_a_second_time_needs_one_grid_for_all_sizes(folders: Any, tmp_path: Path) -> None:
     """Into whose weights it is folded."""
     mean_flow = recipe(folders("flux"), tmp_path, "dmd2", distiller={"name": "mean_flow"})
