@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -86,6 +88,15 @@ def digits(recipe: str, parallel: Strategy, *overrides: str, batch: int = 4, wid
         building.launch = before
 
 
+def sizes(parallel: Strategy) -> Trainer:
+    """A run of the scenes teacher at three sizes, of which each update has one, in two micro-batches a process."""
+    with TemporaryDirectory() as folder:
+        prompts = Path(folder, "prompts.txt")
+        prompts.write_text("a red circle\na blue square\n", encoding="utf-8")
+        keys = ("data.prompts=" + str(prompts), "train.micro_batch=1", "train.steps=5", "optimizer.student.lr=1e-4", "optimizer.fake_score.lr=1e-4")
+        return digits("scenes_dmd2_sizes_1step", parallel, *keys)
+
+
 MOE = ("student.moe.calibration=2", "student.moe.experts=4", "student.moe.balance=0.1", "distiller.shared=0.5", "optimizer.student.warmup=0")
 # Each makes a run of 20 steps on a strategy. A whole batch at once shows what depends on the samples that a process sees together.
 CASES: dict[str, Callable[[Strategy], Trainer]] = {
@@ -102,6 +113,7 @@ CASES: dict[str, Callable[[Strategy], Trainer]] = {
     "f_distill lora": lambda on: toy(FDistill, on, tuning=LORA, gan={}, critic_updates=1),
     "reflow": lambda on: toy(Reflow, on, grid=(1.0,)),
     "reflow lora": lambda on: toy(Reflow, on, tuning=LORA, grid=(1.0,)),
+    "dmd2 sizes": sizes,
     "dense2moe": lambda on: digits("digits_dense2moe", on, *MOE),
     "dense2moe micro-batches": lambda on: digits("digits_dense2moe", on, *MOE, "train.micro_batch=1", "train.steps=4"),
 }
