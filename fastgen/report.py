@@ -296,12 +296,22 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _sample_pictures(run: Run, *, prefix: str = "", num_earlier: int = NUM_EARLIER) -> list[dict[str, Any]]:
-    """Sample grids, latest first and open; of many earlier ones, `num_earlier` spread over the run."""
+    """Sample grids, latest first and open, followed by those at other sizes of a student that has some; of many earlier ones, `num_earlier` spread
+    over the run."""
     earlier, latest = run.samples[:-1], run.samples[-1:]
     if len(earlier) > num_earlier:
         earlier = [earlier[i * (len(earlier) - 1) // max(1, num_earlier - 1)] for i in range(num_earlier)]
-    wanted = [(sample, _WIDEST_LATEST) for sample in latest] + [(sample, _WIDEST_EARLIER) for sample in reversed(earlier)]
-    return [{"caption": f"{prefix}step {step}", "uri": _image_uri(path, widest), "open": i == 0} for i, ((step, path), widest) in enumerate(wanted)]
+    wanted = [(f"step {step}", path, _WIDEST_LATEST) for step, path in latest]
+    wanted += [(f"step {step}, {size} (height x width)", path, _WIDEST_EARLIER) for step, of in latest for size, path in _at_other_sizes(of)]
+    shown = len(wanted)
+    wanted += [(f"step {step}", path, _WIDEST_EARLIER) for step, path in reversed(earlier)]
+    return [{"caption": prefix + told, "uri": _image_uri(path, widest), "open": i < shown} for i, (told, path, widest) in enumerate(wanted)]
+
+
+def _at_other_sizes(sample: Path) -> list[tuple[str, Path]]:
+    """What was drawn beside a sample grid at other sizes of the student, by their names (`16x24`), of very many the first."""
+    found = {path.stem.removeprefix(f"{sample.stem}_"): path for path in sample.parent.glob(f"{sample.stem}_*.png")}
+    return [(name, path) for name, path in sorted(found.items()) if re.fullmatch(r"\d+x\d+", name)][:NUM_EARLIER]
 
 
 def _image_uri(path: Path, widest: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -226,7 +227,7 @@ def print_run(folder: Path) -> None:
     results = folder / "results.json"
     if results.is_file():
         print_results(read_results(results))
-    newest = sorted((folder / "samples").glob("step_*.png"))[-1:]
+    newest = sorted(path for path in (folder / "samples").glob("step_*.png") if re.fullmatch(r"step_\d+", path.stem))[-1:]  # at the first size
     for name, path in [("student", folder / "student"), *(("samples", path) for path in newest), ("report", folder / "report.html")]:
         if path.exists():
             note(f"{name + ':':9s}{path}")

@@ -160,6 +160,17 @@ def test_pictures_are_the_files_latest_first(tmp_path: Path) -> None:
     assert "Earlier samples (1)" in page.text
 
 
+def test_pictures_of_other_sizes_follow_the_latest(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    for place, name in enumerate(("step_000040_8x16", "step_000040_16x8", "step_000020_16x8", "step_000040_b")):
+        Image.new("RGB", (8, 8), (0, place, 99)).save(run / f"samples/{name}.png")
+    page = Page(write_report(run))
+    pictures = [base64.b64decode(reference.split(",", 1)[1]) for reference in page.references if reference.startswith("data:image/png")]
+    names = ("step_000040", "step_000040_16x8", "step_000040_8x16", "step_000020")
+    assert pictures == [(run / f"samples/{name}.png").read_bytes() for name in names]
+    assert "step 40, 16x8 (height x width)" in page.text and "Earlier samples (1)" in page.text
+
+
 def test_wide_pictures_are_reduced_and_many_are_thinned(tmp_path: Path) -> None:
     run = _write_run(tmp_path / "run")
     for step in range(100, 140):

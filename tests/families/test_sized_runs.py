@@ -323,6 +323,7 @@ def test_the_command_line_draws_and_names_sizes(folders: Any, tmp_path: Path, sa
     assert manifest["grid"] == manifest["sizes"][0]["grid"] != manifest["sizes"][1]["grid"]
     assert manifest["sizes"][1]["call"] == manifest["call"] | {"height": 16, "width": 24}
     assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {"step_000002.png", "step_000002_16x24.png"}
+    assert "step 2, 16x24 (height x width)" in (tmp_path / "run" / "report.html").read_text("utf-8")
     config = json.loads((student / "scheduler" / "scheduler_config.json").read_text())
     assert config["use_dynamic_shifting"] and config["shift_terminal"] is None and (config["base_shift"], config["max_shift"]) == (0.4, 1.3)
 
