@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastgen import group
 from fastgen.config import TrainBlock
 from fastgen.errors import UserError
+from fastgen.families.weights import WeightFiles
 from fastgen.roles import Role
 from fastgen.surgery.offload import is_offloaded
 
@@ -39,6 +40,7 @@ class Strategy(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.weights: WeightFiles | None = None  # of networks that are prepared without theirs
 
     @property
     def is_main(self) -> bool:

@@ -118,6 +118,15 @@ class Plan:
         return drawing_of(self, place).of_noise(sampler, encode, count, self.recipe.train.at_once)
 
     @property
+    def reads_parts(self) -> bool:
+        """Whether a process of several need not read more of the teacher's weights than its part, as nothing looks at whole ones before networks
+        are cut: they are not measured, made into others, nor replaced by another run's."""
+        recipe, narrow = self.recipe, self.storage.quantise is not None or self.storage.dtype == "bf16"
+        as_they_are = self.shrink is None and self.experts is None and not narrow
+        measured = self.method.straightness_of(self.method_config) > 0 or recipe.student.init != "teacher"
+        return self.cut is not None and as_they_are and (self.started or not measured)
+
+    @property
     def guidance(self) -> float:
         """Guidance the trained network is sampled with."""
         return self.recipe.teacher.guidance if self.method.student_is_guided(self.method_config) else 1.0

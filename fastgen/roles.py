@@ -226,8 +226,8 @@ def build_roles(
     if tuning is not None:
         assert shrink is None and experts is None, "the plan refuses adapters on another network than the teacher's"
         hold(base, family.blocks(base), storage, device)
-        base.to(device)
-        return _shared_roles(specs, family, base, tuning, autocast, additions)
+        _move(base, device)
+        return _shared_roles(specs, family, base, tuning, autocast, additions, device)
     roles = Roles()
     for name, spec in specs.items():
         backbone, told = base, {}
@@ -235,16 +235,22 @@ def build_roles(
             backbone = converted(base, family.blocks(base), experts, importance).to(device)
             told = {"balance": experts.balance, "bias_rate": experts.bias_rate}
         elif spec.trains_network:
-            backbone = _own_network(base, shrink if spec.averaged else None, recompute=recompute).to(device)
+            backbone = _own_network(base, shrink if spec.averaged else None, recompute=recompute)
+            _move(backbone, device)
         backbone.requires_grad_(spec.trains_network)
         roles[name] = Role(name, spec, Denoiser(backbone, family, autocast=autocast, **told, **additions[name]))
     hold(base, family.blocks(base), storage, torch.device("cpu") if offloaded else device)
-    base.to("cpu" if offloaded else device)
+    _move(base, torch.device("cpu") if offloaded else device)
     if autocast is not None and storage.dtype == "auto":
         narrow(base, autocast)
     if offloaded:
         offload(base, device)
     return roles
+
+
+def _move(network: nn.Module, device: torch.device) -> None:
+    """To a device in place; what has no weights yet stays so."""
+    network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def _own_network(base: nn.Module, shrink: Shrink | None, *, recompute: bool) -> nn.Module:
@@ -283,11 +289,12 @@ def _shared_roles(
     tuning: LoraTuning,
     autocast: torch.dtype | None,
     additions: Mapping[str, dict[str, Any]],
+    device: torch.device,
 ) -> Roles:
     roles = Roles()
     for name, spec in specs.items():
         if spec.trains_network:
-            lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets, seed=tuning.seed)
+            lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets, seed=tuning.seed, device=device)
         denoiser = Denoiser(base, family, adapter=name if spec.trains_network else None, autocast=autocast, **additions[name])
         roles[name] = Role(name, spec, denoiser)
     base.requires_grad_(False)

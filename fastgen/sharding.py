@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from fastgen import shards
 from fastgen.denoiser import Denoiser
+from fastgen.families.weights import WeightFiles
 from fastgen.parallel import Cut, Replicas
 from fastgen.roles import Role
 
@@ -39,11 +40,28 @@ def shard(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, cut
     if isinstance(network, FSDPModule):
         return
     precision = MixedPrecisionPolicy(cut.compute, None if cut.compute is None else torch.float32, cast_forward_inputs=False)
-    frozen = not any(parameter.requires_grad for parameter in network.parameters())
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cut.offload and frozen else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if _lies_on_cpu(network, cut) else OffloadPolicy()
     for module in (*blocks, network):
         if not isinstance(module, FSDPModule):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload)
+
+
+def _lies_on_cpu(network: nn.Module, cut: Cut) -> bool:
+    return cut.offload and not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@torch.no_grad()
+def fill(network: nn.Module, files: WeightFiles, device: torch.device) -> None:
+    """Give a cut network, whose parameters are on the meta device, this process's parts of its weights: it reads no more of them. Adapters in it
+    have theirs, and the layers that they lie on keep their names in the files."""
+    empty = {name: parameter for name, parameter in network.named_parameters() if parameter.is_meta}
+    names = {name.replace(".base_layer.", "."): name for name in empty}
+    parts: dict[str, Tensor] = {}
+    for stored, value in files.read({stored: shards.rows_of(empty[name]) for stored, name in names.items()}):
+        like = empty[names[stored]]
+        part = value.to(device, shards.own(like).dtype, copy=True)  # no view of the file, which may be replaced
+        parts[names[stored]] = shards.from_part(part, like)
+    network.load_state_dict(parts, strict=False, assign=True)
 
 
 def outline(network: nn.Module) -> nn.Module:
@@ -72,6 +90,9 @@ class Shards(Replicas):
             self.equalise([*(p for p in network.parameters() if p.requires_grad), *network.buffers()])
             self._outlines[id(network)] = outline(network)
             shard(network, denoiser.family.blocks(network), self.mesh, self.cut)
+            if any(parameter.is_meta for parameter in network.parameters()):
+                assert self.weights is not None, "whoever makes an outline says where its weights are"
+                fill(network, self.weights, torch.device("cpu") if _lies_on_cpu(network, self.cut) else self.device)
         role.module = denoiser
 
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -41,6 +41,18 @@ def shard_dimension(tensor: DTensor) -> int:
     return dim
 
 
+def rows_of(tensor: Tensor) -> range:
+    """Which rows of a tensor are this process's; of a plain one all."""
+    return own_range(tensor) if isinstance(tensor, DTensor) else range(tensor.shape[0])
+
+
+def from_part(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor that is cut as `like` is, of which this process has this part; for a plain `like` the part is the whole."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a whole tensor, or of one sharded in the same way, where `like` lies as it does: a view."""
     if isinstance(whole, DTensor) or not isinstance(like, DTensor):
@@ -60,8 +72,7 @@ def sharded_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor of `like`'s shape, cut as that is: a copy of this process's part; for a plain `like` the value itself."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
-    part = part_of(value, like).to(own(like).device).clone()
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return from_part(part_of(value, like).to(own(like).device).clone(), like)
 
 
 def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError, shown
 from fastgen.families.adapters import KEY
+from fastgen.families.weights import WeightFiles
 from fastgen.guidance import linear
 from fastgen.legibility import Legibility
 from fastgen.manifest import Sampler
@@ -121,6 +122,11 @@ class Family(ABC):
     @abstractmethod
     def load_backbone(self, *, meta: bool = False) -> nn.Module:
         """The network alone, fp32, in eval mode, on the CPU; with `meta` its shapes only, without reading weights."""
+
+    def load_outline(self) -> tuple[nn.Module, WeightFiles] | None:
+        """The network with its buffers, but without its parameters, which are on the meta device, and where these are read; None where they are
+        not simply those of files."""
+        return None
 
     @abstractmethod
     def call(self, backbone: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -26,6 +26,7 @@ from fastgen.families.codec import Codec
 from fastgen.families.components import of_teacher
 from fastgen.families.sizing import Sizing
 from fastgen.families.source import Source
+from fastgen.families.weights import WeightFiles
 from fastgen.legibility import Legibility, Reader, read
 from fastgen.path import Flow, Path
 
@@ -188,6 +189,10 @@ class Pipelined(Sizing):
             fitting.check_networks(self)
             self._checked = True
         return self.meta_network() if meta else self.source.network(self.component, self.network)
+
+    def load_outline(self) -> tuple[nn.Module, WeightFiles] | None:
+        self.load_backbone(meta=True)  # which says what is wrong with it
+        return self.source.outline(self.config, self.network)
 
     def meta_network(self) -> Any:
         """The network's shapes, as its configuration describes them."""

@@ -20,6 +20,7 @@ from fastgen.families import adapters
 from fastgen.families.adapters import Adapter
 from fastgen.families.complete import variants
 from fastgen.families.components import Component, WithExperts, of_teacher, read_component, read_index, without_experts
+from fastgen.families.weights import WeightFiles, weight_files
 from fastgen.files import loading
 from fastgen.surgery.moe import stored
 
@@ -94,6 +95,24 @@ class Source:
             network = load_network(self._diffusers(class_name), self.folder, name, self.variants.get(name))
         self._fuse({name: network})
         return network
+
+    def outline(self, component: Component, class_name: str) -> tuple[nn.Module, WeightFiles] | None:
+        """A network in eval mode with its buffers, but without its parameters, which are on the meta device as fp32, and where these are read; None
+        where they are not those of files alone, under their own names."""
+        if self.folder is None or self.adapters or component.experts is not None:
+            return None
+        from accelerate import init_empty_weights
+
+        folder, cls = self.folder / component.name, self._diffusers(class_name)
+        with loading(folder), init_empty_weights(include_buffers=False):
+            network = cls.from_config(dict(component.given)).float().eval()
+        files = weight_files(folder, network.state_dict(), self.variants.get(component.name))
+        if files is None:
+            return None
+        buffers = dict(network.named_buffers())
+        for name, value in files.read({name: range(buffers[name].shape[0]) for name in network.state_dict() if name in buffers}):
+            buffers[name].copy_(value)
+        return network, files
 
     def meta_network(self, component: Component, class_name: str) -> Any:
         """The same as its configuration describes it, without weights."""

@@ -1,12 +1,16 @@
-"""Whether the weights of a component are those of the network that its configuration describes, by names and shapes alone."""
+"""The weights of a component: whether they are those of the network that its configuration describes, by names and shapes alone, and some rows of
+them, for a process that holds no more."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from fastgen import records
 from fastgen.errors import UserError
@@ -41,6 +45,31 @@ def check_weights(folder: Path, network: nn.Module, variant: str | None = None) 
     if more:
         what = f"{more[0]} is among its weights, but not in the network of its config.json"
         raise UserError(f"recipe key teacher.pretrained: cannot read {str(folder)!r}: {what}")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Where a network's weights are read, by the names that it has for them."""
+
+    places: Mapping[str, Path]
+
+    def read(self, rows: Mapping[str, range]) -> Iterator[tuple[str, Tensor]]:
+        """These rows of these weights, in the dtype of their file, each file opened once: nothing else of it is read."""
+        for file, names in groupby(sorted(rows, key=lambda name: (self.places[name], name)), key=self.places.__getitem__):
+            with reading(file), safe_open(file, "pt") as content:
+                for name in names:
+                    part = content.get_slice(name)
+                    first, end = rows[name].start, rows[name].stop
+                    yield name, part[first:end] if end > first else part[:1][:0]
+
+
+def weight_files(folder: Path, names: Iterable[str], variant: str | None = None) -> WeightFiles | None:
+    """Where all weights of these names lie below a component's `folder`; None where they do not, by these names."""
+    places: dict[str, Path] = {}
+    for file in _files(folder, "" if variant is None else f".{variant}"):
+        with reading(file), safe_open(file, "pt") as header:
+            places |= dict.fromkeys(header.keys(), file)
+    return WeightFiles(places) if set(names) <= places.keys() else None
 
 
 def _files(folder: Path, variant: str) -> list[Path]:

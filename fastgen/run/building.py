@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgen import checkpoint, conditioning, inputs
+from fastgen.config import Recipe
 from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import origin_of
@@ -146,9 +148,12 @@ def build(plan: Plan, progress: Progress) -> Run:
     for warning in left_out:
         progress.warn(f"warning: {warning}")
     progress.stage(f"loading {recipe.teacher.pretrained}")
-    backbone = family.load_backbone()
-    if not math.isfinite(largest(backbone.parameters())):
-        raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has weights that are not finite, so it cannot teach")
+    outline = family.load_outline() if plan.reads_parts else None
+    if outline is None:
+        backbone = family.load_backbone()
+        _check_finite(recipe, backbone.parameters())
+    else:
+        backbone, parallel.weights = outline
     negative = conditioning.to(family.encode_negative(recipe.teacher.negative_prompt or None), parallel.device)
     settings = [plan.setting(negative, each.decode, place) for place, each in enumerate(plan.families)]
     setting = settings[0]
@@ -182,10 +187,17 @@ def build(plan: Plan, progress: Progress) -> Run:
         told: Any = {"guidance": setting.guidance, "samples": samples, "train": recipe.train, "device": parallel.device}
         before = straightness_of(teacher, data, setting, **told)
     trainer = Trainer(plan.distiller(settings), roles, data, plan.optimizers, recipe.train, parallel)
+    if outline is not None:
+        _check_finite(recipe, (parameter for role in roles.values() for parameter in role.denoiser.backbone.parameters()))
     if recipe.train.compile == "blocks":
         progress.stage("compiling blocks as they are called first")
         compile_blocks(block for role in roles.values() for block in family.blocks(role.denoiser.backbone))
     return Run(plan, roles, data, trainer, parallel, warnings=(*plan.warnings, *left_out), straightness=before)
+
+
+def _check_finite(recipe: Recipe, weights: Iterable[Tensor]) -> None:
+    if not math.isfinite(largest(weights)):
+        raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has weights that are not finite, so it cannot teach")
 
 
 def load_pairs(run: Run, progress: Progress, place: int = 0) -> Pairs:

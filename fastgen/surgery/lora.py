@@ -19,9 +19,12 @@ from fastgen.errors import UserError
 from fastgen.rng import seeded
 
 
-def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> None:
+def add_adapter(
+    backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0, device: torch.device | None = None
+) -> None:
     """Add adapter `name` (A random from the seed, B = 0, so it starts as the identity) to every linear layer whose name ends in one
-    of `targets`. Adapters of one seed start with the same A, so that averages of their factors are near averages of their products."""
+    of `targets`. Adapters of one seed start with the same A, so that averages of their factors are near averages of their products. device: where
+    it is made on layers that have no weights yet; by default it has none either."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -32,12 +35,27 @@ def add_adapter(backbone: nn.Module, name: str, *, rank: int, alpha: float, targ
         )
     scale: Any = alpha  # peft takes fractions too, whatever its annotation says
     config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0)
-    with warnings.catch_warnings(), seeded(seed, "adapter"):
+    with warnings.catch_warnings(), seeded(seed, "adapter"), _stand_ins(backbone, device):
         # Several adapters on one backbone are the design; peft warns from the second on.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, backbone, adapter_name=name)
     for parameter in parameters(backbone, name).values():  # peft takes the base's dtype, which may be half precision
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+@contextmanager
+def _stand_ins(backbone: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Where peft looks for the device and dtype of weights that are not there, some of no size worth mentioning lie on `device` meanwhile."""
+    missing = [(module, module.weight) for module in backbone.modules() if isinstance(module, nn.Linear) and module.weight.is_meta]
+    if device is None or device.type == "meta":
+        missing = []
+    for module, weight in missing:
+        module.weight = nn.Parameter(torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in missing:
+            module.weight = weight
 
 
 def remove_adapter(backbone: nn.Module, name: str) -> None:

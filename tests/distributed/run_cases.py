@@ -73,13 +73,15 @@ def toy(
     return trainer
 
 
-def digits(recipe: str, parallel: Strategy, *overrides: str, batch: int = 4, wide: bool = True) -> Trainer:
-    """A run of the digits teacher, in fp64 or as it is."""
+def digits(recipe: str, parallel: Strategy, *overrides: str, batch: int = 4, wide: bool | None = True) -> Trainer:
+    """A run of the digits teacher, in fp64 or as it is; None: as it is, but loaded whole by every process."""
     keys = [f"train.batch_size={batch}", f"train.steps={STEPS}", "train.sample_every=0", "train.device=cpu", "evaluate.protocol=null", *overrides]
     planned = plan(Recipe.load(recipe, keys), only="train")
     load = planned.family.load_backbone
     if wide:
         planned.family.load_backbone = lambda **asked: load(**asked).double()  # type: ignore[method-assign]
+    if wide is not False:
+        planned.family.load_outline = lambda: None  # type: ignore[method-assign]
     before = building.launch
     building.launch = lambda *_: parallel  # type: ignore[assignment]
     try:

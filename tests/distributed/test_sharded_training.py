@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from toy_runs import CPU, normal
 
 from fastgen import divergence, shards
+from fastgen.families.weights import WeightFiles
 from fastgen.memory import part_as_cut
 from fastgen.parallel import Cut, SingleProcess
 from fastgen.sharding import Shards, mesh_of, shard
@@ -161,6 +162,37 @@ def in_bf16_with_recomputation() -> None:
             assert abs(row["loss/critic"] - want["loss/critic"]) <= 0.05 * want["loss/critic"]
 
 
+def each_process_reads_its_part_alone() -> None:
+    """Weights of a folder are the same to the bit whether all processes load them whole or each its rows, which is all that it then reads of them:
+    for networks that train, beside a teacher in half precision, and for adapters on one."""
+    read: list[int] = []
+
+    def counted(files: WeightFiles, rows: Any) -> Any:
+        for name, part in before(files, rows):
+            read.append(part.nbytes)
+            yield name, part
+
+    before, WeightFiles.read = WeightFiles.read, counted  # type: ignore[method-assign]
+    try:
+        for more, networks in ((("train.precision=bf16",), 3), (("student.tune={lora: {rank: 4}}",), 1)):
+            keys = ("train.shard=fsdp", *more)
+            whole_first = digits("digits_dmd2_1step", Shards(CPU, Cut()), *keys, wide=None)
+            read.clear()
+            own = digits("digits_dmd2_1step", Shards(CPU, Cut()), *keys, wide=False)
+            assert len({id(role.denoiser.backbone) for role in own.roles.values()}) == networks
+            full = sum(p.numel() * 4 for p in own.roles["teacher"].denoiser.family.load_backbone().parameters())
+            assert 0.4 * networks * full < sum(read) < 0.6 * networks * full
+            for name, role in own.roles.items():
+                theirs = whole_first.roles[name].denoiser.backbone.state_dict()
+                ours = role.denoiser.backbone.state_dict()
+                assert ours.keys() == theirs.keys()
+                assert all(torch.equal(shards.own(ours[key]), shards.own(theirs[key])) and ours[key].dtype == theirs[key].dtype for key in ours)
+            rows, expected = trained(own), trained(whole_first)
+            assert [row["loss/match"] for row in rows] == [row["loss/match"] for row in expected]
+    finally:
+        WeightFiles.read = before  # type: ignore[method-assign]
+
+
 def a_whole_network_is_gathered_on_one_process() -> None:
     for name in ("dmd2", "dmd2 lora"):
         trainer = CASES[name](Shards(CPU, Cut()))
@@ -179,7 +211,7 @@ def a_whole_network_is_gathered_on_one_process() -> None:
 
 CHECKS: list[Callable[[], None]] = [
     parts_are_read_and_written, each_process_has_its_part, a_whole_network_is_gathered_on_one_process, copies_of_parts_train_so_too,
-    in_bf16_with_recomputation, training_is_that_of_one_process,
+    in_bf16_with_recomputation, each_process_reads_its_part_alone, training_is_that_of_one_process,
 ]  # fmt: skip
 
 

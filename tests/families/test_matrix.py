@@ -33,6 +33,7 @@ from tiny_zimage import tiny_zimage
 from benchmarks import family_lines
 from fastgen.config import Recipe, shipped_recipes, validate
 from fastgen.errors import UserError
+from fastgen.families import find_family
 from fastgen.plan import plan
 from fastgen.run import dry_run
 from fastgen.surgery.held import AS_LOADED, Storage
@@ -115,6 +116,21 @@ def test_one_cell_of_a_family(family: str, method: str, tuning: str, folders: An
 @pytest.mark.parametrize(("family", "method", "tuning"), [cell for cell in CELLS if cell not in DEFAULT])
 def test_every_other_cell(family: str, method: str, tuning: str, folders: Any, tmp_path: Path, child: Any) -> None:
     run_cell(family, method, tuning, folders(family), tmp_path, in_child=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_outline_is_the_network_but_for_weights_that_are_read_in_parts(family: str, folders: Any) -> None:
+    found = find_family(folders(family), **FAMILIES[family].teacher)
+    made, whole = found.load_outline(), found.load_backbone()
+    assert made is not None
+    network, files = made
+    own, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+    assert all(parameter.is_meta for parameter in own.values()) and buffers.keys() == dict(whole.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], buffer) and buffer.dtype == buffers[name].dtype for name, buffer in whole.named_buffers())
+    assert [(n, p.shape, p.dtype) for n, p in own.items()] == [(n, p.shape, p.dtype) for n, p in whole.named_parameters()]
+    half = {name: (len(parameter) + 1) // 2 for name, parameter in own.items()}
+    first, rest = (dict(files.read(rows)) for rows in ({n: range(k) for n, k in half.items()}, {n: range(k, len(own[n])) for n, k in half.items()}))
+    assert all(torch.equal(torch.cat([first[name], rest[name]]).float(), parameter) for name, parameter in whole.named_parameters())
 
 
 UNETS = ("sd", "sd2", "sdxl", "ddpm", "consistency")
