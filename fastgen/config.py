@@ -162,6 +162,13 @@ class ModulationBlock(Block):
     shared: bool = Field(default=False, strict=True)
 
 
+class CapacityBlock(Block):
+    """Experts that a token uses on average at the noise end and at the data end."""
+
+    noise: float = Field(ge=0, le=4096)
+    data: float = Field(ge=0, le=4096)
+
+
 class MoEBlock(Block):
     """experts, shared, routed: how many routed experts each feed-forward layer is split into, beside a shared one, and how wide either is, in one
     unit: of a layer's hidden size H the shared one takes H shared / (shared + experts routed). active: routed experts that a token uses, on
@@ -170,7 +177,7 @@ class MoEBlock(Block):
     by; calibration: of `taylor`, how many batches it is measured on. router_std: of the router's logits at the start, for inputs of unit
     variance; 0 lets every token choose the same experts at first. balance: weight of the balance loss. bias_rate: how far each step moves the
     bias that experts' choice sees against their load; 0: none. groups: blocks of which a sample passes through some. modulation: the blocks'
-    modulation layers made small."""
+    modulation layers made small. capacity: where experts choose, how `active`, then the mean, follows the time."""
 
     experts: int = Field(12, ge=1, le=4096)
     shared: float = Field(1.0, gt=0, le=4096)
@@ -186,6 +193,21 @@ class MoEBlock(Block):
     bias_rate: float = Field(0.0, ge=0, le=1)
     groups: list[GroupsBlock] = Field(default_factory=list, max_length=100)
     modulation: ModulationBlock | None = None
+    capacity: CapacityBlock | None = None
+
+    @field_validator("capacity")
+    @classmethod
+    def _experts_choose(cls, capacity: CapacityBlock | None, info: ValidationInfo) -> CapacityBlock | None:
+        given = info.data
+        if capacity is None or not {"router", "active", "experts"} <= given.keys():
+            return capacity
+        if given["router"] != "expert":
+            raise ValueError("where tokens choose, each uses the same number of experts at all times; set student.moe.router to expert")
+        if (most := max(capacity.noise, capacity.data)) > given["experts"]:
+            raise ValueError(f"{most:g} of {given['experts']} experts")
+        if abs((mean := (capacity.noise + capacity.data) / 2) - given["active"]) > 1e-6:
+            raise ValueError(f"from {capacity.noise:g} to {capacity.data:g} is {mean:g} on average, student.moe.active says {given['active']:g}")
+        return capacity
 
     @field_validator("bias_rate")
     @classmethod

@@ -120,8 +120,14 @@ class Comfy(Schema):
     files: list[str] = Field(min_length=1, max_length=1000)
 
 
+class Ends(Schema):
+    noise: Annotated[float, Field(ge=0)]
+    data: Annotated[float, Field(ge=0)]
+
+
 class Sparse(Schema):
-    """Of a student of experts: how many layers were split and how, and its parameters."""
+    """Of a student of experts: how many layers were split and how, and its parameters. capacity: experts a token at either end of the noise range,
+    where these differ."""
 
     layers: _Number
     experts: _Number
@@ -132,6 +138,7 @@ class Sparse(Schema):
     dense_parameters: _Number
     flops: _Number
     dense_flops: _Number
+    capacity: Ends | None = None
 
 
 class _Record(Schema):

@@ -46,6 +46,7 @@ from fastgen.surgery.held import Storage
 from fastgen.surgery.moe import conversion
 from fastgen.surgery.moe.accounting import Account, account
 from fastgen.surgery.moe.blocks import Groups, grouped_blocks
+from fastgen.surgery.moe.capacity import Capacity, told
 from fastgen.surgery.moe.conversion import Conversion
 from fastgen.surgery.moe.modulation import Slim, slim_layers
 from fastgen.surgery.moe.split import Experts
@@ -173,7 +174,17 @@ class Plan:
             block.bias_rate,
             tuple((each.of, Groups(each.size, each.kept, each.alpha)) for each in block.groups),
             None if block.modulation is None else Slim(block.modulation.rank, block.modulation.shared),
+            self._capacity(),
         )
+
+    def _capacity(self) -> Capacity | None:
+        """What the number of experts follows: asked of the network how it is told the time."""
+        block, family = self.recipe.student.moe, self.family
+        if block is None or block.capacity is None:
+            return None
+        network, x = family.load_backbone(meta=True), torch.empty(1, *family.latent.shape, device="meta")
+        at = told(network, lambda t: family.call(network, x, t, family.meta_conditioning(1)), (family.path.t_max, 0.0))
+        return Capacity(block.capacity.noise, block.capacity.data, *at)
 
     def sparse(self) -> dict[str, Any] | None:
         """What a student of experts has (`moe.conversion.summary`); None for a dense one."""

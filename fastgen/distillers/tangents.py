@@ -12,6 +12,7 @@ from fastgen import jvp
 from fastgen.conditioning import Conditioning, select
 from fastgen.denoiser import Predictor, full_precision
 from fastgen.sampling import Predict
+from fastgen.surgery import moe
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
@@ -42,10 +43,9 @@ def derivative(
     mode: Literal["exact", "finite_difference"],
 ) -> Tensor:
     """d/ds network(x + s dx, t + s dt) at s = 0, (B, ...), without gradients. network calls `student`; a dt of None holds t."""
-    fn = lambda x, t: network(x, t, cond)  # noqa: E731
     if mode == "exact":
-        return jvp.tangent(fn, (x, t), tangents)[1]
-    with precise(student):
+        return jvp.tangent(lambda x, t: network(x, t, cond), (x, t), tangents)[1]
+    with precise(student), _choosing_once(student, network, cond) as fn:
         return jvp.tangent(fn, (x, t), tangents, mode="finite_difference")[1]
 
 
@@ -58,10 +58,27 @@ def check_student(student: Predict, network: Network, x: Tensor, t: Tensor, cond
     few = (t - t.median()).abs().argsort()[:2]
     dx, dt = tangents
     x, t, cond, tangents = x[few], t[few], select(cond, few), (dx[few], None if dt is None else dt[few])
-    fn = lambda x, t: network(x, t, cond)  # noqa: E731
-    with precise(student):
-        full = jvp.check_tangent(fn, (x, t), tangents, module=_module(student))
-    jvp.check_precision(fn, (x, t), tangents, full)
+    with _choosing_once(student, network, cond) as fn:
+        with precise(student):
+            full = jvp.check_tangent(fn, (x, t), tangents, module=_module(student))
+        jvp.check_precision(fn, (x, t), tangents, full)
+
+
+@contextmanager
+def _choosing_once(student: Predict, network: Network, cond: Conditioning) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """`network` as a function of x and t for which a student of experts goes to the same experts and blocks wherever it is evaluated: tangents hold
+    the choice constant, and one that flips within a difference's step would make the difference jump."""
+    module = _module(student)
+    if module is None:
+        yield lambda x, t: network(x, t, cond)
+        return
+    with moe.holding(module) as held:
+
+        def fn(x: Tensor, t: Tensor) -> Tensor:
+            held.restart()
+            return network(x, t, cond)
+
+        yield fn
 
 
 def _module(student: Predict) -> nn.Module | None:

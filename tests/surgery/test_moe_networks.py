@@ -7,7 +7,7 @@ import pytest
 import torch
 from moe_networks import SPLIT, blocks, experts, largest, split, stir
 from tangents import F64, math_tangent, normal, relative
-from torch import nn
+from torch import Tensor, nn
 
 from fastgen.errors import UserError
 from fastgen.jvp import check_tangent, tangent
@@ -63,6 +63,32 @@ def test_exact_tangents_are_finite_differences(name: str, choice: Choice, grad: 
     if grad:
         out.square().sum().backward()
         assert all(layer.w1.grad is not None and layer.router.weight.grad is not None for layer in layers)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("choice", ["token", "expert"])
+@torch.no_grad()
+def test_differences_of_held_choices_do_not_jump(choice: Choice) -> None:
+    """Steps at which tokens change their experts, but for which the network bends little."""
+    (network, call, x, t), layers = split("sd3", 2, choice)
+    stir(layers)
+    dx = normal(*x.shape, seed=1)
+    found, h = tangent(lambda x: call(x, t), (x,), (dx,))[1], 0.05
+
+    def step(sign: int) -> Tensor:
+        return call(x + sign * h * dx, t)
+
+    loose = (step(1) - step(-1)) / (2 * h)
+    with moe.holding(network) as held:
+        here = call(x, t)
+        for sign in (1, -1):
+            held.restart()
+            found = found - sign * step(sign) / (2 * h)
+        held.restart()
+        assert torch.equal(call(x, t), here)
+    off = relative(tangent(lambda x: call(x, t), (x,), (dx,))[1], loose)
+    assert found.norm() < 0.005 * loose.norm() and off > 0.015
+    assert all(layer.held is None for layer in layers)
 
 
 @pytest.mark.parametrize("name", SPLIT)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from fastgen.errors import UserError
 from fastgen.surgery.moe.layer import Router
 from fastgen.surgery.moe.routing import Routing
 from fastgen.surgery.moe.streams import KEY, Streams, is_last_of_text, seen, streams_of, widths
+
+if TYPE_CHECKING:
+    from fastgen.surgery.moe.held import Held
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Choice(NamedTuple):
 class BlockRouter(nn.Module):
     """Chooses a group's blocks; a submodule of the first of them. With weights of zero, as at first, every sample keeps the first blocks.
 
-    kept: changed at run time by `set_kept`; records: where choices are left, or None; choice: of the pass that is in the group now.
+    kept: changed at run time by `set_kept`; records: where choices are left, or None; choice: of the pass that is in the group now; held: choices of
+    another pass that are made again (held.py), or None.
     """
 
     records: list[Routing] | None
@@ -60,6 +64,7 @@ class BlockRouter(nn.Module):
         self.name, self.size, self.kept, self.alpha = name, groups.size, groups.kept, groups.alpha
         self.tokens, self.modulation = (Router(each, groups.size, like) for each in width)
         self.records = self.choice = None
+        self.held: Held | None = None
 
     def forward(self, tokens: Tensor, vector: Tensor) -> Tensor:
         """Probabilities (B, m) of tokens (B, C), and vectors (B, C')."""
@@ -69,6 +74,7 @@ class BlockRouter(nn.Module):
         """Waits for the device, once: whether a block runs at all is decided here."""
         probabilities = self(tokens, vector)
         best = probabilities.detach().argsort(dim=-1, descending=True, stable=True)[:, : self.kept]
+        best = best if self.held is None else self.held.choice(self, best)
         keep = torch.zeros(probabilities.shape, dtype=torch.bool, device=best.device).scatter(1, best, True)
         runs_all = keep.is_meta or self.kept == self.size
         is_kept = [[True] * len(keep)] * self.size if runs_all else keep.T.tolist()

@@ -15,6 +15,7 @@ from fastgen.rng import seeded
 from fastgen.surgery.moe import importance as neurons
 from fastgen.surgery.moe.accounting import KINDS, Account, total
 from fastgen.surgery.moe.blocks import Groups, block_routers, mix_blocks
+from fastgen.surgery.moe.capacity import Capacity, capacity_of, follow
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import Importance
 from fastgen.surgery.moe.layer import ExpertLayer, Router, expert_layers
@@ -32,7 +33,8 @@ class Conversion:
     names of layers that stay dense. importance: what neurons are sorted by; batches: how many it is measured on, where it is measured.
     router_std: standard deviation of routers' weights at the start, for inputs of unit variance: divided by the square root of the width.
     balance: weight of the balance loss. bias_rate: of `even_out` after each step, 0 for none. seed: of routers and random importance. groups: of
-    which list of blocks, by its name, or "" for all, and how; slim: what becomes of the blocks' modulation."""
+    which list of blocks, by its name, or "" for all, and how; slim: what becomes of the blocks' modulation. capacity: what the number of experts
+    follows, whose mean is `experts.active`; None where it is the same at all times."""
 
     experts: Experts = EXPERTS
     blocks: tuple[int, ...] | None = None
@@ -45,6 +47,7 @@ class Conversion:
     bias_rate: float = 0.0
     groups: tuple[tuple[str, Groups], ...] = ()
     slim: Slim | None = None
+    capacity: Capacity | None = None
 
     def chosen(self, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         """Of a network's blocks those whose layers are split; UserError for one that is not there."""
@@ -77,6 +80,8 @@ def converted(dense: nn.Module, blocks: Sequence[nn.Module], conversion: Convers
         _begin_router(layer.router, layer.name, conversion)
         if conversion.bias_rate:
             learn_bias(layer)
+    if conversion.capacity is not None:
+        follow(network, conversion.capacity)
     if conversion.slim is not None:
         slim(network, own, conversion.slim, conversion.leave)
     for name, groups in conversion.groups:
@@ -128,8 +133,10 @@ def summary(network: nn.Module, costs: Account, dense: Account) -> dict[str, Any
     first = layers[0]
     assert isinstance(first.active, int | float)
     routers, slimmed = block_routers(network), slim_layers(network)
-    more = {"grouped_blocks": sum(r.size for r in routers), "kept_blocks": sum(r.kept for r in routers)} if routers else {}
+    more: dict[str, Any] = {"grouped_blocks": sum(r.size for r in routers), "kept_blocks": sum(r.kept for r in routers)} if routers else {}
     more |= {"modulation_rank": slimmed[0][2]} if slimmed else {}
+    if (capacity := capacity_of(network)) is not None:
+        more["capacity"] = {"noise": capacity.at_noise, "data": capacity.at_data}
     return {
         "layers": len(layers),
         "experts": first.num_experts,
@@ -147,6 +154,8 @@ def summary(network: nn.Module, costs: Account, dense: Account) -> dict[str, Any
 def in_words(found: dict[str, Any]) -> str:
     """A `summary` in one line."""
     active = f"{found['active']:g}{' on average' if found['choice'] == 'expert' else ''}"
+    if "capacity" in found:
+        active += f" (from {found['capacity']['noise']:g} at noise to {found['capacity']['data']:g} at data)"
     who = f"1 shared and {active} of {found['experts']} routed experts a token in {found['layers']} feed-forward layers"
     if "grouped_blocks" in found:
         who += f", {found['kept_blocks']} of {found['grouped_blocks']} blocks in groups a sample"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from fastgen.surgery.moe import routing
 from fastgen.surgery.moe.routing import Routing
 from fastgen.surgery.moe.split import Experts, Partition, select
 from fastgen.surgery.moe.structures import Dense
+
+if TYPE_CHECKING:
+    from fastgen.surgery.moe.capacity import Capacity
+    from fastgen.surgery.moe.held import Held
 
 Active = float | Sequence[float]
 Part = Literal["shared", "experts", "blocks"]
@@ -53,6 +57,8 @@ class ExpertLayer(nn.Module):
     nothing of each other where they choose; where experts choose, those of one sample compete.
 
     active: experts that a token uses, changed at run time by `set_active`. records: where the layer's passes leave what they chose, or None.
+    capacity: what the number follows in place of `active`, its mean; now: how many these are in the pass that goes on, None for `active`.
+    held: choices of another pass that are made again (held.py), or None.
     selection_bias: (E,), added to probabilities for the choice alone; `even_out` changes it, no gradient does.
     gate_scale: what gates are times their probability, the number of experts that the layer was split into; it stays when experts are added or
     removed (operators.py). The router may have rows for more than there are, which come last: removed ones keep their share of the softmax.
@@ -66,8 +72,11 @@ class ExpertLayer(nn.Module):
         self.name, self.choice, self.num_experts = name, experts.choice, experts.num
         self.activation: Activation = activation
         self.active: Active = experts.active
+        self.capacity: Capacity | None = None
+        self.now: Active | None = None
         self.gate_scale = float(experts.num)
         self.records = None
+        self.held: Held | None = None
         gated = is_gated(activation)
         self.shared = Shared(select(dense, partition.shared, gated=gated)._replace(b2=dense.b2), activation)
         self.router = Router(dense.w1.shape[1], experts.num, dense.w1)
@@ -78,22 +87,34 @@ class ExpertLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.shared(x)
-        if self.active == 0:
+        if self.in_use == 0:
             return out
         probabilities = self.router(x).softmax(-1)[..., : self.num_experts]
         routed = self._by_token(x, probabilities) if self.choice == "token" else self._by_expert(x, probabilities)
         return out + routed.view(out.shape)
 
+    @property
+    def in_use(self) -> Active:
+        """How many experts a token uses in the pass that goes on."""
+        return self.active if self.now is None else self.now
+
     def _by_token(self, x: Tensor, probabilities: Tensor) -> Tensor:
         assert isinstance(self.active, int | float)
         probabilities = probabilities.flatten(0, -2)
         ids, gates = routing.token_choice(probabilities, self.selection_bias, int(self.active), self.gate_scale)
+        if self.held is not None:
+            ids = self.held.choice(self, ids)
+            gates = routing.token_gates(probabilities, ids, self.gate_scale)
         if self.records is not None:
             self.records.append(routing.of_token_choice(self.name, self._of_those_left(probabilities), ids))
         return moe_ffn(x.flatten(0, -2), ids, gates, self.w1, self.b1, self.w2, activation=self.activation)
 
     def _by_expert(self, x: Tensor, probabilities: Tensor) -> Tensor:
-        tokens, gates = routing.expert_choice(probabilities.flatten(1, -2), self.active, self.gate_scale)
+        each = probabilities.flatten(1, -2)
+        tokens, gates = routing.expert_choice(each, self.in_use, self.gate_scale)
+        if self.held is not None:
+            tokens = self.held.choice(self, tokens)
+            gates = routing.expert_gates(each, tokens, self.gate_scale)
         if self.records is not None:
             self.records.append(routing.of_expert_choice(self.name, self._of_those_left(probabilities).flatten(0, -2), tokens))
         return moe_ffn_by_expert(x.flatten(0, -2), tokens, gates, self.w1, self.b1, self.w2, activation=self.activation)
@@ -128,8 +149,8 @@ def set_rows(layer: ExpertLayer, rows: int) -> None:
 
 
 def set_active(network: nn.Module, active: Active | Tensor) -> None:
-    """How many experts tokens use from now on, in every layer; with expert choice also one number for each sample of the batch, such as
-    `scheduled_active` gives. Blocks that are computed again in a backward pass use what they used in their forward pass.
+    """How many experts tokens use from now on, in every layer, at any time; with expert choice also one number for each sample of the batch.
+    Blocks that are computed again in a backward pass use what they used in their forward pass.
 
     ValueError for what a layer cannot do.
     """
@@ -140,7 +161,7 @@ def set_active(network: nn.Module, active: Active | Tensor) -> None:
             raise ValueError(f"active: {value}; {layer.name} has {layer.num_experts} experts")
         if layer.choice == "token" and not (isinstance(value, int | float) and value == int(value)):
             raise ValueError(f"active: {value}; in {layer.name} tokens choose, so it is one whole number")
-        layer.active = value
+        layer.active, layer.capacity = value, None
 
 
 @contextmanager
@@ -150,13 +171,13 @@ def using(network: nn.Module, active: float | None) -> Iterator[None]:
         yield
         return
     layers = expert_layers(network)
-    before = [layer.active for layer in layers]
+    before = [(layer.active, layer.capacity) for layer in layers]
     set_active(network, active)
     try:
         yield
     finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.active = old
+        for layer, (old, capacity) in zip(layers, before, strict=True):
+            layer.active, layer.capacity = old, capacity
 
 
 @contextmanager
@@ -179,21 +200,21 @@ def remembered(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """What opens a context in which experts in `module` are as active as at this call; from the second time on they record nothing, for then
     the module computes a pass again."""
     layers = expert_layers(module)
-    then = [layer.active for layer in layers]
+    then = [(layer.active, layer.now) for layer in layers]
     is_again = False
 
     @contextmanager
     def again() -> Iterator[None]:
         nonlocal is_again
-        now = [(layer.active, layer.records) for layer in layers]
-        for layer, active in zip(layers, then, strict=True):
-            layer.active, layer.records = active, None if is_again else layer.records
+        before = [(layer.active, layer.now, layer.records) for layer in layers]
+        for layer, (active, now) in zip(layers, then, strict=True):
+            layer.active, layer.now, layer.records = active, now, None if is_again else layer.records
         is_again = True
         try:
             yield
         finally:
-            for layer, (active, records) in zip(layers, now, strict=True):
-                layer.active, layer.records = active, records
+            for layer, (active, now, records) in zip(layers, before, strict=True):
+                layer.active, layer.now, layer.records = active, now, records
 
     return again
 

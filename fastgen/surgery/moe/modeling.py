@@ -6,13 +6,14 @@ diffusers loads it with `trust_remote_code=True`. It needs torch and diffusers o
 In a layer, shared(x) + sum over chosen experts of gate * expert(x): scores P are softmax probabilities in fp32 or wider, gates are scale * P,
 scale the number of experts, of the first split where some were added or removed. Where tokens choose, each takes the `active` experts that it
 scores highest; where experts choose, each takes, in each sample, the ceil(tokens * active / experts) tokens that score it highest. Equal scores
-go to lower indices.
+go to lower indices. Where there is a `capacity`, active follows the time that the network is told, linearly from noise to data.
 
 Where blocks are in groups, each sample passes through those `kept` blocks of a group that its router scores highest, in order.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from typing import Any
@@ -33,7 +34,18 @@ class SD3Transformer2DModelWithExperts(Dense):
         _slim(self, experts.get("modulation"))
         for group in experts.get("groups", ()):
             _group(self, group)
+        self.capacity = experts.get("capacity")
         self.register_to_config(experts=experts)
+
+    @functools.wraps(Dense.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.capacity is not None:
+            given = inspect.signature(super().forward).bind(*args, **kwargs).arguments
+            active = _active(self.capacity, given[self.capacity["argument"]])
+            for module in self.modules():
+                if isinstance(module, Experts):
+                    module.active = active
+        return super().forward(*args, **kwargs)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +59,15 @@ _options = inspect.signature(Dense.__init__)
 SD3Transformer2DModelWithExperts.__init__.__signature__ = _options.replace(  # type: ignore[attr-defined]
     parameters=[*_options.parameters.values(), inspect.Parameter("experts", inspect.Parameter.KEYWORD_ONLY)]
 )
+
+
+def _active(capacity: dict[str, Any], time: Tensor) -> float | list[float]:
+    """One number, or one for each sample where their times differ; rounded, so that a time of another precision comes to as many tokens."""
+    times = time.double().reshape(len(time), -1).mean(1) if time.ndim else time.double()[None]
+    at_noise, at_data, noise, data = (capacity[key] for key in ("at_noise", "at_data", "noise", "data"))
+    share = [(value - data) / (noise - data) for value in times.tolist()]
+    each = [round(at_data + (at_noise - at_data) * min(1.0, max(0.0, s)), 4) for s in share]
+    return each[0] if len(set(each)) == 1 else each
 
 
 def _put(network: nn.Module, layer: dict[str, Any]) -> None:
@@ -129,9 +150,10 @@ class Experts(nn.Module):
     def _by_expert(self, x: Tensor, probabilities: Tensor) -> Tensor:
         probabilities = probabilities.flatten(1, -2)
         batch, num_tokens, _ = probabilities.shape
-        each = min(num_tokens, math.ceil(round(num_tokens * self.active / self.count, 6)))
-        chosen = probabilities.argsort(dim=1, descending=True, stable=True)[:, :each]
-        tokens = (chosen + num_tokens * torch.arange(batch, device=x.device)[:, None, None]).flatten(0, 1)
+        active = self.active if isinstance(self.active, list) else [self.active] * batch
+        each = [min(num_tokens, math.ceil(round(num_tokens * k / self.count, 6))) for k in active]
+        order = probabilities.argsort(dim=1, descending=True, stable=True)
+        tokens = torch.cat([order[b, :count] + num_tokens * b for b, count in enumerate(each)])
         out = x.new_zeros(len(x), self.w2.shape[1], dtype=self._compute_dtype(x))
         for e, gates in enumerate(self.scale * probabilities.flatten(0, 1).T):
             out = out.index_add(0, tokens[:, e], self._expert(e, x[tokens[:, e]], gates[tokens[:, e]]))

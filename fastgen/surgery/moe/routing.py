@@ -20,7 +20,12 @@ from fastgen import across
 def token_choice(probabilities: Tensor, bias: Tensor, active: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """(ids, gates), each (T, active): the experts with the highest probability, (T, E), plus bias, (E,), which gates do not see."""
     ids = (probabilities + bias).argsort(dim=-1, descending=True, stable=True)[:, :active]
-    return ids, (scale or probabilities.shape[-1]) * probabilities.gather(-1, ids)
+    return ids, token_gates(probabilities, ids, scale)
+
+
+def token_gates(probabilities: Tensor, ids: Tensor, scale: float | None = None) -> Tensor:
+    """(T, active) of chosen experts ids (T, active), probabilities (T, E)."""
+    return (scale or probabilities.shape[-1]) * probabilities.gather(-1, ids)
 
 
 def expert_choice(probabilities: Tensor, active: float | Sequence[float], scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -33,19 +38,18 @@ def expert_choice(probabilities: Tensor, active: float | Sequence[float], scale:
     order = probabilities.argsort(dim=1, descending=True, stable=True)
     taken = [order[b, : capacity(num_tokens, k, num_experts)] + b * num_tokens for b, k in enumerate(each)]
     tokens = torch.cat(taken).T
-    experts = torch.arange(num_experts, device=tokens.device)[:, None]
-    return tokens, (scale or num_experts) * probabilities.flatten(0, 1)[tokens, experts]
+    return tokens, expert_gates(probabilities, tokens, scale)
+
+
+def expert_gates(probabilities: Tensor, tokens: Tensor, scale: float | None = None) -> Tensor:
+    """(E, C) of chosen tokens (E, C), probabilities (B, N, E)."""
+    experts = torch.arange(len(tokens), device=tokens.device)[:, None]
+    return (scale or len(tokens)) * probabilities.flatten(0, 1)[tokens, experts]
 
 
 def capacity(num_tokens: int, active: float, num_experts: int) -> int:
     """How many of a sample's tokens each expert takes, so that a token has `active` experts on average."""
     return min(num_tokens, math.ceil(round(num_tokens * active / num_experts, 6)))
-
-
-def scheduled_active(t: Tensor, least: float, most: float) -> Tensor:
-    """Experts a token at path time t (B,), 1 = noise: from `least` at noise to `most` at data, linearly. The counterpart for continuous time of
-    the linear schedule in arXiv:2604.01622, where low noise gained most; which end gains here has to be measured on each network."""
-    return least + (most - least) * (1 - t)
 
 
 class Routing(NamedTuple):

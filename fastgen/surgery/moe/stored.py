@@ -5,8 +5,10 @@ An export writes the description into the network's config.json, beside the clas
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +22,7 @@ from fastgen import records
 from fastgen.errors import UserError
 from fastgen.surgery.moe.beside import BesideAttention
 from fastgen.surgery.moe.blocks import Groups, block_routers, grouped_blocks, join
+from fastgen.surgery.moe.capacity import Capacity, capacity_of, follow
 from fastgen.surgery.moe.conversion import keep_routers_wide
 from fastgen.surgery.moe.layer import ExpertLayer, expert_layers, set_rows
 from fastgen.surgery.moe.modulation import slim_layers, slim_like
@@ -86,13 +89,25 @@ class Group(records.Schema):
     called: Called
 
 
+class Following(records.Schema):
+    """What the number of experts follows (`capacity.Capacity`)."""
+
+    at_noise: Annotated[float, Field(ge=0, le=2**12)]
+    at_data: Annotated[float, Field(ge=0, le=2**12)]
+    argument: Literal["timestep", "timesteps", "t"]
+    noise: Annotated[float, Field(allow_inf_nan=False)]
+    data: Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Description(records.Schema):
-    """dense: the diffusers class whose layers these were. modulation, groups: where it was slimmed, or its blocks were grouped."""
+    """dense: the diffusers class whose layers these were. modulation, groups: where it was slimmed, or its blocks were grouped. capacity: where
+    experts choose, and take more tokens at some times than at others."""
 
     dense: Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9]*$")]
     layers: Annotated[list[Layer], Field(min_length=1, max_length=10000)]
     modulation: Slimmed | None = None
     groups: Annotated[list[Group], Field(max_length=1000)] = Field(default_factory=list)
+    capacity: Following | None = None
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
@@ -100,7 +115,9 @@ def describe(network: nn.Module) -> dict[str, Any]:
     beside = {id(module.experts): module.attention.in_features for module in network.modules() if isinstance(module, BesideAttention)}
     layers = [_layer(layer, beside.get(id(layer), 0)) for layer in expert_layers(network)]
     slimmed, groups = _slimmed(network), _groups(network)
-    more = {**({"modulation": slimmed} if slimmed else {}), **({"groups": groups} if groups else {})}
+    more: dict[str, Any] = {**({"modulation": slimmed} if slimmed else {}), **({"groups": groups} if groups else {})}
+    if (capacity := capacity_of(network)) is not None:
+        more["capacity"] = asdict(capacity)
     return {"dense": type(network).__name__, "layers": layers, **more}
 
 
@@ -171,6 +188,7 @@ def rebuild(dense: nn.Module, description: Mapping[str, Any], where: str) -> nn.
         structure.place(layer.train(structure.down.training))
     _rebuild_modulation(dense, description.get("modulation"), where)
     _rebuild_groups(dense, description.get("groups", ()), where)
+    _rebuild_capacity(dense, description.get("capacity"), where)
     keep_routers_wide(dense)
     return dense
 
@@ -183,6 +201,16 @@ def _rebuild_modulation(network: nn.Module, described: Mapping[str, Any] | None,
         if type(modules.get(each["name"])) is not nn.Linear:
             raise UserError(f"{where}: its slim modulation is of {each['name']}, and a {type(network).__name__} has no such linear layer")
     slim_like(network, [(each["name"], each["common"], described["rank"]) for each in described["layers"]])
+
+
+def _rebuild_capacity(network: nn.Module, described: Mapping[str, Any] | None, where: str) -> None:
+    if described is None:
+        return
+    if described["noise"] == described["data"] or any(layer.choice == "token" for layer in expert_layers(network)):
+        raise UserError(f"{where}: its number of experts follows the time, for which experts choose and both ends of it differ")
+    if described["argument"] not in inspect.signature(network.forward).parameters:
+        raise UserError(f"{where}: its number of experts follows {described['argument']}, which a {type(network).__name__} is not given")
+    follow(network, Capacity(**described))
 
 
 def _rebuild_groups(network: nn.Module, described: Sequence[Mapping[str, Any]], where: str) -> None:
