@@ -169,6 +169,22 @@ class CapacityBlock(Block):
     data: float = Field(ge=0, le=4096)
 
 
+class UpcycleBlock(Block):
+    """Copies of a trained student's most useful experts. factor: times as many experts in each layer. most: of one, itself included. utility: the
+    square of the gradient of the denoising loss, or the norm of the weights. noise: of what copies' choice sees, so that copies part."""
+
+    factor: int = Field(2, ge=2, le=64)
+    most: int = Field(3, ge=2, le=64)
+    utility: Literal["gradient", "weight"] = "gradient"
+    noise: float = Field(1e-3, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _enough(self) -> UpcycleBlock:
+        if self.most < self.factor:
+            raise ValueError(f"most: at most {self.most} of each do not make {self.factor} times as many experts")
+        return self
+
+
 class MoEBlock(Block):
     """experts, shared, routed: how many routed experts each feed-forward layer is split into, beside a shared one, and how wide either is, in one
     unit: of a layer's hidden size H the shared one takes H shared / (shared + experts routed). active: routed experts that a token uses, on
@@ -177,7 +193,9 @@ class MoEBlock(Block):
     by; calibration: of `taylor`, how many batches it is measured on. router_std: of the router's logits at the start, for inputs of unit
     variance; 0 lets every token choose the same experts at first. balance: weight of the balance loss. bias_rate: how far each step moves the
     bias that experts' choice sees against their load; 0: none. groups: blocks of which a sample passes through some. modulation: the blocks'
-    modulation layers made small. capacity: where experts choose, how `active`, then the mean, follows the time."""
+    modulation layers made small. capacity: where experts choose, how `active`, then the mean, follows the time. Of a student that
+    `student.init` names: remove_dead: the share of an even load below which an expert is removed, 0 for none; upcycle: copies of useful ones, after
+    that; both are measured on `calibration` batches."""
 
     experts: int = Field(12, ge=1, le=4096)
     shared: float = Field(1.0, gt=0, le=4096)
@@ -194,6 +212,13 @@ class MoEBlock(Block):
     groups: list[GroupsBlock] = Field(default_factory=list, max_length=100)
     modulation: ModulationBlock | None = None
     capacity: CapacityBlock | None = None
+    remove_dead: float = Field(0.0, ge=0, le=1)
+    upcycle: UpcycleBlock | None = None
+
+    @property
+    def alters(self) -> bool:
+        """Whether experts are removed from or added to a trained student."""
+        return self.remove_dead > 0 or self.upcycle is not None
 
     @field_validator("capacity")
     @classmethod
@@ -203,8 +228,6 @@ class MoEBlock(Block):
             return capacity
         if given["router"] != "expert":
             raise ValueError("where tokens choose, each uses the same number of experts at all times; set student.moe.router to expert")
-        if (most := max(capacity.noise, capacity.data)) > given["experts"]:
-            raise ValueError(f"{most:g} of {given['experts']} experts")
         if abs((mean := (capacity.noise + capacity.data) / 2) - given["active"]) > 1e-6:
             raise ValueError(f"from {capacity.noise:g} to {capacity.data:g} is {mean:g} on average, student.moe.active says {given['active']:g}")
         return capacity
@@ -222,6 +245,17 @@ class MoEBlock(Block):
         if calibration < 1 and info.data.get("importance") == "taylor":
             raise ValueError("importance is measured on 1 batch or more; for none, set student.moe.importance to magnitude or random")
         return calibration
+
+
+def _of_a_trained_student(moe: MoEBlock | None, init: str) -> None:
+    """ValueError where experts are to be altered and there is no trained student, or nothing to measure them on."""
+    if moe is None or not moe.alters:
+        return
+    key = "remove_dead" if moe.remove_dead else "upcycle"
+    if init == "teacher":
+        raise ValueError(f"{key}: which experts are useful shows in a trained student; name its run as student.init, or remove student.moe.{key}")
+    if moe.calibration < 1 and (moe.remove_dead or (moe.upcycle is not None and moe.upcycle.utility == "gradient")):
+        raise ValueError(f"calibration: {key} is measured on 1 batch or more")
 
 
 class StudentBlock(Block):
@@ -250,6 +284,12 @@ class StudentBlock(Block):
     def own_sampler(self) -> OwnSampler | None:
         """`sampler` where no pipeline has it."""
         return None if self.sampler in ("euler", "stochastic") else self.sampler
+
+    @field_validator("moe")
+    @classmethod
+    def _alters_a_student(cls, moe: MoEBlock | None, info: ValidationInfo) -> MoEBlock | None:
+        _of_a_trained_student(moe, info.data.get("init", ""))
+        return moe
 
     @field_validator("sizes")
     @classmethod

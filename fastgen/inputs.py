@@ -27,6 +27,7 @@ from fastgen.yaml_files import read_yaml
 
 FILE = "inputs.json"
 TEACHER, LORA, INIT, KEPT = "teacher.pretrained", "teacher.lora", "student.init", "student.shrink.keep"
+EXPERTS = "student.moe"
 # What no continuation can change: beginnings of keys.
 _FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs", "data.buckets")
 # What may differ between a run and its continuation: nothing that changes a number.
@@ -52,7 +53,8 @@ _RESUMABLE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """hashes: by the recipe key that names the input, and as KEPT which blocks importance chose, in JSON: a continuation measures nothing anew.
+    """hashes: by the recipe key that names the input, and as KEPT which blocks importance chose, and as EXPERTS how many experts there
+    are where some were added or removed, in JSON: a continuation measures nothing anew.
     pairs: how many of data.pairs' folder the run has, which may grow meanwhile."""
 
     hashes: Mapping[str, str] = field(default_factory=dict)
@@ -78,6 +80,8 @@ def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
         hashes[INIT] = checkpoint.identity(expanded(init))
     if planned.kept is not None:
         hashes[KEPT] = json.dumps(planned.kept)
+    if planned.expert_sizes and planned.used is None:
+        hashes[EXPERTS] = json.dumps(planned.expert_sizes)
     return Inputs(hashes, pairs if planned.pairs is not None else None)
 
 
@@ -85,6 +89,8 @@ def as_begun(planned: Plan, began: Inputs) -> Plan:
     """The plan with what was found when the run began: the blocks that importance chose, and the prompts of the pairs that it had."""
     if KEPT in began.hashes:
         planned = replace(planned, kept=json.loads(began.hashes[KEPT]))
+    if planned.started:  # else they are measured once more
+        planned = replace(planned, expert_sizes=json.loads(began.hashes.get(EXPERTS, "{}")), used=None)
     if planned.pairs is not None and began.pairs is not None and planned.recipe.data.prompts is None and planned.images is None:
         planned = replace(planned, prompts=pair_folder.weighted_prompts(planned.pairs, began.pairs))
     return planned

@@ -127,7 +127,8 @@ class Ends(Schema):
 
 class Sparse(Schema):
     """Of a student of experts: how many layers were split and how, and its parameters. capacity: experts a token at either end of the noise range,
-    where these differ."""
+    where these differ. all_experts, split_experts: of all layers, where experts were added or removed, now and at the split; removed_experts: rows
+    that routers still have for those that are gone."""
 
     layers: _Number
     experts: _Number
@@ -139,6 +140,9 @@ class Sparse(Schema):
     flops: _Number
     dense_flops: _Number
     capacity: Ends | None = None
+    all_experts: _Number | None = None
+    split_experts: _Number | None = None
+    removed_experts: _Number | None = None
 
 
 class _Record(Schema):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,9 @@ from fastgen.surgery.moe.accounting import Account, account
 from fastgen.surgery.moe.blocks import Groups, grouped_blocks
 from fastgen.surgery.moe.capacity import Capacity, told
 from fastgen.surgery.moe.conversion import Conversion
+from fastgen.surgery.moe.layer import expert_layers
 from fastgen.surgery.moe.modulation import Slim, slim_layers
+from fastgen.surgery.moe.operators import upcycle
 from fastgen.surgery.moe.split import Experts
 from fastgen.surgery.shrink import Shrink, shrunk, summary
 
@@ -73,6 +76,10 @@ class Plan:
     sized: tuple[Family, ...] = ()  # the family at each of several sizes; `family` is the first
     divided: tuple[CaptionedImages | LatentImages, ...] = ()  # the images of each of them
     warnings: tuple[str, ...] = ()  # what will not go as the recipe may mean it
+    # By roles and layers, how many experts a student has where some were added or removed (`moe.operators.sizes_of`). Of another run's student at
+    # first; and while these are still to be altered `used`, how many of them a token uses there.
+    expert_sizes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    used: float | None = None
     kept: Mapping[str, Sequence[int]] | None = None  # the blocks that `student.shrink.keep: importance` came to, by their lists' names
     processes: int = 1  # that share the run
 
@@ -163,7 +170,7 @@ class Plan:
         if block is None:
             return None
         return Conversion(
-            Experts(block.experts, block.shared, block.routed, block.active, block.router),
+            Experts(block.experts, block.shared, block.routed, block.active if self.used is None else self.used, block.router),
             None if block.blocks == "all" else tuple(block.blocks),
             tuple(block.leave),
             block.importance,
@@ -174,7 +181,8 @@ class Plan:
             block.bias_rate,
             tuple((each.of, Groups(each.size, each.kept, each.alpha)) for each in block.groups),
             None if block.modulation is None else Slim(block.modulation.rank, block.modulation.shared),
-            self._capacity(),
+            self._capacity() if self.used is None else None,
+            self.expert_sizes,
         )
 
     def _capacity(self) -> Capacity | None:
@@ -196,9 +204,17 @@ class Plan:
         return ours, theirs
 
     def _converted(self) -> nn.Module:
-        assert self.experts is not None
+        """On the meta device, where experts are still to be removed with all of them."""
+        asked, altering = self.experts, self.recipe.student.moe
+        assert asked is not None and altering is not None
         dense = self.family.load_backbone(meta=True)
-        return conversion.converted(dense, self.family.blocks(dense), self.experts)
+        network = conversion.converted(dense, self.family.blocks(dense), asked)
+        if self.used is not None:
+            if (up := altering.upcycle) is not None:
+                equal = {layer.name: torch.ones(layer.num_experts) for layer in expert_layers(network)}
+                upcycle(network, equal, factor=up.factor, most=up.most, noise=0)
+            conversion.use(network, altering.active, self._capacity())
+        return network
 
     def _account(self, network: nn.Module) -> Account:
         family = self.family
@@ -365,6 +381,8 @@ def plan(
     spread = processes_of(recipe.train, processes, dry=dry)
     parts = sizes.parts_of(images, sized)
     several: Any = {"sized": tuple(sized), "divided": tuple(parts)}
+    if recipe.student.moe is not None and recipe.student.init != "teacher":
+        several["expert_sizes"], several["used"] = _experts_of_another(recipe, started=started)
     planned = Plan(recipe, method, config, family, prompts, images, pairs, protocol, started, processes=spread, **several)
     for each in planned.families:
         foresight.check_grid(recipe, each)
@@ -462,6 +480,18 @@ def _check_same_experts(run_dir: Path, before: dict[str, Any] | None, now: dict[
     if shapes[0] != shapes[1]:
         said = f"{str(run_dir)!r} holds a student with student.moe {shown(before)}, here {shown(now)}; both need the same split"
         raise UserError(f"recipe key student.init: {said}")
+
+
+def _experts_of_another(recipe: Recipe, *, started: bool) -> tuple[Mapping[str, Mapping[str, Sequence[int]]], float | None]:
+    """How many experts the run's students have that student.init names, where some were added or removed, and how many of them a token uses there if
+    they are to be altered now. started: what a run has that has begun, it tells itself (`inputs.as_begun`)."""
+    assert recipe.student.moe is not None
+    if started:
+        return {}, min(recipe.student.moe.active, recipe.student.moe.experts)
+    run_dir = expanded(recipe.student.init)
+    before = checkpoint.trained_students(run_dir)[1]["student"]["moe"]
+    recorded = checkpoint.read_state(checkpoint.latest(run_dir))["inputs"].get("student.moe")
+    return ({} if recorded is None else json.loads(recorded)), (before["active"] if recipe.student.moe.alters else None)
 
 
 def _shape(moe: dict[str, Any]) -> list[Any]:
@@ -620,7 +650,7 @@ def _check_compile(planned: Plan) -> None:
 
 def _check_experts(planned: Plan) -> None:
     """UserError where the teacher's layers cannot be split so, or the student would share them."""
-    if planned.experts is None:
+    if planned.experts is None or (planned.started and planned.recipe.student.init != "teacher"):
         return
     if planned.tuning is not None:
         said = (

@@ -232,7 +232,7 @@ def build_roles(
     for name, spec in specs.items():
         backbone, told = base, {}
         if spec.trains_network and spec.averaged and experts is not None:
-            backbone = converted(base, family.blocks(base), experts, importance).to(device)
+            backbone = converted(base, family.blocks(base), experts, importance, name).to(device)
             told = {"balance": experts.balance, "bias_rate": experts.bias_rate}
         elif spec.trains_network:
             backbone = _own_network(base, shrink if spec.averaged else None, recompute=recompute)

@@ -29,7 +29,7 @@ from fastgen.parallel import Strategy, launch
 from fastgen.plan import Plan, drawing_of, pairs_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
-from fastgen.run.calibration import measured, with_kept
+from fastgen.run.calibration import measured, with_altered_experts, with_kept
 from fastgen.run.straightened import straightness_of
 from fastgen.shards import largest
 from fastgen.surgery.compiled import compile_blocks
@@ -180,6 +180,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
         roles.align_adapters(taken)
+        plan = with_altered_experts(plan, roles, taken, backbone, data, settings, parallel.device, progress)
     before = None
     if (samples := plan.method.straightness_of(plan.method_config)) and not plan.started:
         progress.stage("measuring how straight the teacher's flow is")

@@ -11,6 +11,7 @@ blocks stay is recorded among the run's inputs, as weights do not tell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from fastgen.files import expanded
 from fastgen.plan import Plan
 from fastgen.progress import Progress
 from fastgen.rng import SampleRng
+from fastgen.roles import Roles
 from fastgen.sampling import few_step
 from fastgen.surgery import moe
 from fastgen.surgery.moe.conversion import Conversion
@@ -61,14 +63,76 @@ def with_kept(plan: Plan, network: nn.Module, data: Data, settings: Sequence[Set
     return replace(plan, kept=most_important(network, shrink, losses))
 
 
+def with_altered_experts(
+    plan: Plan,
+    roles: Roles,
+    taken: Sequence[str],
+    dense: nn.Module,
+    data: Data,
+    settings: Sequence[Setting],
+    device: torch.device,
+    progress: Progress,
+) -> Plan:
+    """The plan with how many experts there are once those of trained students that nobody asks for are removed, and useful ones copied; and roles so
+    altered. taken: those that another run has trained; dense: the teacher's network.
+
+    Measured on the denoising loss as the teacher's neurons are, but of the student itself, at the noise levels that it is sampled at: elsewhere an
+    expert is of no use to it. (A student of few steps is trained on other losses, of which some have no gradient before the first step.)
+    """
+    block = plan.recipe.student.moe
+    if block is None or plan.used is None:
+        return plan
+    up, network = block.upcycle, {name: roles[name].denoiser for name in taken}
+    drawing = Predictor(Denoiser(dense if plan.cut is None else dense.to(device), plan.family, autocast=plan.autocast), plan.family)
+    for name, denoiser in network.items():
+        home = next(denoiser.parameters()).device
+        denoiser.to(device)
+        student = Predictor(denoiser, plan.family)
+
+        def losses(stream: str, student: Predictor = student) -> Iterator[Callable[[], Tensor]]:
+            return _losses(plan, stream, block.calibration, drawing, data, settings, device, student)
+
+        if block.remove_dead:
+            progress.stage("measuring which experts are used")
+            with torch.no_grad(), moe.recording(denoiser.backbone) as routings:
+                for loss in losses("expert load"):
+                    loss()
+            at_least = math.ceil(block.active / (1 if up is None else up.factor))
+            gone = moe.remove(denoiser.backbone, moe.counts(routings), block.remove_dead, at_least=at_least)
+            progress.stage(f"removed {sum(map(len, gone.values()))} experts of {name}")
+        if up is not None:
+            progress.stage("measuring which experts are useful")
+            by_weight = up.utility == "weight"
+            utility = moe.weight_utility(denoiser.backbone) if by_weight else moe.gradient_utility(denoiser.backbone, losses("expert utility"))
+            moe.upcycle(denoiser.backbone, utility, factor=up.factor, most=up.most, noise=up.noise, seed=plan.recipe.train.seed)
+            if up.noise:
+                for layer in moe.expert_layers(denoiser.backbone):
+                    moe.learn_bias(layer)
+        denoiser.to(home)
+    if plan.cut is not None:
+        dense.to("cpu")
+    plan = replace(plan, expert_sizes={name: moe.sizes_of(each.backbone) for name, each in network.items()}, used=None)
+    assert plan.experts is not None
+    for denoiser in network.values():
+        moe.use(denoiser.backbone, plan.experts.experts.active, plan.experts.capacity)
+    return plan
+
+
 def _predictor(plan: Plan, network: nn.Module, device: torch.device) -> Predictor:
     return Predictor(Denoiser(network.to(device), plan.family, autocast=plan.autocast), plan.family)
 
 
 def _losses(
-    plan: Plan, name: str, batches: int, teacher: Predictor, data: Data, settings: Sequence[Setting], device: torch.device
+    plan: Plan,
+    name: str,
+    batches: int,
+    teacher: Predictor,
+    data: Data,
+    settings: Sequence[Setting],
+    device: torch.device,
+    student: Predictor | None = None,
 ) -> Iterator[Callable[[], Tensor]]:
-    """name: of the random stream."""
+    """name: of the random stream. student: whose losses these are in place of the teacher's, at its own times."""
     train = plan.recipe.train
     for index in range(batches):
         rng = SampleRng(train.seed, (name, index), range(train.at_once), device)
@@ -79,12 +143,14 @@ def _losses(
                 times = plan.families[batch.place].sampling_times(DRAWN_IN).to(device)
                 noise = rng.normal("sample", setting.shape)
                 clean = few_step(setting.guide(teacher), noise, times, batch.cond, renoise="euler")
-        yield lambda clean=clean, batch=batch, rng=rng, setting=setting: _denoising(teacher, clean, batch, rng, setting)
+        own = None if student is None else plan.families[batch.place].sampling_times(plan.recipe.student.steps, plan.grid).to(device)
+        yield lambda clean=clean, batch=batch, rng=rng, setting=setting, own=own: _denoising(student or teacher, clean, batch, rng, setting, own)
 
 
-def _denoising(teacher: Predictor, clean: Tensor, batch: Batch, rng: SampleRng, setting: Setting) -> Tensor:
-    """MSE of the network's own prediction kind, at uniform times."""
-    t = setting.draw_times(TimeSampling(), rng.uniform("time"))
+def _denoising(teacher: Predictor, clean: Tensor, batch: Batch, rng: SampleRng, setting: Setting, own: Tensor | None) -> Tensor:
+    """MSE of the network's own prediction kind, at uniform times, or at those of `own` (N,)."""
+    drawn = rng.uniform("time")
+    t = setting.draw_times(TimeSampling(), drawn) if own is None else own[(drawn * len(own)).long().clamp(max=len(own) - 1)]
     eps = rng.normal("noise", setting.shape)
     prediction = teacher(setting.path.mix(clean, eps, t), t, batch.cond, teacher.kind)
     return mean_squared_error(prediction, setting.path.predict(clean, eps, t, teacher.kind))

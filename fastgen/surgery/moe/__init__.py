@@ -2,13 +2,13 @@
 
 from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, keeping_all, mix_blocks, recording_blocks, set_kept
 from fastgen.surgery.moe.capacity import Capacity, follow
-from fastgen.surgery.moe.conversion import Conversion, converted
+from fastgen.surgery.moe.conversion import Conversion, converted, use
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.held import Held, holding
 from fastgen.surgery.moe.importance import magnitude, random, taylor
 from fastgen.surgery.moe.layer import ExpertLayer, even_out, expert_layers, part, recording, set_active, using
 from fastgen.surgery.moe.modulation import Slim, find_modulation, slim
-from fastgen.surgery.moe.operators import gradient_utility, prune, remove, resize, upcycle, weight_utility
+from fastgen.surgery.moe.operators import gradient_utility, learn_bias, prune, remove, resize, sizes_of, upcycle, weight_utility
 from fastgen.surgery.moe.routing import Routing, balance_loss, by_time, counts
 from fastgen.surgery.moe.split import Experts
 
@@ -35,6 +35,7 @@ __all__ = [
     "gradient_utility",
     "holding",
     "keeping_all",
+    "learn_bias",
     "magnitude",
     "mix_blocks",
     "part",
@@ -46,10 +47,12 @@ __all__ = [
     "resize",
     "set_active",
     "set_kept",
+    "sizes_of",
     "slim",
     "taylor",
     "to_convert",
     "upcycle",
+    "use",
     "using",
     "weight_utility",
 ]

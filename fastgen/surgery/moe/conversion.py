@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,9 @@ from fastgen.surgery.moe.blocks import Groups, block_routers, mix_blocks
 from fastgen.surgery.moe.capacity import Capacity, capacity_of, follow
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import Importance
-from fastgen.surgery.moe.layer import ExpertLayer, Router, expert_layers
+from fastgen.surgery.moe.layer import Router, expert_layers, set_active
 from fastgen.surgery.moe.modulation import Slim, slim, slim_layers
+from fastgen.surgery.moe.operators import give_sizes, learn_bias, sizes_of
 from fastgen.surgery.moe.split import Experts
 from fastgen.surgery.moe.structures import KEY, Structure
 
@@ -34,7 +35,8 @@ class Conversion:
     router_std: standard deviation of routers' weights at the start, for inputs of unit variance: divided by the square root of the width.
     balance: weight of the balance loss. bias_rate: of `even_out` after each step, 0 for none. seed: of routers and random importance. groups: of
     which list of blocks, by its name, or "" for all, and how; slim: what becomes of the blocks' modulation. capacity: what the number of experts
-    follows, whose mean is `experts.active`; None where it is the same at all times."""
+    follows, whose mean is `experts.active`; None where it is the same at all times. sizes: of a student that another run's takes the place of, where
+    experts were added or removed since the split, how many each layer has, by roles (`operators.sizes_of`)."""
 
     experts: Experts = EXPERTS
     blocks: tuple[int, ...] | None = None
@@ -48,6 +50,7 @@ class Conversion:
     groups: tuple[tuple[str, Groups], ...] = ()
     slim: Slim | None = None
     capacity: Capacity | None = None
+    sizes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
 
     def chosen(self, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         """Of a network's blocks those whose layers are split; UserError for one that is not there."""
@@ -58,7 +61,12 @@ class Conversion:
 
     def layers(self, network: nn.Module, blocks: Sequence[nn.Module]) -> list[Structure]:
         """The layers that are split; blocks: all of the network's. UserError, which names the module, where one cannot be."""
-        return to_convert(network, self.chosen(blocks), self.experts, self.leave)
+        return to_convert(network, self.chosen(blocks), self.at_the_split, self.leave)
+
+    @property
+    def at_the_split(self) -> Experts:
+        """Of which a token may use more later."""
+        return replace(self.experts, active=min(self.experts.active, self.experts.num)) if self.sizes else self.experts
 
     def without_measuring(self, network: nn.Module, blocks: Sequence[nn.Module]) -> Importance:
         """Importance that asks for no data: that of magnitude or random, else zeros, which leave neurons in their order."""
@@ -69,19 +77,22 @@ class Conversion:
 
 
 @torch.no_grad()
-def converted(dense: nn.Module, blocks: Sequence[nn.Module], conversion: Conversion, importance: Importance | None = None) -> nn.Module:
+def converted(
+    dense: nn.Module, blocks: Sequence[nn.Module], conversion: Conversion, importance: Importance | None = None, role: str = "student"
+) -> nn.Module:
     """A network of experts beside `dense`, which stays as it is; blocks: all of the dense network's. importance: None where the weights come from
-    elsewhere, which bring their split with them."""
+    elsewhere, which bring their split with them. role: whose sizes these are, where there are several."""
     places = {id(block): name for name, block in dense.named_modules()}
     network = copy.deepcopy(dense)
     own = [network.get_submodule(places[id(block)]) for block in blocks]
     importance = _in_order(conversion.layers(network, own)) if importance is None else importance
-    for layer in convert(network, conversion.chosen(own), conversion.experts, importance, conversion.leave):
+    for layer in convert(network, conversion.chosen(own), conversion.at_the_split, importance, conversion.leave):
         _begin_router(layer.router, layer.name, conversion)
         if conversion.bias_rate:
             learn_bias(layer)
-    if conversion.capacity is not None:
-        follow(network, conversion.capacity)
+    if role in conversion.sizes:
+        give_sizes(network, conversion.sizes[role])
+    use(network, conversion.experts.active, conversion.capacity)
     if conversion.slim is not None:
         slim(network, own, conversion.slim, conversion.leave)
     for name, groups in conversion.groups:
@@ -92,20 +103,24 @@ def converted(dense: nn.Module, blocks: Sequence[nn.Module], conversion: Convers
     return network
 
 
+def use(network: nn.Module, active: float, capacity: Capacity | None) -> None:
+    """How many experts tokens use; UserError where a layer has fewer."""
+    ends = () if capacity is None else (capacity.at_noise, capacity.at_data)
+    for layer in expert_layers(network):
+        for key, number in [("active", active), *(("capacity", end) for end in ends)]:
+            if number > layer.num_experts:
+                raise UserError(f"{KEY}.{key}: {number:g} of {layer.num_experts} experts ({layer.name}); allowed: 0 to {layer.num_experts}")
+    set_active(network, active)
+    if capacity is not None:
+        follow(network, capacity)
+
+
 def _in_list(network: nn.Module, blocks: Sequence[nn.Module], name: str) -> list[nn.Module]:
     """The blocks that lie in the list of this name; all without one."""
     lists = {each for each, module in network.named_modules() if isinstance(module, nn.ModuleList) and any(one in blocks for one in module)}
     if name and name not in lists:
         raise UserError(f"{KEY}.groups.of: no list of blocks {name!r}; {type(network).__name__} has {', '.join(sorted(lists))}")
     return [block for block in blocks if not name or any(block is one for one in network.get_submodule(name).children())]
-
-
-def learn_bias(layer: ExpertLayer) -> None:
-    """Make the layer's selection bias a parameter, so that whatever keeps, averages and takes over parameters has it; no gradient reaches it."""
-    bias = layer.selection_bias
-    if not isinstance(bias, nn.Parameter):
-        del layer.selection_bias
-        layer.selection_bias = nn.Parameter(bias)
 
 
 def _in_order(layers: Sequence[Structure]) -> Importance:
@@ -135,6 +150,9 @@ def summary(network: nn.Module, costs: Account, dense: Account) -> dict[str, Any
     routers, slimmed = block_routers(network), slim_layers(network)
     more: dict[str, Any] = {"grouped_blocks": sum(r.size for r in routers), "kept_blocks": sum(r.kept for r in routers)} if routers else {}
     more |= {"modulation_rank": slimmed[0][2]} if slimmed else {}
+    sizes, split = sizes_of(network).values(), sum(round(layer.gate_scale) for layer in layers)
+    if any(size.removed for size in sizes) or sum(size.experts for size in sizes) != split:
+        more |= {"all_experts": sum(size.experts for size in sizes), "split_experts": split, "removed_experts": sum(size.removed for size in sizes)}
     if (capacity := capacity_of(network)) is not None:
         more["capacity"] = {"noise": capacity.at_noise, "data": capacity.at_data}
     return {
@@ -157,6 +175,10 @@ def in_words(found: dict[str, Any]) -> str:
     if "capacity" in found:
         active += f" (from {found['capacity']['noise']:g} at noise to {found['capacity']['data']:g} at data)"
     who = f"1 shared and {active} of {found['experts']} routed experts a token in {found['layers']} feed-forward layers"
+    if "all_experts" in found:
+        who += (
+            f" ({found['all_experts']} in all after {found['removed_experts']} were removed, copies and all; {found['split_experts']} at the split)"
+        )
     if "grouped_blocks" in found:
         who += f", {found['kept_blocks']} of {found['grouped_blocks']} blocks in groups a sample"
     if "modulation_rank" in found:

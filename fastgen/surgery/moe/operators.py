@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastgen_kernels.moe_ffn import is_gated
@@ -87,9 +87,9 @@ def _copies(utility: Sequence[float], num: int, most: int) -> list[int]:
     return copies
 
 
-def remove(network: nn.Module, counts: Mapping[str, Tensor], below: float = 0.05) -> dict[str, list[int]]:
+def remove(network: nn.Module, counts: Mapping[str, Tensor], below: float = 0.05, *, at_least: int = 1) -> dict[str, list[int]]:
     """Remove experts whose load was less than `below` of the even one, 1 / E, and return which, by layer; counts: of recorded routings, over all
-    processes (`moe.counts`). As many stay as a token uses.
+    processes (`moe.counts`). As many stay as a token uses, and `at_least` so many.
 
     The router goes on knowing them, a row each, so that the others' gates stay: removing an expert that is never chosen changes nothing.
     ValueError for a threshold that is none and for layers without counts, before anything is changed.
@@ -101,7 +101,7 @@ def remove(network: nn.Module, counts: Mapping[str, Tensor], below: float = 0.05
     removed: dict[str, list[int]] = {}
     for layer in layers:
         load = counts[layer.name] / counts[layer.name].sum().clamp(min=1)
-        most_used = load.argsort(descending=True, stable=True).tolist()[: _most_active(layer)]
+        most_used = load.argsort(descending=True, stable=True).tolist()[: max(at_least, _most_active(layer))]
         is_dead = (load * layer.num_experts < below).tolist()
         dead = [e for e in range(layer.num_experts) if is_dead[e] and e not in most_used]
         if dead:
@@ -115,12 +115,46 @@ def _most_active(layer: ExpertLayer) -> int:
     return max(1, math.ceil(max(numbers)))
 
 
+class Size(NamedTuple):
+    """How many experts a layer has, for how many more its router has rows, and whether a selection bias is among its parameters."""
+
+    experts: int
+    removed: int
+    has_bias: bool
+
+
+def sizes_of(network: nn.Module) -> dict[str, Size]:
+    """Of each layer, by its name."""
+
+    def size(layer: ExpertLayer) -> Size:
+        return Size(layer.num_experts, layer.router.out_features - layer.num_experts, isinstance(layer.selection_bias, nn.Parameter))
+
+    return {layer.name: size(layer) for layer in expert_layers(network)}
+
+
+def give_sizes(network: nn.Module, given: Mapping[str, Sequence[int]]) -> None:
+    """Have as many experts in each layer as given (`sizes_of` of another), so that other weights can be loaded."""
+    for layer in expert_layers(network):
+        num, removed, has_bias = given[layer.name]
+        _take(layer, [0] * num, [0] * removed, behind=False)
+        if has_bias:
+            learn_bias(layer)
+
+
 def resize(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Have as many experts in each layer as a converted network with this state has, so that it can be loaded after experts were added or removed."""
     for name, module in network.named_modules():
         if isinstance(module, ExpertLayer):
             num, rows = len(state[f"{name}.w1"]), len(state[f"{name}.router.weight"])
             _take(module, [0] * num, [0] * (rows - num), behind=False)
+
+
+def learn_bias(layer: ExpertLayer) -> None:
+    """Make the layer's selection bias a parameter, so that whatever keeps, averages and takes over parameters has it; no gradient reaches it."""
+    bias = layer.selection_bias
+    if not isinstance(bias, nn.Parameter):
+        del layer.selection_bias
+        layer.selection_bias = nn.Parameter(bias)
 
 
 @torch.no_grad()
