@@ -29,7 +29,7 @@ from fastgen.parallel import Strategy, launch
 from fastgen.plan import Plan, drawing_of, pairs_of
 from fastgen.progress import Progress
 from fastgen.roles import Roles, build_roles
-from fastgen.run.calibration import measured, with_altered_experts, with_kept
+from fastgen.run.calibration import centre_routers, measured, with_altered_experts, with_kept
 from fastgen.run.straightened import straightness_of
 from fastgen.shards import largest
 from fastgen.surgery.compiled import compile_blocks
@@ -177,6 +177,8 @@ def build(plan: Plan, progress: Progress) -> Run:
         device=torch.device("cpu") if sharded else parallel.device,  # where they are cut, a block at a time
         offloaded=recipe.teacher.offload and not sharded,
     )
+    if recipe.student.init == "teacher" and not plan.started:
+        centre_routers(plan, roles, backbone, data, settings, parallel.device, progress)
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
         roles.align_adapters(taken)

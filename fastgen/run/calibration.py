@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fastgen import inputs
+from fastgen.config import MoEBlock, UpcycleBlock
 from fastgen.data.training import Data
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.distillers.base import Batch, Setting
@@ -63,6 +65,41 @@ def with_kept(plan: Plan, network: nn.Module, data: Data, settings: Sequence[Set
     return replace(plan, kept=most_important(network, shrink, losses))
 
 
+def centre_routers(
+    plan: Plan, roles: Roles, dense: nn.Module, data: Data, settings: Sequence[Setting], device: torch.device, progress: Progress
+) -> None:
+    """Have routers of blocks, which begin random, see what tells samples apart, at the noise levels that the student is sampled at. Not those of
+    zeros, and none where nothing is to be measured (`student.moe.calibration: 0`)."""
+    block = plan.recipe.student.moe
+    if block is None or not block.groups or block.router_std == 0 or block.calibration < 1:
+        return
+    progress.stage("measuring what routers of blocks see")
+    with _lent(plan, dense, device) as drawing:
+        for denoiser in [role.denoiser for role in roles.values() if moe.block_routers(role.denoiser.backbone)]:
+            with _at(denoiser, device):
+                losses = _losses(plan, "block routers", block.calibration, drawing, data, settings, device, Predictor(denoiser, plan.family))
+                moe.centre(denoiser.backbone, losses)
+
+
+@contextmanager
+def _lent(plan: Plan, dense: nn.Module, device: torch.device) -> Iterator[Predictor]:
+    """The teacher's network, which roles have by now, on the device; blocks that lie elsewhere for good (`teacher.offload`) come by themselves."""
+    with _at(dense, device if plan.cut is not None else next(dense.parameters()).device):
+        yield Predictor(Denoiser(dense, plan.family, autocast=plan.autocast), plan.family)
+
+
+@contextmanager
+def _at(network: nn.Module, device: torch.device) -> Iterator[None]:
+    home = next(network.parameters()).device
+    if home != device:
+        network.to(device)
+    try:
+        yield
+    finally:
+        if home != device:
+            network.to(home)
+
+
 def with_altered_experts(
     plan: Plan,
     roles: Roles,
@@ -82,40 +119,45 @@ def with_altered_experts(
     block = plan.recipe.student.moe
     if block is None or plan.used is None:
         return plan
-    up, network = block.upcycle, {name: roles[name].denoiser for name in taken}
-    drawing = Predictor(Denoiser(dense if plan.cut is None else dense.to(device), plan.family, autocast=plan.autocast), plan.family)
-    for name, denoiser in network.items():
-        home = next(denoiser.parameters()).device
-        denoiser.to(device)
-        student = Predictor(denoiser, plan.family)
+    network = {name: roles[name].denoiser for name in taken}
+    with _lent(plan, dense, device) as drawing:
+        for name, denoiser in network.items():
+            student = Predictor(denoiser, plan.family)
 
-        def losses(stream: str, student: Predictor = student) -> Iterator[Callable[[], Tensor]]:
-            return _losses(plan, stream, block.calibration, drawing, data, settings, device, student)
+            def losses(stream: str, student: Predictor = student) -> Iterator[Callable[[], Tensor]]:
+                return _losses(plan, stream, block.calibration, drawing, data, settings, device, student)
 
-        if block.remove_dead:
-            progress.stage("measuring which experts are used")
-            with torch.no_grad(), moe.recording(denoiser.backbone) as routings:
-                for loss in losses("expert load"):
-                    loss()
-            at_least = math.ceil(block.active / (1 if up is None else up.factor))
-            gone = moe.remove(denoiser.backbone, moe.counts(routings), block.remove_dead, at_least=at_least)
-            progress.stage(f"removed {sum(map(len, gone.values()))} experts of {name}")
-        if up is not None:
-            progress.stage("measuring which experts are useful")
-            by_weight = up.utility == "weight"
-            utility = moe.weight_utility(denoiser.backbone) if by_weight else moe.gradient_utility(denoiser.backbone, losses("expert utility"))
-            moe.upcycle(denoiser.backbone, utility, factor=up.factor, most=up.most, noise=up.noise, seed=plan.recipe.train.seed)
-            if up.noise:
-                for layer in moe.expert_layers(denoiser.backbone):
-                    moe.learn_bias(layer)
-        denoiser.to(home)
-    if plan.cut is not None:
-        dense.to("cpu")
+            with _at(denoiser, device):
+                if block.remove_dead:
+                    progress.stage("measuring which experts are used")
+                    gone = _remove_dead(denoiser.backbone, block, losses("expert load"))
+                    progress.stage(f"removed {gone} experts of {name}")
+                if block.upcycle is not None:
+                    progress.stage("measuring which experts are useful")
+                    _copy_useful(denoiser.backbone, block.upcycle, losses("expert utility"), plan.recipe.train.seed)
     plan = replace(plan, expert_sizes={name: moe.sizes_of(each.backbone) for name, each in network.items()}, used=None)
     assert plan.experts is not None
     for denoiser in network.values():
         moe.use(denoiser.backbone, plan.experts.experts.active, plan.experts.capacity)
     return plan
+
+
+@torch.no_grad()
+def _remove_dead(network: nn.Module, block: MoEBlock, losses: Iterator[Callable[[], Tensor]]) -> int:
+    """How many are gone; as many stay as a token is to use once they are copied."""
+    with moe.recording(network) as routings:
+        for loss in losses:
+            loss()
+    at_least = math.ceil(block.active / (1 if block.upcycle is None else block.upcycle.factor))
+    return sum(len(each) for each in moe.remove(network, moe.counts(routings), block.remove_dead, at_least=at_least).values())
+
+
+def _copy_useful(network: nn.Module, how: UpcycleBlock, losses: Iterator[Callable[[], Tensor]], seed: int) -> None:
+    utility = moe.weight_utility(network) if how.utility == "weight" else moe.gradient_utility(network, losses)
+    moe.upcycle(network, utility, factor=how.factor, most=how.most, noise=how.noise, seed=seed)
+    if how.noise:  # which checkpoints keep only where it is a parameter
+        for layer in moe.expert_layers(network):
+            moe.learn_bias(layer)
 
 
 def _predictor(plan: Plan, network: nn.Module, device: torch.device) -> Predictor:

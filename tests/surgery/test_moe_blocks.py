@@ -37,6 +37,29 @@ def test_with_all_blocks_kept_it_is_the_dense_network_to_the_bit(name: str, grad
     assert sum(p.numel() for p in denoiser.network.parameters()) == sum(p.numel() for p in dense.network.parameters()) + added
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux", "dit"])
+def test_centred_routers_see_what_tells_samples_apart(name: str) -> None:
+    denoiser, routers = grouped(name, 1)
+    before = [[p.detach().clone() for p in router.parameters()] for router in routers]
+    inputs: dict[str, list[Any]] = {router.name: [] for router in routers}
+    moved = [denoiser.x + i for i in range(3)]
+    for router in routers:
+        router.register_forward_hook(lambda router, given, _: inputs[router.name].append(given))
+    moe.centre(denoiser.network, [lambda x=x: denoiser.call(x, denoiser.t) for x in moved])
+    assert all(router.kept == 1 for router in routers)
+    for router, old in zip(routers, before, strict=True):
+        for layer, was, given in zip((router.tokens, router.modulation), old, zip(*inputs[router.name], strict=True), strict=True):
+            mean = torch.cat(given).mean(0)
+            assert largest(layer.weight @ mean, torch.zeros(1)) <= 1e-10 < float((was @ mean).abs().max())
+            across = torch.linalg.qr(torch.stack([mean, *torch.eye(len(mean), dtype=F64)[1:]]).T)[0][:, 1:]
+            assert largest(layer.weight @ across, was @ across) <= 1e-10  # nothing else is gone
+    moe.set_kept(denoiser.network, 2)
+    dense, _ = deep(name)
+    assert torch.equal(denoiser.call(denoiser.x, denoiser.t), dense.call(dense.x, dense.t))
+    with pytest.raises(ValueError, match=r"^passes: none through "):
+        moe.centre(denoiser.network, [])
+
+
 @pytest.mark.parametrize("name", DEEP)
 @pytest.mark.parametrize("grad", [False, True])
 def test_under_autocast_too(name: str, grad: bool) -> None:

@@ -150,7 +150,6 @@ def digits(*overrides: str, recipe: str = "digits_dmd2_1step") -> Recipe:
         (["student.moe.capacity={noise: 1, data: 3}"], ": where tokens choose, each uses the same number of experts at all times; set student.moe."),
         ([*EXPERT, "student.moe.capacity={noise: 1, data: 4}"], ": from 1 to 4 is 2.5 on average, student.moe.active says 2 "),
         ([*EXPERT, "student.moe.capacity={noise: -9, data: 13}"], ".noise: Input should be greater than or equal to 0"),
-        ([*EXPERT, "student.moe.active=7", "student.moe.capacity={noise: 1, data: 13}"], ": 13 of 12 experts "),
         ([*EXPERT, "student.moe.capacity={noise: 1}"], ".data: missing"),
     ],
 )
@@ -158,6 +157,11 @@ def test_a_capacity_that_cannot_be_is_refused_by_its_key(keys: list[str], messag
     with pytest.raises(UserError) as caught:
         digits(*keys)
     assert str(caught.value).startswith(f"recipe key student.moe.capacity{message}")
+
+
+def test_a_capacity_above_all_experts_is_refused_by_the_plan() -> None:
+    with pytest.raises(UserError, match=r"^recipe key student\.moe\.capacity: 13 of 12 experts \(transformer_blocks\.0\.ff\); allowed: 0 to 12"):
+        plan(digits(*EXPERT, "student.moe.active=7", "student.moe.capacity={noise: 1, data: 13}"))
 
 
 def test_a_plan_says_it_and_counts_the_mean() -> None:

@@ -465,6 +465,22 @@ def test_groups_and_slim_modulation_are_what_the_operators_make() -> None:
     assert {"experts/student/blocks_balance", "experts/student/balance"} <= metrics.keys()
 
 
+def test_samples_of_a_fresh_student_go_to_several_blocks() -> None:
+    """Random routers whose inputs' mean was not taken out send most samples one way, the more so the fewer differ."""
+    shares = []
+    for calibration in (0, 8):
+        keys = ["train.batch_size=64", "student.moe.importance=random", f"student.moe.calibration={calibration}"]
+        running = built(*GROUPS, *keys, "distiller.blocks=0.3", recipe="digits_dense2moe")
+        rng = SampleRng(7, ("test",), range(64))
+        batch, t = running.data.draw(rng.at("data")), rng.uniform("t")
+        assert batch.latents is not None
+        family, own = running.plan.family, network(running.roles["student"])
+        with torch.no_grad(), moe.recording_blocks(own) as choices:
+            running.roles["student"].predictor(family.path.mix(batch.latents, rng.normal("noise", family.latent.shape), t), t, batch.cond)
+        shares.append(float(choices[0].load.max()))
+    assert shares[1] < 0.65 < shares[0]
+
+
 def test_a_pass_may_leave_no_block_out() -> None:
     roles = made(moe.Conversion(router_std=0.5, groups=(("", moe.Groups(2, 1)),)))
     x, t, cond = inputs(roles)

@@ -1,6 +1,6 @@
 """Dense networks to mixtures of experts (Dense2MoE, arXiv:2510.09094): find feed-forward layers, measure their neurons, split, route, account."""
 
-from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, keeping_all, mix_blocks, recording_blocks, set_kept
+from fastgen.surgery.moe.blocks import BlockRouter, Groups, block_routers, centre, keeping_all, mix_blocks, recording_blocks, set_kept
 from fastgen.surgery.moe.capacity import Capacity, follow
 from fastgen.surgery.moe.conversion import Conversion, converted, use
 from fastgen.surgery.moe.convert import convert, to_convert
@@ -25,6 +25,7 @@ __all__ = [
     "balance_loss",
     "block_routers",
     "by_time",
+    "centre",
     "convert",
     "converted",
     "counts",

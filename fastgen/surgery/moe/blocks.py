@@ -235,6 +235,35 @@ def set_kept(network: nn.Module, kept: int) -> None:
         router.kept = kept
 
 
+@torch.no_grad()
+def centre(network: nn.Module, passes: Iterable[Callable[[], Any]]) -> None:
+    """Make routers of blocks blind to the mean of what they see, W <- W - (W m) m^T / |m|^2, so that samples choose by what tells them apart: of
+    pooled tokens and of the modulation's vector the mean is several times as large as what differs, and random weights prefer one block for all.
+
+    passes: each runs the network on a batch; every block runs in them. ValueError without any, where there are routers.
+    """
+    routers = block_routers(network)
+    sums: dict[BlockRouter, list[Tensor]] = {}
+
+    def see(router: Any, seen: Any, _probabilities: Any) -> None:
+        means = [x.detach().mean(0, dtype=router.tokens.weight.dtype) for x in seen]
+        sums[router] = [a + b for a, b in zip(sums[router], means, strict=True)] if router in sums else means
+
+    handles = [router.register_forward_hook(see) for router in routers]
+    try:
+        with keeping_all(network):
+            for run in passes:
+                run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for router in routers:
+        if router not in sums:
+            raise ValueError(f"passes: none through {router.name}; routers are centred on at least one")
+        for layer, mean in zip((router.tokens, router.modulation), sums[router], strict=True):
+            layer.weight -= torch.outer(layer.weight @ mean, mean) / (mean @ mean).clamp(min=torch.finfo(mean.dtype).tiny)
+
+
 @contextmanager
 def keeping_all(network: nn.Module) -> Iterator[None]:
     """Inside, every block runs, whatever routers say."""
