@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipelines import tiny_sd3
 from tiny_flux import tiny_flux
 from tiny_flux2 import tiny_flux2_dev
 from tiny_sdxl import tiny_sdxl
@@ -44,6 +45,18 @@ FLUX2_DEV: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+# stabilityai/stable-diffusion-3.5-medium: MMDiT-X, of whose 24 blocks the first 13 attend to the picture alone once more.
+SD35_MEDIUM: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "sample_size": 128, "in_channels": 16, "out_channels": 16, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
+        "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm", "dual_attention_layers": [*range(13)],
+    },
+    "vae": {**VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_G,
+    "text_encoder_3": T5_XXL,
+}  # fmt: skip
 SDXL: dict[str, dict[str, Any]] = {
     "unet": {
         "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
@@ -64,6 +77,10 @@ def flux_dev(folder: Path) -> Path:
 
 def flux2_dev(folder: Path) -> Path:
     return _written(tiny_flux2_dev(), folder, FLUX2_DEV)
+
+
+def sd35_medium(folder: Path) -> Path:
+    return _written(tiny_sd3(), folder, SD35_MEDIUM)
 
 
 def sdxl(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import real_sizes
+from PIL import Image
 
 from fastgen.config import Recipe
 from fastgen.families import find_family
@@ -76,3 +77,42 @@ def test_flux_with_experts_activates_what_its_recipe_says(keys: tuple[str, ...],
     assert found is not None
     assert (found["dense_parameters"], found["active_parameters"]) == (11_901_408_320, active)
     assert (round(found["dense_flops"] / 1e12, 2), round(found["flops"] / 1e12, 2)) == (74.38, tera)
+
+
+def linear(inputs: int, outputs: int) -> int:
+    return (inputs + 1) * outputs
+
+
+def sd35_medium_by_hand() -> tuple[int, int]:
+    """(parameters, of which in hidden layers of feed-forward layers: weights and hidden biases), from what the model is published to be."""
+    d, blocks, dual = 1536, 24, 13
+    hidden = (2 * blocks - 1) * (2 * d * 4 * d + 4 * d)  # the last block has none for its text
+    feed_forward = hidden + (2 * blocks - 1) * d
+    modulation = dual * linear(d, 9 * d) + (blocks - dual) * linear(d, 6 * d) + (blocks - 1) * linear(d, 6 * d) + linear(d, 2 * d)
+    attention = blocks * (7 * linear(d, d) + 4 * 64) + (blocks - 1) * linear(d, d) + dual * (4 * linear(d, d) + 2 * 64)
+    embeds = linear(256, d) + linear(d, d) + linear(2048, d) + linear(d, d) + linear(4096, d) + linear(16 * 4, d)
+    return feed_forward + modulation + attention + embeds + linear(d, 2 * d) + linear(d, 16 * 4), hidden
+
+
+def test_sd35_medium_with_experts_is_what_its_recipe_says(tmp_path: Path) -> None:
+    """The shipped recipe at 512 x 512: 32 x 32 tokens of the picture, and 24 + 256 of text (77 with a real tokenizer)."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (512, 512)).save(tmp_path / "images/a.png")
+    (tmp_path / "images/a.txt").write_text("a red cat", encoding="utf-8")
+    source = real_sizes.sd35_medium(tmp_path)
+    made = plan(Recipe.load("sd35_dense2moe", [f"teacher.pretrained={source}", f"data.images={tmp_path}/images"]), dry=True)
+    found, (ours, dense) = made.sparse(), made.accounts()
+    all_of_it, hidden = sd35_medium_by_hand()
+    routers, d, picture, text = 47 * 12 * 1536, 1536, 32 * 32, 24 + 256
+    assert found is not None
+    assert all_of_it == 2_243_171_520  # as published
+    assert (found["layers"], found["dense_parameters"], found["parameters"]) == (47, all_of_it, all_of_it + routers)
+    assert found["active_parameters"] == all_of_it + routers - hidden * 5 // 8
+    tokens = 24 * picture + 23 * text
+    assert dense["feed-forward"].flops == 2 * tokens * 2 * d * 4 * d
+    assert ours["feed-forward"].flops == dense["feed-forward"].flops * 3 / 8
+    assert ours["router"].flops == 2 * tokens * 12 * d
+    products = 4 * d * (24 * (picture + text) ** 2 + 13 * picture**2)
+    assert ours["attention products"].flops == dense["attention products"].flops == products
+    projections = 2 * d * d * (24 * (4 * picture + 3 * text) + 23 * text + 13 * 4 * picture)
+    assert ours["attention"].flops == dense["attention"].flops == projections
