@@ -132,13 +132,17 @@ class Denoiser(nn.Module):
         for name, count in moe.counts(routings).items():
             self._loads[name] = count + self._loads.get(name, torch.zeros_like(count))
 
+    def forget_loads(self) -> None:
+        """Those of passes that were no training."""
+        self._loads = {}
+
     def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
         """What follows an optimizer step: where `bias_rate` says so, experts' selection bias moves against their load in the passes of that step.
         total: over all processes, up to a factor."""
         if self.bias_rate:  # for all layers, for each process may have passed through others
             layers = moe.expert_layers(self.backbone)
             loads = {layer.name: total(self._loads.get(layer.name, torch.zeros_like(layer.selection_bias))) for layer in layers}
-            self._loads = {}
+            self.forget_loads()
             moe.even_out(self.backbone, loads, self.bias_rate)
 
     @property

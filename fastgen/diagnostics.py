@@ -250,7 +250,10 @@ class DiscriminatorWon:
 class DeadExperts:
     """Some of a student's experts get no tokens any more, so that they learn nothing either."""
 
-    remedy = "raise student.moe.balance, or student.moe.router_std, which keeps tokens from all choosing the same experts at first"
+    remedy = (
+        "raise student.moe.balance, or student.moe.router_std, which keeps tokens from all choosing the same experts at first; a run that begins "
+        "with this student can remove them (student.moe.remove_dead)"
+    )
 
     def __init__(self) -> None:
         self._steps: dict[str, int] = {}

@@ -222,7 +222,7 @@ def test_experts_that_nobody_chooses() -> None:
     assert (at, warning.split(":")[0]) == (50, "dead experts")
     assert "for 50 steps at least 10% of the experts of student got no token of a batch, 25% now" in warning
     keys = re.findall(r"student\.moe\.([a-z_]+)", warning)
-    assert set(keys) == {"balance", "router_std"} <= MoEBlock.model_fields.keys()
+    assert set(keys) == {"balance", "router_std", "remove_dead"} <= MoEBlock.model_fields.keys()
 
 
 def test_numbers_that_are_not_finite_and_what_is_no_number_are_passed_over() -> None:

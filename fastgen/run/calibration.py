@@ -138,6 +138,7 @@ def with_altered_experts(
     plan = replace(plan, expert_sizes={name: moe.sizes_of(each.backbone) for name, each in network.items()}, used=None)
     assert plan.experts is not None
     for denoiser in network.values():
+        denoiser.forget_loads()
         moe.use(denoiser.backbone, plan.experts.experts.active, plan.experts.capacity)
     return plan
 

@@ -150,6 +150,17 @@ def test_gradients_say_which_are_useful_and_the_teacher_stays(first: Path) -> No
     assert running.trainer.train_step()["experts/student/balance"] > 0
 
 
+def test_loads_of_what_was_measured_move_no_bias(tmp_path: Path) -> None:
+    rate = "student.moe.bias_rate=0.01"
+    source = run.train(digits(rate, "train.steps=1"), tmp_path / "source", only="train")
+    running = built(source, rate, "student.moe.upcycle={noise: 0}")
+    before = [layer.selection_bias.clone() for layer in layers(running)]
+    assert all(isinstance(layer.selection_bias, torch.nn.Parameter) for layer in layers(running))
+    running.trainer.train_step()
+    for layer, bias in zip(layers(running), before, strict=True):
+        assert ((layer.selection_bias - bias).abs() < 0.0101).all() and not torch.equal(layer.selection_bias, bias)
+
+
 def test_a_dry_run_says_what_there_will_be(first: Path) -> None:
     found = dry_run(digits(f"student.init={first}", SAME, "student.moe.active=4"))["experts"]
     assert (found["experts"], found["all_experts"], found["active"]) == (24, 2 * SPLIT, 4.0)

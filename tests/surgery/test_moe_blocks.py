@@ -44,7 +44,7 @@ def test_centred_routers_see_what_tells_samples_apart(name: str) -> None:
     inputs: dict[str, list[Any]] = {router.name: [] for router in routers}
     moved = [denoiser.x + i for i in range(3)]
     for router in routers:
-        router.register_forward_hook(lambda router, given, _: inputs[router.name].append(given))
+        router.register_forward_hook(lambda _router, given, _out, name=router.name: inputs[name].append(given))
     moe.centre(denoiser.network, [lambda x=x: denoiser.call(x, denoiser.t) for x in moved])
     assert all(router.kept == 1 for router in routers)
     for router, old in zip(routers, before, strict=True):
