@@ -26,6 +26,7 @@ from fastgen import records
 from fastgen.errors import UserError
 from fastgen.files import OLD, PARTIAL, publish, reading, recover, remove, remove_partial, share, write_atomically, writing
 from fastgen.fingerprints import check_files, digest, sealed, unsealed
+from fastgen.group import Alone
 from fastgen.optimizers import load_states, move_states, state_tensors
 from fastgen.roles import Roles
 from fastgen.trainer import Metrics, Trainer
@@ -115,10 +116,11 @@ def latest(run_dir: Path) -> Path:
     return found[-1]
 
 
-def opened(run_dir: Path, name: str | None = None) -> tuple[Path, dict[str, Any]]:
+def opened(run_dir: Path, name: str | None = None, members: Alone | None = None) -> tuple[Path, dict[str, Any]]:
     """A run's newest checkpoint, or that of a name such as step_000100, with its state; every byte of it has been checked.
 
-    UserError when there is none; when it is damaged, the error says which is the newest that is not.
+    members: the processes that call this, each of which reads its share of the files. UserError when there is none; when it is damaged, the error
+    says which is the newest that is not.
     """
     found = checkpoints(run_dir / "checkpoints")
     if name is None:
@@ -129,11 +131,12 @@ def opened(run_dir: Path, name: str | None = None) -> tuple[Path, dict[str, Any]
         if number is None or chosen not in found:
             have = ", ".join(path.name for path in found) or "none"
             raise UserError(f"--resume-from: {str(run_dir)!r} holds no checkpoint {name!r}; it has {have}")
+    members = members or Alone()
     try:
-        return chosen, check(chosen)
+        return chosen, check(chosen, members)
     except UserError as error:
-        whole = newest_whole([path for path in found if path != chosen])
-        other = f"the newest complete one is {whole.name}: fastgen train … --resume-from {whole.name} goes on from it" if whole else NO_OTHER
+        whole = members.told(lambda: getattr(newest_whole([path for path in found if path != chosen]), "name", None))
+        other = f"the newest complete one is {whole}: fastgen train … --resume-from {whole} goes on from it" if whole else NO_OTHER
         raise UserError(f"{error}; {other}") from error
 
 
@@ -148,10 +151,21 @@ def newest_whole(found: Sequence[Path]) -> Path | None:
     return None
 
 
-def check(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state; UserError unless every byte of it is as it was saved."""
-    state = read_state(checkpoint)
-    _check_against(checkpoint, state)
+def check(checkpoint: Path, members: Alone | None = None) -> dict[str, Any]:
+    """A checkpoint's state; UserError unless every byte of it is as it was saved. members: share the reading, and all raise what one finds."""
+    members = members or Alone()
+    state, wrong = {}, None
+    try:
+        state = read_state(checkpoint)
+        _check_against(checkpoint, state, range(members.rank, len(state["files"]), members.world_size))
+    except UserError as error:
+        wrong = str(error)
+    seen = members.each((wrong, digest(state)))
+    for found, _ in seen:
+        if found is not None:
+            raise UserError(found)
+    if len({of for _, of in seen}) > 1:  # shares of different lists of files would leave some unread
+        raise UserError(f"{str(checkpoint)!r} is not the same for all processes; they need one folder")
     return state
 
 
@@ -208,12 +222,14 @@ def identity(run_dir: Path) -> str:
     return digest(read_state(latest(run_dir)))
 
 
-def _check_against(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """UserError unless the files are those that were saved: a bit that has flipped, or a file of another role, another step or another run."""
+def _check_against(checkpoint: Path, state: Mapping[str, Any], share: range) -> None:
+    """UserError unless the files, of which a share is read, are those that were saved: a bit that has flipped, or a file of another role, another
+    step or another run."""
     strange = {file.name for file in checkpoint.glob("*.safetensors")} - state["files"].keys()
     if strange:
         raise UserError(f"cannot read {str(checkpoint / min(strange))!r}: it does not belong to this checkpoint")
-    check_files(checkpoint, state["files"], "saved")
+    names = sorted(state["files"])
+    check_files(checkpoint, {names[i]: state["files"][names[i]] for i in share}, "saved")
 
 
 def load(checkpoint: Path, trainer: Trainer, state: dict[str, Any] | None = None) -> None:

@@ -63,6 +63,10 @@ class Alone:
         """What each process has, in the order of ranks. Any object of ours; the processes have `join`ed."""
         return [own]
 
+    def each(self, own: T) -> list[T]:
+        """The same for what is JSON, and small: they need not have `join`ed."""
+        return [own]
+
     def in_turn(self, own: list[T]) -> list[T]:
         """Of a list that processes share by dealing it out, `all[rank::world_size]` to each, what each has made of its items: in the list's order."""
         each = self.gather(own)
@@ -114,11 +118,7 @@ class Member(Alone):
         self.wait([f"here/{self._calls}/{rank}" for rank in range(self.world_size)])
 
     def same(self, what: Mapping[str, str]) -> None:
-        self._calls += 1
-        keys = [f"same/{self._calls}/{rank}" for rank in range(self.world_size)]
-        self.store.set(keys[self.rank], json.dumps([socket.gethostname(), dict(what)]))
-        self.wait(keys)
-        (_, first), *others = [json.loads(self.store.get(key)) for key in keys]
+        (_, first), *others = self.each((socket.gethostname(), dict(what)))
         for rank, (host, theirs) in enumerate(others, 1):
             for name in [*first, *(theirs.keys() - first.keys())]:
                 if first.get(name) != theirs.get(name):
@@ -128,6 +128,13 @@ class Member(Alone):
         each: list[Any] = [None] * self.world_size
         dist.all_gather_object(each, own)
         return each
+
+    def each(self, own: T) -> list[T]:
+        self._calls += 1
+        keys = [f"each/{self._calls}/{rank}" for rank in range(self.world_size)]
+        self.store.set(keys[self.rank], json.dumps(own))
+        self.wait(keys)
+        return [json.loads(self.store.get(key)) for key in keys]
 
     def wait(self, keys: list[str]) -> None:
         """Until the store has them all. What another process failed with is raised here."""

@@ -6,22 +6,25 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from damage import flip, flipped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_runs import optimizer_block, toy_method, toy_setting, toy_trainer, weights
 
-from fastgen import checkpoint, tensor_files
+from fastgen import checkpoint, fingerprints, tensor_files
 from fastgen.config import OptimizerBlock
 from fastgen.distillers.dmd2 import DMD2
 from fastgen.errors import UserError
 from fastgen.families.toy import Toy
 from fastgen.fingerprints import file_hashes, sealed
+from fastgen.group import Member
 from fastgen.trainer import Trainer
 
 RECIPE = {"distiller": {"name": "dmd2"}}
@@ -284,6 +287,37 @@ def test_a_file_that_was_not_saved_is_refused(saved: Path) -> None:
     shutil.copy(saved / "role_student.safetensors", saved / "statistics.safetensors")
     with pytest.raises(UserError, match=r"statistics\.safetensors': it does not belong to this checkpoint"):
         checkpoint.load(saved, dmd2())
+
+
+def test_processes_share_the_reading_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file is read by one of them; what one finds all raise, and an older checkpoint is named as by a process alone."""
+    trainer = stop_at(dmd2(), 2)
+    checkpoint.save(tmp_path / "checkpoints", trainer, RECIPE, keep=2)
+    path = checkpoint.save(tmp_path / "checkpoints", stop_at(trainer, 3), RECIPE, keep=2)
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    read: list[list[str]] = []
+    monkeypatch.setattr(fingerprints, "file_hashes", lambda folder, names: read.append(list(names)) or file_hashes(folder, names))
+
+    def by_two() -> list[Any]:
+        def opened(member: Member) -> Any:
+            try:
+                return checkpoint.opened(tmp_path, None, member)
+            except UserError as error:
+                return str(error)
+
+        store = dist.HashStore()
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(opened, [Member(store, rank, 2) for rank in range(2)]))
+
+    assert by_two() == [checkpoint.opened(tmp_path)] * 2
+    assert sorted(read[:2]) == [files[::2], files[1::2]] and read[2:] == [files]
+    for name in files:
+        content = (path / name).read_bytes()
+        flip(path / name, 0.7)
+        with pytest.raises(UserError, match=rf"{name}': it is not the file .*the newest complete one is step_000002") as alone:
+            checkpoint.opened(tmp_path)
+        assert by_two() == [str(alone.value)] * 2
+        (path / name).write_bytes(content)
 
 
 def test_another_run_does_not_start_from_a_damaged_student(tmp_path: Path) -> None:

@@ -146,7 +146,9 @@ def _start(
     """Everything that can be refused before networks are loaded."""
     if not resume:
         return _Start(plan(recipe, only=only, dry=dry))
-    chosen, state = checkpoint.opened(folder.path, resume_from) if folder.has_checkpoint or resume_from else (None, None)
+    members = group.current()
+    has_checkpoint = members.told(lambda: folder.has_checkpoint) or resume_from
+    chosen, state = checkpoint.opened(folder.path, resume_from, members) if has_checkpoint else (None, None)
     recipe = inputs.at_its_commit(recipe, inputs.began_as(folder.path, state))
     planned = plan(recipe, only=only, started=state is not None, dry=dry)
     began, changed = inputs.check_same(folder.path, planned, state, allow_change)
