@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils._pytree import tree_leaves
 
 from fastgen import shards
 from fastgen.denoiser import Denoiser
@@ -41,9 +43,29 @@ def shard(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, cut
         return
     precision = MixedPrecisionPolicy(cut.compute, None if cut.compute is None else torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if _lies_on_cpu(network, cut) else OffloadPolicy()
+    blocks = list(blocks)
     for module in (*blocks, network):
         if not isinstance(module, FSDPModule):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload)
+    for block in blocks:
+        _gather_with(block, network)
+
+
+def _gather_with(block: nn.Module, network: nn.Module) -> None:
+    """Have the root's own parameters there once a gradient comes to a block's output: torch gathers them for gradients of the network's output alone,
+    and heads listen to blocks. What is there already costs nothing, and at the end of a backward pass torch cuts and reduces whatever is whole."""
+
+    def gather(grad: Tensor) -> Tensor:
+        network.unshard()  # type: ignore[operator]  # fully_shard has made it an FSDPModule
+        return grad
+
+    @torch.compiler.disable
+    def mark(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(gather)
+
+    block.register_forward_hook(mark)
 
 
 def _lies_on_cpu(network: nn.Module, cut: Cut) -> bool:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toy_runs import CPU, normal, optimizer_block, toy_method, toy_setting, toy_trainer
 
 from fastgen import run
@@ -40,23 +40,34 @@ LORA = LoraTuning(rank=3, alpha=3, targets=("layers.0", "layers.1", "layers.2"))
 PHASES = [{"start": 1, "end": 0.5}, {"start": 0.5, "end": 0}]
 
 
+class WithRoot(Toy):
+    """Its first layer lies outside the blocks, as embeddings do."""
+
+    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
+        return super().blocks(backbone)[1:]
+
+    def feature_widths(self, backbone: nn.Module) -> list[int]:
+        return super().feature_widths(backbone)[1:]
+
+
 def toy(
     kind: type[Distiller],
     parallel: Strategy,
     *,
+    family: type[Toy] = Toy,
     tuning: LoraTuning | None = None,
     grid: tuple[float, ...] = (1.0, 0.5),
     micro_batch: int | None = None,
     **keys: Any,
 ) -> Trainer:
-    family = Toy("toy:mixture", width=16)
-    method = toy_method(kind, replace(toy_setting(family, grid=grid, guidance=1.5), train_steps=STEPS, decode=family.decode), **keys)
-    defaults = Defaults.on(family.path, method.setting.grid, method.setting.guidance)
-    backbone = family.load_backbone().double()
-    roles = build_roles(method.roles_for(method.config), family, backbone, tuning=tuning, defaults=defaults)
+    own = family("toy:mixture", width=16)
+    method = toy_method(kind, replace(toy_setting(own, grid=grid, guidance=1.5), train_steps=STEPS, decode=own.decode), **keys)
+    defaults = Defaults.on(own.path, method.setting.grid, method.setting.guidance)
+    backbone = own.load_backbone().double()
+    roles = build_roles(method.roles_for(method.config), own, backbone, tuning=tuning, defaults=defaults)
     trainer = toy_trainer(
         method,
-        family,
+        own,
         prompts=("", "0", "1"),
         latents=normal(64, 2),
         optimizers=optimizer_block(lr=3e-3, schedule="cosine", clip=0.5),
@@ -67,9 +78,9 @@ def toy(
         micro_batch=micro_batch,
     )
     if kind is Reflow:
-        teacher = Predictor(Denoiser(Toy("toy:mixture").load_backbone(), family), family)
-        pairs = make_pairs(TeacherSampler(teacher, family.grid(20), (2,), "heun"), family.encode_prompts, {"": 1.0}, range(64), seed=1, batch=64)
-        trainer.data = training.with_pairs(trainer.data.parts[0], pairs, family, Keeping(CPU))
+        teacher = Predictor(Denoiser(Toy("toy:mixture").load_backbone(), own), own)
+        pairs = make_pairs(TeacherSampler(teacher, own.grid(20), (2,), "heun"), own.encode_prompts, {"": 1.0}, range(64), seed=1, batch=64)
+        trainer.data = training.with_pairs(trainer.data.parts[0], pairs, own, Keeping(CPU))
     return trainer
 
 
@@ -118,6 +129,13 @@ CASES: dict[str, Callable[[Strategy], Trainer]] = {
     "dmd2 sizes": sizes,
     "dense2moe": lambda on: digits("digits_dense2moe", on, *MOE),
     "dense2moe micro-batches": lambda on: digits("digits_dense2moe", on, *MOE, "train.micro_batch=1", "train.steps=4"),
+}
+
+# And of networks whose first layer is none of their blocks, so that the gradients of heads go through it.
+WITH_ROOTS: dict[str, Callable[[Strategy], Trainer]] = {
+    "heads above a root": lambda on: toy(DMD2, on, family=WithRoot, gan={"r1": 0.1}, critic_updates=2),
+    "heads above a trained root": lambda on: toy(DMD2, on, family=WithRoot, gan={"features": "fake_score", "r1": 0.1}, critic_updates=2),
+    "heads above a root lora": lambda on: toy(DMD2, on, family=WithRoot, tuning=LORA, gan={}, critic_updates=2),
 }
 
 

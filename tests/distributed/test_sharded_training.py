@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from run_cases import CASES, difference, digits, kept, trained
+from run_cases import CASES, WITH_ROOTS, difference, digits, kept, trained
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -27,9 +27,10 @@ from fastgen.trainer import Trainer
 pytestmark = pytest.mark.distributed
 
 # What issues of sharding there are: heads on frozen and on trained networks, roles that leave, adapters of one base, tangents, running statistics,
-# a role without additions, experts.
+# a role without additions, experts, gradients that pass a network's own parameters.
 TRAINED = ["dmd2", "dmd2 heads on the fake score", "dmd2 lora", "dmd2 micro-batches", "scm", "scm lora", "phased_dmd", "phased_dmd lora", "f_distill"]
-TRAINED += ["f_distill lora", "reflow", "reflow lora", "dense2moe"]
+TRAINED += ["f_distill lora", "reflow", "reflow lora", "dense2moe", *WITH_ROOTS]
+ALL = CASES | WITH_ROOTS
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,13 +51,13 @@ def training_is_that_of_one_process() -> None:
     case."""
     found = {}
     for name in TRAINED:
-        trainer = CASES[name](Shards(CPU, Cut()))
+        trainer = ALL[name](Shards(CPU, Cut()))
         found[name] = trained(trainer), whole(kept(trainer))
         agree(found[name])
     for place, name in enumerate(TRAINED):
         if place % 2 != dist.get_rank() and name != "dense2moe":  # whose data processes prepare together
             continue
-        alone = CASES[name](SingleProcess(CPU))
+        alone = ALL[name](SingleProcess(CPU))
         (rows, tensors), expected, there = found[name], trained(alone), kept(alone)
         assert [row.keys() for row in rows] == [row.keys() for row in expected] and there.keys() == tensors.keys()
         worst = max(
