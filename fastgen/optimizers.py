@@ -62,12 +62,13 @@ def move_states(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def state_tensors(optimizer: Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """Flat names `parameter/state`; names: of the parameters, in the optimizer's order. Numbers become tensors."""
+    """Flat names `parameter/state`; names: of the parameters, in the optimizer's order. Numbers become tensors. States stand in one order, that of
+    their names, for which process writes what depends on it: a loaded optimizer has them in another than a new one."""
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in zip(names, _parameters(optimizer), strict=True)}
     return {
         f"{name}/{key}": torch.as_tensor(value)
         for name, state in states.items()
-        for key, value in state.items()
+        for key, value in sorted(state.items())
         if value is not None and key not in _TABLES
     }
 

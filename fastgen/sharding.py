@@ -59,13 +59,13 @@ def _gather_with(block: nn.Module, network: nn.Module) -> None:
         network.unshard()  # type: ignore[operator]  # fully_shard has made it an FSDPModule
         return grad
 
-    @torch.compiler.disable
     def mark(_module: nn.Module, _inputs: Any, output: Any) -> None:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(gather)
 
-    block.register_forward_hook(mark)
+    hook: Any = torch.compiler.disable(mark)
+    block.register_forward_hook(hook)
 
 
 def _lies_on_cpu(network: nn.Module, cut: Cut) -> bool:

@@ -139,3 +139,12 @@ def test_on_a_gpu_states_and_averages_lie_on_the_cpu() -> None:
         with optimizers.states_on(optimizer, parameter.device):
             optimizer.step()
         assert {value.device.type for value in optimizer.state[parameter].values()} == {"cpu"}
+
+
+def test_states_stand_in_one_order_however_they_were_loaded() -> None:
+    trainer = dmd2(steps=1)
+    trainer.train_step()
+    names = list(trainer.roles["student"].parameters())
+    saved = states(trainer)
+    optimizers.load_states("student", trainer.optimizers["student"], dict(reversed(saved.items())), names)
+    assert list(states(trainer)) == list(saved) and len(saved) == 3 * len(names)
