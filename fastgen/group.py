@@ -35,6 +35,15 @@ def launched() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def left_alone() -> list[str]:
+    """What to say where a launcher was asked for several processes and started one: `accelerate launch --cpu --num_processes 2`, which gives it an
+    address to meet others at and no number of them (accelerate 1.x)."""
+    environment = os.environ
+    if "WORLD_SIZE" in environment or "MASTER_ADDR" not in environment or environment.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        return []
+    return ["accelerate launch started one process, as it does on CPUs whatever its --num_processes: torchrun --nproc-per-node N starts several"]
+
+
 class Alone:
     """The only process of a run."""
 

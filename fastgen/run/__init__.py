@@ -66,7 +66,7 @@ def train(
             start = _start(recipe, folder, resume=resume, resume_from=resume_from, allow_change=allow_change, only=only)
             if members.world_size > 1:
                 members.same(_versions() | {f"recipe key {key}": repr(value) for key, value in flatten(start.planned.resolved()).items()})
-            for warning in start.planned.warnings:
+            for warning in (*start.planned.warnings, *group.left_alone()):
                 progress.warn(f"warning: {warning}")
             members.lone(lambda: folder.claim(lambda: folder.check(**flags)))
             run = build(start.planned, progress)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import flip
 from ranks import Ranks
 
 pytestmark = pytest.mark.distributed
@@ -121,6 +123,27 @@ def test_a_checkpoint_that_finds_no_space_ends_all_with_one_line(folder: Path) -
     assert steps(folder) == 2 and not list((folder / "run/checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("whose", ["all processes'", "one process's"])
+def test_a_damaged_shard_ends_a_resume_with_one_line(folder: Path, whose: str) -> None:
+    """Of the run folder that all share, or of one machine's copy that is not as the others'."""
+    keys = ("train.steps=4", "train.checkpoint_every=2", "train.keep=2")
+    train = (*TRAIN[:2], *keys, *TRAIN[2:])
+    assert Ranks(folder, train, train).ends(60) == [0, 0]
+    shutil.copytree(folder / "run", folder / "copy")
+    place = "run" if whose == "all processes'" else "copy"
+    flip(folder / place / "checkpoints/step_000004/optimizer_fake_score-00002-of-00002.safetensors", 0.7)
+    more = ("--resume", "--allow-change", "train.steps")
+    resume = [(*TRAIN[:2], *keys, "train.steps=6", *TRAIN[2:4], "--output", where, *more) for where in ("run", place)]
+    again = Ranks(folder, *resume)
+    assert again.ends(60) == [2, 2]
+    one_line(again, f"{place}/checkpoints/step_000004/optimizer_fake_score-00002-of-00002.safetensors", "damaged", "--resume-from step_000002")
+    assert steps(folder) == 4
+    if place == "run":
+        gone_on = (*resume[0], "--resume-from", "step_000002")
+        assert Ranks(folder, gone_on, gone_on).ends(60) == [0, 0]
+        assert steps(folder) == 6
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -164,3 +187,15 @@ def test_a_role_that_diverges_is_said_once(folder: Path) -> None:
 def test_a_dry_run_needs_no_launcher(folder: Path) -> None:
     ranks = Ranks(folder, (*TRAIN[:2], "train.shard=ddp", *TRAIN[2:], "--dry-run"))
     assert ranks.ends(60) == [0], ranks.err(0)
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_named(folder: Path) -> None:
+    ranks = Ranks(folder, (*TRAIN[:2], "train.steps=1", *TRAIN[2:]), before={0: as_accelerate_on_cpus})
+    assert ranks.ends(60) == [0], ranks.err(0)
+    assert "accelerate launch started one process" in ranks.out(0) + ranks.err(0) and steps(folder) == 1
+
+
+def as_accelerate_on_cpus() -> None:
+    """What `accelerate launch --cpu --num_processes 2` starts."""
+    del os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["LOCAL_RANK"]
+    os.environ["ACCELERATE_USE_CPU"] = "True"
