@@ -1,8 +1,8 @@
 """The processes that a launcher (torchrun, accelerate launch --multi_gpu) started for one run: how they meet, wait for one another, and end.
 
 They share a store of small texts, which the launcher or rank 0 keeps. Each process's thread writes a heartbeat there, and reads that of the next
-rank: so a process that is stopped is named within `train.timeout`, while one that works alone for hours is not. A failure is written there too: rank
-0 prints it, once, and all end. Where rank 0 cannot, the first to notice does.
+rank: so a process that is stopped is named within `train.timeout`, one that has been killed on the watcher's own machine within seconds, while one
+that works alone for hours is not. A failure is written there too: rank 0 prints it, once, and all end. Where rank 0 cannot, the first to notice does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fastgen import living
 from fastgen.errors import CannotWrite, NotFinite, ProcessLost, TrainingFailed, UserError, one_line
 
 T = TypeVar("T")
@@ -99,6 +100,7 @@ class Member(Alone):
 
     def beat(self) -> None:
         """Begin to write heartbeats, and to watch the next rank's."""
+        self.store.set(f"where/{self.rank}", json.dumps([living.space(), os.getpid()]))
         self._thread = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
         self._thread.start()
         threading.Thread(target=self._watch_store, name="store", daemon=True).start()
@@ -258,10 +260,12 @@ class Member(Alone):
                 now = store.get(f"beat/{watched}") if store.check([f"beat/{watched}"]) else b""
                 seen, since = (now, time.monotonic()) if now != seen else (seen, since)
                 silent = time.monotonic() - since
-                if silent > 0.75 * self.timeout and not store.check([f"left/{watched}"]):
-                    said = (
-                        f"process {watched} has given no sign for {silent:.0f} seconds (train.timeout: {self.timeout:g}): stopped, or its machine is"
-                    )
+                ended = silent > 3 * BEAT and self._has_ended(store, watched)
+                if (ended or silent > 0.75 * self.timeout) and not store.check([f"left/{watched}"]):
+                    said = f"process {watched} has ended without a word, killed perhaps"
+                    if not ended:
+                        timeout = f"(train.timeout: {self.timeout:g})"
+                        said = f"process {watched} has given no sign for {silent:.0f} seconds {timeout}: stopped, or its machine is"
                     self._lost.add(watched)
                     self._report("ProcessLost", said, self.rank)
                     self._end(ProcessLost(said))
@@ -270,6 +274,13 @@ class Member(Alone):
                 if not self._ending.wait(_GRACE):
                     self._end(ProcessLost(f"the process that keeps the launcher's store has ended ({one_line(str(error), 80)})"))
                 return
+
+    def _has_ended(self, store: Any, rank: int) -> bool:
+        """Whether a process is known to be no more, rather than stopped: one of this machine is looked for."""
+        if not store.check([f"where/{rank}"]):
+            return False
+        space, number = json.loads(store.get(f"where/{rank}"))
+        return bool(space) and space == living.space() and not living.runs(number)
 
     def _watch_store(self) -> None:
         """The other thread: a store whose keeper is stopped does not answer at all, and who asks it waits for good."""

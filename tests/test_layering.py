@@ -33,6 +33,7 @@ LAYERS = [
         "config",
         "files",
         "fingerprints",
+        "living",
         "discovery",
         "progress",
         "legibility",

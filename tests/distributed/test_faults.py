@@ -91,6 +91,20 @@ def test_a_killed_process_ends_the_others(folder: Path) -> None:
     one_line(ranks, "process")
 
 
+def test_a_process_that_is_killed_while_others_wait_for_it_ends_them(folder: Path) -> None:
+    """Without a launcher, and long before `train.timeout`: at their last meeting nobody exchanges anything."""
+    train = (*TRAIN[:2], "train.steps=2", *TRAIN[2:])
+    ranks = Ranks(folder, train, train, before={1: killed_as_it_parts})
+    assert ranks.ends(60) == [1, -signal.SIGKILL]
+    one_line(ranks, "process 1 has ended without a word")
+
+
+def killed_as_it_parts() -> None:
+    from fastgen.group import Member
+
+    Member.part = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+
 def refuse(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
