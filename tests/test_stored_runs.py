@@ -99,6 +99,24 @@ def test_training_from_a_store_is_training_from_memory_to_the_bit(sd3_folder: Pa
     assert same(weights(run.train(stored, tmp_path / "stored", only="train")), expected)
 
 
+def test_a_closed_form_teacher_which_has_no_pipeline_trains_from_a_store_too(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("0\n1\n2\n", encoding="utf-8")
+
+    def toy(**data: Any) -> Recipe:
+        data = {"prompts": str(tmp_path / "prompts.txt"), **data}
+        train = {"steps": 2, "batch_size": 4, "sample_every": 0, "device": "cpu"}
+        return validate(
+            Recipe, {"teacher": {"pretrained": "toy:mixture"}, **TWO, "distiller": {"name": "dmd2"}, "data": data, **SCORE, "train": train}
+        )
+
+    expected = weights(run.train(toy(), tmp_path / "memory", only="train"), step=2)
+    stored = weights(run.train(toy(store=str(tmp_path / "store"), keep="disk"), tmp_path / "stored", only="train"), step=2)
+    assert len(expected) > 10 and same(stored, expected)
+    other = toy(store=str(tmp_path / "store")).model_copy(update={"teacher": toy().teacher.model_copy(update={"pretrained": "toy:ring"})})
+    with pytest.raises(UserError, match=r"^recipe key data\.store: .* was encoded with text encoders 'toy:mixture', this recipe needs 'toy:ring'"):
+        plan(other, only="train")
+
+
 def test_a_run_goes_on_from_a_store_as_it_would_have_from_memory_and_the_other_way_round(sd3_folder: Path, source: Path, tmp_path: Path) -> None:
     memory = recipe(sd3_folder, source, "images", "scm")
     stored = recipe(sd3_folder, source, "images", "scm", store=str(tmp_path / "store"), keep="disk")

@@ -27,7 +27,7 @@ def origin_of(family: Family, teacher: TeacherBlock, data: DataBlock, dtype: tor
         made_by = parts_hash(teacher.pretrained, teacher.revision, _MADE_BY[kind], tuned)
         if kind == "prompts":
             return {
-                "pipeline": family.pipeline_classes[0],
+                "pipeline": family.pipeline_classes[0] if family.pipeline_classes else type(family).__name__,
                 "text encoders": made_by,
                 "teacher.dtype": next(name for name, known in DTYPES.items() if known == dtype),
                 "teacher.max_sequence_length": family.options.get("max_sequence_length"),
