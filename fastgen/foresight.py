@@ -69,11 +69,14 @@ def _agree(times: Tensor, given: Tensor) -> bool:
 
 
 def check_images(images: CaptionedImages | None, family: Family) -> None:
-    """UserError for images where the teacher makes videos, and for those that come as tensors of another width than the teacher's."""
+    """UserError for images where the teacher makes videos or vectors, and for those that come as tensors of another width than the teacher's."""
     if images is not None and len(family.latent.size) > 2:
         how = "distillers that train on prompts are dmd2, tbcm, and scm and rcm with distiller.points: teacher_trajectory"
         raise UserError(f"recipe key data.images: the teacher makes videos, and fastgen does not read videos yet; {how}")
-    if images is not None and family.latent.size:
+    if images is not None and not family.latent.size:
+        how = "train on data.prompts, or on what it draws: data.images may be a folder that fastgen cache pairs has made"
+        raise UserError(f"recipe key data.images: the teacher makes vectors of {family.latent.shape[0]} numbers, and pictures are none; {how}")
+    if images is not None:
         images.check_size(*family.picture_shape[-2:])
 
 

@@ -117,6 +117,13 @@ def test_a_closed_form_teacher_which_has_no_pipeline_trains_from_a_store_too(tmp
         plan(other, only="train")
 
 
+def test_a_closed_form_teacher_takes_no_pictures(source: Path) -> None:
+    given = recipe(source, source, "images", "flow_matching")
+    given = given.model_copy(update={"teacher": given.teacher.model_copy(update={"pretrained": "toy:mixture", "max_sequence_length": None})})
+    with pytest.raises(UserError, match=r"^recipe key data\.images: the teacher makes vectors of 2 numbers, and pictures are none; train on"):
+        plan(given, only="train")
+
+
 def test_a_run_goes_on_from_a_store_as_it_would_have_from_memory_and_the_other_way_round(sd3_folder: Path, source: Path, tmp_path: Path) -> None:
     memory = recipe(sd3_folder, source, "images", "scm")
     stored = recipe(sd3_folder, source, "images", "scm", store=str(tmp_path / "store"), keep="disk")
