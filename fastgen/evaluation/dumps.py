@@ -67,14 +67,14 @@ class Dump(ABC):
     def _claim(self, manifest: Mapping[str, str], key: str) -> None:
         """Write down whose pictures the folder holds, or see that it holds just those."""
         path = self.folder / MANIFEST
-        if path.exists():
-            found = records.read(path, _Manifest)
-            if differences := [what for name, what in _DIFFERENCES.items() if found[name] != manifest[name]]:
-                raise UserError(f"{key}: {str(self.folder)!r} holds pictures of {' and '.join(differences)}; remove it, or choose another")
+        if not any(not name.name.startswith(".") for name in _content(self.folder, key)):
+            write_atomically(path, json.dumps(manifest, indent=2) + "\n")
             return
-        if any(not name.name.startswith(".") for name in _content(self.folder, key)):
+        if not path.exists():  # which is first to be written, perhaps by another process just now
             raise UserError(f"{key}: {str(self.folder)!r} holds other files; choose a folder that is empty, or none yet")
-        write_atomically(path, json.dumps(manifest, indent=2) + "\n")
+        found = records.read(path, _Manifest)
+        if differences := [what for name, what in _DIFFERENCES.items() if found[name] != manifest[name]]:
+            raise UserError(f"{key}: {str(self.folder)!r} holds pictures of {' and '.join(differences)}; remove it, or choose another")
 
 
 _DIFFERENCES = {"form": "another form", "set": "other prompts or seeds", "model": "another model, or of this one with other settings or versions"}
