@@ -393,8 +393,10 @@ def _of(timeout: float) -> timedelta:
 
 
 def speaks() -> bool:
-    """Whether this process is the one that prints what a command ends with."""
-    return _member.prints if _member is not None else int(os.environ.get("RANK", "0")) == 0
+    """Whether this process is the one that prints what a command has to say."""
+    if _member is not None:
+        return _member.prints
+    return launched() == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 def said() -> None:

@@ -243,16 +243,17 @@ def choose_device(name: str, key: str = "recipe key train.device") -> torch.devi
     return torch.device(name)
 
 
-def own_device(name: str) -> torch.device:
-    """This process's own of its machine's devices. UserError where there are fewer of them than processes, or the recipe names one for all."""
-    device = choose_device(name)
+def own_device(name: str, key: str = "recipe key train.device") -> torch.device:
+    """This process's own of its machine's devices. UserError, in which the name is called `key`, where there are fewer of them than processes, or
+    it is of one for all."""
+    device = choose_device(name, key)
     if device.type != "cuda" or group.launched() == 1:
         return device
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if device.index is not None:
-        raise UserError(f"recipe key train.device: {name!r} is one GPU for every process; with several, say cuda, and each takes its own")
+        raise UserError(f"{key}: {name!r} is one GPU for every process; with several, say cuda, and each takes its own")
     if local >= count:
-        raise UserError(f"recipe key train.device: {count} GPUs here, too few for process {local + 1} of this machine; start as many as there are")
+        raise UserError(f"{key}: {count} GPUs here, too few for process {local + 1} of this machine; start as many as there are")
     return torch.device("cuda", local)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,15 +12,15 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-import fastgen
 from fastgen import checkpoint, group, inputs
-from fastgen.config import Recipe, flatten
+from fastgen.config import Recipe
 from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL
 from fastgen.files import check_writable, expanded, write_atomically
 from fastgen.outlook import describe
 from fastgen.plan import Plan, plan
 from fastgen.progress import Progress
+from fastgen.run.agreement import agree, by_key
 from fastgen.run.building import Run, build, with_pairs
 from fastgen.run.evaluating import PartDone, evaluate, results_file
 from fastgen.run.events import train_steps
@@ -64,8 +62,7 @@ def train(
         with folder.held() if members.is_main else nullcontext():
             resume = members.told(lambda: _resumes(folder, flags))
             start = _start(recipe, folder, resume=resume, resume_from=resume_from, allow_change=allow_change, only=only)
-            if members.world_size > 1:
-                members.same(_versions() | {f"recipe key {key}": repr(value) for key, value in flatten(start.planned.resolved()).items()})
+            agree(members, by_key(start.planned.resolved()))
             for warning in (*start.planned.warnings, *group.left_alone()):
                 progress.warn(f"warning: {warning}")
             members.lone(lambda: folder.claim(lambda: folder.check(**flags)))
@@ -91,12 +88,6 @@ def _resumes(folder: RunFolder, flags: Mapping[str, bool]) -> bool:
     if resumes := folder.check(**flags):
         folder.recover()
     return resumes
-
-
-def _versions() -> dict[str, str]:
-    """What processes of one run need to have alike besides the recipe."""
-    names = {"Python": platform.python_version(), "fastgen": fastgen.__version__}
-    return names | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
 
 
 def dry_run(
