@@ -18,11 +18,13 @@ from fastgen.evaluation.settings import Settings
 from fastgen.evaluation.subjects import Subject
 from fastgen.progress import Progress
 
+Generate = Callable[[list[str], list[int], int], Tensor]  # prompts, seeds, steps -> pictures (B, 3, H, W), float in [0, 1]
+
 
 class _Function(Subject):
-    """A function (prompts, seeds, steps) -> pictures, such as an ImageGenerator; nothing of it is known that would outlive the process."""
+    """A `Generate`, such as an ImageGenerator; nothing of it is known that would outlive the process."""
 
-    def __init__(self, generate: Callable[[list[str], list[int], int], Tensor], model: Any, steps: int, guidance: float) -> None:
+    def __init__(self, generate: Generate, model: Any, steps: int, guidance: float) -> None:
         self.generate, self.name, self.steps, self.guidance = generate, model, steps, guidance
 
     @property
@@ -40,7 +42,7 @@ class _Function(Subject):
 
 def run_protocol(
     protocol: Protocol,
-    generate: Callable[[list[str], list[int], int], Tensor],
+    generate: Generate,
     *,
     model: str,
     steps: Sequence[int],
@@ -53,18 +55,35 @@ def run_protocol(
     """One row for each metric and step count, with seconds_per_1000_images and peak_memory_bytes; nothing is kept but, in the folder
     `references`, the features of real pictures.
 
-    generate: prompts, seeds, steps -> pictures (B, 3, H, W), float in [0, 1]. `model` and `guidance` are only recorded: `generate` applies
-    its own guidance. Raises UserError for step counts or batch sizes below 1 and for images of a shape that the protocol does not measure,
-    NotFinite for images that are none, ValueError when `generate` returns another number of images than asked for.
+    `model` and `guidance` are only recorded: `generate` applies its own guidance. Raises UserError for step counts or batch sizes below 1 and for
+    images of a shape that the protocol does not measure, NotFinite for images that are none, ValueError when `generate` returns another number of
+    images than asked for.
     """
     if not steps or min(steps) < 1 or (batch_size is not None and batch_size < 1):
         raise UserError(f"step counts and the batch size must be at least 1, got steps {list(steps)} and batch size {batch_size}")
     with temporary() as root:
         settings = Settings(root, batch_size=batch_size, references=references)
-        evaluation = Evaluation(protocol, resources or Resources(), settings, progress=progress, teacher=False)
-        for count in steps:
-            evaluation.draw(_Function(generate, model, count, guidance))
-        return evaluation.rows()
+        asked: Any = {"model": model, "steps": steps, "guidance": guidance}
+        return evaluated(protocol, generate, **asked, settings=settings, resources=resources, progress=progress).rows()
+
+
+def evaluated(
+    protocol: Protocol,
+    generate: Generate,
+    *,
+    model: str,
+    steps: Sequence[int],
+    guidance: float,
+    settings: Settings,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The evaluation behind `run_protocol`, drawn as the settings say. Whoever calls it does away with their folder: another model's pictures go by
+    the same names."""
+    evaluation = Evaluation(protocol, resources or Resources(), settings, progress=progress, teacher=False)
+    for count in steps:
+        evaluation.draw(_Function(generate, model, count, guidance))
+    return evaluation
 
 
 class Real(NamedTuple):

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from fastgen import group
 from fastgen.data.latents import name_of
 from fastgen.errors import CannotWrite, UserError
 from fastgen.evaluation import results
 from fastgen.evaluation.dumps import DumpFolder
+from fastgen.evaluation.extraction import WHOLE, Part
 from fastgen.evaluation.extractors.base import Resources
 from fastgen.evaluation.protocol import Protocol, load_protocol
 from fastgen.evaluation.runner import Drawn, Evaluation
 from fastgen.evaluation.settings import Settings, with_root
+from fastgen.evaluation.sharing import draw_parts
 from fastgen.evaluation.subjects.base import Subject
 from fastgen.evaluation.subjects.found import Asked, is_student, kind_of, subject_of
 from fastgen.evaluation.subjects.generated import teacher_subject
 from fastgen.files import check_writable, expanded
 from fastgen.generator import read_manifest
-from fastgen.parallel import choose_device
+from fastgen.group import Alone
+from fastgen.parallel import own_device
 from fastgen.portable import source_name
 from fastgen.progress import Progress
 from fastgen.provenance import teacher_source
+from fastgen.run.agreement import agree
 
 
 class PartDone(Exception):
@@ -61,30 +67,85 @@ def evaluate(
     teacher_steps: of the teacher (default: its own); teacher_dir: where a student's teacher is, unless its fastgen.json or the run that it
     lies in says so; for other models, the pipeline to compare with. resources: where weights and data lie. settings: where features are kept,
     so that the same call goes on where one was killed and draws nothing twice; PartDone where they name a part and others are not done.
+    A launcher's processes draw a part each, and have the results all.
     """
-    progress, place = progress or Progress(), choose_device(device, "--device")
-    resources = replace(resources or Resources(), device=place)
-    protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol, data_dir=resources.data_dir, key="--protocol")
-    asked = asked or Asked()
-    # What nothing can come of is refused before anything is loaded, and that before a reference is read.
-    kind_of(str(model), asked, key="MODEL")
-    beside = _teacher(str(model), asked, teacher_dir, teacher_steps, place) if teacher else None
-    if beside is None and teacher_steps is not None:
-        raise UserError("--teacher-steps: there is no teacher to measure")
-    if dump is not None:
-        check_writable(dump.folder, "--dump")
-    target = results_file(str(model), size=asked.size) if output is None else Path(output)
-    models = _subjects(subject_of(str(model), asked, device=place, teacher_dir=teacher_dir, name=_name(str(model), beside)), steps, progress)
-    with with_root(settings or Settings(), progress) as settings:
-        evaluation = Evaluation(protocol, resources, settings, dump=dump, progress=progress, teacher=beside is not None)
-        progress.stage(f"measuring {model} with protocol {protocol.name}")
-        _draw(evaluation, models)
-        if beside is not None:
-            _draw_teacher(evaluation, beside, teacher_steps)
-            gc.collect()
-        if evaluation.left:
-            raise PartDone(evaluation.left)
-        return _written(evaluation, target, place)
+    with group.joined() as members:
+        progress = progress if progress is not None and members.is_main else Progress()
+        place, resources, settings = own_device(device, "--device"), resources or Resources(), settings or Settings()
+        if members.world_size > 1 and settings.part != WHOLE:
+            raise UserError(f"--part: the {members.world_size} processes that the launcher started take a part each; leave it out")
+        protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol, data_dir=resources.data_dir, key="--protocol")
+        asked = asked or Asked()
+        target = results_file(str(model), size=asked.size) if output is None else Path(output)
+        measurement = Measurement(
+            str(model), protocol, target, place, steps, teacher, teacher_steps, teacher_dir, resources, asked, settings, dump, progress
+        )
+        if members.world_size > 1:
+            counts = {"--steps": steps, "--teacher-steps": teacher_steps, "--stop-after": settings.stop_after, "--batch-size": settings.batch_size}
+            agree(members, {"MODEL": str(model), "protocol": protocol.hash(), **counts, "idea of how the model is called": asked})
+            if place.type == "cuda":
+                torch.cuda.set_device(place)  # of which time and memory are measured
+        measurement.draw_parts(members)
+        return members.told(measurement.results)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `evaluate` measures, and how; `device`: this process's own."""
+
+    model: str
+    protocol: Protocol
+    output: Path
+    device: torch.device
+    steps: Sequence[int] | None = None
+    teacher: bool = True
+    teacher_steps: Sequence[int] | None = None
+    teacher_dir: str | Path | None = None
+    resources: Resources = field(default_factory=Resources)
+    asked: Asked = field(default_factory=Asked)
+    settings: Settings = field(default_factory=Settings)
+    dump: DumpFolder | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def draw_parts(self, members: Alone) -> None:
+        """Collective: have each of several processes draw its part of the pictures."""
+
+        def draw(part: Part) -> None:
+            own = replace(self, settings=replace(self.settings, part=part), progress=self.progress if members.is_main else Progress())
+            with own._drawn():
+                pass
+
+        draw_parts(members, draw, self.progress)
+
+    def results(self) -> dict[str, Any]:
+        """Draw what is missing, measure, and write the results. PartDone where other parts are missing still."""
+        with self._drawn() as evaluation:
+            if evaluation.left:
+                raise PartDone(evaluation.left)
+            return _written(evaluation, self.output, self.device)
+
+    @contextmanager
+    def _drawn(self) -> Iterator[Evaluation]:
+        """The evaluation, once this process has drawn what the settings say."""
+        resources, place, model = replace(self.resources, device=self.device), self.device, self.model
+        # What nothing can come of is refused before anything is loaded, and that before a reference is read.
+        kind_of(model, self.asked, key="MODEL")
+        beside = _teacher(model, self.asked, self.teacher_dir, self.teacher_steps, place) if self.teacher else None
+        if beside is None and self.teacher_steps is not None:
+            raise UserError("--teacher-steps: there is no teacher to measure")
+        if self.dump is not None:
+            check_writable(self.dump.folder, "--dump")
+        subject = subject_of(model, self.asked, device=place, teacher_dir=self.teacher_dir, name=_name(model, beside))
+        models = _subjects(subject, self.steps, self.progress)
+        del subject
+        with with_root(self.settings, self.progress) as settings:
+            evaluation = Evaluation(self.protocol, resources, settings, dump=self.dump, progress=self.progress, teacher=beside is not None)
+            self.progress.stage(f"measuring {model} with protocol {self.protocol.name}")
+            _draw(evaluation, models)
+            if beside is not None:
+                _draw_teacher(evaluation, beside, self.teacher_steps)
+                gc.collect()
+            yield evaluation
 
 
 def _written(evaluation: Evaluation, target: Path, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from fastgen import diagnostics, group, pictures
 from fastgen.data.latents import name_of
 from fastgen.errors import NotFinite, TrainingFailed, UserError
-from fastgen.evaluation import unkept
 from fastgen.evaluation.block import PROTOCOL, resources_of
 from fastgen.evaluation.settings import Settings, with_root
 from fastgen.generator import ImageGenerator, generate_pictures
@@ -23,6 +22,7 @@ from fastgen.progress import Once, Progress
 from fastgen.run.building import Run, spread
 from fastgen.run.diverged import with_way_on
 from fastgen.run.interrupted import Interrupted
+from fastgen.run.measuring import Measuring
 from fastgen.run.straightened import straightness_of
 from fastgen.runlog import RunLog
 from fastgen.saving import Saver
@@ -48,7 +48,7 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
     parallel = run.parallel
     log = RunLog(run_dir)
     saver = Saver(run_dir / "checkpoints", keep=settings.keep, beside=settings.save_beside, timeout=settings.timeout)
-    with _signals() as caught, log if parallel.is_main else nullcontext(), _evaluations(run, progress) as measured, saver:
+    with _signals() as caught, log if parallel.is_main else nullcontext(), _measuring(run, run_dir, progress) as student, saver:
         if run.plan.recipe.data.encode == "ahead":
             run.plan.family.free_encoders()
         rows = log.rows() if parallel.is_main else []  # of the part that is resumed
@@ -69,6 +69,8 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
                 metrics = {**metrics, **samples.draw(step)}
             if step == settings.steps:
                 metrics = {**metrics, **_straightened(run)}
+            if student and is_due(step, evaluate.every):
+                student.draw()
             if is_due(step, evaluate.every) or is_due(step, settings.sample_every) or is_due(step, settings.checkpoint_every):
                 parallel.lone(lambda: finish_row(step, metrics))
             elif parallel.is_main:  # a line, which nobody waits for
@@ -76,9 +78,9 @@ def train_steps(run: Run, run_dir: Path, progress: Progress, logged: Metrics | N
 
         def finish_row(step: int, metrics: Metrics) -> None:
             failures: list[str] = []
-            if is_due(step, evaluate.every):
+            if student and is_due(step, evaluate.every):
                 try:
-                    metrics = {**metrics, **measured()}
+                    metrics = {**metrics, **student.measure()}
                 except NotFinite:
                     raise
                 except UserError as error:  # costs this row's numbers alone
@@ -212,21 +214,12 @@ def _straightened(run: Run) -> Metrics:
 
 
 @contextmanager
-def _evaluations(run: Run, progress: Progress) -> Iterator[Callable[[], Metrics]]:
-    """What measures the averaged student during training, as scalars `eval/<metric>`. Features of real pictures are kept from one time to the
-    next, and what cannot be measured is said at the first."""
+def _measuring(run: Run, run_dir: Path, progress: Progress) -> Iterator[Measuring | None]:
+    """What measures the student during training, if the recipe asks for it; what cannot be measured is said at the first."""
     protocol, block = run.plan.protocol, run.plan.recipe.evaluate
     if protocol is None or not block.every:
-        yield dict
+        yield None
         return
-    student, resources, said = run.generator("student"), resources_of(block, run.parallel.device), Once(progress)
+    said = Once(progress)
     with with_root(Settings(), said) as kept:
-
-        def measured() -> Metrics:
-            run.trainer.check_weights()
-            with run.trainer.ema.applied():
-                asked: Any = {"model": "student", "steps": [student.steps], "guidance": student.guidance}
-                rows = unkept.run_protocol(protocol, student, **asked, resources=resources, references=kept.stores, progress=said)
-            return {f"eval/{row['name']}": row["value"] for row in rows}
-
-        yield measured
+        yield Measuring.of(run, protocol, resources_of(block, run.parallel.device), kept.stores, run_dir, said)

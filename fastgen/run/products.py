@@ -13,15 +13,13 @@ from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Distiller
 from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL, resources_of
-from fastgen.evaluation.extraction import Part
-from fastgen.evaluation.settings import Settings
 from fastgen.export import Expert, Verification, drawn_at_every_size, export_lora, export_student, verify
 from fastgen.files import remove, writing
 from fastgen.fingerprints import digest, folder_hash
 from fastgen.plan import plan
 from fastgen.progress import Progress
 from fastgen.run.building import Run, build
-from fastgen.run.evaluating import PartDone, evaluate
+from fastgen.run.evaluating import Measurement
 from fastgen.run.folder import RunFolder, check_parents, plain
 
 # What pictures in [0, 1] of the trained and of the exported student may differ by: rounding in single precision, and where either rounds to less.
@@ -34,24 +32,18 @@ def finish(run: Run, folder: RunFolder, progress: Progress) -> None:
     student_dir, members = folder.path / "student", run.parallel.members
     student = None if run.plan.cut is None else run.averaged()  # whose parts all processes have
     members.lone(lambda: _make_student(run, folder, student_dir, progress, student))
-    if members.world_size > 1 and run.plan.protocol is not None:
-        _draw_part(run, folder.path, Part(members.rank, members.world_size))
-        members.together()
-    members.lone(lambda: _measure_and_report(run, folder, progress))
+    measurement = _measurement(run, folder.path, progress)
+    if measurement is not None:
+        measurement.draw_parts(members)
+    members.lone(lambda: _measure_and_report(measurement, folder, progress))
 
 
-def _draw_part(run: Run, run_dir: Path, part: Part) -> None:
-    """Draw this process's chunks of the pictures, so that nothing is left to draw when they are measured. What cannot be done so, the measuring does
-    or says."""
-    with suppress(PartDone, UserError):
-        _measure(run, run_dir, Progress(), Settings(part=part))
-
-
-def _measure_and_report(run: Run, folder: RunFolder, progress: Progress) -> None:
+def _measure_and_report(measurement: Measurement | None, folder: RunFolder, progress: Progress) -> None:
     student_dir = folder.path / "student"
-    folder.note(unmeasured=None if run.plan.protocol is None else "its measuring has not come to an end")
+    folder.note(unmeasured=None if measurement is None else "its measuring has not come to an end")
     try:
-        _measure(run, folder.path, progress)
+        if measurement is not None:
+            measurement.results()
     except UserError as error:
         with suppress(UserError):  # of a disk that takes no results, say
             folder.note(unmeasured=str(error))
@@ -87,18 +79,19 @@ def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Prog
     folder.note(student={"source": source, "sha256": folder_hash(student_dir)})
 
 
-def _measure(run: Run, run_dir: Path, progress: Progress, settings: Settings | None = None) -> None:
-    if run.plan.protocol is not None:
-        evaluate(
-            run_dir / "student",
-            protocol=run.plan.protocol,
-            output=run_dir / "results.json",
-            teacher="teacher" in run.plan.roles,
-            device=str(run.parallel.device),
-            resources=resources_of(run.plan.recipe.evaluate),
-            settings=settings,
-            progress=progress,
-        )
+def _measurement(run: Run, run_dir: Path, progress: Progress) -> Measurement | None:
+    """The student beside its teacher, if the recipe asks for it."""
+    if run.plan.protocol is None:
+        return None
+    return Measurement(
+        str(run_dir / "student"),
+        run.plan.protocol,
+        run_dir / "results.json",
+        run.parallel.device,
+        teacher="teacher" in run.plan.roles,
+        resources=resources_of(run.plan.recipe.evaluate),
+        progress=progress,
+    )
 
 
 def require_verified(result: Verification, folder: Path) -> None:
