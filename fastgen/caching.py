@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastgen import conditioning
+from fastgen import conditioning, group
 from fastgen.conditioning import Conditioning
 from fastgen.config import Recipe
 from fastgen.data.encoded import Encoder, Keeping
@@ -26,10 +28,12 @@ from fastgen.data.training import prompt_weights
 from fastgen.errors import UserError
 from fastgen.families.base import Family
 from fastgen.generator import ImageGenerator, teacher_family
-from fastgen.parallel import choose_device
+from fastgen.group import Alone
+from fastgen.parallel import own_device
 from fastgen.plan import autocast_of, check_pictures, check_texts, drawing, frozen_dtype_of, pinned, plan, storage_of
 from fastgen.progress import Progress
 from fastgen.roles import build_roles, frozen
+from fastgen.run.agreement import agree, by_key
 from fastgen.run.building import image_keepings, keeping_of
 from fastgen.sampling import Predict
 
@@ -53,7 +57,25 @@ def cache_pairs(
     10,000; of data, all. steps: by default the teacher's own; batch: by default what training takes at once. part: as for `cache_encoded`. A store
     of the same drawing is continued, also to a larger count. UserError before anything is written.
     """
-    progress, recipe = progress or Progress(), pinned(recipe)
+    how: Any = {"count": count, "steps": steps, "solver": solver, "source": source, "batch": batch}
+    with _members(recipe, part, how) as members:
+        return _cache_pairs(recipe, output, **how, part=part, members=members, progress=_told(progress, members))
+
+
+def _cache_pairs(
+    recipe: Recipe,
+    output: Path,
+    *,
+    count: int | None,
+    steps: int | None,
+    solver: Solver,
+    source: Literal["noise", "data"],
+    batch: int | None,
+    part: tuple[int, int],
+    members: Alone,
+    progress: Progress,
+) -> tuple[Store, int]:
+    recipe = pinned(recipe)
     if given := [key for key, value in {"student.sizes": recipe.student.sizes, "data.buckets": recipe.data.buckets}.items() if value is not None]:
         said = "a folder holds pairs of one size; give teacher.size in its place, or have a run draw them of every size (data.pairs: a number)"
         raise UserError(f"recipe key {given[0]}: {said}")
@@ -63,7 +85,7 @@ def cache_pairs(
     _check_source(recipe, source, images, count)
     prompts = prompt_weights(None if images else load_prompts(str(recipe.data.prompts)), images)
     check_unused(output)
-    block, device, at_once = recipe.teacher, choose_device(recipe.train.device), batch or recipe.train.at_once
+    block, device, at_once = recipe.teacher, own_device(recipe.train.device), batch or recipe.train.at_once
     family = teacher_family(block.pretrained, block.family, block.guidance, **block.options)
     for warning in (*(images.warnings if images else ()), *check_texts(recipe, family, prompts)):
         progress.warn(f"warning: {warning}")
@@ -71,7 +93,8 @@ def cache_pairs(
         check_pictures(images, recipe, family)
     by_content = None if source == "noise" or images is None else images.content()
     how = drawing(recipe, family, prompts, steps, solver, by_content)
-    keeping = Keeping(device, recipe.data.model_copy(update={"store": str(output), "keep": "auto", "encode": "ahead"})).of_pairs()
+    data = recipe.data.model_copy(update={"store": str(output), "keep": "auto", "encode": "ahead"})
+    keeping = Keeping(device, data, members=members).of_pairs()
 
     @functools.cache
     def sampler() -> TeacherSampler:
@@ -92,7 +115,7 @@ def cache_pairs(
         assert images is not None
         encoder = how.of_data(sampler, encode, _latents(images, family, keeping, device, at_once, progress), images.captions, at_once)
         keeping.check(encoder)
-    return keeping.fill(encoder, progress, part, thorough=True)
+    return _filled(keeping, encoder, part, progress)
 
 
 def _guided(recipe: Recipe, family: Family, device: torch.device) -> Predict:
@@ -164,31 +187,53 @@ def cache_each(
     part: i of n, from 0 on, whose shards alone are made; the whole is the same whoever makes which. What is there already is read and kept, and
     made again where it is broken. UserError before anything is written.
     """
-    progress = progress or Progress()
+    with _members(recipe, part) as members:
+        return _cache_each(kind, recipe, output, part, members, _told(progress, members))
+
+
+def _cache_each(kind: Kind, recipe: Recipe, output: Path, part: tuple[int, int], members: Alone, progress: Progress) -> list[tuple[Store, int]]:
     kept_in: dict[str, Any] = {"store": str(output), "keep": "auto", "encode": "ahead"}
     if kind == "latents" and recipe.data.images is not None and is_remote(recipe.data.images):
-        kept_in["images"] = str(fetch(recipe.data.images, output / "archives", progress))
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=kept_in)})
-    planned = plan(recipe, only="train")
+        remote = recipe.data.images
+        kept_in["images"] = members.told(lambda: str(fetch(remote, output / "archives", progress)))
+    alone = {"shard": "auto", "mesh": None}  # how training spreads, which is not begun here
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=kept_in), "train": recipe.train.model_copy(update=alone)})
+    planned = plan(recipe, only="train", processes=1)
     for warning in planned.warnings:
         progress.warn(f"warning: {warning}")
     if kind == "latents" and not isinstance(planned.images, CaptionedImages):
         why = "missing" if planned.images is None else f"{recipe.data.images!r} holds latents already"
         raise UserError(f"recipe key data.images: {why}; there are no pictures to encode")
-    device, batch = choose_device(recipe.train.device), recipe.train.at_once
+    device, batch = own_device(recipe.train.device), recipe.train.at_once
     planned.family.encode_with(device, planned.frozen_dtype)
     if kind == "prompts":
         encoder = of_prompts(planned.family, list(prompt_weights(planned.prompts, planned.images)), batch)
-        return [_filled(keeping_of(planned, device), encoder, part, progress)]
+        return [_filled(keeping_of(planned, device, members), encoder, part, progress)]
     made = []
-    for family, images, keeping in zip(planned.families, planned.divided or [planned.images], image_keepings(planned, device), strict=True):
+    for family, images, keeping in zip(planned.families, planned.divided or [planned.images], image_keepings(planned, device, members), strict=True):
         assert isinstance(images, CaptionedImages)
         made.append(_filled(keeping, of_images(family, images, device, batch), part, progress))
     return made
 
 
+@contextmanager
+def _members(recipe: Recipe, part: tuple[int, int], how: Mapping[str, object] = MappingProxyType({})) -> Iterator[Alone]:
+    """The processes that fill a store together, each a part of it. how: what they are given beside the recipe. UserError where that differs, or where
+    they are one part together."""
+    with group.joined() as members:
+        if members.world_size > 1 and part != (0, 1):
+            raise UserError(f"--part: the {members.world_size} processes that the launcher started take a part each; leave it out")
+        agree(members, {**by_key(recipe.dump()), **how})
+        yield members
+
+
+def _told(progress: Progress | None, members: Alone) -> Progress:
+    return progress if progress is not None and members.is_main else Progress()
+
+
 def _filled(keeping: Keeping, encoder: Encoder, part: tuple[int, int], progress: Progress) -> tuple[Store, int]:
-    kept, new = keeping.fill(encoder, progress, part, thorough=True)
+    several = keeping.members.world_size > 1
+    kept, new = keeping.fill_together(encoder, progress, thorough=True) if several else keeping.fill(encoder, progress, part, thorough=True)
     for place, why in (kept.left_out() if not kept.missing() else {}).items():
         progress.warn(f"warning: recipe key data.images: image {place} is left out: {why}")
     return kept, new

@@ -110,9 +110,7 @@ class Keeping:
             progress.stage(f"{encoder.doing.replace(' ', f' {encoder.count} ')}")
             return self._held(self._made(encoder, progress))
         if self.members.world_size > 1:
-            self.members.lone(lambda: store.create(self._place(encoder), self.manifest(encoder), encoder.identify, self.device))
-            self.fill(encoder, progress, (self.members.rank, self.members.world_size))
-            self.members.together()
+            self.fill_together(encoder, progress)
         kept, _ = self.fill(encoder, progress)
         if encoder.left_out is not None:
             encoder.left_out.update(kept.left_out())
@@ -198,6 +196,13 @@ class Keeping:
                 total - new,
             )
         return kept, new
+
+    def fill_together(self, encoder: Encoder, progress: Progress, *, thorough: bool = False) -> tuple[Store, int]:
+        """The same by all processes, of which each makes a part, and how many rows all have made."""
+        members = self.members
+        members.lone(lambda: store.create(self._place(encoder), self.manifest(encoder), encoder.identify, self.device))
+        kept, new = self.fill(encoder, progress, (members.rank, members.world_size), thorough=thorough)
+        return kept, sum(members.exchanged(new))
 
     def check(self, encoder: Encoder) -> None:
         """UserError where a store cannot take an encoder's rows. Of images it does not read the content, only what encodes them."""
