@@ -7,6 +7,8 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -42,6 +44,9 @@ TeacherDir = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--teacher", metavar="DIR", help="The folder of the student's teacher, where it is not found."),
 ]
+# What the processes of a launcher may share; all else is for one.
+SHARED = ("train", "evaluate", "cache")
+
 StudentDir = Annotated[Path, typer.Argument(metavar="STUDENT_DIR", help="An exported student.")]
 
 
@@ -79,18 +84,15 @@ def train(
         return
     try:
         terminal.quiet()
-        progress = terminal.progress(log=sys.stdout) if _speaks() else None
-        run.train(recipe, folder, overrides=overrides or [], progress=progress, **options)
+        run.train(recipe, folder, overrides=overrides or [], progress=terminal.progress(log=sys.stdout), **options)
     except run.Interrupted as interrupted:
         words = ["fastgen", "train", recipe, *(overrides or []), "--output", str(folder), *(["--only", only] if only else [])]
         words += [f"--allow-change={key}" for key in allow_change or []]
         again = shlex.join([*words, "--resume-or-start" if resume_or_start else "--resume"])
-        if _speaks():
-            terminal.note(f"{interrupted}; checkpoint saved. To go on:")
-            terminal.note(f"  {again}")
+        terminal.note(f"{interrupted}; checkpoint saved. To go on:")
+        terminal.note(f"  {again}")
         raise typer.Exit(128 + interrupted.number) from None
-    if _speaks():
-        terminal.print_run(folder)
+    terminal.print_run(folder)
 
 
 def _only(value: str | None) -> Literal["train"] | None:
@@ -363,7 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = typer.main.get_command(app)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status: Any = command.main(args=arguments or ["--help"], prog_name="fastgen", standalone_mode=False)
+        with _together(arguments, getattr(command, "commands", {})):
+            status: Any = command.main(args=arguments or ["--help"], prog_name="fastgen", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except UserError as error:
         return _fail(str(error), 2)
@@ -379,6 +382,22 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{one_line(str(error.filename or 'a file'), 200)}: {error.strerror or error}", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
+
+
+@contextmanager
+def _together(arguments: list[str], commands: Container[str]) -> Iterator[None]:
+    """Around a command: meet the launcher's other processes, if there are any, for whatever ends one ends all then, and is said once. UserError for a
+    command that they cannot share."""
+    if not _launched() or not arguments or arguments[0] not in commands:
+        yield
+        return
+    from fastgen import group
+
+    with group.joined() as members:
+        alone = arguments[0] if arguments[0] not in SHARED else "evaluate --compare" if "--compare" in arguments else None
+        if alone is not None:
+            raise UserError(f"{alone}: is for one process, and the launcher started {members.world_size}; they share {', '.join(SHARED)} alone")
+        yield
 
 
 def _fail(message: str, status: int) -> int:

@@ -1,4 +1,4 @@
-"""What the command line shows: progress, warnings and results."""
+"""What the command line shows: progress, warnings and results; of several processes, what the main one does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fastgen import run
+from fastgen import group, run
 from fastgen.evaluation.results import read_results, remarks
 from fastgen.evaluation.table import summary_table
 from fastgen.printing import Unfailing, printable, put
@@ -32,23 +32,31 @@ _FIRST, _LONGEST = 5.0, 60.0  # seconds until the first line of progress, and at
 def echo(text: str) -> None:
     """Lines of output."""
     for line in text.split("\n"):
-        put(line, sys.stdout)
+        _put(line, sys.stdout)
 
 
 def note(text: str) -> None:
     """A line about what happened and where it is."""
-    put(text, sys.stdout)
+    _put(text, sys.stdout)
 
 
 def warn(text: str) -> None:
     """A line about what did not go as it may have been meant."""
-    put(f"warning: {text}", sys.stderr)
+    _put(f"warning: {text}", sys.stderr)
+
+
+def _put(line: str, file: TextIO) -> None:
+    """Of several processes one alone prints."""
+    if group.speaks():
+        put(line, file)
 
 
 def progress(*, log: TextIO | None = None) -> Several:
     """Bars where stderr is a terminal; lines in `log` where that is none, so that a file or a scheduler's log shows progress too. log:
     stdout for a command whose stdout is a log, by default stderr."""
     quiet()
+    if not group.speaks():
+        return Several([])
     shown = [Bars()] if _moves(sys.stderr) else []
     log = sys.stderr if log is None and not shown else log
     return Several([*shown, *([] if log is None or (shown and _moves(log)) else [Lines(log)])])
@@ -277,8 +285,7 @@ def print_need(found: Mapping[str, Any]) -> None:
 
 
 def print_json(found: Mapping[str, Any]) -> None:
-    for line in json.dumps(found, indent=1, ensure_ascii=False).splitlines():
-        put(line, sys.stdout)
+    echo(json.dumps(found, indent=1, ensure_ascii=False))
 
 
 def _size(count: int) -> str:
