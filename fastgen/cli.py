@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ TeacherDir = Annotated[
 ]
 # What the processes of a launcher may share; all else is for one.
 SHARED = ("train", "evaluate", "cache")
+_HEAD_START = 2.0  # seconds for rank 0 to say what all end with, before a launcher sees that another has ended, and ends it too
 
 StudentDir = Annotated[Path, typer.Argument(metavar="STUDENT_DIR", help="An exported student.")]
 
@@ -388,15 +390,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _together(arguments: list[str], commands: Container[str]) -> Iterator[None]:
     """Around a command: meet the launcher's other processes, if there are any, for whatever ends one ends all then, and is said once. UserError for a
     command that they cannot share."""
-    if not _launched() or not arguments or arguments[0] not in commands:
+    if not _launched() or not arguments or arguments[0] not in commands or "--help" in arguments:
         yield
         return
+    alone = arguments[0] if arguments[0] not in SHARED else "evaluate --compare" if "--compare" in arguments else None
+    if alone is not None:  # without meeting, for a variable that was left over brings no processes
+        if not _speaks():
+            time.sleep(_HEAD_START)
+        count = one_line(os.environ["WORLD_SIZE"], 40)
+        raise UserError(f"{alone}: is for one process, and the launcher started {count} (WORLD_SIZE); they share {', '.join(SHARED)} alone")
     from fastgen import group
 
-    with group.joined() as members:
-        alone = arguments[0] if arguments[0] not in SHARED else "evaluate --compare" if "--compare" in arguments else None
-        if alone is not None:
-            raise UserError(f"{alone}: is for one process, and the launcher started {members.world_size}; they share {', '.join(SHARED)} alone")
+    with group.joined():
         yield
 
 
@@ -413,7 +418,7 @@ def _fail(message: str, status: int) -> int:
 
 def _launched() -> bool:
     """Whether a launcher has started several processes of this command."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    return (os.environ.get("WORLD_SIZE") or "1") != "1"
 
 
 def _speaks() -> bool:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from fastgen import living
-from fastgen.errors import CannotWrite, NotFinite, ProcessLost, TrainingFailed, UserError, one_line
+from fastgen.errors import CannotWrite, NotFinite, ProcessLost, TrainingFailed, UserError, one_line, shown
 
 T = TypeVar("T")
 
@@ -32,8 +32,13 @@ _KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (UserError
 
 
 def launched() -> int:
-    """How many processes run this, 1 without a launcher."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes run this, 1 without a launcher. UserError where the environment says nonsense."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise UserError(f"the environment says WORLD_SIZE={shown(text, 40)}, which is no number of processes; unset it, or use a launcher")
+    return int(text)
 
 
 def left_alone() -> list[str]:
@@ -396,7 +401,7 @@ def speaks() -> bool:
     """Whether this process is the one that prints what a command has to say."""
     if _member is not None:
         return _member.prints
-    return launched() == 1 or int(os.environ.get("RANK", "0")) == 0
+    return (os.environ.get("WORLD_SIZE") or "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def said() -> None:

@@ -428,6 +428,8 @@ def test_a_dry_run_finds_the_mistake_too(name: str, workshop: Path, monkeypatch:
 def test_half_a_launcher_is_refused(workshop: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert_refused(train(), ("WORLD_SIZE=2", "MASTER_PORT", "torchrun"), workshop, monkeypatch, capfd)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert_refused(train(), ("WORLD_SIZE='two'", "no number of processes"), workshop, monkeypatch, capfd)
 
 
 def test_an_output_that_ends_in_dots_does_not_hide_what_it_replaces(

@@ -202,7 +202,7 @@ class Keeping:
         members = self.members
         members.lone(lambda: store.create(self._place(encoder), self.manifest(encoder), encoder.identify, self.device))
         kept, new = self.fill(encoder, progress, (members.rank, members.world_size), thorough=thorough)
-        return kept, sum(members.exchanged(new))
+        return kept, sum(members.each(new))
 
     def check(self, encoder: Encoder) -> None:
         """UserError where a store cannot take an encoder's rows. Of images it does not read the content, only what encodes them."""

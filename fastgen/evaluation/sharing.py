@@ -26,7 +26,7 @@ def draw_parts(members: Alone, draw: Callable[[Part], object], progress: Progres
         why = ""
     except UserError as error:
         why = str(error)
-    (own, _), *others = members.exchanged((why, socket.gethostname()))
+    (own, _), *others = members.each((why, socket.gethostname()))
     for rank, (theirs, host) in enumerate(others, 1):
         if theirs not in ("", own):
             progress.warn(f"warning: process {rank} on {host} has not drawn its part of the pictures, so process 0 draws it: {theirs}")

@@ -31,7 +31,7 @@ from fastgen.generator import read_manifest
 from fastgen.group import Alone
 from fastgen.parallel import own_device
 from fastgen.portable import source_name
-from fastgen.progress import Progress
+from fastgen.progress import Once, Progress
 from fastgen.provenance import teacher_source
 from fastgen.run.agreement import agree
 
@@ -70,7 +70,7 @@ def evaluate(
     A launcher's processes draw a part each, and have the results all.
     """
     with group.joined() as members:
-        progress = progress if progress is not None and members.is_main else Progress()
+        progress = Once(progress) if progress is not None and members.is_main else Progress()
         place, resources, settings = own_device(device, "--device"), resources or Resources(), settings or Settings()
         if members.world_size > 1 and settings.part != WHOLE:
             raise UserError(f"--part: the {members.world_size} processes that the launcher started take a part each; leave it out")

@@ -17,7 +17,7 @@ from fastgen.export import Expert, Verification, drawn_at_every_size, export_lor
 from fastgen.files import remove, writing
 from fastgen.fingerprints import digest, folder_hash
 from fastgen.plan import plan
-from fastgen.progress import Progress
+from fastgen.progress import Once, Progress
 from fastgen.run.building import Run, build
 from fastgen.run.evaluating import Measurement
 from fastgen.run.folder import RunFolder, check_parents, plain
@@ -90,7 +90,7 @@ def _measurement(run: Run, run_dir: Path, progress: Progress) -> Measurement | N
         run.parallel.device,
         teacher="teacher" in run.plan.roles,
         resources=resources_of(run.plan.recipe.evaluate),
-        progress=progress,
+        progress=Once(progress),
     )
 
 

@@ -23,10 +23,12 @@ pytestmark = pytest.mark.distributed
 
 FEATURES = ".cache/fastgen/evaluations/*/*.npy"
 TIMED = ("seconds_per_1000_images", "peak_memory_bytes", "images_per_second")
-FEW = FEW.replace("40", "12").replace("chunk: 10", "chunk: 4").replace("batch_size: 5", "batch_size: 3")  # six chunks
+# Six chunks.
+FEW = FEW.replace("digits:\n", "digits:\n  fid:\n").replace("40", "12").replace("chunk: 10", "chunk: 4").replace("batch_size: 5", "batch_size: 3")
 EVALUATE = ("evaluate", "fastgen:digits", "--steps", "2", "--protocol", "few.yaml", "--device", "cpu", "--output", "results.json")
 CACHE = ("cache", "pairs", "recipe.yaml", "--output", "store", "--batch", "100")
-DIGITS = ("digits_dmd2_gan_1step", "train.device=cpu", "train.micro_batch=64")
+# A batch, and a way to spread, that two processes could not train with.
+DIGITS = ("digits_dmd2_gan_1step", "train.device=cpu", "train.batch_size=65", "train.shard=none")
 
 
 def noting() -> None:
@@ -52,13 +54,15 @@ def prepared(folder: Path) -> Path:
 
 
 def both(folder: Path, *arguments: str) -> tuple[Path, Path, str]:
-    """Where one process and two have done it, each in a home of its own, and what was said. Of two each makes half."""
-    said = []
+    """Where one process and two have done it, each in a home of its own, and what was said. Of two each makes half, and no warning comes twice."""
+    said, warned = [], []
     for count in (1, 2):
         ranks = Ranks(prepared(folder / str(count)), *[arguments] * count, before=dict.fromkeys(range(count), noting))
         assert ranks.ends(120) == [0] * count, [ranks.err(rank) for rank in range(count)]
         assert [ranks.err(rank) + ranks.out(rank) for rank in range(1, count)] == [""] * (count - 1)
         said.append(ranks.out(0))
+        warned.append([line for line in ranks.err(0).splitlines() if "warning" in line])
+    assert warned[0] == warned[1] and bool(warned[0]) == (arguments[0] != "cache")  # of a metric without its weights
     each = [(folder / "2" / f"made_{rank}").read_text(encoding="utf-8").split() for rank in (0, 1)]
     assert {int(number) % 2 for number in each[0]} == {0} and {int(number) % 2 for number in each[1]} == {1}
     assert sorted(each[0] + each[1]) == sorted((folder / "1/made_0").read_text(encoding="utf-8").split())

@@ -124,6 +124,23 @@ def test_another_evaluations_folder_is_refused(tmp_path: Path) -> None:
         ParquetShards(tmp_path, SET, "m")
 
 
+def test_a_folder_that_another_process_takes_at_the_same_moment_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between this process's looking for a manifest and its looking for other files the other one has begun."""
+    look, begun = dumps._content, []
+
+    def later(folder: Path, key: str) -> list[Path]:
+        if not begun:
+            begun.append(folder)
+            PngFolder(folder, SET, "m")
+        return look(folder, key)
+
+    monkeypatch.setattr(dumps, "_content", later)
+    PngFolder(tmp_path / "dump", SET, "m")
+    begun.clear()
+    with pytest.raises(UserError, match="holds pictures of another model"):
+        PngFolder(tmp_path / "other", SET, "another")
+
+
 def test_somebodys_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"^--output: '.*' holds other files; choose a folder that is empty, or none yet$"):
