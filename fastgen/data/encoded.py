@@ -137,7 +137,10 @@ class Keeping:
         progress.stage(
             f"{len(kept)} {store.what_of(kept.manifest.kind)} in {str(kept.path)!r}: {size}, {'read into memory' if held else 'read batch by batch'}"
         )
-        return self._held([kept.read(ids) for ids in store.cuts(len(kept))]) if held else kept
+        if held:
+            return self._held([kept.read(ids) for ids in store.cuts(len(kept))])
+        kept.open_all()
+        return kept
 
     def _counted(self, encoder: Encoder, progress: Progress, cuts: Sequence[range], make: Callable[[range, _Tell], object], done: int = 0) -> None:
         """Make the rows of each cut, and say how far it has come where there are several batches. done: rows of the same that are there already."""

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastgen.config import DataBlock
 from fastgen.data import store
+from fastgen.data.encoded import Keeping
 from fastgen.data.store import ROWS, Encoded, Manifest, Store
 from fastgen.errors import UserError
+from fastgen.progress import Progress
 
 COUNT = 2 * ROWS + 5
 FIELDS: dict[str, Any] = {"text": ("float", (3, 2)), "length": ("int64", ())}
@@ -94,6 +97,19 @@ def test_a_flipped_bit_is_named_when_its_row_is_read(tmp_path: Path, at: int) ->
     fresh.select(torch.arange(2 * ROWS - 1))
     with pytest.raises(UserError, match=rf"^recipe key data\.store: row {2 * ROWS - 1} in '.*shard_000001\.safetensors' is not what was written"):
         fresh.select(torch.tensor([2 * ROWS - 1]))
+
+
+def test_shards_are_opened_ahead_and_what_is_broken_is_said_by_who_reads_it(tmp_path: Path) -> None:
+    """What is kept of each lies together then: opened between batches, it kept their memory from being used again."""
+    found = made(tmp_path)
+    flip(found.file(0), 12)
+    found.file(2).unlink()
+    opened = Keeping(torch.device("cpu"), DataBlock(store="unused", keep="disk")).opened(Store(tmp_path, manifest()), Progress())
+    assert isinstance(opened, Store) and opened._open.keys() == {1}
+    assert opened.select(torch.tensor([ROWS]))["length"].tolist() == [ROWS]
+    for shard in (0, 2):
+        with pytest.raises(UserError, match=rf"shard_00000{shard}\.safetensors"):
+            opened.select(torch.tensor([shard * ROWS]))
 
 
 def test_a_damaged_header_is_an_error_that_names_the_file(tmp_path: Path) -> None:
