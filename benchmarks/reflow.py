@@ -5,7 +5,8 @@
 
 DIR holds pairs of the world's teacher (`fastgen cache pairs WORLD_reflow_1step data.pairs=null --output DIR --count 8192`), the same for every run.
 Each variant is a shipped recipe with changed keys, trained and measured as a user would, in a process of its own. What is there of the same
-recipe, teacher and protocol is not made again. The tables in benchmarks/reflow.md show means and standard deviations over seeds.
+recipe, teacher, protocol and pairs, by how they were drawn, wherever they lie, is not made again. The tables in benchmarks/reflow.md show means
+and standard deviations over seeds.
 """
 
 from __future__ import annotations

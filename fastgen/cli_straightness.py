@@ -66,18 +66,19 @@ def straightness(
 def _prompts(teacher: str, file: Path | None, guidance: float | None) -> dict[str, float]:
     """Prompts and their weights."""
     from fastgen.data.prompts import KEY, load_prompts
-    from fastgen.families import resolve_source
+    from fastgen.families import is_hub_id, resolve_source
 
     toy = teacher.startswith("toy:")
     if file is not None:
         with _said_as(KEY, "--prompts"):
             return load_prompts(str(file))
-    if teacher.startswith("fastgen:"):
+    if not toy and not is_hub_id(teacher):  # which would be fetched
         with _said_as(_TEACHER, "TEACHER"):
             resolve_source(teacher)
+    if teacher.startswith("fastgen:"):
         return load_prompts(teacher)  # a bundled teacher's prompts have its name
     if not toy:
-        raise UserError("--prompts: missing: a file with a prompt a line")
+        raise UserError("--prompts: missing: a file with a prompt a line, or a bundled teacher's name (fastgen:digits) for its own")
     if guidance not in (None, 1):
         raise UserError("--prompts: missing: a file with a component's number a line; guidance does nothing without")
     return {"": 1.0}

@@ -27,9 +27,9 @@ from fastgen.yaml_files import read_yaml
 
 FILE = "inputs.json"
 TEACHER, LORA, INIT, KEPT = "teacher.pretrained", "teacher.lora", "student.init", "student.shrink.keep"
-EXPERTS = "student.moe"
+EXPERTS, SIZES = "student.moe", "data.buckets"
 # What no continuation can change: beginnings of keys.
-_FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs", "data.buckets")
+_FOR_GOOD = ("teacher", "student", "distiller.name", "data.pairs", SIZES)
 # What may differ between a run and its continuation: nothing that changes a number.
 _RESUMABLE = (
     "train.checkpoint_every",
@@ -54,8 +54,8 @@ _RESUMABLE = (
 @dataclass(frozen=True)
 class Inputs:
     """hashes: by the recipe key that names the input, and as KEPT which blocks importance chose, and as EXPERTS how many experts there
-    are where some were added or removed, in JSON: a continuation measures nothing anew.
-    pairs: how many of data.pairs' folder the run has, which may grow meanwhile."""
+    are where some were added or removed, in JSON: a continuation measures nothing anew; as SIZES those that the images asked for, in JSON, which
+    other images (--allow-change data.images) have to ask for too. pairs: how many of data.pairs' folder the run has, which may grow meanwhile."""
 
     hashes: Mapping[str, str] = field(default_factory=dict)
     pairs: int | None = None
@@ -82,6 +82,8 @@ def identify(planned: Plan, *, pairs: int | None = None) -> Inputs:
         hashes[KEPT] = json.dumps(planned.kept)
     if planned.expert_sizes and planned.used is None:
         hashes[EXPERTS] = json.dumps(planned.expert_sizes)
+    if planned.recipe.data.buckets is not None:
+        hashes[SIZES] = json.dumps([list(family.picture_shape[-2:]) for family in planned.families])
     return Inputs(hashes, pairs if planned.pairs is not None else None)
 
 
@@ -165,9 +167,10 @@ def check_same(run_dir: Path, planned: Plan, state: Mapping[str, Any] | None, al
         if key in changed:
             ours, theirs = (f"recipe key {key} is {now.get(key)!r}", f"the run in {str(run_dir)!r} has {then.get(key)!r}")
             raise UserError(f"--resume: {ours}, {theirs}; resume with the same recipe{way_on}")
-        raise UserError(
-            f"--resume: recipe key {key}: {_changed(then.get(key), now.get(key))}; resume with what the run in {str(run_dir)!r} has{way_on}"
-        )
+        what = _changed(then.get(key), now.get(key))
+        if key == SIZES:
+            what = f"data.images asks for the sizes {compared[key]}, with {began.hashes[key]} the run began"
+        raise UserError(f"--resume: recipe key {key}: {what}; resume with what the run in {str(run_dir)!r} has{way_on}")
     hashes = {**began.hashes, **{key: compared[key] for key in renewed}} if began.hashes else found.hashes
     return Inputs(hashes, found.pairs), changed | {key: [began.hashes[key], compared[key]] for key in renewed}
 

@@ -18,6 +18,7 @@ from benchmarks.measuring.case import THREADS
 from benchmarks.training import trainers
 from fastgen import fingerprints, run, terminal
 from fastgen.config import Recipe
+from fastgen.data.pair_folder import Stored
 from fastgen.evaluation import results
 from fastgen.evaluation.protocol import load_protocol
 from fastgen.families import resolve_source
@@ -53,16 +54,25 @@ class Asked(NamedTuple):
     def folder(self, work: Path) -> Path:
         return work / re.sub(r"[^\w.-]+", "_", f"{self.name}_seed{self.seed}")
 
-    def key(self, threads: int) -> str:
+    def key(self, threads: int, *, pairs_by_path: bool = False) -> str:
         """All that its rows depend on, but for versions and machine: the recipe, the teacher's weights, the protocol, and threads. Keys at their
         defaults do not count, so that a key that fastgen gets makes no row old; who changes a default deletes the rows that had it. A run that is
-        taken over counts by its own key, not by where it lies."""
-        recipe = plan(Recipe.load(self.recipe, self.keys)).recipe
+        taken over counts by its own key, not by where it lies, and so do pairs by how they were drawn (pairs_by_path: by their folder, as once)."""
+        planned = plan(Recipe.load(self.recipe, self.keys))
+        recipe = planned.recipe
         teacher = fingerprints.folder_hash(resolve_source(recipe.teacher.pretrained))
         assert recipe.evaluate.protocol is not None
         stated = recipe.model_dump(mode="json", exclude_defaults=True)
+        if isinstance(planned.pairs, Stored) and not pairs_by_path:
+            stated["data"]["pairs"] = {"count": planned.pairs.count, **drawn_as(planned.pairs)}
         before = [] if self.on is None else [self.on.key(threads)]
         return digest([stated, teacher, load_protocol(recipe.evaluate.protocol).hash(), threads, *before])
+
+
+def drawn_as(pairs: Stored) -> dict[str, Any]:
+    """What decides a folder's pairs, by its record; what was not said when they were drawn, and says nothing else, does not count."""
+    manifest = pairs.store.manifest
+    return {key: value for key, value in {**manifest.origin, "data.dtype": manifest.dtype}.items() if value not in (None, "", "fp32")}
 
 
 def train_and_measure(asked: Asked, work: Path, key: str) -> Rows:
@@ -132,8 +142,10 @@ def measure(asked: Sequence[Asked], rows: Rows, keep: Callable[[Rows], None], *,
     """The rows, with those of what was asked for and is not among them; and what failed, a line each. A row that is there of the same name and
     seed, but of another recipe, teacher, protocol or number of threads, goes. keep: given all rows at the start and after each run."""
     terminal.quiet()
+    keys = {each: each.key(threads) for each in asked}
+    rows = _keyed_anew(keys, rows, threads)
     there = {row["provenance"].get("run") for row in rows}
-    todo = {each: key for each in asked if (key := each.key(threads)) not in there}
+    todo = {each: key for each, key in keys.items() if key not in there}
     replaced = {(each.name, each.seed) for each in todo}
     rows = [row for row in rows if (row["model"], row["seed"]) not in replaced]
     failed: list[str] = []
@@ -148,6 +160,16 @@ def measure(asked: Sequence[Asked], rows: Rows, keep: Callable[[Rows], None], *,
         told = ", ".join(f"{row['name']} {row['value']:.4g}" for row in made)
         print(f"[{count}/{len(todo)}] {each.name}, seed {each.seed}: {told}", flush=True)
     return rows, failed
+
+
+def _keyed_anew(keys: Mapping[Asked, str], rows: Rows, threads: int) -> Rows:
+    """The rows, with the keys of today in place of those by the path of a folder of pairs, where that is asked for by the same path."""
+    anew = {each.key(threads, pairs_by_path=True): key for each, key in keys.items() if any(one.startswith("data.pairs=") for one in each.overrides)}
+
+    def renamed(origin: Mapping[str, Any]) -> dict[str, Any]:
+        return {**origin, **({"run": anew[origin["run"]]} if origin.get("run") in anew else {})}
+
+    return [{**row, "provenance": renamed(row["provenance"])} for row in rows]
 
 
 def _apart(asked: Asked, work: Path, key: str, threads: int) -> Rows:

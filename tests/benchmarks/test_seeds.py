@@ -18,9 +18,11 @@ from benchmarks.comparing.passes import passes_a_step, sample_passes
 from benchmarks.comparing.runs import Asked
 from benchmarks.comparing.worlds import WORLDS
 from benchmarks.training import trainers
+from fastgen.caching import cache_pairs
 from fastgen.config import Recipe, shipped_recipes
 from fastgen.evaluation import results
 from fastgen.evaluation.table import markdown_table
+from fastgen.fingerprints import sealed, unsealed
 
 ROOT = Path(__file__).parents[2]
 RECIPE, OTHER = "digits_dmd2_1step", "digits_scm_2step"
@@ -100,6 +102,27 @@ def test_a_run_is_known_by_all_that_its_rows_depend_on() -> None:
         Asked(RECIPE, 0, ("train.steps=3",)).key(1), Asked(RECIPE, 0, ("teacher.guidance=2.0",)).key(1),
     }  # fmt: skip
     assert len(keys) == 6 and Asked(RECIPE, 0, label="another name").key(1) in keys
+
+
+def test_pairs_count_by_how_they_were_drawn_and_not_by_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an older fastgen, which recorded less, drew them; and rows that were kept by the path are found."""
+    for name, steps in (("here", 2), ("there", 2), ("otherwise", 3)):
+        cache_pairs(Recipe.load("digits_reflow_1step", ["data.pairs=null", "train.device=cpu"]), tmp_path / name, count=4, steps=steps)
+    record = tmp_path / "there/pairs/store.json"
+    content = unsealed(json.loads(record.read_text()))
+    content["origin"] = {
+        key: value for key, value in content["origin"].items() if key not in ("teacher.dtype", "teacher.quantise", "train.precision")
+    }
+    record.write_text(json.dumps(sealed(content)))
+    here, there, otherwise = (Asked("digits_reflow_1step", 0, (f"data.pairs={tmp_path / name}",), "x") for name in ("here", "there", "otherwise"))
+    key = here.key(1)
+    fewer = Asked("digits_reflow_1step", 0, (f"data.pairs={{from: {tmp_path / 'here'}, count: 3}}",), "x")
+    assert there.key(1) == key and len({key, otherwise.key(1), fewer.key(1)}) == 3
+    assert here.key(1, pairs_by_path=True) != there.key(1, pairs_by_path=True)
+    monkeypatch.setattr(runs, "side_by_side", lambda todo, *arguments: iter(todo.items()))  # nothing is to be measured
+    told: Any = {"work": tmp_path, "jobs": 1, "threads": 1}
+    kept, _ = runs.measure([here], own(0, 4.0, 70.0, "x", here.key(1, pairs_by_path=True)), lambda rows: None, **told)
+    assert kept == own(0, 4.0, 70.0, "x", key) == runs.measure([there], kept, lambda rows: None, **told)[0]
 
 
 def test_a_labels_folder_has_a_name_on_every_file_system() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
 from torch import Tensor
 
-from fastgen import cli, run
+from fastgen import cli, inputs, run
 from fastgen.caching import cache_each, cache_pairs
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
@@ -210,6 +211,35 @@ def test_buckets_fill_the_sizes_from_the_pictures(folders: Any, tmp_path: Path) 
     outcome = run.dry_run(read, tmp_path / "run", only="train")
     assert [(each["size"], each["images"]) for each in outcome["sizes"]] == [([20, 28], 3), ([24, 24], 2)]
     assert built(read).trainer.train_step()["loss/consistency"] > 0
+
+
+def test_a_continuation_has_the_sizes_that_the_run_began_with(folders: Any, tmp_path: Path) -> None:
+    """Given as they are, and as other images, though allowed, ask for others."""
+    sized_pictures(tmp_path)
+    other = Path(shutil.copytree(tmp_path / "images", tmp_path / "other"))
+    bucketed = {"student": {"sizes": None}, "teacher": {"size": [24, 24]}}
+    read = recipe(folders("sd3"), tmp_path, "lcm", **bucketed, data={"buckets": "auto"})
+    planned, state = plan(read, only="train"), {"recipe": {}, "inputs": {}, "pairs": None}
+    began = inputs.identify(planned)
+    state |= {"recipe": planned.resolved(), "inputs": began.hashes}
+    assert json.loads(began.hashes["data.buckets"]) == [list(family.picture_shape[1:]) for family in planned.families] and len(planned.families) == 2
+
+    def go_on(given: Recipe, *allowed: str) -> inputs.Inputs:
+        return inputs.check_same(tmp_path / "run", plan(given, only="train"), state, allowed)[0]
+
+    assert go_on(read) == began
+    moved = recipe(folders("sd3"), tmp_path, "lcm", **bucketed, data={"buckets": "auto", "images": str(other)})
+    (other / "0.txt").write_text("a green cat")
+    assert go_on(moved, "data.images").hashes["data.buckets"] == began.hashes["data.buckets"]
+    for i in range(4):
+        Image.new("RGB", (64, 64)).save(other / f"{i}.png")
+    with pytest.raises(UserError, match=r"recipe key data\.buckets: data\.images asks for the sizes \[\[24, 24\]\], with .*\] the run began"):
+        go_on(moved, "data.images")
+    none = recipe(folders("sd3"), tmp_path, "lcm", **bucketed)
+    with pytest.raises(UserError, match=r"recipe key data\.buckets is None, the run in .* has 'auto'; resume with the same recipe$"):
+        go_on(none)
+    with pytest.raises(UserError, match=r"^--allow-change: data\.buckets decides what is trained"):
+        go_on(none, "data.buckets")
 
 
 def test_memory_is_that_of_the_largest_size(folders: Any, tmp_path: Path) -> None:
