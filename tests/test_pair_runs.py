@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from fastgen import cli, run
 from fastgen.config import Recipe
+from fastgen.data.pair_folder import open_folder
 from fastgen.data.prompts import load_prompts
+from fastgen.data.store import open_store
 from fastgen.errors import UserError
 from fastgen.plan import plan
 from fastgen.runlog import read_rows
@@ -58,6 +60,17 @@ def test_a_folder_that_grows_changes_no_run_that_has_begun(pairs: Path, tmp_path
     run.train(without_prompts(own), whole, resume=True, only="train")
     got = load_file(whole / "checkpoints/step_000002/ema_student.safetensors")
     assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_a_store_of_prompts_is_filled_with_those_of_the_pairs(pairs: Path, tmp_path: Path) -> None:
+    block = f"{{from: {pairs}, count: 5}}"
+    asked = ["cache", "prompts", "digits_reflow_1step", "data.prompts=null", f"data.pairs={block}", "--output", str(tmp_path / "store")]
+    assert cli.main(asked) == 0
+    found = open_store(tmp_path / "store/prompts")
+    assert found is not None and [text for _, text in found.about()] == list(dict.fromkeys(open_folder(pairs).prompts()[:5]))
+    before = (tmp_path / "store/prompts/shard_000000.safetensors").stat().st_mtime_ns
+    run.train(without_prompts(pairs, f"data.pairs={block}", f"data.store={tmp_path / 'store'}"), tmp_path / "run", only="train")
+    assert (tmp_path / "store/prompts/shard_000000.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("overrides", [["data.pairs=8"], ["distiller={name: tbcm}", "data.pairs=null"]])
