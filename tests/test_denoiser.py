@@ -95,6 +95,19 @@ def test_predictions_on_another_path(own: Path, asked: Path) -> None:
             assert relative_error(predict(x, t, {}, kind, asked), expected) <= 1e-10
 
 
+@pytest.mark.parametrize("kind", ["eps", "x0"])
+@pytest.mark.parametrize("own", [VarianceExploding(), VariancePreserving()], ids=["EDM", "VP"])
+def test_posterior_means_of_edm_and_vp_teachers_on_the_rectified_flow(own: Path, kind: Kind) -> None:
+    """What reflow asks of such a teacher, and RF++ begins with: E[x0 | x_t] and the velocity E[eps - x0 | x_t] of the Flow, from the network of
+    another path at the same ratio of noise to signal."""
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    x, predict = noised(Flow(), t), predictor(path=own, kind=kind)
+    asked: tuple[Kind, Kind] = ("x0", "velocity")
+    for what in asked:
+        expected = oracle.mixture_prediction(what, x, t, oracle.SCHEDULES["Flow"], *CLOSED_FORM)
+        assert relative_error(predict(x, t, {}, what, Flow()), expected) <= 1e-12
+
+
 def test_another_path_at_pure_noise() -> None:
     x, end = samples(3), torch.full((3,), TrigFlow().t_max, dtype=torch.float64)
     flow = predictor()(x, torch.ones(3, dtype=torch.float64), {})
