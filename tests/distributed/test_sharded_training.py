@@ -176,7 +176,7 @@ def each_process_reads_its_part_alone() -> None:
     before, WeightFiles.read = WeightFiles.read, counted  # type: ignore[method-assign]
     try:
         for more, networks in ((("train.precision=bf16",), 3), (("student.tune={lora: {rank: 4}}",), 1)):
-            keys = ("train.shard=fsdp", *more)
+            keys = ("train.shard=fsdp", "train.steps=2", *more)
             whole_first = digits("digits_dmd2_1step", Shards(CPU, Cut()), *keys, wide=None)
             read.clear()
             own = digits("digits_dmd2_1step", Shards(CPU, Cut()), *keys, wide=False)
