@@ -171,13 +171,7 @@ def _latents(
     return lambda ids: encoder.encode(ids).tensors["latents"]
 
 
-def cache_encoded(kind: Kind, recipe: Recipe, output: Path, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None) -> tuple[Store, int]:
-    """`cache_each` where it makes one store."""
-    (made,) = cache_each(kind, recipe, output, part=part, progress=progress)
-    return made
-
-
-def cache_each(
+def cache_encoded(
     kind: Kind, recipe: Recipe, output: Path, *, part: tuple[int, int] = (0, 1), progress: Progress | None = None
 ) -> list[tuple[Store, int]]:
     """Encode a recipe's prompts or images into the folder `output`, for data.store; returns the store and how many of its rows are new, of images
@@ -188,10 +182,10 @@ def cache_each(
     made again where it is broken. UserError before anything is written.
     """
     with _members(recipe, part) as members:
-        return _cache_each(kind, recipe, output, part, members, _told(progress, members))
+        return _encoded_by(kind, recipe, output, part, members, _told(progress, members))
 
 
-def _cache_each(kind: Kind, recipe: Recipe, output: Path, part: tuple[int, int], members: Alone, progress: Progress) -> list[tuple[Store, int]]:
+def _encoded_by(kind: Kind, recipe: Recipe, output: Path, part: tuple[int, int], members: Alone, progress: Progress) -> list[tuple[Store, int]]:
     kept_in: dict[str, Any] = {"store": str(output), "keep": "auto", "encode": "ahead"}
     if kind == "latents" and recipe.data.images is not None and is_remote(recipe.data.images):
         remote = recipe.data.images

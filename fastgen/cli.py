@@ -343,7 +343,7 @@ def _cache_encoded(kind: Literal["prompts", "latents"], recipe: str, output: Pat
     from fastgen.evaluation.settings import part_of
 
     read = Recipe.load(recipe, overrides or [])
-    for store, made in caching.cache_each(kind, read, output, part=part_of(part), progress=terminal.progress()):
+    for store, made in caching.cache_encoded(kind, read, output, part=part_of(part), progress=terminal.progress()):
         _note_store(store, made)
 
 

@@ -18,13 +18,12 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from fastgen.errors import UserError, nearest, one_line, shown
 from fastgen.files import expanded
-from fastgen.manifest import OwnSampler, Sampler
+from fastgen.manifest import MOST_SIZES, OwnSampler, Sampler
 from fastgen.yaml_files import MOST_DEPTH, parse, read_yaml
 
 MOST_STEPS = 10**9  # of training: a year of them at thirty a second
 Pixels = Annotated[int, Field(ge=1, le=2**16)]
 Size = Annotated[list[Pixels], Field(min_length=2, max_length=2)]  # height, width
-MOST_SIZES = 64
 LARGEST = 1e18  # of a real number: its square fits single precision
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from fastgen.records import Schema
 
 FORMAT = 3  # 2 is sealed, 1 has hashes of weights alone
+MOST_SIZES = 64  # of one student
 Steps = Annotated[int, Field(ge=1, le=1000)]  # as student.steps of a recipe
 Pixels = Annotated[int, Field(ge=1, le=2**16)]
 Tokens = Annotated[int, Field(ge=1, le=2**20)]
@@ -152,7 +153,7 @@ class _Record(Schema):
     prompts: list[str] = Field(min_length=1)
     own_steps_only: bool = False
     experts: list[Expert] = Field(default_factory=list, max_length=1000)
-    sizes: list[Sized] = Field(default_factory=list, max_length=64)  # those of several, `options`, `grid` and `call` being the first's
+    sizes: list[Sized] = Field(default_factory=list, max_length=MOST_SIZES)  # those of several, `options`, `grid` and `call` being the first's
     sha256: dict[str, Hash] = Field(default_factory=dict)
     method: str = ""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgen.config import MOST_SIZES, Recipe
+from fastgen.config import Recipe
 from fastgen.data import buckets
 from fastgen.data.images import CaptionedImages
 from fastgen.data.latents import LatentImages
@@ -16,6 +16,7 @@ from fastgen.distillers.base import Distiller
 from fastgen.errors import UserError
 from fastgen.families import find_family
 from fastgen.families.base import Family
+from fastgen.manifest import MOST_SIZES
 
 KEY = "recipe key student.sizes"
 _BUCKETS = "recipe key data.buckets"  # of sizes that come of it

@@ -184,7 +184,7 @@ def test_caches_of_parts_are_what_a_run_makes_itself(sd3_folder: Path, source: P
         for file in sorted((tmp_path / "own" / kind).iterdir()):
             assert file.read_bytes() == (tmp_path / "cached" / kind / file.name).read_bytes()
     assert capsys.readouterr().out.splitlines()[-1] == f"latents: {tmp_path}/cached/latents holds 5 of 5, 5 of them new"
-    assert caching.cache_encoded("prompts", given, tmp_path / "cached")[1] == 0
+    assert [made for _, made in caching.cache_encoded("prompts", given, tmp_path / "cached")] == [0]
 
 
 def test_pictures_that_cannot_be_decoded_are_left_out_of_a_store_too(sd3_folder: Path, source: Path, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_archives_elsewhere_are_fetched_for_a_store_and_refused_for_training(sd3
         ):
             dry_run(away, only="train")
         output = tmp_path / f"made {pattern}"
-        assert caching.cache_encoded("latents", away, output)[1] == 5
+        assert [made for _, made in caching.cache_encoded("latents", away, output)] == [5]
         for file in (tmp_path / "own/latents").iterdir():
             assert (output / "latents" / file.name).read_bytes() == file.read_bytes()
         shutil.rmtree(output / "archives")

@@ -22,8 +22,8 @@ def draw_parts(members: Alone, draw: Callable[[Part], object], progress: Progres
     why = ""
     try:
         draw(Part(members.rank, members.world_size))
-    except NotFinite:  # the main process will meet the same
-        why = ""
+    except NotFinite:
+        pass  # the main process will meet the same
     except UserError as error:
         why = str(error)
     (own, _), *others = members.each((why, socket.gethostname()))

@@ -110,7 +110,7 @@ class Source:
         if files is None:
             return None
         buffers = dict(network.named_buffers())
-        for name, value in files.read({name: range(buffers[name].shape[0]) for name in network.state_dict() if name in buffers}):
+        for name, value in files.read({name: None for name in network.state_dict() if name in buffers}):
             buffers[name].copy_(value)
         return network, files
 

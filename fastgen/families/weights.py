@@ -53,14 +53,16 @@ class WeightFiles:
 
     places: Mapping[str, Path]
 
-    def read(self, rows: Mapping[str, range]) -> Iterator[tuple[str, Tensor]]:
-        """These rows of these weights, in the dtype of their file, each file opened once: nothing else of it is read."""
+    def read(self, rows: Mapping[str, range | None]) -> Iterator[tuple[str, Tensor]]:
+        """These rows of these weights, None for all, in the dtype of their file, each file opened once: nothing else of it is read."""
         for file, names in groupby(sorted(rows, key=lambda name: (self.places[name], name)), key=self.places.__getitem__):
             with reading(file), safe_open(file, "pt") as content:
                 for name in names:
-                    part = content.get_slice(name)
-                    first, end = rows[name].start, rows[name].stop
-                    yield name, part[first:end] if end > first else part[:1][:0]
+                    if (own := rows[name]) is None:
+                        yield name, content.get_tensor(name)
+                    else:
+                        part = content.get_slice(name)
+                        yield name, part[own.start : own.stop] if own else part[:1][:0]
 
 
 def weight_files(folder: Path, names: Iterable[str], variant: str | None = None) -> WeightFiles | None:

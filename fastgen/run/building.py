@@ -51,6 +51,11 @@ class Run:
     warnings: tuple[str, ...] = ()
     straightness: dict[str, Any] | None = None
 
+    @property
+    def examples(self) -> list[str]:
+        """Of the prompts that it draws, those that its export is shown and verified with."""
+        return spread(self.data.prompts, 8)
+
     def info(self) -> StudentInfo:
         recipe, resolved = self.plan.recipe, self.plan.resolved()
         teacher = {key: resolved["teacher"][key] for key in ("pretrained", "revision", "guidance", "negative_prompt")}
@@ -67,7 +72,7 @@ class Run:
             sampler=recipe.student.stock_sampler,
             own_sampler=self.own_sampler(),
             teacher=teacher,
-            prompts=spread(self.data.prompts, 8),
+            prompts=self.examples,
             recipe=resolved,
             unfinished=self.unfinished(),
             families=self.plan.sized,

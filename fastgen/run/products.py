@@ -67,7 +67,7 @@ def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Prog
             return
     progress.stage(f"exporting to {student_dir}")
     student = run.averaged() if student is None else student
-    trained = drawn_at_every_size(run.generator("student", student), run.info().prompts)  # now, for adapters are merged where they are
+    trained = drawn_at_every_size(run.generator("student", student), run.examples)  # now, for adapters are merged where they are
     run.plan.family.free_encoders()
     _write_student(run, student_dir, run.plan.recipe.export.weights, student=student)
     with writing(folder.path):

@@ -19,7 +19,7 @@ from tiny_flux import tiny_flux
 from torch import Tensor
 
 from fastgen import cli, inputs, run
-from fastgen.caching import cache_each, cache_pairs
+from fastgen.caching import cache_encoded, cache_pairs
 from fastgen.config import Recipe, validate
 from fastgen.errors import UserError
 from fastgen.generator import load_student, noise_from_seeds, read_manifest
@@ -153,7 +153,7 @@ def test_a_resumed_run_and_one_that_reads_batches_ahead_draw_the_same_sizes(fold
 
 def test_latents_of_both_sizes_are_cached_beside_each_other_and_train_the_same(folders: Any, tmp_path: Path) -> None:
     read = recipe(folders("sd3"), tmp_path, "lcm")
-    made = cache_each("latents", read, tmp_path / "latents")
+    made = cache_encoded("latents", read, tmp_path / "latents")
     assert [(store.path.parent.name, new) for store, new in made] == [("16x16", 2), ("16x24", 2)]
     stored = recipe(folders("sd3"), tmp_path, "lcm", data={"images": str(tmp_path / "latents")})
     ours, theirs = built(read), built(stored)
