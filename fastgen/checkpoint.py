@@ -3,7 +3,8 @@ running statistics, and the step.
 
 Random numbers and data positions are functions of the step (rng.py), so there is nothing else to save. Tensors are safetensors
 (tensor_files.py), which any number of processes reads, replicas as well as shards; nothing is pickled. A checkpoint appears under its final name
-only when every process has written its part. `state.json` holds the hash of every other file, and its own seal; whoever loads from a
+only when every process has written its part. What never changes, a frozen network that is not the teacher's, is written once: each checkpoint has
+a link to the file of the one before. `state.json` holds the hash of every other file, and its own seal; whoever loads from a
 checkpoint checks what it reads.
 """
 
@@ -28,7 +29,7 @@ from fastgen.files import OLD, PARTIAL, publish, reading, recover, remove, remov
 from fastgen.fingerprints import check_files, digest, sealed, unsealed
 from fastgen.group import Alone
 from fastgen.optimizers import load_states, move_states, state_tensors
-from fastgen.roles import Roles
+from fastgen.roles import Role, Roles
 from fastgen.trainer import Metrics, Trainer
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = 5
 BY_INDEX = 4  # the format that named optimizers' states by their parameters' places, which is read still
+BASE = "base_"  # components that are the same in all checkpoints of a run
 NO_OTHER = "no other checkpoint is complete: fastgen train … --overwrite starts over"
 
 
@@ -58,8 +60,12 @@ class Content:
         state |= {"recipe": recipe, "inputs": dict(inputs or {}), "metrics": dict(metrics or {})}
         tensors = _tensors(trainer)
         if apart:
-            tensors = {name: {key: value.detach().to("cpu", copy=True) for key, value in own.items()} for name, own in tensors.items()}
+            tensors = {name: own if name.startswith(BASE) else _copied(own) for name, own in tensors.items()}
         return cls(state, tensors)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
 
 
 def save(folder: Path, trainer: Trainer, recipe: dict[str, Any], *, keep: int, group: Group = None) -> Path:
@@ -76,22 +82,26 @@ def write(folder: Path, content: Content, *, keep: int, group: Group = None) -> 
     partial = target.with_name(PARTIAL + target.name)
     is_main = group is None or group.rank() == 0
 
-    def begin() -> None:
-        if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+    def begin() -> dict[str, str]:
+        if not is_main:
+            return {}
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return _linked(folder, partial, content)
 
     def end() -> None:
         if is_main:
             share(partial)
-            files = {name: value for own in written for name, value in sorted(own.items())}
+            files = {name: value for own in (linked, *written) for name, value in sorted(own.items())}
             write_atomically(partial / "state.json", json.dumps(sealed({**content.state, "files": files}), indent=1))
             publish(partial, target)
 
     with writing(target):
         try:
-            tensor_files.together(group, begin)
-            written = tensor_files.together(group, lambda: tensor_files.write(partial, content.tensors, target=target, group=group))
+            linked = tensor_files.together(group, begin)[0]
+            there = {component(file) for file in linked}
+            new = {name: tensors for name, tensors in content.tensors.items() if name not in there}
+            written = tensor_files.together(group, lambda: tensor_files.write(partial, new, target=target, group=group))
             tensor_files.together(group, end)
         except BaseException:
             if is_main:
@@ -100,6 +110,25 @@ def write(folder: Path, content: Content, *, keep: int, group: Group = None) -> 
         for old in checkpoints(folder)[:-keep] if is_main else ():
             remove(old)
     return target
+
+
+def _linked(folder: Path, partial: Path, content: Content) -> dict[str, str]:
+    """Files in `partial` that are those of the newest checkpoint beside it, with their hashes: what is the same in all. None where there is no
+    checkpoint yet, or the disk has no links; then they are written."""
+    names = {name for name in content.tensors if name.startswith(BASE)}
+    if not names or not (before := checkpoints(folder)[-1:]):
+        return {}
+    made: dict[str, str] = {}
+    try:
+        for file, value in read_state(before[0])["files"].items():
+            if component(file) in names:
+                os.link(before[0] / file, partial / file)
+                made[file] = value
+    except (OSError, UserError):
+        for file in made:
+            (partial / file).unlink()
+        return {}
+    return made
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -246,6 +275,8 @@ def load(checkpoint: Path, trainer: Trainer, state: dict[str, Any] | None = None
             found = _saved(checkpoint, f"role_{name}", state)
             role.check_shapes(found.shapes)
             found.read_into(role.state_dict())
+            if base := role.base():
+                _read_base(role, base, _saved(checkpoint, f"{BASE}{name}", state))
         for name, optimizer in trainer.optimizers.items():
             parameters = trainer.roles[name].parameters()
             if state["format"] == BY_INDEX:
@@ -286,18 +317,32 @@ def load_students(run_dir: Path, roles: Roles, names: Sequence[str]) -> list[str
     recorded, taken = state["files"], [name for name in names if name in trained]
     for name in taken:
         try:
-            check_files(newest, {file: recorded[file] for file in _files_of(f"ema_{name}", recorded)}, "saved")
+            files = [file for part in (f"ema_{name}", f"{BASE}{name}") for file in _files_of(part, recorded)]
+            check_files(newest, {file: recorded[file] for file in files}, "saved")
         except UserError as error:
             raise UserError(f"recipe key student.init: {error}") from error
         try:
             with reading(newest):
                 found = _saved(newest, f"ema_{name}", state)
             del found.shapes["updates"]
-            roles[name].check_shapes(found.shapes)
-            found.read_into(roles[name].state_dict())
+            role, base = roles[name], roles[name].base()
+            if base and not _files_of(f"{BASE}{name}", recorded):  # of a run that trained all of it: adapters begin on that
+                role.check_shapes(found.shapes, role.whole())
+                found.read_into(role.whole())
+                continue
+            role.check_shapes(found.shapes)
+            found.read_into(role.state_dict())
+            if base:
+                _read_base(role, base, _saved(newest, f"{BASE}{name}", state))
         except ValueError as error:
             raise UserError(f"recipe key student.init: {str(run_dir)!r} holds another student than this recipe's: {error}") from error
     return taken
+
+
+def _read_base(role: Role, base: Mapping[str, Tensor], saved: Saved) -> None:
+    """In place, as it is kept: a weight that was rounded may come from one that was not."""
+    role.check_shapes(saved.shapes, base)
+    saved.read_into(base)
 
 
 def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
@@ -306,6 +351,8 @@ def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         files["statistics"] = trainer.distiller.statistics
     for name, role in trainer.roles.trained.items():
         files[f"role_{name}"] = role.state_dict()
+        if base := role.base():
+            files[f"{BASE}{name}"] = base
     for name, optimizer in trainer.optimizers.items():
         files[f"optimizer_{name}"] = state_tensors(optimizer, list(trainer.roles[name].parameters()))
     return files

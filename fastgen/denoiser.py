@@ -149,7 +149,8 @@ class Denoiser(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of what the network is given beside the time: that of its parameters. Weights that layers hold narrow (surgery/held.py) are none,
         and are read in whatever dtype they meet."""
-        return next((parameter.dtype for parameter in self.backbone.parameters()), torch.float32)
+        dtypes = (p.dtype for name, p in self.backbone.named_parameters() if moe.part(name) != "experts")  # which may be narrower, and routers wider
+        return next(dtypes, torch.float32)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()

@@ -42,7 +42,7 @@ from fastgen.provenance import teacher_source
 from fastgen.roles import Role, RoleSpec
 from fastgen.sampling import Experts
 from fastgen.surgery import lora
-from fastgen.surgery.held import is_held
+from fastgen.surgery.held import is_held, release
 from fastgen.surgery.moe import expert_layers, stored
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,7 +82,8 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
     """Write the student's whole pipeline to `output`, which appears only when complete; student: one role, or experts from noise to data.
 
     Scalar inputs are folded into the time embedding for good. So is a single adapter merged; several share one network, and each is
-    merged into a copy. Where the network holds its weights narrow, adapters are merged into the teacher's own, loaded anew.
+    merged into a copy. Where the network holds its weights narrow, adapters are merged into the teacher's own, loaded anew, or, where it is not the
+    teacher's, into what was held.
     """
     experts = _experts(student)
     info = replace(info, own_steps_only=any("second_time" in expert.role.spec.inputs for expert in experts))
@@ -93,7 +94,7 @@ def export_student(student: Role | Sequence[Expert], family: Family, info: Stude
     def network(k: int) -> nn.Module:
         denoiser = experts[k].role.denoiser
         if denoiser.adapter is not None and is_held(denoiser.backbone):
-            denoiser = _in_full(denoiser)
+            denoiser = _released(denoiser) if experts[k].role.own_base else _in_full(denoiser)
         elif denoiser.adapter is not None and len(experts) > 1:
             denoiser = _copied(denoiser)
         return _plain_network(denoiser, times[shares[k]])
@@ -155,6 +156,13 @@ def _copied(denoiser: Denoiser) -> Denoiser:
     return Denoiser(copy.deepcopy(denoiser.backbone), denoiser.family, adapter=denoiser.adapter, inputs=denoiser.inputs)
 
 
+def _released(denoiser: Denoiser) -> Denoiser:
+    """The same student in layers that weights can be merged into: those of a base that is in no folder, as they were read in training."""
+    copied = _copied(denoiser).to("cpu")
+    release(copied.backbone)
+    return copied
+
+
 def _in_full(denoiser: Denoiser) -> Denoiser:
     """The same student on the teacher's own weights, its adapter merged; on the CPU, where networks are loaded."""
     assert denoiser.adapter is not None
@@ -206,7 +214,8 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
     teacher pipeline. for_comfy: and the same for other programs. UserError where adapters cannot hold the student."""
     experts = _experts(student)
     tuned = all(expert.role.denoiser.adapter is not None for expert in experts)
-    check_lora([expert.role.spec for expert in experts], family, tuned=tuned, method=info.method)
+    reshaped = "student.moe" if info.sparse else "student.shrink" if info.smaller else None
+    check_lora([expert.role.spec for expert in experts], family, tuned=tuned, method=info.method, reshaped=reshaped)
     scheduler = family.sampling_scheduler(info.steps, info.grid, info.sampler)
     pipeline = family.load_pipeline(experts[0].role.denoiser.backbone, scheduler)
     places = [f"expert_{k}" for k in range(1, len(experts) + 1)] if len(experts) > 1 else [""]
@@ -227,13 +236,16 @@ def export_lora(student: Role | Sequence[Expert], family: Family, info: StudentI
     return _publish(output, write, lambda folder: _manifest(folder, told, family, "lora", "fp32", more))
 
 
-def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, method: str, key: str = "--lora") -> None:
-    """UserError where adapters alone cannot hold a student of these roles. tuned: whether they have adapters; key: what asks for them."""
+def check_lora(students: Iterable[RoleSpec], family: Family, *, tuned: bool, method: str, reshaped: str | None = None, key: str = "--lora") -> None:
+    """UserError where adapters alone cannot hold a student of these roles. tuned: whether they have adapters; reshaped: the recipe key by which they
+    belong to another network than the teacher's; key: what asks for them."""
     way_on = f"export it without {key}" if key.startswith("--") else "`export.weights: full` merges it"
     if not family.loads_lora:
         raise UserError(f"{key}: {family.pipeline_classes[0]} loads no LoRA files; {way_on}")
     if not tuned:
         raise UserError(f"{key}: a student trained with student.tune: full has no adapter; {way_on.replace('merges it', 'exports it whole')}")
+    if reshaped is not None:
+        raise UserError(f"{key}: the student's adapter belongs to a network that is not its teacher's ({reshaped}); {way_on}")
     for inputs in (spec.inputs for spec in students if spec.inputs):
         what = inputs[0].replace("_", " ")
         raise UserError(f"{key}: {method} gives the student a {what} input, which an adapter cannot hold; {way_on}")

@@ -144,7 +144,8 @@ class Plan:
         tune = self.recipe.student.tune
         if not isinstance(tune, Tuning):
             return None
-        targets = self.family.lora_targets if tune.lora.targets == "auto" else tuple(tune.lora.targets)
+        shared = () if self.recipe.student.moe is None else ("shared.up", "shared.down")
+        targets = (*self.family.lora_targets, *shared) if tune.lora.targets == "auto" else tuple(tune.lora.targets)
         return LoraTuning(tune.lora.rank, tune.lora.alpha or tune.lora.rank, targets, self.recipe.train.seed)
 
     @property
@@ -224,7 +225,8 @@ class Plan:
     def check_lora(self, key: str) -> None:
         """UserError where adapters alone cannot hold the student; key: what asks for them."""
         students = [spec for spec in self.roles.values() if spec.averaged]
-        export.check_lora(students, self.family, tuned=self.tuning is not None, method=self.recipe.distiller.name, key=key)
+        told: Any = {"method": self.recipe.distiller.name, "reshaped": _reshaped(self.recipe)}
+        export.check_lora(students, self.family, tuned=self.tuning is not None, key=key, **told)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -442,8 +444,15 @@ def _facts(recipe: Recipe, family: Family, *, started: bool) -> Facts:
         experts=None if student.moe is None else student.moe.active,
         grouped=student.moe is not None and bool(student.moe.groups),
         num_blocks=None if student.moe is None else len(family.blocks(family.load_backbone(meta=True))),
-        reshaped="student.shrink" if student.shrink is not None else "student.moe" if student.moe is not None else None,
+        reshaped=_reshaped(recipe),
+        adapters=student.tune != "full",
     )
+
+
+def _reshaped(recipe: Recipe) -> str | None:
+    """The key by which the student has other layers than its teacher."""
+    student = recipe.student
+    return "student.shrink" if student.shrink is not None else "student.moe" if student.moe is not None else None
 
 
 def _origin(recipe: Recipe) -> Origin:
@@ -652,11 +661,6 @@ def _check_experts(planned: Plan) -> None:
     """UserError where the teacher's layers cannot be split so, or the student would share them."""
     if planned.experts is None or (planned.started and planned.recipe.student.init != "teacher"):
         return
-    if planned.tuning is not None:
-        said = (
-            "adapters (student.tune.lora) share the teacher's network, whose layers they are named after; train with student.tune: full, or remove it"
-        )
-        raise UserError(f"recipe key student.moe: {said}")
     if planned.shrink is not None:
         raise UserError("recipe key student.moe: the student has fewer blocks than its teacher (student.shrink); remove one of them")
     planned._converted()

@@ -1,7 +1,8 @@
 """Roles: the networks of one run (student, teacher, fake score, ...), how each is initialised and which parameters it trains.
 
 Full fine-tuning copies the teacher for each trainable role. With LoRA all roles share one frozen base: a trainable role is an
-adapter, the teacher is the base with every adapter off.
+adapter, the teacher is the base with every adapter off. A student that is another network than its teacher (of experts, say) has a frozen base
+of its own beside that, to which its adapter belongs.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.surgery import lora
 from fastgen.surgery.heads import Heads, Taps, choose_taps
-from fastgen.surgery.held import AS_LOADED, Storage, hold
+from fastgen.surgery.held import AS_LOADED, Storage, hold, rounded_weights
 from fastgen.surgery.log_variance import LogVariance
 from fastgen.surgery.moe.conversion import Conversion, converted
 from fastgen.surgery.moe.importance import Importance
+from fastgen.surgery.moe.layer import is_router, round_experts
 from fastgen.surgery.offload import offload
 from fastgen.surgery.precision import narrow
 from fastgen.surgery.recompute import recompute_blocks
@@ -79,11 +81,13 @@ class LoraTuning:
 
 @dataclass
 class Role:
-    """One network of the run. `module` is what is called (the prepared Denoiser); `denoiser` owns the parameters."""
+    """One network of the run. `module` is what is called (the prepared Denoiser); `denoiser` owns the parameters. own_base: whether the frozen
+    network under its adapter is its own, and not the teacher's."""
 
     name: str
     spec: RoleSpec
     denoiser: Denoiser
+    own_base: bool = False
     module: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,9 +110,26 @@ class Role:
         return own
 
     def network_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of its network or of its adapter, by name within the backbone."""
+        """The parameters of its network or of its adapter, by name within the backbone. Routers of a base of its own train whole: they are smaller
+        than adapters would be, and new."""
         backbone, adapter = self.denoiser.backbone, self.denoiser.adapter
-        return lora.parameters(backbone, adapter) if adapter else dict(backbone.named_parameters())
+        if adapter is None:
+            return dict(backbone.named_parameters())
+        routers = {name: p for name, p in backbone.named_parameters() if self.own_base and is_router(name)}
+        return lora.parameters(backbone, adapter) | routers
+
+    def base(self) -> dict[str, Tensor]:
+        """Of a base of its own what does not train, as it is kept, by the names that it has without adapters: what a run cannot read from its
+        teacher again. Empty for other roles."""
+        if not self.own_base:
+            return {}
+        trained = self.network_parameters()
+        frozen = {name: p.detach() for name, p in self.denoiser.backbone.named_parameters() if name not in trained}
+        return {lora.base_name(name): value for name, value in (frozen | rounded_weights(self.denoiser.backbone)).items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        """`base` with all that trains but the adapter: as one that trains its whole network has them."""
+        return self.base() | {name: value for name, value in self.state_dict().items() if not lora.is_factor(name)}
 
     def own_network_parameters(self) -> dict[str, nn.Parameter]:
         """The same without the adapter's name, so that two roles' parameters of one place have one name."""
@@ -128,9 +149,9 @@ class Role:
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
-    def check_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
-        """ValueError unless a state of these shapes is one of exactly this role's parameters."""
-        own = self.parameters()
+    def check_shapes(self, shapes: Mapping[str, torch.Size], own: Mapping[str, Tensor] | None = None) -> None:
+        """ValueError unless a state of these shapes is one of exactly this role's parameters, or of these tensors of its own."""
+        own = self.parameters() if own is None else own
         if own.keys() != shapes.keys():
             raise ValueError(f"weights of role {self.name!r} do not match: {sorted(own.keys() ^ shapes.keys())[:4]} …")
         for name, parameter in own.items():
@@ -177,9 +198,9 @@ class Roles(dict[str, Role]):
         start with the same A again, whatever seed that run had, as `Role.blend` needs it."""
         if not taken or self[taken[0]].denoiser.adapter is None:
             return
-        source = self[taken[0]].own_network_parameters()
+        source, own_base = self[taken[0]].own_network_parameters(), self[taken[0]].own_base
         for name, role in self.trained.items():
-            if role.denoiser.adapter is not None and name not in taken:
+            if role.denoiser.adapter is not None and name not in taken and role.own_base == own_base:
                 for key, parameter in role.own_network_parameters().items():
                     if "lora_A" in key:
                         parameter.copy_(source[key])
@@ -212,7 +233,8 @@ def build_roles(
     offloaded: bool = False,
 ) -> Roles:
     """Every role from the teacher's network `base`, which is used up. Trained weights stay fp32; under autocast a teacher that no
-    adapter shares keeps its parameters in the compute dtype. shrink: what those that are exported have of the teacher's blocks; the others have
+    adapter shares keeps its parameters in the compute dtype. tuning: adapters, of students that are made of other layers on networks of their own,
+    which are kept in `storage`'s dtype and not quantised. shrink: what those that are exported have of the teacher's blocks; the others have
     all. experts: what becomes of their feed-forward layers, by the neurons' importance; None where weights are
     loaded afterwards. defaults: of scalar inputs, for calls that do not give them. seed: of what
     a role has beside its network (adapters have `tuning.seed`). recompute: blocks keep no activations but compute them again. storage: of
@@ -223,22 +245,29 @@ def build_roles(
         recompute_blocks(base)
     device = next(base.parameters()).device if device is None else device
     additions = {name: _additions(name, spec, family, base, defaults, seed, device) for name, spec in specs.items()}
+    networks = dict[str, nn.Module]()
+    for name, spec in specs.items():
+        if spec.trains_network and spec.averaged and (shrink is not None or experts is not None):
+            networks[name] = _reshaped(base, family, shrink, experts, importance, name, recompute=recompute)
+            _move(networks[name], device)
+    if experts is not None:
+        for name in networks:
+            additions[name] |= {"balance": experts.balance, "bias_rate": experts.bias_rate}
     if tuning is not None:
-        assert shrink is None and experts is None, "the plan refuses adapters on another network than the teacher's"
+        for network in networks.values():
+            hold(network, (), Storage(storage.dtype))
+            round_experts(network, storage.dtype)
         hold(base, family.blocks(base), storage, device)
         _move(base, device)
-        return _shared_roles(specs, family, base, tuning, autocast, additions, device)
+        return _with_adapters(specs, family, base, networks, tuning, autocast, additions, device)
     roles = Roles()
     for name, spec in specs.items():
-        backbone, told = base, {}
-        if spec.trains_network and spec.averaged and experts is not None:
-            backbone = converted(base, family.blocks(base), experts, importance, name).to(device)
-            told = {"balance": experts.balance, "bias_rate": experts.bias_rate}
-        elif spec.trains_network:
-            backbone = _own_network(base, shrink if spec.averaged else None, recompute=recompute)
+        backbone = networks.get(name, base)
+        if spec.trains_network and name not in networks:
+            backbone = copy.deepcopy(base)
             _move(backbone, device)
         backbone.requires_grad_(spec.trains_network)
-        roles[name] = Role(name, spec, Denoiser(backbone, family, autocast=autocast, **told, **additions[name]))
+        roles[name] = Role(name, spec, Denoiser(backbone, family, autocast=autocast, **additions[name]))
     hold(base, family.blocks(base), storage, torch.device("cpu") if offloaded else device)
     _move(base, torch.device("cpu") if offloaded else device)
     if autocast is not None and storage.dtype == "auto":
@@ -253,10 +282,13 @@ def _move(network: nn.Module, device: torch.device) -> None:
     network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
-def _own_network(base: nn.Module, shrink: Shrink | None, *, recompute: bool) -> nn.Module:
-    """What a role starts from that trains a whole network."""
-    if shrink is None:
-        return copy.deepcopy(base)
+def _reshaped(
+    base: nn.Module, family: Family, shrink: Shrink | None, experts: Conversion | None, importance: Importance | None, name: str, *, recompute: bool
+) -> nn.Module:
+    """What role `name` starts from where it has other layers than its teacher."""
+    if experts is not None:
+        return converted(base, family.blocks(base), experts, importance, name)
+    assert shrink is not None
     network = shrunk(base, shrink)
     if recompute:  # a new network does not know of it
         recompute_blocks(network)
@@ -282,22 +314,26 @@ def _additions(
     return additions
 
 
-def _shared_roles(
+def _with_adapters(
     specs: Mapping[str, RoleSpec],
     family: Family,
     base: nn.Module,
+    networks: Mapping[str, nn.Module],
     tuning: LoraTuning,
     autocast: torch.dtype | None,
     additions: Mapping[str, dict[str, Any]],
     device: torch.device,
 ) -> Roles:
+    """Adapters on the base that roles share, or on a role's own in `networks`."""
     roles = Roles()
     for name, spec in specs.items():
+        backbone = networks.get(name, base)
         if spec.trains_network:
-            lora.add_adapter(base, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets, seed=tuning.seed, device=device)
-        denoiser = Denoiser(base, family, adapter=name if spec.trains_network else None, autocast=autocast, **additions[name])
-        roles[name] = Role(name, spec, denoiser)
-    base.requires_grad_(False)
+            lora.add_adapter(backbone, name, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets, seed=tuning.seed, device=device)
+        denoiser = Denoiser(backbone, family, adapter=name if spec.trains_network else None, autocast=autocast, **additions[name])
+        roles[name] = Role(name, spec, denoiser, own_base=name in networks)
+    for network in (base, *networks.values()):
+        network.requires_grad_(False)
     for role in roles.trained.values():
         for parameter in role.parameters().values():
             parameter.requires_grad_(True)

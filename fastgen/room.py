@@ -88,9 +88,7 @@ CHANGES = (
     Change("mixed precision, and frozen weights in half", lambda recipe: [] if recipe.train.precision == "bf16" else ["train.precision=bf16"]),
     Change(
         "adapters in place of whole networks",
-        lambda recipe: (
-            [] if isinstance(recipe.student.tune, Tuning) or recipe.student.shrink or recipe.student.moe else ["student.tune={lora: {rank: 64}}"]
-        ),
+        lambda recipe: [] if isinstance(recipe.student.tune, Tuning) or recipe.student.shrink else ["student.tune={lora: {rank: 64}}"],
     ),
     Change(
         "the network under adapters in 8 bits",

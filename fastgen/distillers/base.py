@@ -118,6 +118,7 @@ class Facts:
     exported: bool = False  # whether the student becomes a pipeline, which moves between its steps as its sampler does
     sampler: Sampler = "euler"  # that student.sampler is exported as
     own_sampler: OwnSampler | None = None  # student.sampler where no pipeline has it
+    adapters: bool = False  # whether these are all of networks that trains
     reshaped: str | None = None  # the recipe key by which the student's network is of another shape than roles that start as the teacher does
     experts: float | None = None  # student.moe.active; None: a dense student
     grouped: bool = False  # whether its blocks are in groups (student.moe.groups)

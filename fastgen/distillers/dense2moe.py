@@ -85,6 +85,8 @@ class Dense2MoE(Distiller):
     def check(cls, config: Dense2MoEConfig, facts: Facts) -> None:
         if facts.experts is None:
             raise UserError("recipe key student.moe: missing; dense2moe trains a student of experts, and it says of how many")
+        if facts.adapters:
+            raise UserError("recipe key student.tune: dense2moe trains the experts themselves, which adapters do not reach; use full")
         if facts.grouped and config.blocks == 0:
             raise UserError("recipe key distiller.blocks: 0, so which blocks a sample passes through is never learned; give it a share of the steps")
         if config.blocks > 0 and not facts.grouped:

@@ -114,6 +114,23 @@ def _hold(layer: Any, name: Name, device: torch.device | None) -> None:
         layer.register_buffer(key, value)
 
 
+def rounded_weights(network: nn.Module) -> dict[str, Tensor]:
+    """What layers hold that was only rounded, by the names that the weights had: filled in place, it is held."""
+    layers: list[tuple[str, Any]] = [(name, module) for name, module in network.named_modules() if isinstance(module, Held)]
+    return {f"{name}.weight": layer.codes for name, layer in layers if layer._held[0] == "bf16"}
+
+
+@torch.no_grad()
+def release(network: nn.Module) -> None:
+    """Ordinary layers again, with the weights that were read in them, in the dtype that they had."""
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, Held)]
+    for layer in layers:
+        weight = layer.weight
+        layer._buffers.clear()  # the layer's own class has none
+        layer.__class__ = next(plain for plain, held in _HOLDING.items() if type(layer) is held)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
 def is_held(network: nn.Module) -> bool:
     """Whether a part of it holds its weight, so that nothing can be merged into the weights that it had."""
     return any(isinstance(module, Held) for module in network.modules())

@@ -100,7 +100,17 @@ def _set(layers: Sequence[Any], states: Sequence[tuple[bool, Any]]) -> None:
 
 def parameters(backbone: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The adapter's own parameters by their full names."""
-    return {key: value for key, value in backbone.named_parameters() if f".{name}." in key and "lora_" in key}
+    return {key: value for key, value in backbone.named_parameters() if f".{name}." in key and is_factor(key)}
+
+
+def is_factor(key: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return "lora_" in key
+
+
+def base_name(key: str) -> str:
+    """The name that a parameter of a backbone has without adapters."""
+    return key.replace(".base_layer.", ".")
 
 
 def own_name(key: str, name: str | None) -> str:

@@ -137,6 +137,18 @@ def part(name: str) -> Part | None:
     return "experts" if re.search(r"(^|\.)(w1|b1|w2|selection_bias|router\.weight)$", name) else None
 
 
+def is_router(name: str) -> bool:
+    """Whether a parameter, by its name in a network, decides which experts or blocks run."""
+    return re.search(r"(^|\.)(router\.weight|selection_bias|block_router\.(tokens|modulation)\.weight)$", name) is not None
+
+
+def round_experts(network: nn.Module, dtype: Literal["auto", "bf16", "fp32"]) -> None:
+    """Keep routed experts' weights, which nothing trains, in bf16 where that is asked for; they compute in whatever they meet."""
+    for layer in expert_layers(network) if dtype == "bf16" else ():
+        for weight in (layer.w1, layer.w2):
+            weight.data = weight.data.to(torch.bfloat16)
+
+
 def expert_layers(network: nn.Module) -> list[ExpertLayer]:
     return [module for module in network.modules() if isinstance(module, ExpertLayer)]
 
