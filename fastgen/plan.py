@@ -463,6 +463,7 @@ def _origin(recipe: Recipe) -> Origin:
         raise UserError(f"recipe key student.init: {str(run_dir)!r} holds no student whose training is over")
     _check_same_shrink(run_dir, before["student"].get("shrink"), recipe.dump()["student"]["shrink"])
     _check_same_experts(run_dir, before["student"].get("moe"), recipe.dump()["student"]["moe"])
+    _check_same_tuning(run_dir, before["student"].get("tune", "full"), recipe)
     old, new = flatten(before), flatten({"teacher": resolved_teacher(recipe), "student": recipe.dump()["student"]})
     content = checkpoint.read_state(checkpoint.latest(run_dir))["inputs"].get("teacher.pretrained")
     who = "teacher.pretrained"
@@ -488,6 +489,17 @@ def _check_same_experts(run_dir: Path, before: dict[str, Any] | None, now: dict[
     shapes = [None if each is None else _shape(each) for each in (before, now)]
     if shapes[0] != shapes[1]:
         said = f"{str(run_dir)!r} holds a student with student.moe {shown(before)}, here {shown(now)}; both need the same split"
+        raise UserError(f"recipe key student.init: {said}")
+
+
+def _check_same_tuning(run_dir: Path, before: Any, recipe: Recipe) -> None:
+    """UserError where one student is a whole network and the other an adapter, or adapters of other layers or ranks; adapters begin anew on a whole
+    network where they have a base of their own."""
+    now = recipe.dump()["student"]["tune"]
+    begins = before == "full" and now != "full" and _reshaped(recipe) is not None
+    each = [tune if tune == "full" else tune["lora"] | {"alpha": tune["lora"]["alpha"] or tune["lora"]["rank"]} for tune in (before, now)]
+    if each[0] != each[1] and not begins:
+        said = f"{str(run_dir)!r} holds a student with student.tune {shown(before)}, here {shown(now)}; both need the same"
         raise UserError(f"recipe key student.init: {said}")
 
 
