@@ -216,10 +216,11 @@ def model_card(manifest: dict[str, Any]) -> str:
     what = f"Made by fastgen {version} with {_code(method)} from {_code(teacher['pretrained'])} (guidance {teacher['guidance']})."
     if lora := teacher.get("lora"):
         what += f" {_lora_text(lora, manifest['weights'])}"
-    if manifest.get("shrink"):
-        what += f" It is smaller than its teacher: {in_words(manifest['shrink'])}."
-    if manifest.get("moe"):
-        what += f" Its feed-forward layers are mixtures of experts: {moe_in_words(manifest['moe'])}. {_TRUST}"
+    surgery = manifest.get("surgery", {})
+    if "shrink" in surgery:
+        what += f" It is smaller than its teacher: {in_words(surgery['shrink'])}."
+    if "moe" in surgery:
+        what += f" Its feed-forward layers are mixtures of experts: {moe_in_words(surgery['moe'])}. {_TRUST}"
     if license := teacher.get("license"):
         what += f" Its licence is its teacher's: {_code(license.get('license_name') or license.get('license') or license['license_link'])}."
     how = (

@@ -146,6 +146,13 @@ class Sparse(Schema):
     removed_experts: _Number | None = None
 
 
+class Surgery(Schema):
+    """What makes a student another network than its teacher: fewer blocks, or experts."""
+
+    shrink: Smaller | None = None
+    moe: Sparse | None = None
+
+
 class _Record(Schema):
     weights: Literal["full", "lora"]
     steps: Steps
@@ -164,10 +171,9 @@ class _Record(Schema):
         default_factory=dict
     )  # what from_pretrained must be passed, of an adapter's teacher or of the student
     unfinished: dict[str, dict[str, int]] = Field(default_factory=dict)
-    shrink: Smaller | None = None
     own_sampler: Beside | None = None
     comfyui: Comfy | None = None
-    moe: Sparse | None = None
+    surgery: Surgery = Field(default_factory=lambda: Surgery())
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
 

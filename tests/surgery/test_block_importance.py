@@ -115,7 +115,7 @@ def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kept(manifest: Path) -> Any:
-    return json.loads((manifest / "fastgen.json").read_text(encoding="utf-8"))["shrink"]["kept"]
+    return json.loads((manifest / "fastgen.json").read_text(encoding="utf-8"))["surgery"]["shrink"]["kept"]
 
 
 @pytest.mark.usefixtures("same_interpreter")

@@ -73,7 +73,7 @@ def test_copies_of_each_with_as_many_times_more_active_draw_the_same_pictures(fi
     output = exported(running, tmp_path / "student")
     torch.testing.assert_close(drawn(output), drawn(before), rtol=0, atol=1e-5)
     manifest = json.loads((output / "fastgen.json").read_text(encoding="utf-8"))
-    assert {key: manifest["moe"][key] for key in ("all_experts", "split_experts", "removed_experts", "active", "experts")} == {
+    assert {key: manifest["surgery"]["moe"][key] for key in ("all_experts", "split_experts", "removed_experts", "active", "experts")} == {
         "all_experts": 2 * SPLIT,
         "split_experts": SPLIT,
         "removed_experts": 0,
@@ -107,8 +107,12 @@ def test_experts_that_nobody_uses_are_removed_and_pictures_stay(first: Path, tmp
     output = exported(running, tmp_path / "student")
     torch.testing.assert_close(drawn(output), drawn(as_was), rtol=0, atol=1e-5)
     manifest = json.loads((output / "fastgen.json").read_text(encoding="utf-8"))
-    assert manifest["moe"]["removed_experts"] == sum(size[1] for size in sizes.values()) == SPLIT - manifest["moe"]["all_experts"]
-    assert manifest["moe"]["parameters"] < json.loads((as_was / "fastgen.json").read_text(encoding="utf-8"))["moe"]["parameters"]
+    assert (
+        manifest["surgery"]["moe"]["removed_experts"] == sum(size[1] for size in sizes.values()) == SPLIT - manifest["surgery"]["moe"]["all_experts"]
+    )
+    assert (
+        manifest["surgery"]["moe"]["parameters"] < json.loads((as_was / "fastgen.json").read_text(encoding="utf-8"))["surgery"]["moe"]["parameters"]
+    )
 
 
 def test_removed_then_copied_trained_resumed_exported_and_gone_on_from(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def test_a_plan_says_it_and_counts_the_mean() -> None:
 def test_from_recipe_to_stock_diffusers(recipe: str, tmp_path: Path) -> None:
     output = run.train(digits(*FOLLOWS, recipe=recipe), tmp_path / "run") / "student"
     manifest = json.loads((output / "fastgen.json").read_text(encoding="utf-8"))
-    assert manifest["moe"]["capacity"] == {"noise": 1, "data": 3}
+    assert manifest["surgery"]["moe"]["capacity"] == {"noise": 1, "data": 3}
     assert "2 on average (from 1 at noise to 3 at data) of 12 routed experts" in (output / "README.md").read_text(encoding="utf-8")
     loaded = find_family(output, size=[8, 8]).load_backbone()
     assert capacity_of(loaded) == Capacity(1, 3, "timestep", 1000, 0)

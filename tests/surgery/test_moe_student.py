@@ -226,11 +226,6 @@ def test_what_is_no_split_is_refused_by_its_key(overrides: list[str], message: s
         (["student.moe.blocks=[4]"], ".blocks: no block 4; the teacher's are 0 to 3"),
         (["student.moe.leave=[ff, ff_context]"], ": SD3Transformer2DModel has no feed-forward layer in its blocks that is not left dense"),
         (
-            ["student.moe.experts=12", "student.tune.lora.rank=2"],
-            ": adapters (student.tune.lora) share the teacher's network, whose layers they are named after; train with student.tune: full, or "
-            "remove it",
-        ),
-        (
             ["student.moe.experts=12", "student.shrink.depth=2"],
             ": the student has fewer blocks than its teacher (student.shrink); remove one of them",
         ),
@@ -346,9 +341,11 @@ def test_the_export_brings_its_own_class(exported: Path) -> None:
     index = json.loads((exported / "model_index.json").read_text(encoding="utf-8"))
     assert index["transformer"] == [name, "SD3Transformer2DModelWithExperts"]
     manifest = json.loads((exported / "fastgen.json").read_text(encoding="utf-8"))
-    assert manifest["moe"]["active_parameters"] < DENSE < manifest["moe"]["parameters"] == SPLIT
+    assert manifest["surgery"]["moe"]["active_parameters"] < DENSE < manifest["surgery"]["moe"]["parameters"] == SPLIT
     assert manifest["loading"] == {"trust_remote_code": True}
-    assert f"Its feed-forward layers are mixtures of experts: {in_words(manifest['moe'])}." in (exported / "README.md").read_text(encoding="utf-8")
+    assert f"Its feed-forward layers are mixtures of experts: {in_words(manifest['surgery']['moe'])}." in (exported / "README.md").read_text(
+        encoding="utf-8"
+    )
     assert "trust_remote_code=True)" in card_snippet(exported)
     with pytest.raises(ValueError, match=r"Pass `trust_remote_code=True` to allow loading remote code modules"):
         DiffusionPipeline.from_pretrained(exported)
@@ -533,7 +530,11 @@ def test_a_run_of_groups_slim_modulation_and_bias_from_start_to_picture(tmp_path
     folder = tmp_path / "run"
     run.train(digits(*keys), folder)
     manifest = json.loads((folder / "student" / "fastgen.json").read_text(encoding="utf-8"))
-    assert (manifest["moe"]["grouped_blocks"], manifest["moe"]["kept_blocks"], manifest["moe"]["modulation_rank"]) == (2, 1, 4)
+    assert (
+        manifest["surgery"]["moe"]["grouped_blocks"],
+        manifest["surgery"]["moe"]["kept_blocks"],
+        manifest["surgery"]["moe"]["modulation_rank"],
+    ) == (2, 1, 4)
     assert "1 of 2 blocks in groups a sample, modulation of rank 4" in (folder / "student" / "README.md").read_text(encoding="utf-8")
     state = load_file(next((folder / "student" / "transformer").glob("*.safetensors")))
     assert state["transformer_blocks.0.ff.selection_bias"].abs().max() > 0

@@ -431,7 +431,7 @@ def test_the_exported_student_is_the_same_class_with_fewer_blocks(exported: Path
     assert json.loads((exported / "transformer" / "config.json").read_text())["num_layers"] == 2
     manifest = json.loads((exported / "fastgen.json").read_text())
     want = summary(find_family("fastgen:digits").load_backbone(meta=True), Shrink(0.5))
-    assert manifest["shrink"] == want
+    assert manifest["surgery"]["shrink"] == want
     assert manifest["recipe"]["student"]["shrink"] == {"depth": 0.5, "keep": "even", "init": "pruned", "calibration": 8}
     assert f"It is smaller than its teacher: {in_words(want)}." in (exported / "README.md").read_text()
 
