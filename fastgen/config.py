@@ -137,6 +137,10 @@ class ShrinkBlock(Block):
         return calibration
 
 
+def _default(block: type[Block], key: str) -> Any:
+    return block.model_fields[key].default
+
+
 class GroupsBlock(Block):
     """of: the name of a list of blocks in the teacher's network; all lists where it has none. size: consecutive blocks in a group. kept: how many of
     them a sample passes through. alpha: the weight of tokens, beside the modulation's vector, in the router's scores."""
@@ -204,7 +208,7 @@ class MoEBlock(Block):
     blocks: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=1)] = "all"
     leave: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     importance: Literal["taylor", "magnitude", "random"] = "taylor"
-    calibration: int = Field(8, le=10**6)
+    calibration: int = Field(8, ge=0, le=10**6)
     router_std: float = Field(0.02, ge=0, le=1e3)
     balance: float = Field(0.01, ge=0, le=1e6)
     bias_rate: float = Field(0.0, ge=0, le=1)
@@ -244,6 +248,32 @@ class MoEBlock(Block):
         if calibration < 1 and info.data.get("importance") == "taylor":
             raise ValueError("importance is measured on 1 batch or more; for none, set student.moe.importance to magnitude or random")
         return calibration
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_differ(cls, blocks: Literal["all"] | list[int]) -> Literal["all"] | list[int]:
+        if twice := [place for place in blocks if isinstance(place, int) and blocks.count(place) > 1]:
+            raise ValueError(f"{twice[0]} is there twice")
+        return blocks
+
+    @field_validator("remove_dead", "upcycle")
+    @classmethod
+    def _tokens_chose(cls, altering: Any, info: ValidationInfo) -> Any:
+        if altering and info.data.get("router") == "expert":
+            alike = "their loads are alike, and none is dead" if info.field_name == "remove_dead" else "a copy takes its original's tokens for ever"
+            raise ValueError(f"where experts choose, {alike}; remove it, or set student.moe.router to token")
+        return altering
+
+    @model_validator(mode="after")
+    def _used(self) -> MoEBlock:
+        """Numbers that nothing reads are refused, but 0, which says so."""
+        nothing = "router: expert, where loads are even already" if self.router == "expert" else "active: 0" if self.active == 0 else None
+        if nothing and not self.groups and self.balance not in (0, _default(MoEBlock, "balance")):
+            raise ValueError(f"balance is not used with {nothing}, and without groups; remove it")
+        is_measured = self.importance == "taylor" or self.alters or (self.groups and self.router_std > 0)
+        if not is_measured and self.calibration not in (0, _default(MoEBlock, "calibration")):
+            raise ValueError(f"calibration is not used with importance: {self.importance}, where nothing else is measured; remove it")
+        return self
 
 
 def _of_a_trained_student(moe: MoEBlock | None, init: str) -> None:

@@ -675,6 +675,8 @@ def _check_experts(planned: Plan) -> None:
         return
     if planned.shrink is not None:
         raise UserError("recipe key student.moe: the student has fewer blocks than its teacher (student.shrink); remove one of them")
+    dense = planned.family.load_backbone(meta=True)
+    planned.experts.check_leave(dense, planned.family.blocks(dense))
     planned._converted()
 
 

@@ -63,6 +63,10 @@ class Dense2MoEConfig(MethodConfig):
             raise ValueError(f"shared ({self.shared:g}) and blocks ({self.blocks:g}) are shares of one run; together they are at most 1")
         if self.features == 0 and self.taps != "auto":
             raise ValueError("taps are not used with features: 0; remove them")
+        if self.blocks == 1 and self.taps != "auto":
+            raise ValueError("taps are not used with blocks: 1, for the last blocks of groups count there; remove them")
+        if self.taps != "auto" and (twice := [tap for tap in self.taps if self.taps.count(tap) > 1]):
+            raise ValueError(f"taps: {twice[0]} is there twice")
         return self
 
 
@@ -89,6 +93,9 @@ class Dense2MoE(Distiller):
             raise UserError("recipe key student.tune: dense2moe trains the experts themselves, which adapters do not reach; use full")
         if facts.grouped and config.blocks == 0:
             raise UserError("recipe key distiller.blocks: 0, so which blocks a sample passes through is never learned; give it a share of the steps")
+        if facts.grouped and round(config.blocks * facts.train_steps) == 0:
+            said = f"{config.blocks:g} of {facts.train_steps} steps are none, so which blocks a sample passes through is never learned"
+            raise UserError(f"recipe key distiller.blocks: {said}; give it more")
         if config.blocks > 0 and not facts.grouped:
             raise UserError(f"recipe key distiller.blocks: {config.blocks:g}, but no blocks are in groups; give student.moe.groups, or remove it")
         if facts.experts == 0 and config.shared + config.blocks < 1:

@@ -176,6 +176,7 @@ def test_it_is_drawn_with_its_teachers_guidance() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["distiller.taps=[1, 1]"], "distiller: taps: 1 is there twice"),
         (["student.moe=null"], "student.moe: missing; dense2moe trains a student of experts, and it says of how many"),
         (
             ["student.moe.active=0", "distiller.shared=0.5"],
@@ -252,6 +253,14 @@ def test_blocks_are_left_out_at_last_alone_and_groups_count_by_their_outputs() -
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["student.moe.groups=[{size: 2, kept: 1}]", "distiller.blocks=0.0001"],
+            "distiller.blocks: 0.0001 of 600 steps are none, so which blocks a sample passes through is never learned; give it more",
+        ),
+        (
+            ["student.moe.groups=[{size: 2, kept: 1}]", "distiller.blocks=1", "distiller.shared=0", "distiller.taps=[0]"],
+            "distiller: taps are not used with blocks: 1, for the last blocks of groups count there; remove them",
+        ),
         (
             ["student.moe.groups=[{size: 2, kept: 1}]"],
             "distiller.blocks: 0, so which blocks a sample passes through is never learned; give it a share",

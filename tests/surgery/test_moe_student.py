@@ -206,6 +206,13 @@ def test_importance_is_measured_once_and_from_the_seed() -> None:
         (["student.moe.experts=0"], ".experts: Input should be greater than or equal to 1 (given: 0)"),
         (["student.moe.routers=token"], ".routers: unknown key; did you mean 'router'?"),
         (["student.moe.blocks=[]"], ".blocks:"),
+        (["student.moe.blocks=[1, 0, 1]"], ".blocks: 1 is there twice"),
+        (["student.moe.importance=random", "student.moe.calibration=-1"], ".calibration: Input should be greater than or equal to 0"),
+        (["student.moe.importance=random", "student.moe.calibration=3"], ": calibration is not used with importance: random"),
+        (["student.moe.router=expert", "student.moe.balance=0.5"], ": balance is not used with router: expert"),
+        (["student.moe.active=0", "student.moe.balance=0.5"], ": balance is not used with active: 0"),
+        (["student.moe.router=expert", "student.moe.remove_dead=0.1"], ".remove_dead: where experts choose, their loads are alike"),
+        (["student.moe.router=expert", "student.moe.upcycle={}"], ".upcycle: where experts choose, a copy takes its original's tokens for ever"),
     ],
 )
 def test_what_is_no_split_is_refused_by_its_key(overrides: list[str], message: str) -> None:
@@ -221,9 +228,11 @@ def test_what_is_no_split_is_refused_by_its_key(overrides: list[str], message: s
             ["student.moe.experts=5"],
             ": transformer_blocks.0.ff has 256 hidden neurons, which 1.0 + 5 x 0.25 does not divide into whole experts",
         ),
-        (["student.moe.active=13"], ".active: 13.0 of 12 experts (transformer_blocks.0.ff); allowed: 0 to 12, a whole number where tokens choose"),
+        (["student.moe.active=13"], ".active: 13 of 12 experts (transformer_blocks.0.ff); allowed: 0 to 12, a whole number where tokens choose"),
         (["student.moe.active=1.5"], ".active: 1.5 of 12 experts (transformer_blocks.0.ff); allowed: 0 to 12, a whole number where tokens choose"),
         (["student.moe.blocks=[4]"], ".blocks: no block 4; the teacher's are 0 to 3"),
+        (["student.moe.leave=[ff, fff]"], ".leave: no layer in question has a name that ends in 'fff'; names here end in ff, ff_context"),
+        (["student.moe.leave=[attn]"], ".leave: no layer in question has a name that ends in 'attn'; names here end in ff, ff_context"),
         (["student.moe.leave=[ff, ff_context]"], ": SD3Transformer2DModel has no feed-forward layer in its blocks that is not left dense"),
         (
             ["student.moe.experts=12", "student.shrink.depth=2"],

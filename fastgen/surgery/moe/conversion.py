@@ -19,10 +19,10 @@ from fastgen.surgery.moe.capacity import Capacity, capacity_of, follow
 from fastgen.surgery.moe.convert import convert, to_convert
 from fastgen.surgery.moe.importance import Importance
 from fastgen.surgery.moe.layer import Router, expert_layers, set_active
-from fastgen.surgery.moe.modulation import Slim, slim, slim_layers
+from fastgen.surgery.moe.modulation import Slim, find_modulation, slim, slim_layers
 from fastgen.surgery.moe.operators import give_sizes, learn_bias, sizes_of
 from fastgen.surgery.moe.split import Experts
-from fastgen.surgery.moe.structures import KEY, Structure
+from fastgen.surgery.moe.structures import KEY, Structure, walk
 
 EXPERTS = Experts()
 Measure = Literal["taylor", "magnitude", "random"]
@@ -62,6 +62,19 @@ class Conversion:
     def layers(self, network: nn.Module, blocks: Sequence[nn.Module]) -> list[Structure]:
         """The layers that are split; blocks: all of the network's. UserError, which names the module, where one cannot be."""
         return to_convert(network, self.chosen(blocks), self.at_the_split, self.leave)
+
+    def check_leave(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """UserError for an end in `leave` that leaves nothing of a dense network as it is: no feed-forward layer lies there, nor, where these are
+        changed too, a block or its modulation."""
+        names = [name for _, name in walk(network, self.chosen(blocks), strict=False)]
+        if self.groups:
+            names += [name for name, module in network.named_modules() if any(module is block for block in blocks)]
+        if self.slim is not None:
+            names += [each.name for each in find_modulation(network, blocks)]
+        for end in self.leave:
+            if not any(_lies_in(name, end) for name in names):
+                known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+                raise UserError(f"{KEY}.leave: no layer in question has a name that ends in {end!r}; names here end in {known}")
 
     @property
     def at_the_split(self) -> Experts:
@@ -121,6 +134,12 @@ def _in_list(network: nn.Module, blocks: Sequence[nn.Module], name: str) -> list
     if name and name not in lists:
         raise UserError(f"{KEY}.groups.of: no list of blocks {name!r}; {type(network).__name__} has {', '.join(sorted(lists))}")
     return [block for block in blocks if not name or any(block is one for one in network.get_submodule(name).children())]
+
+
+def _lies_in(name: str, end: str) -> bool:
+    """Whether the name, or that of a module around it, has this end."""
+    parts = name.split(".")
+    return any(f".{'.'.join(parts[: i + 1])}".endswith(f".{end}") for i in range(len(parts)))
 
 
 def _in_order(layers: Sequence[Structure]) -> Importance:

@@ -48,7 +48,7 @@ def sizes(hidden: int, experts: Experts, name: str) -> tuple[int, int]:
     if experts.num < 1 or experts.shared <= 0 or experts.routed <= 0:
         raise UserError(f"{KEY}: {experts.num} experts of {experts.routed} beside a shared one of {experts.shared} ({name}); all are above 0")
     if not 0 <= experts.active <= experts.num or (experts.choice == "token" and experts.active != int(experts.active)):
-        given = f"student.moe.active: {experts.active} of {experts.num} experts ({name})"
+        given = f"student.moe.active: {experts.active:g} of {experts.num} experts ({name})"
         raise UserError(f"recipe key {given}; allowed: 0 to {experts.num}, a whole number where tokens choose")
     shared, routed = Fraction(str(experts.shared)), Fraction(str(experts.routed))
     unit = hidden / (shared + experts.num * routed)
