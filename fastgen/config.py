@@ -252,7 +252,7 @@ class MoEBlock(Block):
     @field_validator("blocks")
     @classmethod
     def _blocks_differ(cls, blocks: Literal["all"] | list[int]) -> Literal["all"] | list[int]:
-        if twice := [place for place in blocks if isinstance(place, int) and blocks.count(place) > 1]:
+        if blocks != "all" and (twice := [place for place in blocks if blocks.count(place) > 1]):
             raise ValueError(f"{twice[0]} is there twice")
         return blocks
 

@@ -15,13 +15,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel as Dense
 from torch import Tensor, nn
+
+
+# In the configuration, for whatever loads the weights without the class below: it would leave layers without weights, but knows no such format.
+GUARD = {"quant_method": "experts of fastgen: load the pipeline with trust_remote_code=True"}
 
 
 class SD3Transformer2DModelWithExperts(Dense):
@@ -36,6 +43,7 @@ class SD3Transformer2DModelWithExperts(Dense):
             _group(self, group)
         self.capacity = experts.get("capacity")
         self.register_to_config(experts=experts)
+        self.__module__ = Path(__file__).stem  # as which a pipeline that is saved again names this file
 
     @functools.wraps(Dense.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,8 +59,17 @@ class SD3Transformer2DModelWithExperts(Dense):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         found = super().load_config(*args, **kwargs)
         config: Any = found[0] if isinstance(found, tuple) else found
-        config.pop("quantization_config", None)  # which keeps the class without experts from loading the weights
+        config.pop("quantization_config", None)
         return found
+
+    def save_config(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """With the guard, and this file beside it."""
+        super().save_config(save_directory, *args, **kwargs)
+        config = Path(save_directory) / "config.json"
+        guarded = json.loads(config.read_text(encoding="utf-8")) | {"quantization_config": GUARD}
+        config.write_text(json.dumps(guarded, indent=2) + "\n", encoding="utf-8")
+        if (beside := Path(save_directory) / Path(__file__).name).resolve() != Path(__file__).resolve():
+            shutil.copyfile(__file__, beside)
 
 
 _options = inspect.signature(Dense.__init__)
