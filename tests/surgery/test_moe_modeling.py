@@ -21,7 +21,7 @@ from fastgen.surgery.moe.split import Choice
 
 def plain_class(dense: str) -> Any:
     """The class of the file for networks of class `dense`, whose code must not need fastgen."""
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__file__": f"{stored.module_name(dense)}.py"}
     text = stored.code(dense)
     assert "import fastgen" not in text
     assert "from fastgen" not in text

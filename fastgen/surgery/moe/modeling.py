@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel as Dense
 from torch import Tensor, nn
 
-
 # In the configuration, for whatever loads the weights without the class below: it would leave layers without weights, but knows no such format.
 GUARD = {"quant_method": "experts of fastgen: load the pipeline with trust_remote_code=True"}
 
