@@ -1,7 +1,7 @@
-"""The denoiser of twelve diffusers pipelines, tiny and random, called as the pipeline calls it (two prompts, one of them shorter).
+"""The denoiser of fifteen diffusers pipelines, tiny and random, called as the pipeline calls it (two prompts, one of them shorter).
 
 Shapes, masks, ids and units of time are those that were recorded at the denoiser while the pipeline ran; only integer times became
-floating-point ones, so that they can have a tangent. Weights that start at zero (output layers, modulations) are random here.
+floating-point ones, so that they can have a tangent. (FLUX.3 has no pipeline in diffusers yet: it is called as its class says.) Weights that start at zero (output layers, modulations) are random here.
 """
 
 from __future__ import annotations
@@ -220,6 +220,50 @@ def flux2klein() -> Built:
     return network, (16, 16), 1, call
 
 
+def flux3() -> Built:
+    from diffusers import Flux3Transformer2DModel
+
+    network = Flux3Transformer2DModel(
+        in_channels=16, cond_in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+        timestep_channels=256, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+
+    def call(net: Any, x: Tensor, t: Tensor, random: Random) -> Tensor:
+        ids = {"txt_ids": torch.cat([torch.zeros(24, 3), torch.arange(24)[:, None]], 1), "img_ids": _ids(4, 4, 4, 1)}
+        return net(hidden_states=x, timestep=t, encoder_hidden_states=random(2, 24, 16), **ids, return_dict=False)[0]
+
+    return network, (16, 16), 1, call
+
+
+def ovis() -> Built:
+    from diffusers import OvisImageTransformer2DModel
+
+    network = OvisImageTransformer2DModel(
+        patch_size=1, in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+
+    def call(net: Any, x: Tensor, t: Tensor, random: Random) -> Tensor:
+        ids = {"txt_ids": torch.zeros(24, 3).to(x.dtype), "img_ids": _ids(4, 4, 3, 1).to(x.dtype)}
+        return net(hidden_states=x, timestep=t, encoder_hidden_states=random(2, 24, 16), **ids, return_dict=False)[0]
+
+    return network, (16, 16), 1, call
+
+
+def prx() -> Built:
+    from diffusers import PRXTransformer2DModel
+
+    network = PRXTransformer2DModel(
+        in_channels=3, patch_size=4, context_in_dim=24, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8], bottleneck_size=12,
+        resolution_embeds=True,
+    )  # fmt: skip
+
+    def call(net: Any, x: Tensor, t: Tensor, random: Random) -> Tensor:
+        return net(x, timestep=t, encoder_hidden_states=random(2, 16, 24), attention_mask=padding_mask().bool(), return_dict=False)[0]
+
+    return network, (3, 16, 16), 1, call
+
+
 def zimage() -> Built:
     from diffusers import ZImageTransformer2DModel
 
@@ -239,5 +283,5 @@ def zimage() -> Built:
 
 
 BUILDERS: dict[str, Callable[[], Built]] = {
-    builder.__name__: builder for builder in (dit, sd15, sdxl, sd3, flux, sana, sprint, pixart, wan, qwen, flux2klein, zimage)
+    builder.__name__: builder for builder in (dit, sd15, sdxl, sd3, flux, sana, sprint, pixart, wan, qwen, flux2klein, flux3, ovis, prx, zimage)
 }

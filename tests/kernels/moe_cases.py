@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from fastgen_kernels.moe_ffn import is_gated
 from torch import Tensor
 
@@ -55,10 +55,14 @@ def inputs(size: Size, activation: str = "gelu", dtype: torch.dtype = F64) -> di
 
 
 def act(h: Tensor, activation: str) -> Tensor:
-    if activation.startswith("gelu"):
-        return F.gelu(h, approximate="tanh" if activation.endswith("approximate") else "none")
+    """By formulas, not PyTorch's functions."""
     half = len(h) // 2
-    return h[:half] * (F.gelu(h[half:]) if activation == "geglu" else F.silu(h[half:]))
+    value, x = (h[:half], h[half:]) if activation.startswith(("geglu", "swiglu")) else (torch.ones_like(h), h)
+    if activation in ("silu", "swiglu"):
+        return value * x / (1 + torch.exp(-x))
+    if activation.endswith("-approximate"):
+        return value * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+    return value * x * (1 + torch.erf(x / 2**0.5)) / 2
 
 
 def loop(x: Tensor, ids: Tensor, gates: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str) -> Tensor:

@@ -164,7 +164,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"w2": torch.zeros(5, 9, 4)}, "w2: (5, 9, 4); w1 (5, 3, 7) with gelu needs (5, 9, 3)"),
     ({"b1": torch.zeros(3)}, "b1: (3,); w1 (5, 3, 7) with gelu needs (5, 3)"),
     ({"b2": torch.zeros(5, 3)}, "b2: (5, 3); w1 (5, 3, 7) with gelu needs (5, 9)"),
-    ({"activation": "relu"}, "activation: 'relu'; allowed: gelu, gelu-approximate, geglu, swiglu"),
+    ({"activation": "relu"}, "activation: 'relu'; allowed: gelu, gelu-approximate, silu, geglu, geglu-approximate, swiglu"),
     ({"gates": torch.zeros(13, 2, device="meta")}, "gates: on meta, but x on cpu"),
 ]
 

@@ -28,7 +28,10 @@ BLOCKS = {
     "sd15": ["down_blocks", "up_blocks"],
     "sd3": ["transformer_blocks"],
     "flux": ["transformer_blocks", "single_transformer_blocks"],
-    "flux2klein": ["transformer_blocks"],
+    "flux2klein": ["transformer_blocks", "single_transformer_blocks"],
+    "flux3": ["mode_blocks.image", "txt_mode_blocks", "single_transformer_blocks"],
+    "ovis": ["transformer_blocks", "single_transformer_blocks"],
+    "prx": ["blocks"],
     "pixart": ["transformer_blocks"],
     "sana": ["transformer_blocks"],
     "wan": ["blocks"],
@@ -43,7 +46,7 @@ def blocks(name: str, network: nn.Module) -> list[nn.Module]:
 
 
 def experts(name: str, active: float, choice: Choice = "token") -> moe.Experts:
-    """Four routed experts; of Z-Image's 85 hidden neurons each takes a fifth, as flux2klein's of 48 cannot."""
+    """Four routed experts; of Z-Image's 85 hidden neurons each takes a fifth, as the others' cannot."""
     return moe.Experts(4, 1.0, 1.0 if name == "zimage" else 0.25, active, choice)
 
 
@@ -79,15 +82,16 @@ DEEP: dict[str, dict[str, int]] = {
     "sana": {"num_layers": 4},
     "wan": {"num_layers": 4},
     "qwen": {"num_layers": 4},
+    "ovis": {"num_layers": 2, "num_single_layers": 4},
+    "prx": {"depth": 4},
     "zimage": {},
 }
-LISTS = {**BLOCKS, "flux2klein": ["transformer_blocks", "single_transformer_blocks"]}
 
 
 def deep(name: str, dtype: torch.dtype = torch.float64) -> tuple[diffusers_zoo.Denoiser, list[nn.Module]]:
     """A denoiser and its blocks, of all its lists."""
     denoiser = diffusers_zoo.build(name, dtype, **DEEP[name])
-    return denoiser, [block for key in LISTS[name] for block in denoiser.network.get_submodule(key).children()]
+    return denoiser, [block for key in BLOCKS[name] for block in denoiser.network.get_submodule(key).children()]
 
 
 def grouped(

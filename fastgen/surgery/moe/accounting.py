@@ -105,10 +105,16 @@ def _put_dense(shares: dict[int, Shares], structure: Structure) -> None:
     down = structure.down
     for layer in (*structure.up, down):
         shares.update({id(p): [("feed-forward", 1.0, 1.0)] for p in layer.parameters()})
+    if structure.above:
+        (up,) = structure.up
+        shares.update({id(p): _fused(structure.above / up.out_features) for p in up.parameters()})
     if structure.beside:
-        attention = structure.beside / down.in_features
-        shares[id(down.weight)] = [("attention", attention, 1.0), ("feed-forward", 1 - attention, 1.0)]
-        shares[id(down.bias)] = [("attention", 1.0, 1.0)]
+        shares.update({id(p): [("attention", 1.0, 1.0)] for p in down.parameters()})  # its bias
+        shares[id(down.weight)] = _fused(structure.beside / down.in_features)
+
+
+def _fused(attention: float) -> Shares:
+    return [("attention", attention, 1.0), ("feed-forward", 1 - attention, 1.0)]
 
 
 def _modulates(name: str, module: nn.Module) -> bool:

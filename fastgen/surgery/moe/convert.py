@@ -39,6 +39,7 @@ def convert(
 def _replaced(structure: Structure, experts: Experts, importance: Importance) -> ExpertLayer:
     partition = deal(importance[structure.name], experts, structure.name)
     layer = ExpertLayer(structure.name, structure.dense(), structure.activation, partition, experts)
+    layer.inside = structure.inside
     layer.requires_grad_(structure.down.weight.requires_grad)
     layer.train(structure.down.training)
     structure.place(layer)

@@ -13,6 +13,7 @@ from fastgen_kernels.moe_ffn import Activation, activate, is_gated, moe_ffn, moe
 from torch import Tensor, nn
 
 from fastgen.surgery.moe import routing
+from fastgen.surgery.moe.inside import Inside
 from fastgen.surgery.moe.routing import Routing
 from fastgen.surgery.moe.split import Experts, Partition, select
 from fastgen.surgery.moe.structures import Dense
@@ -62,6 +63,7 @@ class ExpertLayer(nn.Module):
     selection_bias: (E,), added to probabilities for the choice alone; `even_out` changes it, no gradient does.
     gate_scale: what gates are times their probability, the number of experts that the layer was split into; it stays when experts are added or
     removed (operators.py). The router may have rows for more than there are, which come last: removed ones keep their share of the softmax.
+    inside: how it lies in its block, where the block's own code stays (inside.py).
     """
 
     records: list[Routing] | None
@@ -77,6 +79,7 @@ class ExpertLayer(nn.Module):
         self.gate_scale = float(experts.num)
         self.records = None
         self.held: Held | None = None
+        self.inside: Inside | None = None
         gated = is_gated(activation)
         self.shared = Shared(select(dense, partition.shared, gated=gated)._replace(b2=dense.b2), activation)
         self.router = Router(dense.w1.shape[1], experts.num, dense.w1)

@@ -87,17 +87,44 @@ def _active(capacity: dict[str, Any], time: Tensor) -> float | list[float]:
 
 
 def _put(network: nn.Module, layer: dict[str, Any]) -> None:
-    experts = Experts(layer)
-    if not layer["beside"]:
+    experts, inside, beside = Experts(layer), layer.get("inside"), layer["beside"]
+    if inside is None:
         network.set_submodule(layer["name"], experts)
         return
+    # The block's own code stays: it finds tokens where it had hidden activations.
     block: Any = network.get_submodule(layer["name"])
-    block.proj_out = BesideAttention(layer["beside"], block.proj_out.out_features, block.proj_out.bias is not None, experts)
-    block.proj_mlp = block.act_mlp = nn.Identity()
+    down = getattr(block, inside["down"])
+    setattr(block, inside["down"], BesideAttention(beside, down.out_features, down.bias is not None, experts) if beside else experts)
+    for name in inside["up"]:
+        setattr(block, name, AboveTokens(getattr(block, name), inside["above"], inside["times"]))
+    setattr(block, inside["act"], Ones() if inside["ones"] else nn.Identity())
+    for name, width in inside["widths"].items():
+        setattr(block, name, width)
+
+
+class AboveTokens(nn.Module):
+    """[attention's part of a layer; the tokens themselves, once or twice], of tokens (..., D)."""
+
+    def __init__(self, both: nn.Linear, attention: int, times: int) -> None:
+        super().__init__()
+        self.attention = nn.Linear(both.in_features, attention, both.bias is not None) if attention else None
+        self.in_features, self.times = both.in_features, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = [] if self.attention is None else [self.attention(x)]
+        parts = [*first, *[x.to(first[0].dtype) if first else x] * self.times]
+        return torch.cat(parts, -1) if len(parts) > 1 else x
+
+
+class Ones(nn.Module):
+    """Of what the block multiplies values by, which are the tokens here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
 
 
 class BesideAttention(nn.Module):
-    """The last layer of a single block, of [attention; tokens] (..., A + D)."""
+    """The last layer of a block, of [attention; tokens] (..., A + D)."""
 
     def __init__(self, attention: int, outputs: int, bias: bool, experts: nn.Module) -> None:
         super().__init__()
@@ -301,11 +328,11 @@ def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _is_gated(activation: str) -> bool:
-    return activation in ("geglu", "swiglu")
+    return activation in ("geglu", "geglu-approximate", "swiglu")
 
 
 def _activate(h: Tensor, activation: str) -> Tensor:
-    if activation in ("gelu", "gelu-approximate"):
-        return F.gelu(h, approximate="tanh" if activation == "gelu-approximate" else "none")
-    value, gate = h.chunk(2, -1)  # values first
-    return value * (F.gelu(gate) if activation == "geglu" else F.silu(gate))
+    value, gate = h.chunk(2, -1) if _is_gated(activation) else (None, h)  # values first
+    form = "tanh" if activation.endswith("-approximate") else "none"
+    out = F.silu(gate) if activation in ("silu", "swiglu") else F.gelu(gate, approximate=form)
+    return out if value is None else value * out

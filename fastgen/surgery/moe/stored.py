@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fastgen import records
 from fastgen.errors import UserError
-from fastgen.surgery.moe.beside import BesideAttention
 from fastgen.surgery.moe.blocks import Groups, block_routers, grouped_blocks, join
 from fastgen.surgery.moe.capacity import Capacity, capacity_of, follow
 from fastgen.surgery.moe.conversion import keep_routers_wide
+from fastgen.surgery.moe.inside import Inside
 from fastgen.surgery.moe.layer import ExpertLayer, expert_layers, set_rows
 from fastgen.surgery.moe.modulation import slim_layers, slim_like
 from fastgen.surgery.moe.split import Experts, Partition
@@ -32,11 +32,26 @@ from fastgen.surgery.moe.structures import walk
 _Size = Annotated[int, Field(ge=1, le=2**22)]
 
 
+_Name = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class InBlock(records.Schema):
+    """How a layer lies in its block, as in `inside.Inside`."""
+
+    up: Annotated[list[_Name], Field(min_length=1, max_length=2)]
+    act: _Name
+    down: _Name
+    above: Annotated[int, Field(ge=0, le=2**22)]
+    times: Annotated[int, Field(ge=1, le=2)]
+    ones: bool
+    widths: dict[_Name, _Size]
+
+
 class Layer(records.Schema):
-    """One layer of experts. name: of the module whose place it takes, or of a single block. shared, routed: hidden neurons of the shared and of
-    each routed expert. bias, out_bias: whether its layers have biases. beside: how many inputs of its block's last layer are attention's, 0 where
-    the layer stands alone. scale, removed: where experts were added or removed, what gates are times their probability, and for how many
-    experts that are gone the router still has rows."""
+    """One layer of experts. name: of the module whose place it takes, or of the block that it lies in. shared, routed: hidden neurons of the shared
+    and of each routed expert. bias, out_bias: whether its layers have biases. beside: how many inputs of its block's last layer are attention's,
+    0 where there are none. inside: where it lies in a block, which fastgen knows by itself. scale, removed: where experts were added or removed, what
+    gates are times their probability, and for how many experts that are gone the router still has rows."""
 
     name: str
     activation: Activation
@@ -50,6 +65,7 @@ class Layer(records.Schema):
     bias: bool
     out_bias: bool
     beside: Annotated[int, Field(ge=0, le=2**22)] = 0
+    inside: InBlock | None = None
     scale: Annotated[float, Field(gt=0, le=2**12)] | None = None
     removed: Annotated[int, Field(ge=0, le=2**12)] = 0
 
@@ -112,8 +128,7 @@ class Description(records.Schema):
 
 def describe(network: nn.Module) -> dict[str, Any]:
     """A `Description` of a network of experts, as JSON has it."""
-    beside = {id(module.experts): module.attention.in_features for module in network.modules() if isinstance(module, BesideAttention)}
-    layers = [_layer(layer, beside.get(id(layer), 0)) for layer in expert_layers(network)]
+    layers = [_layer(layer) for layer in expert_layers(network)]
     slimmed, groups = _slimmed(network), _groups(network)
     more: dict[str, Any] = {**({"modulation": slimmed} if slimmed else {}), **({"groups": groups} if groups else {})}
     if (capacity := capacity_of(network)) is not None:
@@ -141,7 +156,7 @@ def _groups(network: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _layer(layer: ExpertLayer, beside: int) -> dict[str, Any]:
+def _layer(layer: ExpertLayer) -> dict[str, Any]:
     assert isinstance(layer.active, int | float), "an active number for each sample is a call's, not a network's"
     return {
         "name": layer.name,
@@ -155,10 +170,17 @@ def _layer(layer: ExpertLayer, beside: int) -> dict[str, Any]:
         "choice": layer.choice,
         "bias": layer.b1 is not None,
         "out_bias": layer.shared.down.bias is not None,
-        "beside": beside,
+        "beside": 0 if layer.inside is None else layer.inside.beside,
+        **({} if layer.inside is None else {"inside": _in_block(layer.inside)}),
         **({"scale": layer.gate_scale} if layer.gate_scale != layer.num_experts else {}),
         **({"removed": removed} if (removed := layer.router.out_features - layer.num_experts) else {}),
     }
+
+
+def _in_block(inside: Inside) -> dict[str, Any]:
+    found = asdict(inside)
+    found.pop("beside")
+    return found | {"up": list(inside.up)}
 
 
 @torch.no_grad()
@@ -182,8 +204,10 @@ def rebuild(dense: nn.Module, description: Mapping[str, Any], where: str) -> nn.
         layer = ExpertLayer(name, weights._replace(w1=w1, b1=b1, w2=w2), structure.activation, parts, experts)
         layer.gate_scale = each.get("scale") or float(each["experts"])
         set_rows(layer, each["experts"] + each.get("removed", 0))
-        found = _layer(layer, structure.beside)
-        if wrong := [key for key in found if key != "active" and found[key] != each.get(key, 0)]:
+        layer.inside = structure.inside
+        found = _layer(layer)
+        # Descriptions of before there were several ways to lie in a block do not say which.
+        if wrong := [key for key in found if key != "active" and found[key] != each.get(key, found[key] if key == "inside" else 0)]:
             raise UserError(f"{where}: {name} has {wrong[0]} {each.get(wrong[0])!r}, and this fastgen makes {found[wrong[0]]!r} of it")
         structure.place(layer.train(structure.down.training))
     _rebuild_modulation(dense, description.get("modulation"), where)

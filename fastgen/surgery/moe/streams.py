@@ -50,6 +50,9 @@ _STREAMS = {
     "QwenImageTransformerBlock": Streams((TEXT, IMAGE), "attn.to_q", "temb", text=(TEXT, "attn.add_k_proj", f"{TEXT}_mask")),
     "Flux2TransformerBlock": Streams((TEXT, IMAGE), "attn.to_q", "temb_mod_img", 6, text=(TEXT, "attn.add_k_proj", "")),
     "Flux2SingleTransformerBlock": Streams((IMAGE,), "attn.to_qkv_mlp_proj", "temb_mod", 3),  # text is among its tokens
+    "OvisImageTransformerBlock": Streams((TEXT, IMAGE), "attn.to_q", "temb", text=(TEXT, "attn.add_k_proj", "")),
+    "OvisImageSingleTransformerBlock": Streams((TEXT, IMAGE), "attn.to_q", "temb", text=(TEXT, "attn.to_q", "")),
+    "PRXBlock": Streams((IMAGE,), "attention.img_qkv_proj", "temb", text=(TEXT, "attention.txt_kv_proj", "attention_mask")),
     "WanTransformerBlock": Streams((IMAGE,), "attn1.to_q", "temb", 6, text=(TEXT, "attn2.to_k", "")),
     "SanaTransformerBlock": Streams((IMAGE,), "attn1.to_q", "timestep", 6, text=(TEXT, "attn2.to_k", _MASK)),
     "ZImageTransformerBlock": Streams(("x",), "attention.to_q", "adaln_input", mask="attn_mask"),

@@ -1,13 +1,15 @@
 """Finds the feed-forward layers of a network that somebody else wrote, and says how their weights lie.
 
-Three structures: diffusers' `FeedForward`; named classes whose values and gates are linear layers of their own, or lie in one; and single
-blocks as FLUX.1 has them, whose last layer reads [attention; hidden] side by side. Others are refused by name.
+Three structures: diffusers' `FeedForward`, and sequences of a linear layer, an activation and another linear layer; named classes that are a layer
+with values and gates; and named blocks that hold such a layer, beside attention or fused with it, and whose own code stays (inside.py). layouts.py
+names them. Others are refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from fastgen_kernels.moe_ffn import Activation, is_gated
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
-from fastgen.surgery.moe.beside import BesideAttention
+from fastgen.surgery.moe.inside import AboveTokens, Inside
+from fastgen.surgery.moe.layouts import BLOCKS, LAYERS, BlockLayout, Layout
 
 KEY = "recipe key student.moe"
 
@@ -31,9 +34,10 @@ class Dense(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """One feed-forward layer. name: of the module that is replaced, in the network; up: linear layers whose outputs, one under the other, are
-    values and then gates, or, with gates_first, one layer the other way round; down: the layer whose last `hidden` inputs are the hidden
-    activations; place: puts another module, which maps tokens (…, D) to (…, D'), where this layer was."""
+    """One feed-forward layer. name: of the module that is replaced, in the network, or of the block that it lies in; up: linear layers whose
+    outputs, one under the other, are values and then gates, or, with gates_first, one layer the other way round; down: the layer whose last `hidden`
+    inputs are the hidden activations; place: puts another module, which maps tokens (…, D) to (…, D'), where this layer was; inside: how it lies
+    in its block, None where it is a module of its own."""
 
     name: str
     activation: Activation
@@ -41,7 +45,17 @@ class Structure:
     down: nn.Linear
     place: Callable[[nn.Module], None]
     gates_first: bool = False
-    beside: int = 0  # how many inputs of `down` come first and are attention's; its bias is attention's then
+    inside: Inside | None = None
+
+    @property
+    def beside(self) -> int:
+        """How many inputs of `down` come first and are attention's; its bias is attention's then."""
+        return self.inside.beside if self.inside else 0
+
+    @property
+    def above(self) -> int:
+        """How many outputs of the one layer `up` come first and are attention's."""
+        return self.inside.above if self.inside else 0
 
     @property
     def hidden(self) -> int:
@@ -50,10 +64,16 @@ class Structure:
     def dense(self) -> Dense:
         """The layer's weights, detached; views where nothing has to be joined."""
         w1, b1 = _joined([layer.weight for layer in self.up]), _joined([layer.bias for layer in self.up])
+        assert w1 is not None
+        w1, b1 = w1[self.above :], None if b1 is None else b1[self.above :]
         if self.gates_first:
             w1, b1 = _swapped(w1), _swapped(b1)
         assert w1 is not None
         return Dense(w1, b1, self.down.weight.detach()[:, self.beside :], None if self.beside or self.down.bias is None else self.down.bias.detach())
+
+    def parts(self) -> list[str]:
+        """Names of what the layer is: its own, or those of the block's layers that it is made of."""
+        return [self.name] if self.inside is None else [f"{self.name}.{part}" for part in (*self.inside.up, self.inside.act, self.inside.down)]
 
 
 def find(network: nn.Module, blocks: Iterable[nn.Module], leave: Sequence[str] = ()) -> list[Structure]:
@@ -77,10 +97,11 @@ def walk(
     for name, module in network.named_modules():
         if id(module) not in inside or any(f"{name}.".startswith(f"{other}.") for other in done):
             continue
-        if any(f".{name}".endswith(f".{end}") for end in leave):
-            done.add(name)
-            continue
         structure = _recognised(network, name, module)
+        parts = [name] if structure is None else structure.parts()
+        if any(f".{part}".endswith(f".{end}") for part in (name, *parts) for end in leave):
+            done |= {name} if any(f".{name}".endswith(f".{end}") for end in leave) else set(parts)
+            continue
         if structure is not None and strict:
             _check_layers(structure)
         elif structure is None and not _looks_like_one(name, module):
@@ -90,13 +111,13 @@ def walk(
                 "convolves over space, where no token can be routed alone" if _convolves(module) else "is a feed-forward layer of unknown structure"
             )
             raise UserError(f"{KEY}: {name} ({type(module).__name__}) {what}; student.moe.leave: [{name}] leaves it dense")
-        done |= {f"{name}.proj_mlp"} if structure is not None and structure.beside else {name}  # a single block holds attention too
+        done |= set(parts)  # a block that holds a layer holds attention too
         yield structure, name
 
 
 # Names under which networks keep a feed-forward layer, or the first part of one inside a larger block.
-_NAMES = {"ff", "ff_context", "ff_i", "ff_t", "ffn", "feed_forward", "img_mlp", "txt_mlp", "mlp", "mlp_context"}
-_PARTS = {"proj_mlp", "to_qkv_mlp_proj", "up_proj"}
+_NAMES = {"ff", "ff_context", "ff_i", "ff_t", "ffn", "feed_forward", "img_mlp", "txt_mlp", "mlp", "mlp_context", "transition", "transition_out"}
+_PARTS = {"proj_mlp", "to_qkv_mlp_proj", "up_proj", "ff_in"}
 
 
 def _looks_like_one(name: str, module: nn.Module) -> bool:
@@ -108,39 +129,15 @@ def _convolves(module: nn.Module) -> bool:
     return type(module).__name__ in ("GLUMBConv", "GLUMBTempConv", "GLUMBConvTemp")
 
 
-# Class: values, gates ("" where there are none), the way back, activation. One layer that holds both has its gates first.
-_NAMED: dict[str, tuple[str, str, str, Activation]] = {
-    "transformer_z_image.FeedForward": ("w3", "w1", "w2", "swiglu"),
-    "transformer_bria_fibo2.FeedForward": ("w3", "w1", "w2", "swiglu"),
-    "transformer_hidream_image.HiDreamImageFeedForwardSwiGLU": ("w3", "w1", "w2", "swiglu"),
-    "transformer_ideogram4.Ideogram4MLP": ("w3", "w1", "w2", "swiglu"),
-    "attention.LuminaFeedForward": ("linear_3", "linear_1", "linear_2", "swiglu"),
-    "auraflow_transformer_2d.AuraFlowFeedForward": ("linear_2", "linear_1", "out_projection", "swiglu"),
-    "transformer_krea2.Krea2SwiGLU": ("up", "gate", "down", "swiglu"),
-    "transformer_qwenimage21.QwenImage21SwiGLUFeedForward": ("proj", "gate_layer", "out", "swiglu"),
-    "ace_step_transformer.AceStepMLP": ("up_proj", "gate_proj", "down_proj", "swiglu"),
-    "transformer_ernie_image.ErnieImageFeedForward": ("up_proj", "gate_proj", "linear_fc2", "geglu"),
-    "transformer_flux2.Flux2FeedForward": ("linear_in", "linear_in", "linear_out", "swiglu"),
-    "transformer_flux3.Flux3FeedForward": ("linear_in", "linear_in", "linear_out", "swiglu"),
-    "transformer_omnigen.OmniGenFeedForward": ("gate_up_proj", "gate_up_proj", "down_proj", "swiglu"),
-    "transformer_kandinsky.Kandinsky5FeedForward": ("in_layer", "", "out_layer", "gelu"),
-}
-_SINGLE = {
-    f"{name}SingleTransformerBlock" for name in ("Flux", "Bria", "BriaFibo", "Chroma", "HunyuanVideo", "HunyuanImage", "LongCatImage", "MotifVideo")
-}
-_SINGLE |= {"HunyuanVideoTokenReplaceSingleTransformerBlock"}
-
-
 def _recognised(network: nn.Module, name: str, module: Any) -> Structure | None:
     kind = _kind(module)
     if kind == "attention.FeedForward":
         return _diffusers(network, name, module)
-    if kind in _NAMED:
-        value, gate, down, activation = _NAMED[kind]
-        up = [getattr(module, value)] if gate in ("", value) else [getattr(module, value), getattr(module, gate)]
-        return Structure(name, activation, tuple(up), getattr(module, down), _at(network, name), gates_first=gate == value)
-    is_single = kind.rpartition(".")[2] in _SINGLE and isinstance(module.proj_mlp, nn.Linear)  # else it is split already
-    return _single(name, module) if is_single else None
+    if kind in LAYERS:
+        return _whole(network, name, module, LAYERS[kind])
+    if kind in BLOCKS:
+        return _inside(name, module, BLOCKS[kind])
+    return _sequence(network, name, module) if type(module) is nn.Sequential and name.rpartition(".")[2] in _NAMES else None
 
 
 def _kind(module: nn.Module) -> str:
@@ -154,18 +151,44 @@ def _diffusers(network: nn.Module, name: str, module: Any) -> Structure | None:
     first = module.net[0]
     gelu: Activation = "gelu-approximate" if getattr(first, "approximate", "none") == "tanh" else "gelu"
     activations: dict[str, Activation] = {"GELU": gelu, "GEGLU": "geglu", "SwiGLU": "swiglu"}
+    if type(getattr(first, "activation", None)) is nn.SiLU:
+        activations["LinearActivation"] = "silu"
     activation = activations.get(type(first).__name__)
     return None if activation is None else Structure(name, activation, (first.proj,), module.net[2], _at(network, name))
 
 
-def _single(name: str, block: Any) -> Structure:
-    attention = block.proj_out.in_features - block.proj_mlp.out_features
+def _sequence(network: nn.Module, name: str, module: nn.Sequential) -> Structure | None:
+    """A linear layer, GELU and another linear layer, whatever dropout is between."""
+    layers: list[Any] = [layer for layer in module if not isinstance(layer, nn.Dropout)]
+    if [type(layer) for layer in layers[1:2]] != [nn.GELU] or len(layers) != 3:
+        return None
+    activation: Activation = "gelu-approximate" if layers[1].approximate == "tanh" else "gelu"
+    return Structure(name, activation, (layers[0],), layers[2], _at(network, name))
 
-    def place(experts: nn.Module) -> None:
-        block.proj_out = BesideAttention(block.proj_out, attention, experts)
-        block.proj_mlp = block.act_mlp = nn.Identity()
 
-    return Structure(name, "gelu-approximate", (block.proj_mlp,), block.proj_out, place, beside=attention)
+def _whole(network: nn.Module, name: str, module: nn.Module, layout: Layout) -> Structure | None:
+    names = {key for key, _ in module.named_modules()}
+    if not names.issuperset((*layout.up, layout.down)):  # a class that leaves gates out where its configuration says so
+        return None
+    up: Any = tuple(module.get_submodule(key) for key in layout.up)
+    down: Any = module.get_submodule(layout.down)
+    return Structure(name, layout.activation, up, down, _at(network, name), layout.gates_first)
+
+
+def _inside(name: str, block: Any, layout: BlockLayout) -> Structure | None:
+    """Of attention are what inputs `down` has beyond the hidden neurons, and what outputs `up` has beyond values and gates."""
+    up: Any = tuple(block.get_submodule(key) for key in layout.up)
+    if any(isinstance(layer, (nn.Identity, AboveTokens)) for layer in up):  # it is split already
+        return None
+    down = block.get_submodule(layout.down)
+    per_neuron = 1 + is_gated(layout.activation)
+    outputs = sum(layer.out_features for layer in up)
+    hidden = getattr(block, layout.hidden) if layout.hidden else outputs // per_neuron
+    inside = Inside(
+        layout.up, layout.act, layout.down, down.in_features - hidden, outputs - per_neuron * hidden, 1 + layout.splits, layout.multiplies,
+        {layout.hidden: up[0].in_features, **dict.fromkeys(layout.others, 1)} if layout.hidden else {},
+    )  # fmt: skip
+    return Structure(name, layout.activation, up, down, partial(inside.put, block), layout.gates_first, inside)
 
 
 def _at(network: nn.Module, name: str) -> Callable[[nn.Module], None]:
@@ -178,8 +201,10 @@ def _check_layers(structure: Structure) -> None:
             raise UserError(
                 f"{KEY}: {structure.name} holds a {type(layer).__name__}; merge adapters, and split before weights are held in another format"
             )
-    outputs, inputs = sum(layer.out_features for layer in structure.up), (1 + is_gated(structure.activation)) * structure.hidden
-    assert outputs == inputs, f"{structure.name}: {outputs} outputs for {structure.hidden} hidden neurons, {structure.activation}"
+    outputs = sum(layer.out_features for layer in structure.up) - structure.above
+    assert outputs == (1 + is_gated(structure.activation)) * structure.hidden, (
+        f"{structure.name}: {outputs} outputs for {structure.hidden} hidden neurons, {structure.activation}"
+    )
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
