@@ -1,7 +1,8 @@
 """The denoiser of fifteen diffusers pipelines, tiny and random, called as the pipeline calls it (two prompts, one of them shorter).
 
 Shapes, masks, ids and units of time are those that were recorded at the denoiser while the pipeline ran; only integer times became
-floating-point ones, so that they can have a tangent. (FLUX.3 has no pipeline in diffusers yet: it is called as its class says.) Weights that start at zero (output layers, modulations) are random here.
+floating-point ones, so that they can have a tangent. (FLUX.3 has no pipeline in diffusers yet: it is called as its class says.) Weights that
+start at zero (output layers, modulations) are random here.
 """
 
 from __future__ import annotations

@@ -17,5 +17,6 @@ if FAMILIES not in sys.path:  # configurations of real networks
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers rotates queries, embeds times and gates some layers in fp32 whatever the network's dtype is, which float64 sees; not here."""
-    narrow = Tensor.float
+    narrow, to = Tensor.float, Tensor.to
     monkeypatch.setattr(Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x))
+    monkeypatch.setattr(Tensor, "to", lambda x, *how, **more: x if x.dtype == torch.float64 and how == (torch.float32,) else to(x, *how, **more))

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgen.surgery import moe
 from fastgen.surgery.moe.accounting import Account, account, total
 
-FLUX_DEV = importlib.import_module("real_sizes").FLUX_DEV  # among the tests of families
+real_sizes = importlib.import_module("real_sizes")  # among the tests of families
 LEFT_OUT = ("router", "modulation", "outside blocks")  # what the numbers of 2510.09094's table leave out
 
 
@@ -25,7 +25,7 @@ def flux_dev(is_split: bool) -> tuple[Any, list[nn.Module]]:
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
-        network: Any = FluxTransformer2DModel(**FLUX_DEV["transformer"])
+        network: Any = FluxTransformer2DModel(**real_sizes.FLUX_DEV["transformer"])
     inside = [*network.transformer_blocks, *network.single_transformer_blocks]
     if is_split:
         layers = moe.to_convert(network, inside, moe.Experts())
@@ -41,6 +41,45 @@ def image(network: nn.Module, num_text: int) -> Callable[[], Any]:
 
     text = {"encoder_hidden_states": empty(1, num_text, 4096), "pooled_projections": empty(1, 768), "txt_ids": empty(num_text, 3)}
     return lambda: network(hidden_states=empty(1, 4096, 64), timestep=empty(1), guidance=empty(1), img_ids=empty(4096, 3), **text)
+
+
+def flux2_dev(is_split: bool) -> tuple[Any, list[nn.Module]]:
+    from diffusers import Flux2Transformer2DModel
+
+    with torch.device("meta"):
+        network: Any = Flux2Transformer2DModel(**real_sizes.FLUX2_DEV["transformer"])
+    inside = [*network.transformer_blocks, *network.single_transformer_blocks]
+    if is_split:
+        moe.convert(network, inside, moe.Experts(), moe.magnitude(moe.to_convert(network, inside, moe.Experts())))
+    return network, inside
+
+
+def picture_of_flux2(network: nn.Module, num_text: int) -> Callable[[], Any]:
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta")
+
+    text = {"encoder_hidden_states": empty(1, num_text, 15360), "txt_ids": empty(num_text, 4)}
+    return lambda: network(hidden_states=empty(1, 4096, 128), timestep=empty(1), guidance=empty(1), img_ids=empty(4096, 4), **text)
+
+
+def test_flux2_by_hand() -> None:
+    """A width of D, three hidden neurons to each, in two streams of 8 blocks and in 48 more: D · 6D to values and gates, 3D · D back. Attention has
+    4 D² in each stream and in each single block. No biases; a token uses 1 + 2/4 of 4 parts."""
+    width, num_text = 6144, 512
+    layers, tokens = 2 * 8 + 48, 4096 + num_text
+    dense, split_up = (account(*made, picture_of_flux2(made[0], num_text)) for made in (flux2_dev(False), flux2_dev(True)))
+    neurons, routers = layers * 9 * width**2, layers * 12 * width
+    assert dense["feed-forward"].parameters == split_up["feed-forward"].parameters == neurons
+    assert dense["attention"].parameters == split_up["attention"].parameters == layers * (4 * width**2 + 2 * 128)  # and norms of a head's width
+    assert split_up["feed-forward"].active == pytest.approx(neurons * 1.5 / 4)
+    assert split_up["router"].parameters == routers
+    assert total(split_up).parameters == total(dense).parameters + routers
+    passed = 8 * tokens + 48 * tokens  # tokens through 9 D² each: a double block's streams share them out
+    assert dense["feed-forward"].flops == pytest.approx(2 * 9 * width**2 * passed)
+    assert split_up["feed-forward"].flops == pytest.approx(2 * 9 * width**2 * passed * 1.5 / 4)
+    assert dense["attention"].flops == split_up["attention"].flops == pytest.approx(2 * 4 * width**2 * passed)
+    assert [billions(number) for number in (total(dense).parameters, neurons, total(split_up).active)] == [32.2233, 21.7433, 18.6385]
+    assert [round(total(costs, LEFT_OUT).flops / 1e12, 2) for costs in (dense, split_up)] == [282.49, 172.90]
 
 
 def billions(number: float) -> float:
@@ -82,7 +121,7 @@ def counted(name: str, denoiser: diffusers_zoo.Denoiser | None = None) -> tuple[
     return ours, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "pixart", "qwen", "wan", "zimage"])
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "flux2klein", "ovis", "pixart", "prx", "qwen", "wan", "zimage"])
 def test_flops_are_those_that_pytorch_counts(name: str) -> None:
     ours, theirs = counted(name)
     assert total(ours).flops == pytest.approx(theirs, rel=1e-9)
@@ -94,10 +133,10 @@ def test_every_parameter_is_of_one_kind(name: str) -> None:
     found = account(network, blocks(name, network))
     assert total(found).parameters == sum(p.numel() for p in network.parameters())
     assert found["feed-forward"].parameters > 0 and found["attention"].parameters > 0 and found["router"].parameters == 0
-    if name not in ("sd15", "flux2klein", "sana"):
+    if name not in ("sd15", "sana"):
         fits = moe.to_convert(network, blocks(name, network), experts(name, 2))
-        in_structures = sum(layer.down.out_features * layer.hidden + sum(up.weight.numel() for up in layer.up) for layer in fits)
-        biases = sum(0 if layer.up[0].bias is None else sum(up.out_features for up in layer.up) for layer in fits)
+        in_structures = sum(part.numel() for layer in fits for part in (layer.dense().w1, layer.dense().w2))
+        biases = sum(0 if layer.dense().b1 is None else len(layer.dense().w1) for layer in fits)
         biases += sum(layer.down.out_features for layer in fits if layer.down.bias is not None and not layer.beside)
         assert found["feed-forward"].parameters == in_structures + biases
 

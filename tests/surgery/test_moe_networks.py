@@ -47,7 +47,7 @@ def test_experts_that_take_every_token_are_the_dense_mixture(name: str) -> None:
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("choice", ["token", "expert"])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2klein", "ovis", "prx"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_exact_tangents_are_finite_differences(name: str, choice: Choice, grad: bool) -> None:
     (network, call, x, t), layers = split(name, 2, choice)
@@ -109,7 +109,7 @@ def test_the_check_before_training_passes_with_experts() -> None:
 
 
 @pytest.mark.parametrize("choice", ["token", "expert"])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2klein", "prx"])
 def test_blocks_that_are_computed_again_choose_as_before(name: str, choice: Choice) -> None:
     grads, passes = [], []
     for again in (False, True):
@@ -139,14 +139,35 @@ def refused(name: str, how: moe.Experts, leave: tuple[str, ...] = ()) -> str:
 
 def test_what_cannot_be_split_is_named() -> None:
     assert "transformer_blocks.0.ff (GLUMBConv) convolves over space" in refused("sana", moe.Experts())
-    assert "single_transformer_blocks.0.attn.to_qkv_mlp_proj (Linear) is a feed-forward layer of unknown structure" in refused(
-        "flux2klein", experts("flux2klein", 2)
-    )
     assert "noise_refiner.0.feed_forward has 85 hidden neurons, which 1.0 + 12 x 0.25 does not divide" in refused("zimage", moe.Experts(), ("mlp",))
     assert "student.moe.active: 13 of 12 experts (transformer_blocks.0.ff); allowed: 0 to 12" in refused("flux", moe.Experts(active=13))
     assert "student.moe.active: 1.5 of 12 experts" in refused("flux", moe.Experts(active=1.5))
     assert "0 experts of 0.25 beside a shared one of 1.0 (transformer_blocks.0.ff)" in refused("sd3", moe.Experts(0))
     assert "has no feed-forward layer in its blocks" in refused("sana", moe.Experts(), ("ff",))
+
+
+@pytest.mark.parametrize(
+    ("name", "leave"),
+    [
+        ("flux", ("proj_mlp", "ff_context")),
+        ("flux2klein", ("to_qkv_mlp_proj", "ff_context")),
+        ("flux2klein", ("single_transformer_blocks.0", "ff_context")),
+        ("ovis", ("proj_out", "ff_context")),
+        ("prx", ("blocks.1.up_proj",)),
+    ],
+)
+@torch.no_grad()
+def test_layers_in_blocks_are_left_by_the_block_or_by_a_layer(name: str, leave: tuple[str, ...]) -> None:
+    denoiser = diffusers_zoo.build(name, torch.float64)
+    before = {key: value.shape for key, value in denoiser.network.state_dict().items()}
+    expected = denoiser.call(denoiser.x, denoiser.t)
+    inside = blocks(name, denoiser.network)
+    layers = moe.to_convert(denoiser.network, inside, experts(name, 4), leave)
+    assert [layer.name for layer in layers] == ["blocks.0" if name == "prx" else "transformer_blocks.0.ff"]
+    moe.convert(denoiser.network, inside, experts(name, 4), moe.magnitude(layers), leave)
+    assert largest(denoiser.call(denoiser.x, denoiser.t), expected) <= 1e-12
+    kept = {key: value.shape for key, value in denoiser.network.state_dict().items()}
+    assert all(kept[key] == shape for key, shape in before.items() if not key.startswith(f"{layers[0].name}."))
 
 
 @torch.no_grad()
@@ -167,6 +188,10 @@ def test_a_network_is_split_once() -> None:
 
 
 def test_weights_that_are_not_plain_are_refused() -> None:
+    fused = diffusers_zoo.build("flux2klein").network
+    add_adapter(fused, "student", rank=2, alpha=2, targets=["to_qkv_mlp_proj"])
+    with pytest.raises(UserError, match=r"single_transformer_blocks\.0\.attn holds a Linear; merge adapters"):
+        moe.to_convert(fused, [fused], experts("flux2klein", 2))
     held, adapted = diffusers_zoo.build("sd3").network, diffusers_zoo.build("sd3").network
     hold(held, [held], Storage("bf16"))
     add_adapter(adapted, "student", rank=2, alpha=2, targets=["ff.net.2"])

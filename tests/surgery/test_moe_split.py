@@ -67,7 +67,7 @@ def structures(name: str) -> tuple[diffusers_zoo.Denoiser, list[Structure]]:
     return denoiser, moe.to_convert(denoiser.network, blocks(name, denoiser.network), fits)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "zimage"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2klein", "ovis", "prx", "zimage"])
 def test_a_neurons_taylor_score_is_that_of_its_output_column(name: str) -> None:
     denoiser, layers = structures(name)
     targets = [normal(*denoiser.x.shape, seed=seed) for seed in (1, 2)]

@@ -23,7 +23,8 @@ def moe_ffn(
 
     x: (T, D); ids: (T, k) int64 in 0 … E − 1, an expert may stand twice; gates: (T, k), any floating dtype; k or T may be 0.
     w1: (E, H, D), b1: (E, H); where gated (geglu, geglu-approximate, swiglu) (E, 2H, D) and (E, 2H), values first, then gates, as in
-    diffusers. w2: (E, D', H); b2: (E, D'). Either bias may be None. Everything computes in autocast's dtype, if any, else in x's; the result is in that.
+    diffusers. w2: (E, D', H); b2: (E, D'). Either bias may be None. Everything computes in autocast's dtype, if any, else in x's; the result is in
+    that.
 
     Differentiable in x, gates, weights and biases, to any order, in reverse and forward mode (`forward_ad`, `torch.func.jvp`). The choice,
     `ids`, is constant: it has no gradient, and a tangent does not see that another expert would be chosen a step further on. Gates are
