@@ -17,24 +17,29 @@ from torch import Tensor, nn
 
 from fastgen.errors import UserError
 from fastgen.rng import seeded
+from fastgen.surgery.moe.inside import stand_ins
 
 
 def add_adapter(
     backbone: nn.Module, name: str, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0, device: torch.device | None = None
 ) -> None:
     """Add adapter `name` (A random from the seed, B = 0, so it starts as the identity) to every linear layer whose name ends in one
-    of `targets`. Adapters of one seed start with the same A, so that averages of their factors are near averages of their products. device: where
-    it is made on layers that have no weights yet; by default it has none either."""
+    of `targets`, or that is attention's part of a layer of that name of which experts took the rest. Adapters of one seed start with the same A, so
+    that averages of their factors are near averages of their products. device: where it is made on layers that have no weights yet; by default it
+    has none either."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [key for key, module in backbone.named_modules() if isinstance(module, (nn.Linear, BaseTunerLayer))]
-    if not any(f".{key}".endswith(f".{target}") for key in layers for target in targets):
+    ends = [*targets, *(f"{target}.attention" for target in targets)]
+    if not any(f".{key}".endswith(f".{end}") for key in layers for end in ends):
         raise UserError(
             f"recipe key student.tune.lora.targets: {list(targets)} matches no linear layer; give auto, or ends of names such as {layers[-1]!r}"
         )
     scale: Any = alpha  # peft takes fractions too, whatever its annotation says
-    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0)
+    parts = {key: part for key, part in stand_ins(backbone).items() if any(f".{key}".endswith(f".{target}") for target in targets)}
+    names, left = [*targets, *(part for part in parts.values() if part)], list(parts) or None
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=names, exclude_modules=left, lora_dropout=0.0)
     with warnings.catch_warnings(), seeded(seed, "adapter"), _stand_ins(backbone, device):
         # Several adapters on one backbone are the design; peft warns from the second on.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")

@@ -200,6 +200,31 @@ def test_weights_that_are_not_plain_are_refused() -> None:
             moe.to_convert(network, [network], experts("sd3", 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "adapted"),
+    [
+        ("flux2klein", ("to_q", "to_qkv_mlp_proj"), "single_transformer_blocks.0.attn.to_qkv_mlp_proj.attention"),
+        ("flux", ("to_q", "proj_out", "proj_mlp"), "single_transformer_blocks.0.proj_out.attention"),
+        ("ovis", ("proj_out", "proj_mlp"), "single_transformer_blocks.0.proj_out.attention"),
+        ("prx", ("img_qkv_proj", "up_proj"), "blocks.0.attention.img_qkv_proj"),
+    ],
+)
+def test_adapters_of_split_layers_are_of_what_is_attentions(name: str, targets: tuple[str, ...], adapted: str) -> None:
+    (network, call, x, t), layers = split(name, 2)
+    stir(layers)
+    with torch.no_grad():
+        before = call(x, t)
+    add_adapter(network, "student", rank=2, alpha=2, targets=targets)
+    factors = {key.split(".lora_")[0] for key, _ in network.named_parameters() if ".lora_" in key}
+    assert adapted in factors and all(isinstance(network.get_submodule(key).base_layer, nn.Linear) for key in factors)
+    assert not any(key.endswith(("proj_mlp", "up_proj", "to_qkv_mlp_proj")) for key in factors)
+    out = call(x, t)
+    assert largest(out, before) == 0
+    out.square().mean().backward()
+    gradient = network.get_submodule(adapted).lora_B["student"].weight.grad  # type: ignore[index, union-attr]
+    assert isinstance(gradient, Tensor) and gradient.any()
+
+
 def test_a_converted_network_is_built_again_from_its_weights() -> None:
     first, layers = split("flux", 2)
     stir(layers)

@@ -78,6 +78,12 @@ class Ones(nn.Module):
         return torch.ones_like(x)
 
 
+def stand_ins(network: nn.Module) -> dict[str, str]:
+    """Names of modules that stand where linear layers were, each with that of the linear layer that is left of it, attention's, or ""."""
+    found = [(name, module) for name, module in network.named_modules() if isinstance(module, (AboveTokens, BesideAttention, Ones, nn.Identity))]
+    return {name: f"{name}.attention" if isinstance(getattr(module, "attention", None), nn.Module) else "" for name, module in found}
+
+
 def passing(both: nn.Linear, attention: int, times: int) -> nn.Module:
     """What stands for a layer that led to values and gates."""
     return AboveTokens(both, attention, times) if attention or times > 1 else nn.Identity()
