@@ -89,6 +89,24 @@ def test_a_description_of_another_network_is_refused() -> None:
         assert str(caught.value).startswith(f"'config.json': {message}")
 
 
+@torch.no_grad()
+def test_where_a_layer_lies_in_its_block_need_not_be_described_but_not_otherwise() -> None:
+    """Descriptions of before there was more than one way do not say."""
+    ours, layers = split("flux", 2)
+    stir(layers)
+    network: Any = ours.network
+    description = stored.describe(network)
+    old = {**description, "layers": [{key: value for key, value in each.items() if key != "inside"} for each in description["layers"]]}
+    again = stored.rebuild(type(network)(**options(network)).double().eval(), old, "config.json")
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(drawn("flux", again, ours), ours.call(ours.x, ours.t)) and stored.describe(again) == description
+    (single,) = [each for each in description["layers"] if each.get("inside")]
+    assert single["inside"] == {"up": ["proj_mlp"], "act": "act_mlp", "down": "proj_out", "above": 0, "times": 1, "ones": False, "widths": {}}
+    changed = {**description, "layers": [{**single, "inside": {**single["inside"], "act": "attn"}}]}
+    with pytest.raises(UserError, match=r"^config.json: single_transformer_blocks.0 has inside \{'up': .*'attn'"):
+        stored.rebuild(type(network)(**options(network)), changed, "config.json")
+
+
 def test_only_the_file_that_we_write_is_run(tmp_path: Path) -> None:
     folder = tmp_path / "transformer"
     folder.mkdir()
