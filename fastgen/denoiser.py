@@ -141,7 +141,8 @@ class Denoiser(nn.Module):
         total: over all processes, up to a factor."""
         if self.bias_rate:  # for all layers, for each process may have passed through others
             layers = moe.expert_layers(self.backbone)
-            loads = {layer.name: total(self._loads.get(layer.name, torch.zeros_like(layer.selection_bias))) for layer in layers}
+            nothing = {layer.name: torch.zeros(layer.num_experts, device=layer.selection_bias.device) for layer in layers}
+            loads = {name: total(load) for name, load in (nothing | self._loads).items()}
             self.forget_loads()
             moe.even_out(self.backbone, loads, self.bias_rate)
 

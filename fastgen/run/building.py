@@ -163,7 +163,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     settings = [plan.setting(negative, each.decode, place) for place, each in enumerate(plan.families)]
     setting = settings[0]
     defaults = Defaults.on(setting.path, setting.grid, setting.guidance)
-    plan = with_kept(plan, backbone, data, settings, parallel.device, progress)
+    plan = with_kept(plan, backbone, data, settings, parallel.device, progress, parallel.members)
     importance = None
     if plan.experts is not None and not plan.started and recipe.student.init == "teacher":
         progress.stage("measuring which neurons count")
@@ -187,7 +187,7 @@ def build(plan: Plan, progress: Progress) -> Run:
     if recipe.student.init != "teacher" and not plan.started:
         taken = checkpoint.load_students(expanded(recipe.student.init), roles, plan.method.inherited(plan.method_config))
         roles.align_adapters(taken)
-        plan = with_altered_experts(plan, roles, taken, backbone, data, settings, parallel.device, progress)
+        plan = with_altered_experts(plan, roles, taken, backbone, data, settings, parallel.device, progress, parallel.members)
     before = None
     if (samples := plan.method.straightness_of(plan.method_config)) and not plan.started:
         progress.stage("measuring how straight the teacher's flow is")

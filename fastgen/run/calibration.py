@@ -26,6 +26,7 @@ from fastgen.denoiser import Denoiser, Predictor
 from fastgen.distillers.base import Batch, Setting
 from fastgen.distillers.losses import mean_squared_error
 from fastgen.files import expanded
+from fastgen.group import Alone
 from fastgen.plan import Plan
 from fastgen.progress import Progress
 from fastgen.rng import SampleRng
@@ -51,9 +52,11 @@ def measured(plan: Plan, conversion: Conversion, network: nn.Module, data: Data,
     return moe.taylor(conversion.layers(network, blocks), losses)
 
 
-def with_kept(plan: Plan, network: nn.Module, data: Data, settings: Sequence[Setting], device: torch.device, progress: Progress) -> Plan:
+def with_kept(
+    plan: Plan, network: nn.Module, data: Data, settings: Sequence[Setting], device: torch.device, progress: Progress, members: Alone
+) -> Plan:
     """The plan with the blocks that importance keeps, where it is to decide: those of the run that `student.init` names, else measured on the
-    teacher's `network`, which is on `device` afterwards."""
+    teacher's `network`, which is on `device` afterwards. members: of whom the main one measures."""
     block, shrink = plan.recipe.student.shrink, plan.shrink
     if block is None or shrink is None or shrink.keep != "importance":
         return plan
@@ -62,7 +65,7 @@ def with_kept(plan: Plan, network: nn.Module, data: Data, settings: Sequence[Set
     progress.stage("measuring which blocks count")
     teacher = _predictor(plan, network, device)
     losses = _losses(plan, "block importance", block.calibration, teacher, data, settings, device)
-    return replace(plan, kept=most_important(network, shrink, losses))
+    return replace(plan, kept=members.told(lambda: most_important(network, shrink, losses)))
 
 
 def centre_routers(
@@ -109,9 +112,11 @@ def with_altered_experts(
     settings: Sequence[Setting],
     device: torch.device,
     progress: Progress,
+    members: Alone,
 ) -> Plan:
     """The plan with how many experts there are once those of trained students that nobody asks for are removed, and useful ones copied; and roles so
-    altered. taken: those that another run has trained; dense: the teacher's network.
+    altered. taken: those that another run has trained; dense: the teacher's network. members: of whom the main one measures, for where numbers nearly
+    tie processes may disagree.
 
     Measured on the denoising loss as the teacher's neurons are, but of the student itself, at the noise levels that it is sampled at: elsewhere an
     expert is of no use to it. (A student of few steps is trained on other losses, of which some have no gradient before the first step.)
@@ -130,11 +135,11 @@ def with_altered_experts(
             with _at(denoiser, device):
                 if block.remove_dead:
                     progress.stage("measuring which experts are used")
-                    gone = _remove_dead(denoiser.backbone, block, losses("expert load"))
+                    gone = _remove_dead(denoiser.backbone, block, losses("expert load"), members)
                     progress.stage(f"removed {gone} experts of {name}")
                 if block.upcycle is not None:
                     progress.stage("measuring which experts are useful")
-                    _copy_useful(denoiser.backbone, block.upcycle, losses("expert utility"), plan.recipe.train.seed)
+                    _copy_useful(denoiser.backbone, block.upcycle, losses("expert utility"), plan.recipe.train.seed, members)
     plan = replace(plan, expert_sizes={name: moe.sizes_of(each.backbone) for name, each in network.items()}, used=None)
     assert plan.experts is not None
     for denoiser in network.values():
@@ -143,22 +148,35 @@ def with_altered_experts(
     return plan
 
 
-@torch.no_grad()
-def _remove_dead(network: nn.Module, block: MoEBlock, losses: Iterator[Callable[[], Tensor]]) -> int:
+def _remove_dead(network: nn.Module, block: MoEBlock, losses: Iterator[Callable[[], Tensor]], members: Alone) -> int:
     """How many are gone; as many stay as a token is to use once they are copied."""
-    with moe.recording(network) as routings:
-        for loss in losses:
-            loss()
+
+    @torch.no_grad()
+    def counts() -> dict[str, Tensor]:
+        with moe.recording(network) as routings:
+            for loss in losses:
+                loss()
+        return moe.counts(routings)
+
     at_least = math.ceil(block.active / (1 if block.upcycle is None else block.upcycle.factor))
-    return sum(len(each) for each in moe.remove(network, moe.counts(routings), block.remove_dead, at_least=at_least).values())
+    return sum(len(each) for each in moe.remove(network, _of_the_main(counts, members), block.remove_dead, at_least=at_least).values())
 
 
-def _copy_useful(network: nn.Module, how: UpcycleBlock, losses: Iterator[Callable[[], Tensor]], seed: int) -> None:
-    utility = moe.weight_utility(network) if how.utility == "weight" else moe.gradient_utility(network, losses)
+def _copy_useful(network: nn.Module, how: UpcycleBlock, losses: Iterator[Callable[[], Tensor]], seed: int, members: Alone) -> None:
+    def utilities() -> dict[str, Tensor]:
+        return moe.weight_utility(network) if how.utility == "weight" else moe.gradient_utility(network, losses)
+
+    utility = _of_the_main(utilities, members)
     moe.upcycle(network, utility, factor=how.factor, most=how.most, noise=how.noise, seed=seed)
     if how.noise:  # which checkpoints keep only where it is a parameter
         for layer in moe.expert_layers(network):
             moe.learn_bias(layer)
+
+
+def _of_the_main(measure: Callable[[], dict[str, Tensor]], members: Alone) -> dict[str, Tensor]:
+    """What the main process measures, on the CPU, everywhere."""
+    told = members.told(lambda: {name: each.tolist() for name, each in measure().items()})
+    return {name: torch.tensor(each, dtype=torch.float64) for name, each in told.items()}
 
 
 def _predictor(plan: Plan, network: nn.Module, device: torch.device) -> Predictor:

@@ -5,6 +5,7 @@ Everything is in fp64 because rounding grows: in fp32 a discriminator's losses d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from toy_runs import CPU, normal, optimizer_block, toy_method, toy_setting, toy_trainer
 
-from fastgen import run
-from fastgen.config import Recipe
+from fastgen import checkpoint, inputs, run
+from fastgen.config import Recipe, validate
 from fastgen.data import training
 from fastgen.data.encoded import Keeping
 from fastgen.data.pairs import TeacherSampler, make_pairs
@@ -28,10 +29,11 @@ from fastgen.distillers.phased_dmd import PhasedDMD
 from fastgen.distillers.reflow import Reflow
 from fastgen.distillers.scm import SCM
 from fastgen.families.toy import Toy
-from fastgen.parallel import Strategy
-from fastgen.plan import plan
+from fastgen.parallel import SingleProcess, Strategy
+from fastgen.plan import Plan, plan
 from fastgen.roles import LoraTuning, build_roles
 from fastgen.run import building
+from fastgen.run.building import Run
 from fastgen.surgery.second_time import Defaults
 from fastgen.trainer import Metrics, Trainer
 
@@ -87,7 +89,10 @@ def toy(
 def digits(recipe: str, parallel: Strategy, *overrides: str, batch: int = 4, wide: bool | None = True) -> Trainer:
     """A run of the digits teacher, in fp64 or as it is; None: as it is, but loaded whole by every process."""
     keys = [f"train.batch_size={batch}", f"train.steps={STEPS}", "train.sample_every=0", "train.device=cpu", "evaluate.protocol=null", *overrides]
-    planned = plan(Recipe.load(recipe, keys), only="train")
+    return built(plan(Recipe.load(recipe, keys), only="train"), parallel, wide=wide).trainer
+
+
+def built(planned: Plan, parallel: Strategy, *, wide: bool | None = True) -> Run:
     load = planned.family.load_backbone
     if wide:
         planned.family.load_backbone = lambda **asked: load(**asked).double()  # type: ignore[method-assign]
@@ -96,7 +101,7 @@ def digits(recipe: str, parallel: Strategy, *overrides: str, batch: int = 4, wid
     before = building.launch
     building.launch = lambda *_: parallel  # type: ignore[assignment]
     try:
-        return run.build(planned, run.Progress()).trainer
+        return run.build(planned, run.Progress())
     finally:
         building.launch = before
 
@@ -111,7 +116,44 @@ def sizes(parallel: Strategy) -> Trainer:
 
 
 MOE = ("student.moe.calibration=2", "student.moe.experts=4", "student.moe.balance=0.1", "distiller.shared=0.5", "optimizer.student.warmup=0")
-# Each makes a run of 20 steps on a strategy. A whole batch at once shows what depends on the samples that a process sees together.
+GROUPED = (*MOE, "student.moe.router=expert", "student.moe.capacity={noise: 1, data: 3}", "student.moe.groups=[{size: 2, kept: 1}]")
+GROUPED += ("student.moe.router_std=0.5", "distiller.shared=0.2", "distiller.blocks=0.4", "train.steps=5")
+BIASED = (*MOE, "student.moe.bias_rate=0.01", "student.moe.router_std=0.5", "distiller.shared=0", "evaluate.protocol=null", "train.device=cpu")
+ALTERED = (*BIASED, "student.moe.remove_dead=0.95", "student.moe.upcycle={factor: 2}", "student.moe.active=3", "train.batch_size=4", "train.steps=4")
+
+
+@functools.cache
+def trained_experts() -> checkpoint.Content:
+    """Of a run that is over, on one process: a student whose experts are not used alike."""
+    keys = (*BIASED, "train.batch_size=8", "train.steps=2")
+    running = built(plan(Recipe.load("digits_dense2moe", keys), only="train"), SingleProcess(CPU))
+    running.trainer.run([])
+    return checkpoint.Content.of(running.trainer, running.plan.resolved(), apart=True)
+
+
+def altered(parallel: Strategy, folder: Path, *more: str) -> Run:
+    """A run that begins with that student, less what it does not use and with copies of what it does. folder: of this process's own."""
+    checkpoint.write(folder / "checkpoints", trained_experts(), keep=1)
+    running = built(plan(Recipe.load("digits_dense2moe", [*ALTERED, f"student.init={folder}", *more]), only="train"), parallel)
+    assert any(removed for _, removed, _ in running.plan.expert_sizes["student"].values())
+    return running
+
+
+def altered_briefly(parallel: Strategy) -> Trainer:
+    with TemporaryDirectory() as folder:
+        return altered(parallel, Path(folder)).trainer
+
+
+def resumed(parallel: Strategy, run_dir: Path) -> Trainer:
+    """What another number of processes goes on with."""
+    state = checkpoint.read_state(checkpoint.latest(run_dir))
+    planned = plan(validate(Recipe, state["recipe"]), only="train", started=True)
+    trainer = built(inputs.as_begun(planned, inputs.Inputs(state["inputs"])), parallel).trainer
+    checkpoint.load(checkpoint.latest(run_dir), trainer)
+    return trainer
+
+
+# Each makes a run of some steps on a strategy. A whole batch at once shows what depends on the samples that a process sees together.
 CASES: dict[str, Callable[[Strategy], Trainer]] = {
     "dmd2": lambda on: toy(DMD2, on, gan={"r1": 0.1}, critic_updates=2),
     "dmd2 heads on the fake score": lambda on: toy(DMD2, on, gan={"features": "fake_score", "r1": 0.1}, critic_updates=2),
@@ -129,6 +171,8 @@ CASES: dict[str, Callable[[Strategy], Trainer]] = {
     "dmd2 sizes": sizes,
     "dense2moe": lambda on: digits("digits_dense2moe", on, *MOE),
     "dense2moe micro-batches": lambda on: digits("digits_dense2moe", on, *MOE, "train.micro_batch=1", "train.steps=4"),
+    "dense2moe blocks": lambda on: digits("digits_dense2moe", on, *GROUPED),
+    "dense2moe altered": altered_briefly,
 }
 
 # And of networks whose first layer is none of their blocks, so that the gradients of heads go through it.

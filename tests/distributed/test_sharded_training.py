@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from run_cases import CASES, WITH_ROOTS, difference, digits, kept, trained
+from run_cases import CASES, WITH_ROOTS, altered, difference, digits, kept, resumed, trained, trained_experts
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from toy_runs import CPU, normal
 
-from fastgen import divergence, shards
+from fastgen import checkpoint, divergence, inputs, shards
 from fastgen.families.weights import WeightFiles
 from fastgen.memory import part_as_cut
-from fastgen.parallel import Cut, SingleProcess
+from fastgen.parallel import Cut, Replicas, SingleProcess
+from fastgen.run import calibration
+from fastgen.saving import own_group
 from fastgen.sharding import Shards, mesh_of, shard
 from fastgen.trainer import Trainer
 
@@ -29,7 +32,7 @@ pytestmark = pytest.mark.distributed
 # What issues of sharding there are: heads on frozen and on trained networks, roles that leave, adapters of one base, tangents, running statistics,
 # a role without additions, experts, gradients that pass a network's own parameters.
 TRAINED = ["dmd2", "dmd2 heads on the fake score", "dmd2 lora", "dmd2 micro-batches", "scm", "scm lora", "phased_dmd", "phased_dmd lora", "f_distill"]
-TRAINED += ["f_distill lora", "reflow", "reflow lora", "dense2moe", *WITH_ROOTS]
+TRAINED += ["f_distill lora", "reflow", "reflow lora", "dense2moe", "dense2moe blocks", "dense2moe altered", *WITH_ROOTS]
 ALL = CASES | WITH_ROOTS
 
 
@@ -55,7 +58,7 @@ def training_is_that_of_one_process() -> None:
         found[name] = trained(trainer), whole(kept(trainer))
         agree(found[name])
     for place, name in enumerate(TRAINED):
-        if place % 2 != dist.get_rank() and name != "dense2moe":  # whose data processes prepare together
+        if place % 2 != dist.get_rank() and not name.startswith("dense2moe"):  # whose data processes prepare together
             continue
         alone = ALL[name](SingleProcess(CPU))
         (rows, tensors), expected, there = found[name], trained(alone), kept(alone)
@@ -210,7 +213,36 @@ def a_whole_network_is_gathered_on_one_process() -> None:
             assert bool(plain.predictor(x, t, {}).isfinite().all())
 
 
+def experts_that_one_process_removed_and_copied_go_on_anywhere() -> None:
+    """In micro-batches. What the main process has measured all have, and checkpoints of parts go on as replicas and on one process."""
+    trained_experts()
+    keys, measure = ("train.micro_batch=1",), calibration._denoising
+    if dist.get_rank():
+        calibration._denoising = lambda *_: pytest.fail("the main process measures for all")
+    with TemporaryDirectory() as own:
+        names = [own]
+        dist.broadcast_object_list(names)
+        folder = Path(names[0])
+        running = altered(Shards(CPU, Cut()), folder / f"source_{dist.get_rank()}", *keys)
+        trainer, recipe, began = running.trainer, running.plan.resolved(), inputs.identify(running.plan).hashes
+        rows = [trainer.train_step()]
+        checkpoint.write(folder / "checkpoints", checkpoint.Content.of(trainer, recipe, inputs=began), keep=1, group=own_group(60))
+        state = whole(kept(trainer))
+        rows += [trainer.train_step(), trainer.train_step()]
+        agree((rows, whole(kept(trainer))))
+        for strategy in (Replicas(CPU), SingleProcess(CPU)):
+            again = resumed(strategy, folder)
+            found = kept(again)
+            assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+            for want in rows[1:]:
+                row = again.train_step()
+                assert row.keys() == want.keys() and max(difference(key, want[key], row[key]) for key in want) <= 1e-9
+        dist.barrier()
+    calibration._denoising = measure
+
+
 CHECKS: list[Callable[[], None]] = [
+    experts_that_one_process_removed_and_copied_go_on_anywhere,
     parts_are_read_and_written, each_process_has_its_part, a_whole_network_is_gathered_on_one_process, copies_of_parts_train_so_too,
     in_bf16_with_recomputation, each_process_reads_its_part_alone, training_is_that_of_one_process,
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastgen_kernels.moe_ffn import Activation, activate, is_gated, moe_ffn, moe_ffn_by_expert
 from torch import Tensor, nn
 
+from fastgen import shards
 from fastgen.surgery.moe import routing
 from fastgen.surgery.moe.inside import Inside
 from fastgen.surgery.moe.routing import Routing
@@ -86,7 +87,7 @@ class ExpertLayer(nn.Module):
         routed = select(dense, partition.routed, gated=gated)
         self.w1, self.w2 = nn.Parameter(routed.w1.contiguous()), nn.Parameter(routed.w2.contiguous())
         self.b1 = None if routed.b1 is None else nn.Parameter(routed.b1.contiguous())
-        self.register_buffer("selection_bias", torch.zeros(experts.num, device=dense.w1.device))
+        self.register_buffer("selection_bias", self.router.weight.new_zeros(experts.num))  # FSDP2 wants one dtype of what it cuts together
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.shared(x)
@@ -237,13 +238,15 @@ def remembered(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
 @torch.no_grad()
 def even_out(network: nn.Module, counts: Mapping[str, Tensor], rate: float = 1e-3) -> None:
     """Raise the selection bias of experts with less than the mean load by `rate`, and lower that of the others (Wang et al. 2024,
-    arXiv:2408.15664); gates, hence outputs of the same choice, stay. counts: of layers by name, over all processes.
+    arXiv:2408.15664); gates, hence outputs of the same choice, stay. counts: of layers by name, over all processes, of which each may hold a part
+    of the bias.
 
     Between updates: a pass whose gradient is still to come may have to choose again as it did."""
     for layer in expert_layers(network):
         if layer.name in counts:
-            load = counts[layer.name].to(layer.selection_bias)
-            layer.selection_bias += rate * (load.mean() - load).sign()
+            own = shards.own(layer.selection_bias)
+            load = counts[layer.name].to(own)
+            own += shards.part_of(rate * (load.mean() - load).sign(), layer.selection_bias)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
