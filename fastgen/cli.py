@@ -148,7 +148,7 @@ def export(
 
     terminal.quiet()
     weights: Any = None if lora is None else "lora" if lora else "full"
-    folder = run.export(run_dir, output, weights=weights, unfinished=unfinished, for_comfy=comfy)
+    folder = run.export(run_dir, output, weights=weights, unfinished=unfinished, for_comfy=comfy, progress=terminal.progress())
     terminal.note(f"student: {folder}")
     manifest = read_manifest(folder)
     for file in manifest["comfyui"]["files"] if comfy else ():

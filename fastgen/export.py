@@ -404,12 +404,20 @@ def verify(
         max(each.picture_error for each in found),
         sum(each.pictures for each in found),
         min(each.tolerance for each in found),
-        max(_rms(own - before) for own, before in zip(ours, trained, strict=True)) if trained else None,
+        worst_difference(ours, trained) if trained else None,
     )
 
 
-def _rms(difference: Tensor) -> float:
-    return difference.square().mean().sqrt().item()
+def worst_difference(drawn: Sequence[Tensor], trained: Sequence[Tensor]) -> float:
+    """The root mean square difference of pictures, by size, at the worst size (`Verification.trained_error`)."""
+    return max((own - before).square().mean().sqrt().item() for own, before in zip(drawn, trained, strict=True))
+
+
+def trained_error(folder: Path, trained: Sequence[Tensor], teacher_dir: str | Path | None = None) -> float:
+    """What `verify` says of an exported folder and of what its networks drew before, without plain diffusers: for who exports and verifies apart."""
+    manifest = read_manifest(folder)
+    check_student(folder, manifest)
+    return worst_difference(drawn_at_every_size(open_student(folder, manifest, teacher_dir=teacher_dir), manifest["prompts"]), trained)
 
 
 def drawn_at_every_size(student: ImageGenerator, prompts: Sequence[str], seeds: Sequence[int] = (0, 1, 2, 3)) -> list[Tensor]:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fastgen import checkpoint, inputs, report
 from fastgen.config import Recipe, validate
 from fastgen.distillers.base import Distiller
 from fastgen.errors import UserError
 from fastgen.evaluation.block import PROTOCOL, resources_of
-from fastgen.export import Expert, Verification, drawn_at_every_size, export_lora, export_student, verify
+from fastgen.export import Expert, Verification, drawn_at_every_size, export_lora, export_student, trained_error, verify
 from fastgen.files import remove, writing
 from fastgen.fingerprints import digest, folder_hash
 from fastgen.plan import plan
@@ -66,16 +67,14 @@ def _make_student(run: Run, folder: RunFolder, student_dir: Path, progress: Prog
             progress.stage(f"{student_dir} is exported and verified already")
             return
     progress.stage(f"exporting to {student_dir}")
-    student = run.averaged() if student is None else student
-    trained = drawn_at_every_size(run.generator("student", student), run.examples)  # now, for adapters are merged where they are
-    run.plan.family.free_encoders()
-    _write_student(run, student_dir, run.plan.recipe.export.weights, student=student)
+    trained = _export(run, student_dir, run.plan.recipe.export.weights, student=student)
     with writing(folder.path):
         remove(folder.path / "results.json")  # of another student
     progress.stage("verifying in plain diffusers")
     result = verify(student_dir, trained=trained)
     require_verified(result, student_dir)
-    _check_as_trained(run, result, student_dir, progress)
+    assert result.trained_error is not None
+    _check_as_trained(run, result.trained_error, student_dir, progress)
     folder.note(student={"source": source, "sha256": folder_hash(student_dir)})
 
 
@@ -102,12 +101,22 @@ def require_verified(result: Verification, folder: Path) -> None:
         )
 
 
-def _check_as_trained(run: Run, result: Verification, student_dir: Path, progress: Progress) -> None:
+def _export(
+    run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool = False, student: list[Expert] | None = None
+) -> list[Tensor]:
+    """Write the averaged student; what it drew before, at every size."""
+    student = run.averaged() if student is None else student
+    trained = drawn_at_every_size(run.generator("student", student), run.examples)  # now, for adapters are merged where they are
+    run.plan.family.free_encoders()
+    _write_student(run, output, weights, for_comfy=for_comfy, student=student)
+    return trained
+
+
+def _check_as_trained(run: Run, error: float, student_dir: Path, progress: Progress) -> None:
     """UserError for an export that draws something else than the networks which were trained; a warning where rounding alone may do that much."""
-    assert result.trained_error is not None
-    if result.trained_error <= (_ROUNDED if (rounds := _rounds(run)) else _EXACT):
+    if error <= (_ROUNDED if (rounds := _rounds(run)) else _EXACT):
         return
-    said = f"{str(student_dir)!r}: draws other pictures than the network that was trained, by {result.trained_error:.2g} (root mean square)"
+    said = f"{str(student_dir)!r}: draws other pictures than the network that was trained, by {error:.2g} (root mean square)"
     if not rounds:
         raise UserError(said)
     progress.warn(f"warning: {said}; in half precision steps may drift so far apart, but look at its samples")
@@ -121,19 +130,27 @@ def _rounds(run: Run) -> bool:
     return narrow or run.parallel.device.type != "cpu"
 
 
-def _write_student(run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool = False, student: list[Expert] | None = None) -> Path:
-    student, family, info = run.averaged() if student is None else student, run.plan.family, run.info()
+def _write_student(run: Run, output: Path, weights: Literal["full", "lora"], *, for_comfy: bool, student: list[Expert]) -> Path:
+    family, info = run.plan.family, run.info()
     if weights == "lora":
         return export_lora(student, family, info, output, for_comfy=for_comfy)
     return export_student(student, family, info, output, dtype=run.plan.recipe.export.dtype)
 
 
-def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | None = None, unfinished: bool = False, for_comfy: bool = False) -> Path:
+def export(
+    run_dir: Path,
+    output: Path,
+    *,
+    weights: Literal["full", "lora"] | None = None,
+    unfinished: bool = False,
+    for_comfy: bool = False,
+    progress: Progress | None = None,
+) -> Path:
     """Export the averaged student of a run's newest checkpoint; fastgen.json and the card say so where it trains on after that. weights:
     None for the form that the run's recipe names. for_comfy: the adapter, and the same for other programs, which plain diffusers then reads back.
 
     UserError for a student none of whose steps have been trained, and, unless `unfinished`, for one that is no good before its own
-    training is over, such as the expert of a phase.
+    training is over, such as the expert of a phase; and where what was written, which then lies there, draws something else than what was trained.
     """
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{str(run_dir)!r} holds no run (no recipe.yaml)")
@@ -155,11 +172,13 @@ def export(run_dir: Path, output: Path, *, weights: Literal["full", "lora"] | No
     _check_trained(run.trainer.distiller, state["step"], run_dir, unfinished=unfinished)
     run.began = inputs.Inputs(state["inputs"])
     checkpoint.load(chosen, run.trainer, state)
-    folder = _write_student(run, output, weights or planned.recipe.export.weights, for_comfy=for_comfy)
+    trained = _export(run, output, weights or planned.recipe.export.weights, for_comfy=for_comfy)
+    teacher = planned.recipe.teacher
+    teacher_dir = teacher.pretrained if teacher.revision is None else None
     if for_comfy:
-        teacher = planned.recipe.teacher
-        require_verified(verify(folder, teacher_dir=teacher.pretrained if teacher.revision is None else None), folder)
-    return folder
+        require_verified(verify(output, teacher_dir=teacher_dir), output)
+    _check_as_trained(run, trained_error(output, trained, teacher_dir), output, progress or Progress())
+    return output
 
 
 def _check_trained(distiller: Distiller, step: int, run_dir: Path, *, unfinished: bool) -> None:
