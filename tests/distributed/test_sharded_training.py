@@ -32,7 +32,7 @@ pytestmark = pytest.mark.distributed
 # What issues of sharding there are: heads on frozen and on trained networks, roles that leave, adapters of one base, tangents, running statistics,
 # a role without additions, experts, gradients that pass a network's own parameters.
 TRAINED = ["dmd2", "dmd2 heads on the fake score", "dmd2 lora", "dmd2 micro-batches", "scm", "scm lora", "phased_dmd", "phased_dmd lora", "f_distill"]
-TRAINED += ["f_distill lora", "reflow", "reflow lora", "dense2moe", "dense2moe blocks", "dense2moe altered", *WITH_ROOTS]
+TRAINED += ["f_distill lora", "reflow", "reflow lora", "dense2moe", "dense2moe blocks", *WITH_ROOTS]
 ALL = CASES | WITH_ROOTS
 
 
