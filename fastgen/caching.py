@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgen import conditioning, group
+from fastgen import conditioning, foresight, group
 from fastgen.conditioning import Conditioning
 from fastgen.config import Recipe
 from fastgen.data.encoded import Encoder, Keeping
@@ -86,8 +86,9 @@ def _cache_pairs(
     prompts = prompt_weights(None if images else load_prompts(str(recipe.data.prompts)), images)
     check_unused(output)
     block, device, at_once = recipe.teacher, own_device(recipe.train.device), batch or recipe.train.at_once
-    family = teacher_family(block.pretrained, block.family, block.guidance, **block.options)
-    for warning in (*(images.warnings if images else ()), *check_texts(recipe, family, prompts)):
+    family = teacher_family(block.pretrained, block.family, **block.options)
+    second = foresight.check_second_round(recipe, family, asked=False, drawn=True, steps=steps)
+    for warning in (*second, *(images.warnings if images else ()), *check_texts(recipe, family, prompts)):
         progress.warn(f"warning: {warning}")
     if source == "data":
         check_pictures(images, recipe, family)

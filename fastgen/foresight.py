@@ -8,18 +8,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastgen.config import Recipe
+from fastgen.config import Recipe, validate
 from fastgen.data.encoded import Keeping
 from fastgen.data.encoders import of_images, of_prompts, origin_of
 from fastgen.data.images import CaptionedImages
 from fastgen.data.latents import LatentImages
+from fastgen.distillers import distiller_class, distiller_names
 from fastgen.errors import UserError
 from fastgen.evaluation import unkept
 from fastgen.evaluation.block import PROTOCOL, naming_the_key, resources_of
 from fastgen.evaluation.protocol import Protocol
 from fastgen.evaluation.results import reasons
+from fastgen.families import resolve_source
 from fastgen.families.base import Family
 from fastgen.manifest import OwnSampler, Sampler
+from fastgen.second_round import Former, check_guidance, former
 
 _TIMES = 1000  # diffusers tells steps apart by 1000 t, in fp32
 
@@ -47,6 +50,45 @@ def check_explicit(recipe: Recipe, family: Family) -> None:
         raise UserError(f"recipe key teacher.guidance: {recipe.teacher.guidance:g}, but {what}; remove it{other}")
     if recipe.student.grid != "auto" and family.exportable and not family.takes_times:
         raise UserError(f"recipe key student.grid: the call of {family.pipeline_classes[0]} takes no explicit times; remove it, or use auto")
+
+
+def check_second_round(recipe: Recipe, family: Family, *, asked: bool, drawn: bool, steps: int | None = None) -> list[str]:
+    """Warnings of what a teacher was not made for that is a student itself; UserError for guidance that it holds already. asked: whether the method
+    asks it at times of its own; drawn: whether it draws pairs, in `steps` of its sampler, None for its own."""
+    source = recipe.teacher.pretrained
+    if not family.exportable:
+        return []
+    folder = resolve_source(source, recipe.teacher.revision)
+    lines, student, told = check_guidance(source, folder, recipe.teacher.guidance), former(folder), recipe.teacher.embedded_guidance
+    if student is not None and student.told is not None and told not in (None, student.told):
+        lines.append(f"teacher.embedded_guidance: {told:g}, but {source!r} is a student that was trained with {student.told:g} alone; remove it")
+    if student is None or _leaves_a_flow(student):
+        return lines
+    other = steps is not None and steps != student.steps
+    grid = torch.tensor(student.grid, dtype=torch.float64)
+    reasons = {
+        f"{recipe.distiller.name} asks it at other times": asked,
+        f"pairs are drawn in {steps}": drawn and other,
+        "pairs are drawn at its scheduler's own times, not at its explicit ones": drawn
+        and not other
+        and not _agree(family.grid(student.steps), grid),
+        "pairs are drawn along its flow, which its sampler leaves": drawn and student.sampler != "euler",
+    }
+    many = f"{student.steps} step{'s' * (student.steps != 1)}"
+    made = f"{source!r} is a student that {student.method} made for {many}, and right at the times of these alone"
+    return lines + [f"teacher.pretrained: {made}, but {why}" for why, holds in reasons.items() if holds]
+
+
+def _leaves_a_flow(student: Former) -> bool:
+    """Whether its method does, as it was configured; methods of another fastgen are not known, and nothing is said of their students."""
+    if student.method not in distiller_names():
+        return True
+    method = distiller_class(student.method)
+    try:
+        config = validate(method.Config, {**student.distiller, "name": student.method}, "distiller")
+    except UserError:  # of keys that have gone since
+        return True
+    return method.leaves_a_flow(config)
 
 
 def check_grid(recipe: Recipe, family: Family) -> None:

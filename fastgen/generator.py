@@ -24,9 +24,10 @@ from fastgen.families.base import Family
 from fastgen.families.source import load_network
 from fastgen.files import expanded, loading
 from fastgen.fingerprints import SEAL, check_files, file_names, unsealed
-from fastgen.manifest import FORMAT, FormerPipeline, FormerStudent, OwnSampler, Sampler, Student, upgraded
+from fastgen.manifest import FORMAT, FormerStudent, OwnSampler, Sampler, Student, upgraded
 from fastgen.provenance import teacher_lora, teacher_source
 from fastgen.sampling import Experts, Predict, Renoise, few_step, walk
+from fastgen.second_round import cannot_teach, check_guidance
 from fastgen.windows import begin_at, through_windows
 
 
@@ -370,15 +371,6 @@ def load_teacher_of(
     )
 
 
-def cannot_teach(folder: Path) -> str | None:
-    """Why a pipeline folder is no teacher, where its fastgen.json says that the pipeline's network is not all of a student, or not at all times."""
-    path = folder / "fastgen.json"
-    manifest = records.read(path, FormerPipeline) if path.is_file() else {}
-    if "experts" in manifest:
-        return "a student of several experts"
-    return "a student of its own number of steps alone" if manifest.get("own_steps_only") else None
-
-
 def in_two_parts(family: Family) -> str | None:
     """Why a pipeline is no teacher that gives the times of sampling to two networks, such as Wan 2.2: either would teach times it does not serve."""
     second = family.second_component
@@ -420,7 +412,10 @@ def teacher_family(source: Any, family: str = "auto", guidance: float | None = N
     if reason := in_two_parts(found):
         raise UserError(f"{_named(source)} is {reason}, which cannot teach yet")
     if found.exportable and isinstance(source, (str, Path)):
-        check_if_exported(resolve_source(source, options.get("revision")))
+        folder = resolve_source(source, options.get("revision"))
+        check_if_exported(folder)
+        if guidance is not None:
+            check_guidance(str(source), folder, guidance, key="guidance")
     return found
 
 

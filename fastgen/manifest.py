@@ -214,6 +214,7 @@ class Pipeline(Schema):
 
 class FormerPipeline(Schema):
     call: FormerCall = FormerCall()
+    teacher: dict[str, Any] = Field(default_factory=dict)
     own_steps_only: bool = False
 
 

@@ -37,11 +37,12 @@ from fastgen.families import adapters, pinned_revision, resolve_source, source_h
 from fastgen.families.base import Family
 from fastgen.families.complete import has_no_weights
 from fastgen.files import expanded, reading
-from fastgen.generator import cannot_teach, check_if_exported, in_two_parts
+from fastgen.generator import check_if_exported, in_two_parts
 from fastgen.optimizers import check_optimizer
 from fastgen.parallel import Cut, check_launch, choose_device, processes_of
 from fastgen.rng import derive_seed
 from fastgen.roles import LoraTuning, RoleSpec, build_roles
+from fastgen.second_round import cannot_teach
 from fastgen.surgery import compiled, formats
 from fastgen.surgery.held import Storage
 from fastgen.surgery.moe import conversion
@@ -361,6 +362,7 @@ def plan(
     if not family.exportable and only != "train":
         raise UserError(f"recipe key teacher.pretrained: {recipe.teacher.pretrained!r} has no diffusers pipeline to export; use --only train")
     foresight.check_explicit(recipe, family)
+    second = [] if started else _check_second_round(recipe, family, asked="teacher" in method.roles_for(config))
     foresight.check_sampler(recipe, family, method.samplers)
     early = None if recipe.data.buckets is None else images_of(recipe.data)
     sized = sizes.at_all(recipe, family, early)
@@ -404,8 +406,14 @@ def plan(
     _check_shrink(planned)
     _check_experts(planned)
     _check_networks(planned)
-    warnings = [*family.warnings, *_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
+    warnings = [*second, *family.warnings, *_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
     return planned if started else replace(planned, warnings=(*warnings, *check_texts(recipe, family, prompt_weights(prompts, images))))
+
+
+def _check_second_round(recipe: Recipe, family: Family, *, asked: bool) -> list[str]:
+    pairs = recipe.data.pairs_asked
+    drawn = pairs is not None and pairs.folder is None
+    return foresight.check_second_round(recipe, family, asked=asked, drawn=drawn, steps=None if pairs is None else pairs.steps)
 
 
 def _weightless(recipe: Recipe, family: Family) -> list[str]:

@@ -41,7 +41,8 @@ LAYERS = [
         "tf32",
     }
     | {"printing", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
-    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"},
+    {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"}
+    | {"second_round"},
     {"roles", "ema", "parallel", "sharding"},
     {"distillers"},
     {"divergence", "optimizers", "trainer", "checkpoint", "tensor_files", "saving"},

@@ -174,6 +174,11 @@ class Distiller(ABC):
         return False
 
     @classmethod
+    def leaves_a_flow(cls, config: Any) -> bool:
+        """Whether the trained network predicts at all times what leads along one flow, so that it can be sampled in any steps, and teach."""
+        return False
+
+    @classmethod
     def needs_latents(cls, config: Any) -> bool:
         """Whether this Config trains on images; otherwise it trains on prompts alone and opens no image."""
         return False

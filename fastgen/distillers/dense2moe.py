@@ -78,6 +78,10 @@ class Dense2MoE(Distiller):
     config: Dense2MoEConfig
 
     @classmethod
+    def leaves_a_flow(cls, config: Dense2MoEConfig) -> bool:
+        return True
+
+    @classmethod
     def student_is_guided(cls, config: Dense2MoEConfig) -> bool:
         return True
 

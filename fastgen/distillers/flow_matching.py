@@ -33,6 +33,10 @@ class FlowMatching(Distiller):
     config: FlowMatchingConfig
 
     @classmethod
+    def leaves_a_flow(cls, config: FlowMatchingConfig) -> bool:
+        return True
+
+    @classmethod
     def student_is_guided(cls, config: FlowMatchingConfig) -> bool:
         return True
 

@@ -106,6 +106,10 @@ class PeRFlow(Distiller):
         self._steps = torch.stack(windows)  # (K, solver_steps + 1) flow times of the teacher
 
     @classmethod
+    def leaves_a_flow(cls, config: PeRFlowConfig) -> bool:
+        return config.at == "times"
+
+    @classmethod
     def student_is_guided(cls, config: PeRFlowConfig) -> bool:
         return config.guidance == "synchronised"
 

@@ -95,8 +95,12 @@ class Reflow(Distiller):
         return True
 
     @classmethod
+    def leaves_a_flow(cls, config: ReflowConfig) -> bool:
+        return config.times.lo < 1  # where it learns no other velocity than the first
+
+    @classmethod
     def straightness_of(cls, config: ReflowConfig) -> int:
-        return 0 if config.times.lo == 1 else config.straightness  # which learns no other velocity than the first
+        return config.straightness if cls.leaves_a_flow(config) else 0
 
     @classmethod
     def files(cls, config: ReflowConfig) -> dict[str, str]:

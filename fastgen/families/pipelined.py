@@ -84,7 +84,7 @@ class Pipelined(Sizing):
         self._shift = self._stated_shift
         self.size, self.frames = self._size(given), self._frames(given)
         self.max_sequence_length = self._text_length(given)
-        self.embedded_guidance = given.get("embedded_guidance", self.own_embedded_guidance) if self._has()["embedded_guidance"] else None
+        self.embedded_guidance = self._told(given) if self._has()["embedded_guidance"] else None
         self.latent = self._latent()
 
     def check_network(self) -> None:
@@ -129,6 +129,11 @@ class Pipelined(Sizing):
         if self.longest_text is not None and length > self.longest_text:
             raise UserError(f"recipe key teacher.max_sequence_length: {length}, but the pipeline takes at most {self.longest_text}")
         return length
+
+    def _told(self, given: Mapping[str, Any]) -> float | None:
+        """What its network is told of guidance; a student's what it was trained with."""
+        recorded = self._record.get("options", {}).get("embedded_guidance")
+        return given.get("embedded_guidance", self.own_embedded_guidance if recorded is None else recorded)
 
     @property
     def own_call(self) -> dict[str, Any]:

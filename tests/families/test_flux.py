@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def test_embedded_guidance_is_an_option_and_no_classifier_free_guidance(dev: Any
     assert (stock.check_pictures(other, dev, steps=2) - own).abs().max() > 1e-3
     with pytest.raises(UserError, match=r"^recipe key teacher\.embedded_guidance: does not apply to FluxPipeline"):
         find_family(schnell, embedded_guidance=3.5)
+
+
+def test_a_student_is_told_what_it_was_trained_with(dev: Any, tmp_path: Path) -> None:
+    dev.save_pretrained(tmp_path)
+    assert find_family(tmp_path, **OPTIONS).options["embedded_guidance"] == 3.5
+    record = {"format": 3, "steps": 4, "guidance": 1.0, "options": {"embedded_guidance": 2.0}, "teacher": {"guidance": 1.0}, "method": "reflow"}
+    (tmp_path / "fastgen.json").write_text(json.dumps(record), encoding="utf-8")
+    assert find_family(tmp_path, **OPTIONS).call_arguments(4, 1.0)["guidance_scale"] == 2.0
+    assert find_family(tmp_path, **OPTIONS, embedded_guidance=3.0).options["embedded_guidance"] == 3.0
 
 
 def test_codec_shapes_and_time_features(family: Family, pipeline: Any) -> None:
