@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator, model_validator
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from fastgen.errors import UserError, nearest, one_line, shown
 from fastgen.files import expanded
 from fastgen.manifest import MOST_SIZES, OwnSampler, Sampler
+from fastgen.unused import InKey, UsedWith, check
 from fastgen.yaml_files import MOST_DEPTH, parse, read_yaml
 
 MOST_STEPS = 10**9  # of training: a year of them at thirty a second
@@ -52,7 +53,7 @@ class TeacherBlock(Block):
     pretrained: str
     revision: str | None = Field(None, min_length=1)
     family: str = "auto"
-    guidance: float = Field(1.0, ge=1)
+    guidance: float = Field(1.0, ge=1, le=1e3)
     negative_prompt: str = ""
     max_sequence_length: int | None = Field(None, ge=1, le=2**20)
     size: Size | None = None
@@ -80,7 +81,7 @@ class TeacherBlock(Block):
 
 class LoraBlock(Block):
     rank: int = Field(ge=1, le=2**16)  # no layer is wider
-    alpha: float | None = Field(None, gt=0)  # None: equal to the rank
+    alpha: float | None = Field(None, gt=0, le=1e6)  # None: equal to the rank
     targets: Literal["auto"] | list[str] = "auto"
 
 
@@ -98,6 +99,7 @@ class ShrinkBlock(Block):
     keep: Literal["even", "first", "ends", "importance"] | list[int] | dict[str, list[int]] = Field("even", validate_default=True)
     init: Literal["pruned", "random"] = "pruned"
     calibration: int = Field(8, le=10**6)
+    used_with: ClassVar[UsedWith] = {"calibration": ("keep", ("importance",))}
 
     @field_validator("depth", mode="before")
     @classmethod
@@ -428,13 +430,14 @@ class DataBlock(Block):
 
 
 class OptimizerBlock(Block):
-    """One role's optimizer; warmup in student steps; clip: largest gradient norm, null for any."""
+    """One role's optimizer; betas: of sgd the first is its momentum; warmup in student steps; clip: largest gradient norm, null for any."""
 
+    used_with: ClassVar[UsedWith] = {"eps": ("name", ("adamw", "adam", "adamw8bit"))}
     name: Literal["adamw", "adam", "sgd", "adamw8bit"] = "adamw"
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1e3)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(1e-8, gt=0, le=1e3)
+    weight_decay: float = Field(0.0, ge=0, le=1e3)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = Field(0, ge=0, le=MOST_STEPS)
     clip: float | None = Field(10.0, gt=0)
@@ -512,7 +515,7 @@ class ExportBlock(Block):
 
 
 class Recipe(Block):
-    """A whole run."""
+    """A whole run. Unused keys of the method's own block are its Config's to refuse."""
 
     teacher: TeacherBlock
     student: StudentBlock
@@ -522,6 +525,13 @@ class Recipe(Block):
     train: TrainBlock
     evaluate: EvaluateBlock = EvaluateBlock()
     export: ExportBlock = ExportBlock()
+
+    @model_validator(mode="after")
+    def _nothing_unused(self) -> Recipe:
+        check(self)
+        for role, block in self.optimizer.items():
+            check(block, above=("optimizer", role))
+        return self
 
     @classmethod
     def load(cls, source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -572,15 +582,17 @@ def _explain(model: type[BaseModel], error: ValidationError, prefix: str) -> str
     # An unknown key explains the missing one beside it, and the most deeply nested message of a union is the specific one.
     mistakes = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
     found, loc = mistakes[0], [str(part) for part in mistakes[0]["loc"]]
-    path = _without_union_tags(loc)
+    path, given = _without_union_tags(loc), found["input"]
+    if isinstance(cause := found.get("ctx", {}).get("error"), InKey):
+        path, given = [*path, *cause.keys], cause.given
     key = one_line(".".join(([prefix] if prefix else []) + path), 200) or "(top level)"
     if found["type"] == "extra_forbidden":
         return f"key {key}: unknown key; {nearest(loc[-1], _fields_at(model, loc[:-1]))}"
     if found["type"] == "missing" and isinstance(found["loc"][-1], str):
         return f"key {key}: missing, and it has no default"
-    same = [e for e in mistakes if _without_union_tags(e["loc"]) == path]  # one for each member of a union
+    same = [e for e in mistakes if _without_union_tags(e["loc"]) == _without_union_tags(loc)]  # one for each member of a union
     message = " or ".join(dict.fromkeys(_message(model, e) for e in same))
-    return f"key {key}: {message} (given: {shown(found['input'])})"
+    return f"key {key}: {message} (given: {shown(given)})"
 
 
 def _message(model: type[BaseModel], mistake: Any) -> str:

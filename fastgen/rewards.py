@@ -26,7 +26,7 @@ class RewardConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     name: str
-    beta: float = Field(default=2.0, gt=0)
+    beta: float = Field(default=2.0, gt=0, le=1e6)
 
     @field_validator("name")
     @classmethod

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
+
+from fastgen.unused import UsedWith
 
 
 def uniform(u: Tensor) -> Tensor:
@@ -65,11 +67,12 @@ def down_to(end: float, num_steps: int, *, t_max: float = 1.0, shift: float = 1.
 class TimeSampling(BaseModel, extra="forbid", frozen=True):
     """Recipe block for a training-time distribution: draw, then shift, then squeeze into [lo, hi]. mean, std: of `logit_normal`; a: of `u_shaped`."""
 
+    used_with: ClassVar[UsedWith] = {"mean": ("name", ("logit_normal",)), "std": ("name", ("logit_normal",)), "a": ("name", ("u_shaped",))}
     name: Literal["uniform", "logit_normal", "u_shaped"] = "uniform"
     lo: float = Field(default=0.0, ge=0, le=1)
     hi: float = Field(default=1.0, ge=0, le=1)
-    mean: float = 0.0
-    std: float = Field(default=1.0, gt=0)
+    mean: float = Field(default=0.0, ge=-20, le=20)  # beyond which fp32 has no other times than the ends
+    std: float = Field(default=1.0, gt=0, le=100)
     a: float = Field(default=4.0, gt=0, le=50)
     shift: Annotated[float, Field(ge=1e-3, le=1e3)] | Literal["teacher"] = "teacher"
 

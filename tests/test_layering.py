@@ -40,7 +40,7 @@ LAYERS = [
         "guidance",
         "tf32",
     }
-    | {"printing", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
+    | {"printing", "unused", "records", "manifest", "yaml_files", "static", "optional", "own_code"},
     {"denoiser", "families", "surgery", "data", "generator", "assets", "perceptual", "feature_distance", "rewards", "portable", "provenance"}
     | {"second_round"},
     {"roles", "ema", "parallel", "sharding"},

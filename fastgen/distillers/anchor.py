@@ -23,7 +23,7 @@ class AnchorConfig(Options):
     """weight: of the regression. evaluations: of the guided teacher, from noise to the student's second time; 6 of 24 is what LightX2V uses
     for four steps."""
 
-    weight: float = Field(default=0.05, gt=0)
+    weight: float = Field(default=0.05, gt=0, le=1e6)
     evaluations: int = Field(default=6, ge=1, le=1000)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
-from fastgen import timesteps
+from fastgen import timesteps, unused
 from fastgen.conditioning import Conditioning
 from fastgen.data.training import Batch
 from fastgen.denoiser import Predictor, guided
@@ -22,6 +22,7 @@ from fastgen.path import Flow, Kind, Path
 from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec
 from fastgen.sampling import Experts, Predict
+from fastgen.unused import UsedWith
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,11 @@ class Facts:
 
 
 class Options(BaseModel):
-    """Base of a block of keys: unknown ones are refused, and a block that is given in part keeps the rest of its default."""
+    """Base of a block of keys: unknown ones are refused, and a block that is given in part keeps the rest of its default. used_with: keys that count
+    with some values of another alone, see unused.py."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    used_with: ClassVar[UsedWith] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +149,11 @@ class MethodConfig(Options):
     """Base of every method's Config."""
 
     name: str
+
+    @model_validator(mode="after")
+    def _nothing_unused(self) -> Self:
+        unused.check(self)
+        return self
 
 
 class Distiller(ABC):

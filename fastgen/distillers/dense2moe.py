@@ -35,6 +35,7 @@ from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, student
 from fastgen.surgery.moe.layer import Part, part
 from fastgen.timesteps import TimeSampling
+from fastgen.unused import UsedWith, positive
 
 
 class Dense2MoEConfig(MethodConfig):
@@ -44,6 +45,11 @@ class Dense2MoEConfig(MethodConfig):
     features: weight of the loss of the blocks' features, 0 for none; taps: the places of the blocks whose features count, auto for all; where
     blocks in groups train, the last of each group in any case."""
 
+    used_with: ClassVar[UsedWith] = {
+        "times": ("points", ("data",)),
+        "trajectory": ("points", ("teacher_trajectory",)),
+        "taps": ("features", positive),
+    }
     shared: float = Field(0.5, ge=0, le=1)
     blocks: float = Field(0.0, ge=0, le=1)
     others: Literal["frozen", "trained"] = "frozen"
@@ -51,18 +57,13 @@ class Dense2MoEConfig(MethodConfig):
     times: TimeSampling = TimeSampling()
     trajectory: TrajectoryConfig = TrajectoryConfig()
     drop: float = Field(0.1, ge=0, le=1)
-    features: float = Field(1.0, ge=0)
+    features: float = Field(1.0, ge=0, le=1e6)
     taps: Literal["auto"] | Annotated[tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1)] = "auto"
 
     @model_validator(mode="after")
-    def _used(self) -> Dense2MoEConfig:
-        unused, given = ("times", self.times) if self.points == "teacher_trajectory" else ("trajectory", self.trajectory)
-        if given != type(self).model_fields[unused].default:
-            raise ValueError(f"{unused} is not used with points: {self.points}; remove it")
+    def _one_run(self) -> Dense2MoEConfig:
         if self.shared + self.blocks > 1:
             raise ValueError(f"shared ({self.shared:g}) and blocks ({self.blocks:g}) are shares of one run; together they are at most 1")
-        if self.features == 0 and self.taps != "auto":
-            raise ValueError("taps are not used with features: 0; remove them")
         if self.blocks == 1 and self.taps != "auto":
             raise ValueError("taps are not used with blocks: 1, for the last blocks of groups count there; remove them")
         if self.taps != "auto" and (twice := [tap for tap in self.taps if self.taps.count(tap) > 1]):

@@ -35,13 +35,13 @@ class LCMConfig(SolverConfig):
     the recipe's teacher.guidance alone. huber: c of the pseudo-Huber distance, a grey value or latent unit."""
 
     guidance: tuple[float, float] | None = None
-    huber: float = Field(1e-3, gt=0)
+    huber: float = Field(1e-3, gt=0, le=1e6)
 
     @field_validator("guidance")
     @classmethod
     def _ordered(cls, guidance: tuple[float, float] | None) -> tuple[float, float] | None:
-        if guidance is not None and not 1 <= guidance[0] < guidance[1]:
-            raise ValueError("two increasing scales of at least 1 are needed")
+        if guidance is not None and not 1 <= guidance[0] < guidance[1] <= 1e3:
+            raise ValueError("two increasing scales from 1 to 1000 are needed")
         return guidance
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from fastgen.path import Flow, TrigFlow, expand_time
 from fastgen.rng import SampleRng
 from fastgen.sampling import Predict
 from fastgen.timesteps import TimeSampling
+from fastgen.unused import UsedWith
 
 TRIG = TrigFlow()
 # At the ends themselves a change of path has no derivative.
@@ -64,6 +65,11 @@ class TrajectoryConfig(Options):
     itself: flow times from 1 to `end`, evenly spaced and then shifted.
     """
 
+    used_with: ClassVar[UsedWith] = {
+        "times": ("route", ("logit_normal",)),
+        "shift": ("route", ("stratified", "grid")),
+        "end": ("route", ("stratified", "grid")),
+    }
     evaluations: int = Field(default=16, ge=2, le=1000)
     route: Literal["stratified", "logit_normal", "grid"] = "stratified"
     shift: float = Field(default=2.5, ge=1e-3, le=1e3)

@@ -5,7 +5,7 @@ Any of them is right for pairs of a deterministic sampler alone, where x_t has o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -17,14 +17,16 @@ from fastgen.distillers.base import Facts, Options, Setting
 from fastgen.distillers.losses import per_sample_mean
 from fastgen.errors import UserError
 from fastgen.own_code import absolute
+from fastgen.unused import UsedWith
 
 
 class VelocityConfig(Options):
     """metric: `l2`, the mean squared error, or `huber`, (sqrt(|d|^2 + (c D)^2) - c D) / D of the difference d of a sample of D numbers, which is
     |d|/D far away; c: as RF++'s released code has it. weight: of a time t in (0, 1], `constant` or `one_minus_t`."""
 
+    used_with: ClassVar[UsedWith] = {"c": ("metric", ("huber",))}
     metric: Literal["l2", "huber"] = "l2"
-    c: float = Field(default=0.00054, gt=0)
+    c: float = Field(default=0.00054, gt=0, le=1e6)
     weight: Literal["constant", "one_minus_t"] = "constant"
 
 
@@ -35,7 +37,7 @@ class PerceptualConfig(Options):
     the velocity's distance ends there (InstaFlow's second part of distillation)."""
 
     metric: str = "lpips"
-    scale: float = Field(default=1.0, gt=0)
+    scale: float = Field(default=1.0, gt=0, le=1e6)
     weight: Literal["constant", "inverse_time"] = "inverse_time"
     after: int = Field(default=0, ge=0, le=MOST_STEPS)
     alone: bool = Field(default=False, strict=True)

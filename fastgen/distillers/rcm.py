@@ -33,7 +33,7 @@ class RCMConfig(SCMConfig):
 
     start: int = Field(0, ge=0, le=MOST_STEPS)
     critic_updates: int = Field(4, ge=1, le=1000)
-    match_weight: float = Field(0.01, gt=0)
+    match_weight: float = Field(0.01, gt=0, le=1e6)
     match_times: TimeSampling = TimeSampling(lo=0.02, hi=0.98)
     critic_times: TimeSampling = TimeSampling(lo=0.001, hi=1.0)
     renoise: Renoise = "euler"

@@ -11,10 +11,10 @@ one's student.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from fastgen import feature_distance
@@ -29,6 +29,7 @@ from fastgen.rng import SampleRng
 from fastgen.roles import student
 from fastgen.sampling import Predict, initial
 from fastgen.timesteps import TimeSampling
+from fastgen.unused import InKey
 
 FLOW = Flow()
 _SMALLEST = 1e-5  # flow time, as RF++: a line's clean end tells nothing of the noise
@@ -73,6 +74,13 @@ class ReflowConfig(MethodConfig):
     velocity: VelocityConfig = VelocityConfig()
     perceptual: PerceptualConfig | None = None
     straightness: int = Field(default=32, ge=0, le=10**6)
+
+    @model_validator(mode="after")
+    def _velocity_counts(self) -> Self:
+        if self.perceptual is not None and self.perceptual.alone and self.perceptual.after == 0 and self.velocity != VelocityConfig():
+            given = self.velocity.model_dump(exclude_unset=True)
+            raise InKey(("velocity",), "not used with perceptual.alone: true from the first step on; remove it, or give perceptual.after", given)
+        return self
 
     @field_validator("straightness")
     @classmethod

@@ -22,7 +22,7 @@ class RegressionConfig(Options):
     """weight: beside the matching surrogate (DMD: 0.25 with lpips). metric: mean squared error of `latent`s, or `lpips` of the decoded
     pictures. warmup: student steps of regression alone before matching begins (DMD2's one-step SDXL: on 10,000 pairs)."""
 
-    weight: float = Field(default=0.25, gt=0)
+    weight: float = Field(default=0.25, gt=0, le=1e6)
     metric: Literal["latent", "lpips"] = "latent"
     warmup: int = Field(default=0, ge=0, le=MOST_STEPS)
 

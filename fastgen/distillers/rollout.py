@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from fastgen.conditioning import Conditioning
@@ -14,21 +14,17 @@ from fastgen.errors import UserError
 from fastgen.rng import SampleRng
 from fastgen.sampling import Predict, Renoise, walk
 from fastgen.timesteps import TimeSampling
+from fastgen.unused import UsedWith
 
 
 class RolloutConfig(Options):
     """times: the student's own `grid`, or `sampled` anew each time: the noise end, then running minima of draws from `sampling`
     (Zheng et al. 2025, section 4). steps: most evaluations of a sampled rollout."""
 
+    used_with: ClassVar[UsedWith] = {"steps": ("times", ("sampled",)), "sampling": ("times", ("sampled",))}
     times: Literal["grid", "sampled"] = "grid"
     steps: int = Field(default=4, ge=1, le=1000)
     sampling: TimeSampling = TimeSampling()
-
-    @model_validator(mode="after")
-    def _effective(self) -> RolloutConfig:
-        if self.times == "grid" and (self.steps, self.sampling) != (4, TimeSampling()):
-            raise ValueError("steps and sampling need times: sampled")
-        return self
 
     def draw(self, setting: Setting, rng: SampleRng) -> Tensor:
         """Descending path times (N,) fp64, the same for the whole global batch."""

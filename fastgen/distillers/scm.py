@@ -32,6 +32,7 @@ from fastgen.rng import SampleRng
 from fastgen.roles import RoleSpec, frozen, student
 from fastgen.sampling import Predict
 from fastgen.timesteps import TimeSampling
+from fastgen.unused import UsedWith
 
 
 class SCMConfig(MethodConfig):
@@ -44,27 +45,26 @@ class SCMConfig(MethodConfig):
     time embedding is so steep that its exact slope is mostly ripple (1000 t sinusoids); `discrete`, one such difference along the
     ODE, for networks without forward mode; `finite_difference`, central and fine, the exact tangent's stand-in there."""
 
+    used_with: ClassVar[UsedWith] = {
+        "times": ("points", ("data",)),
+        "trajectory": ("points", ("teacher_trajectory",)),
+        "discrete_step": ("tangent", ("semi_continuous", "discrete")),
+    }
     variant: Literal["distillation", "training"] = "distillation"
     points: Literal["data", "teacher_trajectory"] = "data"
     times: TimeSampling = TimeSampling(name="logit_normal", mean=-0.1, std=1.6)
     trajectory: TrajectoryConfig = TrajectoryConfig()
     warmup: int = Field(0, ge=0, le=MOST_STEPS)
-    normaliser: float = Field(0.1, gt=0)
+    normaliser: float = Field(0.1, gt=0, le=1e6)
     tangent: Literal["exact", "semi_continuous", "discrete", "finite_difference"] = "exact"
     discrete_step: float = Field(1.5e-3, gt=0, lt=1)
     replay: int = Field(1, ge=1, le=1000)
-    log_variance: bool = False
+    log_variance: bool = Field(default=False, strict=True)
 
     @model_validator(mode="after")
     def _one_ode(self) -> SCMConfig:
-        on_trajectories = self.points == "teacher_trajectory"
-        if self.variant == "training" and on_trajectories:
+        if self.variant == "training" and self.points == "teacher_trajectory":
             raise ValueError("variant: training follows the data's own pairs; points: teacher_trajectory has none")
-        unused, given = ("times", self.times) if on_trajectories else ("trajectory", self.trajectory)
-        if given != type(self).model_fields[unused].default:
-            raise ValueError(f"{unused} is not used with points: {self.points}; remove it")
-        if self.tangent in ("exact", "finite_difference") and self.discrete_step != type(self).model_fields["discrete_step"].default:
-            raise ValueError(f"discrete_step is not used with tangent: {self.tangent}; remove it")
         return self
 
 

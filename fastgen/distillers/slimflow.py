@@ -40,7 +40,7 @@ class AnnealConfig(Options):
 class TwoStepConfig(Options):
     """weight: beside the pairs' term. lo, hi: fractions of the start's flow time between which the half-way point is drawn."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e6)
     lo: float = Field(default=0.2, gt=0, lt=1)
     hi: float = Field(default=0.8, gt=0, lt=1)
 

@@ -186,9 +186,9 @@ def test_it_is_drawn_with_its_teachers_guidance() -> None:
         (["distiller.taps=[0, 4]"], "distiller.taps: no block 4; this network has blocks 0 to 3"),
         (
             ["distiller.taps=[0]", "distiller.features=0"],
-            "distiller: taps are not used with features: 0; remove them",
+            "distiller.taps: not used with features: 0.0; remove it",
         ),
-        (["distiller.trajectory.evaluations=4"], "distiller: trajectory is not used with points: data; remove it"),
+        (["distiller.trajectory.evaluations=4"], "distiller.trajectory: not used with points: data; remove it"),
     ],
 )
 def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:

@@ -587,7 +587,7 @@ IMAGES = ["data.prompts=null", "data.images=fastgen:digits"]
             [*IMAGES, *PAIRS, "distiller.gan={}", "distiller.regression.warmup=300"],
             "recipe key distiller.regression.warmup: 300 leaves none of train.steps 250",
         ),
-        (["distiller.rollout.steps=2"], "recipe key distiller.rollout: steps and sampling need times: sampled "),
+        (["distiller.rollout.steps=2"], "recipe key distiller.rollout.steps: not used with rollout.times: grid; remove it"),
         (["distiller.name=f_distill", "distiller.gan=null"], "recipe key distiller.gan: null, but divergence js needs the ratio "),
         (["student.init=nowhere"], "recipe key student.init: 'nowhere' is neither teacher nor the folder of a run"),
     ],

@@ -308,8 +308,8 @@ def test_micro_batches_change_nothing(features: Any) -> None:
         ({"taps": []}, "recipe key distiller.gan.taps: auto, or one block or more, each named once (given: [])"),
         ({"taps": [1, 1]}, "recipe key distiller.gan.taps: auto, or one block or more, each named once (given: [1, 1])"),
         ({"r1": 1, "r1_noise": 0}, "recipe key distiller.gan.r1_noise: Input should be greater than 0 (given: 0)"),
-        ({"r1_noise": 0.2}, "recipe key distiller.gan: r1_noise needs r1 above 0"),
-        ({"fake_score_weight": 1}, "recipe key distiller.gan: fake_score_weight needs features: fake_score; heads on the teacher train alone"),
+        ({"r1_noise": 0.2}, "recipe key distiller.gan.r1_noise: not used with gan.r1: 0.0; remove it"),
+        ({"fake_score_weight": 1}, "recipe key distiller.gan.fake_score_weight: not used with gan.features: teacher; remove it"),
         ({"times": {"lo": 0.5, "hi": 0.2}}, "recipe key distiller.gan.times: lo must not exceed hi, got lo 0.5 and hi 0.2"),
     ],
 )

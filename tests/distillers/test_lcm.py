@@ -155,7 +155,7 @@ def test_training_makes_the_student_consistent() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"guidance": [3, 2]}, "recipe key distiller.guidance: two increasing scales of at least 1 are needed (given: [3, 2])"),
+        ({"guidance": [3, 2]}, "recipe key distiller.guidance: two increasing scales from 1 to 1000 are needed (given: [3, 2])"),
         ({"guidance": [0.5, 2]}, "recipe key distiller.guidance: two increasing scales"),
         ({"skip": 0}, "recipe key distiller.skip: Input should be greater than or equal to 1 (given: 0)"),
         ({"num_time": 5}, "recipe key distiller.num_time: unknown key; did you mean 'num_times'?"),

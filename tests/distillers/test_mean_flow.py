@@ -198,7 +198,7 @@ def test_the_derivative_is_faded_in() -> None:
             {"tangent": "forward"},
             "recipe key distiller.tangent: Input should be 'exact', 'semi_continuous', 'discrete' or 'finite_difference' (given: 'forward')",
         ),
-        ({"discrete_step": 0.02}, "recipe key distiller: discrete_step is not used with tangent: exact; remove it"),
+        ({"discrete_step": 0.02}, "recipe key distiller.discrete_step: not used with tangent: exact; remove it"),
     ],
 )
 def test_mistakes_in_the_config_name_the_key(config: dict[str, Any], message: str) -> None:

@@ -465,7 +465,7 @@ def test_training_brings_few_steps_to_the_teachers_trajectories(name: str, point
         ({"edges": [1, 0], "windows": 1}, "recipe key distiller: windows and edges say the same; remove one of them"),
         ({"solver": "ddim"}, "recipe key distiller.solver: Input should be 'euler' or 'heun' (given: 'ddim')"),
         ({"interpolant": "cubic"}, "recipe key distiller.interpolant: Input should be 'constant' or 'linear' (given: 'cubic')"),
-        ({"at": "grid", "times": {"name": "u_shaped"}}, "recipe key distiller: times need at: times"),
+        ({"at": "grid", "times": {"name": "u_shaped"}}, "recipe key distiller.times: not used with at: grid; remove it"),
         ({"drop": 1.5}, "recipe key distiller.drop: Input should be less than or equal to 1 (given: 1.5)"),
         ({"huber": 0}, "recipe key distiller.huber: Input should be greater than 0 (given: 0)"),
     ],

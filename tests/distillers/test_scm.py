@@ -339,9 +339,9 @@ def test_a_learned_log_variance_levels_the_noise_levels_and_is_left_behind() -> 
     ("keys", "said"),
     [
         ({"variant": "training", "points": "teacher_trajectory"}, "points: teacher_trajectory has none"),
-        ({"points": "teacher_trajectory", "times": {"mean": 1.0}}, "times is not used with points: teacher_trajectory"),
-        ({"trajectory": {"evaluations": 8}}, "trajectory is not used with points: data"),
-        ({"discrete_step": 0.1}, "discrete_step is not used with tangent: exact"),
+        ({"points": "teacher_trajectory", "times": {"mean": 1.0}}, "times: not used with points: teacher_trajectory"),
+        ({"trajectory": {"evaluations": 8}}, "trajectory: not used with points: data"),
+        ({"discrete_step": 0.1}, "discrete_step: not used with tangent: exact"),
         ({"tangent": "jvp"}, "distiller.tangent"),
         ({"normaliser": 0}, "distiller.normaliser"),
         ({"replay": 0}, "distiller.replay"),
