@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import torch
@@ -122,6 +122,23 @@ def check_images(images: CaptionedImages | None, family: Family) -> None:
         images.check_size(*family.picture_shape[-2:])
 
 
+def enlarged(parts: Sequence[CaptionedImages | LatentImages | None], families: Sequence[Family], *, buckets: bool) -> list[str]:
+    """A warning where pictures are smaller than what they are made into: how many, and the smallest of them. parts: the images of each size."""
+    found: list[tuple[int, str, str]] = []
+    for images, family in zip(parts, families, strict=True):
+        if isinstance(images, CaptionedImages) and len(family.picture_shape) == 3:
+            height, width = family.picture_shape[-2:]
+            for i, (tall, wide) in images.enlarged(height, width).items():
+                found.append((tall * wide, f"{tall}x{wide}, made {height}x{width}", str(images.sources[i])))
+    if not found:
+        return []
+    total = sum(len(images) for images in parts if images is not None)
+    _, sizes, name = min(found)
+    way_on = "leave them out, or give smaller student.sizes" if len(families) > 1 or buckets else "leave them out, or give a smaller teacher.size"
+    what = f"{len(found)} of {total} pictures are smaller than what they are trained as and are enlarged, which blurs them"
+    return [f"data.images: {what}, such as {name!r} ({sizes}); {way_on}"]
+
+
 def check_store(recipe: Recipe, family: Family, prompts: Collection[str], images: CaptionedImages | LatentImages | None, dtype: torch.dtype) -> None:
     """UserError for a store that cannot take what the run encodes, and for keys that say how something is kept that is not. dtype: of the text
     encoders."""
@@ -155,13 +172,27 @@ def check_measuring(recipe: Recipe, family: Family, protocol: Protocol | None, *
     block = recipe.evaluate
     if protocol is None or not (at_the_end or block.every):
         return []
-    protocol.check_image(family.picture_shape, f"recipe key {PROTOCOL}")
+    _check_shape(recipe, family, protocol)
     texts = dict.fromkeys(text for each in protocol.sets.values() for text in each.prompts)
     unread = family.legibility(list(texts)).check(f"recipe key {PROTOCOL}")
     with naming_the_key():
         missing = unkept.missing_at_start(protocol, resources_of(block), teacher=at_the_end and teacher)
     lines = [*unread, *(f"{PROTOCOL}: {line}" for line in reasons(missing))]
     return lines + (_check_every(recipe, protocol, {each["name"] for each in missing}) if block.every else [])
+
+
+def _check_shape(recipe: Recipe, family: Family, protocol: Protocol) -> None:
+    try:
+        protocol.check_image(family.picture_shape, f"recipe key {PROTOCOL}")
+    except UserError as error:
+        sizes, wanted = recipe.student.sizes or [], protocol.spec.size
+        if len(sizes) > 1:
+            there = wanted is not None and list(wanted) in [list(size) for size in sizes]
+            way_on = f"put {list(wanted or ())} first" if there else "put the one that it measures first, or set evaluate.protocol to null"
+            raise UserError(f"{error}: of several sizes the first in student.sizes is measured; {way_on}") from error
+        if recipe.data.buckets is not None:
+            raise UserError(f"{error}: of the sizes that data.buckets finds the most frequent is measured; type them in student.sizes") from error
+        raise
 
 
 def _check_every(recipe: Recipe, protocol: Protocol, missing: set[str]) -> list[str]:

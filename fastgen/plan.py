@@ -395,6 +395,7 @@ def plan(
     if asked is not None and asked.folder is None and recipe.data.store is not None:
         for place, keeping in enumerate(planned.keepings(Keeping(torch.device("cpu"), recipe.data).of_pairs())):
             keeping.check(planned.pairs_at(place, keeping, _undrawn, family.encode_prompts))
+    small = [] if started else foresight.enlarged(parts or [images], sized if parts else [family], buckets=recipe.data.buckets is not None)
     foresight.check_store(recipe, family, prompt_weights(prompts, images), images, planned.frozen_dtype)
     for own, each in zip(parts, sized, strict=bool(parts)):
         foresight.check_stored_images(recipe, each, own, planned.frozen_dtype, name_of(each.picture_shape[-2:]))
@@ -406,7 +407,7 @@ def plan(
     _check_shrink(planned)
     _check_experts(planned)
     _check_networks(planned)
-    warnings = [*second, *family.warnings, *_weightless(recipe, family), *(images.warnings if images else ()), *unmeasured]
+    warnings = [*second, *family.warnings, *_weightless(recipe, family), *(images.warnings if images else ()), *small, *unmeasured]
     return planned if started else replace(planned, warnings=(*warnings, *check_texts(recipe, family, prompt_weights(prompts, images))))
 
 

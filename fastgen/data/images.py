@@ -79,6 +79,18 @@ class CaptionedImages:
         known = functools.cache(upright_size)  # a file may have several rows
         return [(source.shape[-2], source.shape[-1]) if isinstance(source, Tensor) else known(source) for source in self.sources]
 
+    def enlarged(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        """The files that `pixels` would enlarge, by their index, each with its (height, width); by their headers."""
+
+        @functools.cache  # a file may have several rows
+        def size(source: Any) -> tuple[int, int] | None:
+            if min(check_header(source).size) >= max(height, width):  # however it is turned, which of some formats only decoding tells
+                return None
+            tall, wide = upright_size(source)
+            return (tall, wide) if tall < height or wide < width else None
+
+        return {i: found for i, source in enumerate(self.sources) if not isinstance(source, Tensor) and (found := size(source)) is not None}
+
     def decodable(self) -> tuple[CaptionedImages, list[str]]:
         """The images that `batches` has yielded, once it is through, and a warning of others; UserError where there is none."""
         kept = [i for i in range(len(self)) if i not in self.undecodable]

@@ -118,3 +118,12 @@ def test_the_size_is_the_updates_own_however_it_is_split() -> None:
         assert whole.latents is not None
         assert torch.equal(torch.cat([part.latents for part in parts if part.latents is not None]), whole.latents[[5, 6, 7, 0, 1, 2, 3, 4]])
     assert len({data.draw(SampleRng(0, (0, index), range(2)).at("data")).place for index in range(20)}) == 2  # and not the step's
+
+
+def test_pictures_that_would_be_enlarged_are_told_by_their_headers(tmp_path: Path) -> None:
+    sizes = [(16, 16), (15, 40), (40, 15), (15, 15), (60, 60), (16, 24), (24, 16)]
+    images = pictures(tmp_path / "images", sizes)
+    assert images.enlarged(16, 16) == {i: sizes[i] for i in (1, 2, 3)}
+    assert images.enlarged(16, 24) == {i: sizes[i] for i in (0, 1, 2, 3, 6)}
+    tensors = CaptionedImages([{"a": 1.0}], [torch.zeros(3, 4, 4)])
+    assert tensors.enlarged(16, 16) == {}  # of another size they are refused

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cells import PROMPTS, pictures
 from PIL import Image
-from pipelines import edit_json, same_interpreter, tiny_sd3
+from pipelines import edit_json, same_interpreter, tiny_protocol, tiny_sd3
 from safetensors.torch import load_file
 from tiny_dit import tiny_dit
 from tiny_flux import tiny_flux
@@ -365,3 +365,31 @@ def test_the_command_line_draws_and_names_sizes(folders: Any, tmp_path: Path, sa
     assert generator.at_size([16, 24])(["a red cat"], [0]).shape == (1, 3, 16, 24)
     assert cli.main(["sample", str(student), "--prompt", "x", "--size", "24x16", "--output", str(tmp_path / "no.png")]) == 2
     assert "--size: 24x16, but student" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_pictures_that_are_enlarged_are_said(folders: Callable[[str], Path], tmp_path: Path, several: bool) -> None:
+    images = sized_pictures(tmp_path)
+    student: dict[str, Any] = {"student": {"steps": 2, "sizes": SIZES if several else None}}
+    asked = recipe(folders("sd3"), tmp_path, "lcm", **student, **({} if several else {"teacher": {"size": [16, 16]}}))
+    assert not [line for line in plan(asked, dry=True).warnings if "smaller than" in line]
+    file = sorted(images.glob("*.png"))[1]
+    with Image.open(file) as image:
+        image.resize((18, 12)).save(file)
+    way_on = "leave them out, or give " + ("smaller student.sizes" if several else "a smaller teacher.size")
+    made = "16x24" if several else "16x16"
+    what = "1 of 4 pictures are smaller than what they are trained as and are enlarged, which blurs them"
+    assert f"data.images: {what}, such as {str(file)!r} (12x18, made {made}); {way_on}" in plan(asked, dry=True).warnings
+    made_of = run.dry_run(asked, tmp_path / "out")["warnings"]
+    assert any("1 of 4 pictures are smaller" in line for line in made_of)
+
+
+def test_a_protocol_of_another_size_than_the_first_is_told_what_decides(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    protocol = tiny_protocol(tmp_path)
+    sizes = {"student": {"steps": 2, "sizes": [[16, 24], [16, 16]]}, "evaluate": {"protocol": protocol}}
+    said = r"recipe key evaluate\.protocol: protocol tiny measures .*: of several sizes the first in student\.sizes is measured; "
+    with pytest.raises(UserError, match=rf"^{said}put \[16, 16\] first$"):
+        plan(recipe(folders("sd3"), tmp_path, **sizes), dry=True)
+    sizes["student"] = {"steps": 2, "sizes": [[16, 24], [24, 16]]}
+    with pytest.raises(UserError, match=rf"^{said}put the one that it measures first, or set evaluate\.protocol to null$"):
+        plan(recipe(folders("sd3"), tmp_path, **sizes), dry=True)
