@@ -343,8 +343,13 @@ def _cache_encoded(kind: Literal["prompts", "latents"], recipe: str, output: Pat
     from fastgen.evaluation.settings import part_of
 
     read = Recipe.load(recipe, overrides or [])
-    for store, made in caching.cache_encoded(kind, read, output, part=part_of(part), progress=terminal.progress()):
+    filled = caching.cache_encoded(kind, read, output, part=part_of(part), progress=terminal.progress())
+    for store, made in filled:
         _note_store(store, made)
+    if read.data.buckets is not None and kind == "latents":
+        sizes = [[int(side) for side in store.path.parent.name.split("x")] for store, _ in filled]
+        terminal.note(f"train with data.store={output}, or without the pictures with:")
+        terminal.note(f"data.images={output} 'student.sizes={sizes}' data.buckets=null teacher.size=null teacher.resolution=null")
 
 
 def _note_store(store: Store, made: int) -> None:

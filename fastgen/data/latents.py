@@ -60,7 +60,9 @@ def latents_of_sizes(folder: Path, sizes: Sequence[Sequence[int]]) -> LatentImag
     if not there:
         return None
     if not sizes:
-        raise UserError(f"{KEY}: {str(folder)!r} holds latents by size; say which in student.sizes: it has {[list(size) for size in there]}")
+        often = sorted(there, key=lambda size: -len(latents_in(folder / name_of(size)) or ()))
+        way_on = f"say which in student.sizes: it has {[list(size) for size in often]}, the most frequent first"
+        raise UserError(f"{KEY}: {str(folder)!r} holds latents by size; {way_on}, and remove teacher.size and data.buckets")
     found = {name_of(size): latents_in(folder / name_of(size)) for size in sizes}
     for name, one in found.items():
         if one is None:

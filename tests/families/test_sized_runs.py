@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,30 @@ def test_buckets_fill_the_sizes_from_the_pictures(folders: Any, tmp_path: Path) 
     outcome = run.dry_run(read, tmp_path / "run", only="train")
     assert [(each["size"], each["images"]) for each in outcome["sizes"]] == [([20, 28], 3), ([24, 24], 2)]
     assert built(read).trainer.train_step()["loss/consistency"] > 0
+
+
+def test_latents_of_found_sizes_are_trained_on_by_the_line_that_caching_says(
+    folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sized_pictures(tmp_path)
+    read = recipe(folders("sd3"), tmp_path, "lcm", student={"sizes": None}, data={"buckets": "auto"}, teacher={"size": [24, 24]})
+    for i in range(2):
+        (tmp_path / "images" / f"more{i}.txt").write_text("a star")
+        Image.new("RGB", (96, 64)).save(tmp_path / "images" / f"more{i}.png")
+    (tmp_path / "recipe.yaml").write_text(read.to_yaml())
+    assert cli.main(["cache", "latents", "recipe.yaml", "--output", "kept"]) == 0
+    said = capsys.readouterr()
+    line = next(line for line in (said.out + said.err).splitlines() if "student.sizes=" in line)
+    expected = plan(read, only="train")
+    typed = plan(Recipe.load("recipe.yaml", shlex.split(line)), only="train")
+    assert [family.picture_shape for family in typed.families] == [family.picture_shape for family in expected.families]
+    assert [len(part) for part in typed.divided] == [len(part) for part in expected.divided] == [4, 2]
+    stored = plan(Recipe.load("recipe.yaml", ["data.store=kept"]), only="train")  # which needs nothing typed
+    assert [family.picture_shape for family in stored.families] == [family.picture_shape for family in expected.families]
+    said = r"it has \[\[20, 28\], \[24, 24\]\], the most frequent first, and remove teacher\.size and data\.buckets$"
+    with pytest.raises(UserError, match=said):
+        plan(Recipe.load("recipe.yaml", ["data.images=kept"]), only="train")
 
 
 def test_a_continuation_has_the_sizes_that_the_run_began_with(folders: Any, tmp_path: Path) -> None:
