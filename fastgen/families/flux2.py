@@ -68,6 +68,10 @@ class Flux2Klein(Pipelined):
     def block_feature(self, output: Any) -> Tensor:
         return one_stream.last(output, self._picture)
 
+    def before(self, pipeline: Any, tokenizer: Any) -> str:
+        asked, options = [{"role": "user", "content": "PROMPT"}], {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return tokenizer.apply_chat_template(asked, **options).partition("PROMPT")[0]
+
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         return {"encoder_hidden_states": pipeline.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)[0]}
 

@@ -28,6 +28,9 @@ class Flux2Dev(Flux2Klein):
         told = {} if self.embedded_guidance is None else {"guidance_scale": self.embedded_guidance}
         return super().call_arguments(steps, guidance, grid) | told
 
+    def before(self, pipeline: Any, tokenizer: Any) -> str:
+        return ""  # its processor's template has parts, which `readers` counts
+
     def readers(self) -> list[Reader]:
         """Of `max_sequence_length` tokens the instruction and the marks around the prompt take theirs."""
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input

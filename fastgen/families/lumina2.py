@@ -68,6 +68,9 @@ class Lumina2(Pipelined):
         guided = super().guidance_rule(cond, negative, scale)
         return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
+    def before(self, pipeline: Any, tokenizer: Any) -> str:
+        return f"{pipeline.system_prompt} <Prompt Start>"  # the space behind is of the first word
+
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeds, mask, _, _ = pipeline.encode_prompt(prompts, False, max_sequence_length=self.max_sequence_length)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}

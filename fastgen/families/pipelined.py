@@ -284,8 +284,15 @@ class Pipelined(Sizing):
         for name, partner in zip(names, partners, strict=True):
             if (tokenizer := getattr(pipeline, name)) is not None and self.has(partner):
                 cut = self.max_sequence_length if name == names[-1] else None
+                if cut and (text := self.before(pipeline, tokenizer)):
+                    own, taken = tokenizer.num_special_tokens_to_add(), len(tokenizer(text, add_special_tokens=False)["input_ids"])
+                    cut = max(own, cut - taken)
                 readers.append(Reader(name, tokenizer, cut or tokenizer.model_max_length))
         return readers
+
+    def before(self, pipeline: Any, tokenizer: Any) -> str:
+        """What the pipeline puts before a prompt, and whose tokens take their part of `max_sequence_length`."""
+        return ""
 
     def free_encoders(self) -> None:
         self._loaded.encoders = None

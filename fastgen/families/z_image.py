@@ -59,6 +59,10 @@ class ZImage(Pipelined):
     def feature_widths(self, backbone: nn.Module) -> list[int]:
         return [self.config.option("dim")] * len(self.blocks(backbone))
 
+    def before(self, pipeline: Any, tokenizer: Any) -> str:
+        asked, options = [{"role": "user", "content": "PROMPT"}], {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        return tokenizer.apply_chat_template(asked, **options).partition("PROMPT")[0]
+
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         rows, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length)
         return conditioning.ragged(rows, self.max_sequence_length or 0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgen.conditioning import Conditioning
 from fastgen.denoiser import Denoiser, Predictor
 from fastgen.families.base import Family
 from fastgen.generator import ImageGenerator
@@ -193,3 +194,17 @@ def check_half_precision_tangent(family: Family, prompts: Sequence[str] = PROMPT
     full = check_tangent(velocity, *given, network)
     network.autocast = torch.bfloat16
     assert check_precision(velocity, *given, full) <= 0.12
+
+
+def check_cut(family: Family) -> None:
+    """`legibility` says a prompt to be cut from the length on from which its last letters change nothing that it is encoded as."""
+    cut = [count for count in range(1, 80) if family.legibility(["a" * count]).cut]
+    assert cut == list(range(cut[0], 80)), "nothing, or everything from some length on"
+    keep = cut[0] - 1
+
+    def encoded(count: int, last: str) -> Conditioning:
+        return family.encode_prompts(["a" * (count - 1) + last])
+
+    for count, told in ((keep, True), (keep + 1, False)):
+        a, b = encoded(count, "a"), encoded(count, "b")
+        assert any(not torch.equal(a[key], b[key]) for key in a) == told, (count, keep)

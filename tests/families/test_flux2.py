@@ -136,3 +136,8 @@ def test_what_the_pipeline_cannot_do_is_refused_by_its_key(pipeline: Any, option
 def test_a_negative_prompt_is_refused(family: Family) -> None:
     with pytest.raises(UserError, match=r"recipe key teacher\.negative_prompt: 'blurry', but the call of Flux2KleinPipeline takes none"):
         family.encode_negative("blurry")
+
+
+def test_what_stands_before_a_prompt_takes_its_part_of_the_texts_length(family: Family) -> None:
+    """The last letter that is said to be read changes what stock's encoders say, the next one nothing."""
+    stock.check_cut(family)

@@ -117,3 +117,8 @@ def test_a_folder_without_its_text_encoder_is_refused_in_one_line(pipeline: Any,
     shutil.rmtree(tmp_path / "text_encoder")
     with pytest.raises(UserError, match=r"^recipe key teacher\.pretrained: its model_index\.json names a text_encoder .*[^\n]*$"):
         find_family(tmp_path, **OPTIONS)
+
+
+def test_what_stands_before_a_prompt_takes_its_part_of_the_texts_length(family: Family) -> None:
+    """The last letter that is said to be read changes what stock's encoders say, the next one nothing."""
+    stock.check_cut(family)

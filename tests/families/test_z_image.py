@@ -96,3 +96,8 @@ def test_the_longest_text_and_the_largest_picture_have_places(pipeline: Any) -> 
     with torch.no_grad():
         out = family.call(family.load_backbone(), torch.randn(2, *family.latent.shape), torch.full((2,), 0.4), cond)
     assert out.isfinite().all()
+
+
+def test_what_stands_before_a_prompt_takes_its_part_of_the_texts_length(family: Family) -> None:
+    """The last letter that is said to be read changes what stock's encoders say, the next one nothing."""
+    stock.check_cut(family)
