@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from pipelines import verifying_here
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fastgen import run
 from fastgen.config import Recipe, validate
@@ -134,6 +135,29 @@ def on_rounded_weights(source: Path, prompts: Sequence[str], *, storage: Storage
     with torch.no_grad():
         _, tangents = tangent(lambda x: role.denoiser(x, t, cond).prediction, (x,), (dx,))
     return {"prediction": prediction.detach(), "tangent": tangents, "gradients": torch.cat(gradients)}
+
+
+def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Distances relative to what is expected, of each tensor."""
+    return {name: float((found[name].float() - value).norm() / value.norm()) for name, value in expected.items()}
+
+
+@contextmanager
+def rounding_products() -> Iterator[None]:
+    """In fp32, what goes into a linear or convolution layer and what comes out is rounded to bf16, and so are the gradients on their way back: the
+    least that any mixed precision does, on any processor, for products add in fp32."""
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+
+    def rounded(value: Any) -> Any:
+        return value.bfloat16().float() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+    before = register_module_forward_pre_hook(lambda layer, args: tuple(map(rounded, args)) if isinstance(layer, kinds) else None)
+    after = register_module_forward_hook(lambda layer, _, out: rounded(out) if isinstance(layer, kinds) else None)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 def recipe(source: Path, method: str, folder: Path, *, lora: bool = False, prompts: Sequence[str] = PROMPTS, **teacher: Any) -> Recipe:

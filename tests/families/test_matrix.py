@@ -9,7 +9,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cells import METHODS, PROMPTS, check_cell, check_experts, check_smaller, on_rounded_weights, pictures, recipe, texts, trained
+from cells import (
+    METHODS,
+    PROMPTS,
+    apart,
+    check_cell,
+    check_experts,
+    check_smaller,
+    on_rounded_weights,
+    pictures,
+    recipe,
+    rounding_products,
+    texts,
+    trained,
+)
 from pipelines import tiny_sd3
 from plain_child import plain_child
 from tiny_auraflow import tiny_auraflow
@@ -206,14 +219,23 @@ def test_blocks_computed_again_change_no_number(family: str, folders: Any, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_a_base_in_half_precision_is_near_the_same_weights_in_single(family: str, autocast: torch.dtype | None, folders: Any) -> None:
+def test_a_base_in_half_precision_is_near_the_same_weights_in_single(family: str, folders: Any) -> None:
+    """In fp32 the same. Under autocast what autocast makes of whole weights, and as near to fp32 as the rounding of products lets be: how near
+    that is depends on the network and on the processor (gradients 0.4 to 10 %), so the least is measured here. Autocast rounds what blocks hand
+    on, too: measured, at most 2.2 times the least; Sana's attention divides by a sum of ReLUs, 3.9 times."""
     row = FAMILIES[family]
-    wide = on_rounded_weights(folders(family), row.prompts, storage=AS_LOADED, autocast=None, **row.teacher)
-    half = on_rounded_weights(folders(family), row.prompts, storage=Storage("bf16"), autocast=autocast, **row.teacher)
-    apart = {name: float((half[name].float() - value).norm() / value.norm()) for name, value in wide.items()}
-    assert apart.pop("prediction") < 0.015, apart
-    assert all(value < (0.25 if family == "sana" else 0.03) for value in apart.values()), apart  # Sana's attention divides by a sum of ReLUs
+
+    def on(storage: Storage, autocast: torch.dtype | None) -> dict[str, torch.Tensor]:
+        return on_rounded_weights(folders(family), row.prompts, storage=storage, autocast=autocast, **row.teacher)
+
+    wide, mixed = on(AS_LOADED, None), on(AS_LOADED, torch.bfloat16)
+    held, held_mixed = on(Storage("bf16"), None), on(Storage("bf16"), torch.bfloat16)
+    with rounding_products():
+        least = apart(on(AS_LOADED, None), wide)
+    assert max(apart(held, wide).values()) < 1e-5
+    near, far, factor = apart(held_mixed, mixed), apart(held_mixed, wide), 6 if family == "sana" else 3
+    assert all(near[name] < 0.5 * least[name] and 0 < far[name] < factor * least[name] for name in least), (near, far, least)
+    assert max(least["prediction"], far["prediction"]) < 0.03
 
 
 @pytest.mark.parametrize(("family", "method"), [(family, method) for family, row in FAMILIES.items() for method in row.refused])
