@@ -151,7 +151,10 @@ def rounding_products() -> Iterator[None]:
     def rounded(value: Any) -> Any:
         return value.bfloat16().float() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
-    before = register_module_forward_pre_hook(lambda layer, args: tuple(map(rounded, args)) if isinstance(layer, kinds) else None)
+    def going_in(layer: nn.Module, args: Any) -> Any:
+        return tuple(map(rounded, args)) if isinstance(layer, kinds) else None
+
+    before = register_module_forward_pre_hook(going_in)
     after = register_module_forward_hook(lambda layer, _, out: rounded(out) if isinstance(layer, kinds) else None)
     try:
         yield
