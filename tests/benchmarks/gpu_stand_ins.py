@@ -37,6 +37,7 @@ def broken_device() -> list[Row]:
 
 
 def hang() -> list[Row]:
+    count("hanging")
     time.sleep(600)
     return []
 
