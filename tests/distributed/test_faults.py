@@ -70,7 +70,7 @@ def test_a_stopped_process_is_named_within_the_timeout(folder: Path) -> None:
     ranks = Ranks(folder, train, train)
     ranks.until(lambda: steps(folder) >= 3)
     ranks.kill(1, signal.SIGSTOP)
-    assert ranks.ends(12, but=[1])[0] == 1
+    assert ranks.ends(60, but=[1])[0] == 1
     one_line(ranks, "process 1 has given no sign", "train.timeout")
 
 
@@ -79,7 +79,7 @@ def test_a_stopped_process_that_keeps_the_store_ends_the_others_too(folder: Path
     ranks = Ranks(folder, train, train)
     ranks.until(lambda: steps(folder) >= 3)
     ranks.kill(0, signal.SIGSTOP)
-    assert ranks.ends(30, but=[0])[1] == 1
+    assert ranks.ends(60, but=[0])[1] == 1
     one_line(ranks, "process")
 
 
@@ -87,7 +87,7 @@ def test_a_killed_process_ends_the_others(folder: Path) -> None:
     ranks = Ranks(folder, TRAIN, TRAIN)
     ranks.until(lambda: steps(folder) >= 3)
     ranks.kill(1, signal.SIGKILL)
-    assert ranks.ends(30) == [1, -signal.SIGKILL]
+    assert ranks.ends() == [1, -signal.SIGKILL]
     one_line(ranks, "process")
 
 
@@ -95,7 +95,7 @@ def test_a_process_that_is_killed_while_others_wait_for_it_ends_them(folder: Pat
     """Without a launcher, and long before `train.timeout`: at their last meeting nobody exchanges anything."""
     train = (*TRAIN[:2], "train.steps=2", *TRAIN[2:])
     ranks = Ranks(folder, train, train, before={1: killed_as_it_parts})
-    assert ranks.ends(60) == [1, -signal.SIGKILL]
+    assert ranks.ends() == [1, -signal.SIGKILL]
     one_line(ranks, "process 1 has ended without a word")
 
 
@@ -125,14 +125,14 @@ def full_for_checkpoints() -> None:
 def test_a_full_disk_on_one_process_ends_all_with_one_line(folder: Path) -> None:
     train = ("train", "digits_dmd2_gan_1step", *TOGETHER, "data.store=store", *TRAIN[2:])
     ranks = Ranks(folder, train, train, before={1: full_for_files})
-    assert ranks.ends(60) == [2, 2]
+    assert ranks.ends() == [2, 2]
     one_line(ranks, "process 1 on", "store", "no space left")
 
 
 def test_a_checkpoint_that_finds_no_space_ends_all_with_one_line(folder: Path) -> None:
     train = (*TRAIN[:2], "train.checkpoint_every=3", *TRAIN[2:])
     ranks = Ranks(folder, train, train, before={0: full_for_checkpoints})
-    assert ranks.ends(60) == [2, 2]
+    assert ranks.ends() == [2, 2]
     one_line(ranks, "step_000003", "no space left")
     assert steps(folder) == 2 and not list((folder / "run/checkpoints").iterdir())
 
@@ -142,19 +142,19 @@ def test_a_damaged_shard_ends_a_resume_with_one_line(folder: Path, whose: str) -
     """Of the run folder that all share, or of one machine's copy that is not as the others'."""
     keys = ("train.steps=4", "train.checkpoint_every=2", "train.keep=2")
     train = (*TRAIN[:2], *keys, *TRAIN[2:])
-    assert Ranks(folder, train, train).ends(60) == [0, 0]
+    assert Ranks(folder, train, train).ends() == [0, 0]
     shutil.copytree(folder / "run", folder / "copy")
     place = "run" if whose == "all processes'" else "copy"
     flip(folder / place / "checkpoints/step_000004/optimizer_fake_score-00002-of-00002.safetensors", 0.7)
     more = ("--resume", "--allow-change", "train.steps")
     resume = [(*TRAIN[:2], *keys, "train.steps=6", *TRAIN[2:4], "--output", where, *more) for where in ("run", place)]
     again = Ranks(folder, *resume)
-    assert again.ends(60) == [2, 2]
+    assert again.ends() == [2, 2]
     one_line(again, f"{place}/checkpoints/step_000004/optimizer_fake_score-00002-of-00002.safetensors", "damaged", "--resume-from step_000002")
     assert steps(folder) == 4
     if place == "run":
         gone_on = (*resume[0], "--resume-from", "step_000002")
-        assert Ranks(folder, gone_on, gone_on).ends(60) == [0, 0]
+        assert Ranks(folder, gone_on, gone_on).ends() == [0, 0]
         assert steps(folder) == 6
 
 
@@ -168,7 +168,7 @@ def test_a_damaged_shard_ends_a_resume_with_one_line(folder: Path, whose: str) -
 def test_processes_that_disagree_do_not_start(folder: Path, other: tuple[str, ...], words: tuple[str, ...]) -> None:
     (folder / "other.txt").write_text("0\n2\n", encoding="utf-8")
     ranks = Ranks(folder, TRAIN, (*TRAIN[:2], *other, *TRAIN[2:]))
-    assert ranks.ends(60) == [2, 2]
+    assert ranks.ends() == [2, 2]
     one_line(ranks, *words)
     assert not (folder / "run").exists()
 
@@ -186,7 +186,7 @@ def test_processes_that_disagree_do_not_start(folder: Path, other: tuple[str, ..
 def test_a_mistake_is_said_once(folder: Path, override: str, words: tuple[str, ...]) -> None:
     train = (*TRAIN[:2], override, *TRAIN[2:])
     ranks = Ranks(folder, train, train)
-    assert ranks.ends(60) == [2, 2]
+    assert ranks.ends() == [2, 2]
     one_line(ranks, *words)
     assert not (folder / "run").exists()
 
@@ -194,18 +194,18 @@ def test_a_mistake_is_said_once(folder: Path, override: str, words: tuple[str, .
 def test_a_role_that_diverges_is_said_once(folder: Path) -> None:
     train = (*TRAIN[:2], "optimizer.fake_score.lr=1e12", *TRAIN[2:])
     ranks = Ranks(folder, train, train)
-    assert ranks.ends(60) == [1, 1]
+    assert ranks.ends() == [1, 1]
     one_line(ranks, "role 'fake_score'", "diverged", "start again with a lower learning rate")
 
 
 def test_a_dry_run_needs_no_launcher(folder: Path) -> None:
     ranks = Ranks(folder, (*TRAIN[:2], "train.shard=ddp", *TRAIN[2:], "--dry-run"))
-    assert ranks.ends(60) == [0], ranks.err(0)
+    assert ranks.ends() == [0], ranks.err(0)
 
 
 def test_a_launcher_that_starts_one_process_of_several_is_named(folder: Path) -> None:
     ranks = Ranks(folder, (*TRAIN[:2], "train.steps=1", *TRAIN[2:]), before={0: as_accelerate_on_cpus})
-    assert ranks.ends(60) == [0], ranks.err(0)
+    assert ranks.ends() == [0], ranks.err(0)
     assert "accelerate launch started one process" in ranks.out(0) + ranks.err(0) and steps(folder) == 1
 
 

@@ -126,18 +126,18 @@ def test_a_student_is_measured_by_two_processes_while_it_trains(tmp_path: Path) 
 )
 def test_what_processes_cannot_share_is_said_once(tmp_path: Path, each: list[tuple[str, ...]], words: tuple[str, ...]) -> None:
     ranks = Ranks(prepared(tmp_path), *each)
-    assert ranks.ends(60) == [2, 2]
+    assert ranks.ends() == [2, 2]
     one_line(ranks, *words)
     assert not (tmp_path / "store").exists() and not (tmp_path / "results.json").exists()
 
 
 def test_a_full_disk_on_one_process_ends_a_cache_with_one_line(tmp_path: Path) -> None:
     ranks = Ranks(prepared(tmp_path), *[(*CACHE, "--count", "700")] * 2, before={1: full_for_files})
-    assert ranks.ends(60) == [2, 2]
+    assert ranks.ends() == [2, 2]
     (line,) = [line for rank in (0, 1) for line in ranks.err(rank).splitlines() if line.startswith("error")]
     assert "process 1 on" in line and "store" in line and "no space left" in line and ranks.err(1) == ranks.out(0) == ""
 
 
 def test_a_dry_run_is_printed_once(tmp_path: Path) -> None:
     ranks = Ranks(prepared(tmp_path), *[("train", "recipe.yaml", "--only", "train", "--dry-run")] * 2)
-    assert ranks.ends(60) == [0, 0] and ranks.out(0).count("method      dmd2") == 1 and ranks.out(1) == ranks.err(1) == ""
+    assert ranks.ends() == [0, 0] and ranks.out(0).count("method      dmd2") == 1 and ranks.out(1) == ranks.err(1) == ""

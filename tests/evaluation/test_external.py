@@ -104,9 +104,9 @@ CHILD = "import subprocess, sys, time; child = subprocess.Popen([sys.executable,
 def test_what_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
     code = CHILD + "print(child.pid, file=sys.stderr, flush=True); time.sleep(60)"
     began = time.monotonic()
-    message = refusal(code, tmp_path, timeout=1.0)
-    assert message.startswith("was stopped after 1 seconds; --external-timeout gives it more")
-    assert 1 <= time.monotonic() - began < 10
+    message = refusal(code, tmp_path, timeout=3.0)  # in which a busy machine starts two interpreters
+    assert message.startswith("was stopped after 3 seconds; --external-timeout gives it more")
+    assert 3 <= time.monotonic() - began < 50
     assert gone(int((tmp_path / "log").read_text()))
 
 
@@ -119,7 +119,7 @@ def test_a_child_that_is_left_behind_neither_holds_the_answer_up_nor_stays(tmp_p
     code = CHILD + 'print(child.pid, file=sys.stderr, flush=True); print(\'{"value": 1, "n": 1}\')'
     began = time.monotonic()
     assert ask(program(code), tmp_path, 1, tmp_path / "log").value == 1
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50
     assert gone(int((tmp_path / "log").read_text()))
 
 
