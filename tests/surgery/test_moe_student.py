@@ -191,7 +191,14 @@ def test_importance_is_measured_once_and_from_the_seed() -> None:
 
     first = shared()
     assert torch.equal(shared(), first)
-    others = [shared(*keys) for keys in (["student.moe.importance=random"], ["student.moe.importance=magnitude"], ["train.seed=1"])]
+    others = [
+        shared(*keys)
+        for keys in (
+            ["student.moe.importance=random", "student.moe.calibration=8"],
+            ["student.moe.importance=magnitude", "student.moe.calibration=8"],
+            ["train.seed=1"],
+        )
+    ]
     others.append(shared(recipe="digits_dense2moe"))  # on images, not on what the teacher draws
     assert not any(torch.equal(first, other) for other in others)
 
@@ -332,7 +339,10 @@ def test_a_run_is_resumed_with_the_same_experts(whole: Path) -> None:
 def test_a_few_step_run_begins_with_a_student_of_experts(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgen.run.building.measured", None)
     running = run.build(
-        plan(digits(*RUN, f"student.init={whole}", "student.moe.active=3", "student.moe.importance=random"), only="train"), run.Progress()
+        plan(
+            digits(*RUN, f"student.init={whole}", "student.moe.active=3", "student.moe.importance=random", "student.moe.calibration=8"), only="train"
+        ),
+        run.Progress(),
     )
     state = load_file(whole / "checkpoints/step_000004/ema_student.safetensors")
     own = running.roles["student"].parameters()
@@ -426,7 +436,7 @@ def test_half_precision_leaves_routers_in_full(whole: Path, tmp_path: Path, rout
 
 
 def test_a_student_of_experts_may_teach_but_is_not_split_again(exported: Path, tmp_path: Path) -> None:
-    teaching = [f"teacher.pretrained={exported}", "train.steps=1"]
+    teaching = [f"teacher.pretrained={exported}", "teacher.guidance=1.0", "train.steps=1"]
     with pytest.raises(UserError) as caught:
         plan(digits(*EXPERTS, *teaching), only="train")
     said = "transformer_blocks.0.ff of SD3Transformer2DModel is split into experts already; split the dense network"
