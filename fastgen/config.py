@@ -434,7 +434,7 @@ class OptimizerBlock(Block):
 
     used_with: ClassVar[UsedWith] = {"eps": ("name", ("adamw", "adam", "adamw8bit"))}
     name: Literal["adamw", "adam", "sgd", "adamw8bit"] = "adamw"
-    lr: float = Field(gt=0, le=1e3)
+    lr: float = Field(gt=0, le=1e30)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0, le=1e3)
     weight_decay: float = Field(0.0, ge=0, le=1e3)

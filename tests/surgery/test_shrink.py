@@ -31,7 +31,7 @@ from fastgen.room import CHANGES
 from fastgen.surgery.shrink import Shrink, in_words, kept_blocks, shrunk, summary
 
 UNETS = ("sd15", "sdxl")
-TRANSFORMERS = [name for name in BUILDERS if name not in UNETS]
+TRANSFORMERS = [name for name in BUILDERS if name not in (*UNETS, "flux3", "ovis", "prx")]  # which are there for experts alone
 DEPTH = 5
 
 

@@ -71,8 +71,9 @@ class Conversion:
             names += [name for name, module in network.named_modules() if any(module is block for block in blocks)]
         if self.slim is not None:
             names += [each.name for each in find_modulation(network, blocks)]
+        parts = [name for name, _ in network.named_modules() if any(name.startswith(f"{found}.") for found in names)]  # of a block with one inside
         for end in self.leave:
-            if not any(_lies_in(name, end) for name in names):
+            if not any(_lies_in(name, end) for name in (*names, *parts)):
                 known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
                 raise UserError(f"{KEY}.leave: no layer in question has a name that ends in {end!r}; names here end in {known}")
 
