@@ -16,7 +16,7 @@ from fastgen.conditioning import Conditioning
 from fastgen.families import one_stream, packing
 from fastgen.families.codec import PatchedCodec
 from fastgen.families.components import read_component
-from fastgen.families.pipelined import Pipelined
+from fastgen.families.pipelined import Pipelined, before_in_chat
 
 
 class Flux2Klein(Pipelined):
@@ -69,8 +69,7 @@ class Flux2Klein(Pipelined):
         return one_stream.last(output, self._picture)
 
     def before(self, pipeline: Any, tokenizer: Any) -> str:
-        asked, options = [{"role": "user", "content": "PROMPT"}], {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return tokenizer.apply_chat_template(asked, **options).partition("PROMPT")[0]
+        return before_in_chat(tokenizer, thinking=False)
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         return {"encoder_hidden_states": pipeline.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)[0]}

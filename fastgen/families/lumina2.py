@@ -65,22 +65,21 @@ class Lumina2(Pipelined):
         return [self.config.option("hidden_size")] * len(self.blocks(backbone))
 
     def guidance_rule(self, cond: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
-        guided = super().guidance_rule(cond, negative, scale)
-        return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        own = super().guidance_rule(cond, negative, scale)
+        return own * (cond.norm(dim=-1, keepdim=True) / own.norm(dim=-1, keepdim=True))
 
     def before(self, pipeline: Any, tokenizer: Any) -> str:
         return f"{pipeline.system_prompt} <Prompt Start>"  # the space behind is of the first word
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
-        embeds, mask, _, _ = pipeline.encode_prompt(prompts, False, max_sequence_length=self.max_sequence_length)
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        encoded = pipeline.encode_prompt(prompts, False, max_sequence_length=self.max_sequence_length)
+        return dict(zip(("encoder_hidden_states", "encoder_attention_mask"), encoded, strict=False))
 
     def encode_negative(self, text: str | None) -> Conditioning:
         given = {"negative_prompt": [text or ""], "max_sequence_length": self.max_sequence_length}
-        names = ("", "", "encoder_hidden_states", "encoder_attention_mask")
-        cond = self.by_encoders(lambda pipeline: dict(zip(names, pipeline.encode_prompt([""], **given), strict=True)))
-        return {name: cond[name] for name in names[2:]}
+        names = ("encoder_hidden_states", "encoder_attention_mask")
+        return self.by_encoders(lambda pipeline: dict(zip(names, pipeline.encode_prompt([""], **given)[2:], strict=True)))
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        tokens = self.max_sequence_length or 0
-        return {"encoder_hidden_states": (tokens, self.config.option("cap_feat_dim")), "encoder_attention_mask": (tokens,)}
+        shape = (self.max_sequence_length or 0, self.config.option("cap_feat_dim"))
+        return {"encoder_hidden_states": shape, "encoder_attention_mask": shape[:1]}

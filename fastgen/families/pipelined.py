@@ -353,3 +353,9 @@ class Pipelined(Sizing):
     def load_pipeline(self, backbone: nn.Module | None, scheduler: Any) -> Any:
         components: dict[str, Any] = {} if backbone is None else {self.component: backbone}
         return self.source.pipeline(scheduler=scheduler, **components)
+
+
+def before_in_chat(tokenizer: Any, *, thinking: bool) -> str:
+    """What a chat template puts before a prompt."""
+    asked = [{"role": "user", "content": "PROMPT"}]
+    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=thinking).partition("PROMPT")[0]

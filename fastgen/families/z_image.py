@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgen import conditioning
 from fastgen.conditioning import Conditioning
 from fastgen.errors import UserError
-from fastgen.families.pipelined import Pipelined
+from fastgen.families.pipelined import Pipelined, before_in_chat
 
 
 class ZImage(Pipelined):
@@ -60,8 +60,7 @@ class ZImage(Pipelined):
         return [self.config.option("dim")] * len(self.blocks(backbone))
 
     def before(self, pipeline: Any, tokenizer: Any) -> str:
-        asked, options = [{"role": "user", "content": "PROMPT"}], {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        return tokenizer.apply_chat_template(asked, **options).partition("PROMPT")[0]
+        return before_in_chat(tokenizer, thinking=True)
 
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         rows, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length)

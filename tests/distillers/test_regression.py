@@ -197,7 +197,7 @@ def test_lpips_is_loaded_when_a_recipe_is_checked(monkeypatch: pytest.MonkeyPatc
     ("given", "message"),
     [
         ({"weight": 0}, r"regression\.weight: .*greater than 0"),
-        ({"weight": float("nan")}, r"regression\.weight: .*nan"),
+        ({"weight": float("nan")}, r"regression\.weight: .*less than or equal to 1000000 .*nan"),
         ({"metric": "l1"}, r"regression\.metric: .*'latent' or 'lpips'.*'l1'"),
         ({"warmup": -1}, r"regression\.warmup: .*greater than or equal to 0"),
         ({"warmups": 5}, r"regression\.warmups: unknown key; did you mean 'warmup'"),
